@@ -1,0 +1,87 @@
+"""The project's commands: `nox -s demo`, `tests`, `slow`, `lint`, `docs`, `bench`."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.needs_version = ">=2024.4.15"
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install the requirements at the versions of constraints.txt and switch downloads of models off."""
+    session.env.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
+    session.install("-q", "-c", "constraints.txt", *requirements)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the demonstration of the README; arguments after `--` go to the command."""
+    install(session, ".[train,show]")
+    session.run("python", "-m", "vlparts", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests but the slow ones; arguments after `--` go to pytest."""
+    install(session, ".[test]")
+    session.run("pytest", "-m", "not slow", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the slow tests; arguments after `--` go to pytest."""
+    install(session, ".[test]")
+    session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, layering, types and the conventions of transformers models."""
+    groups = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "lint")
+    install(session, ".[train,show]", *groups)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+    session.run("mypy")
+    rules = write_mlinter_rules(session)
+    session.run("mlinter", "--no-progress", "--no-cache", "--rules-toml", str(rules), "src/vlparts/parts")
+
+
+def write_mlinter_rules(session: nox.Session) -> Path:
+    """Write mlinter's own rules with those of mlinter.toml switched off, and return the file."""
+    locate = "import mlinter, pathlib; print(pathlib.Path(mlinter.__file__).with_name('rules.toml'))"
+    rules = Path(str(session.run("python", "-c", locate, silent=True)).strip()).read_text(encoding="utf-8")
+    for rule in tomllib.loads((ROOT / "mlinter.toml").read_text(encoding="utf-8"))["disabled"]:
+        pattern = rf"(^\[rules\.{rule}\]\n(?:[^\[].*\n)*?default_enabled = )true"
+        rules, found = re.subn(pattern, r"\1false", rules, flags=re.MULTILINE)
+        if not found:
+            session.error(f"mlinter.toml disables {rule}, which mlinter does not enable by default.")
+    path = Path(session.create_tmp()) / "rules.toml"
+    path.write_text(rules, encoding="utf-8")
+    return path
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Draw the pictures of the pages, then build the pages; a broken link is an error."""
+    install(session, ".[docs]")
+    session.run("python", "docs/make_images.py")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks, or only those whose name holds the first argument after `--`."""
+    install(session, ".[test]")
+    wanted, rest = (session.posargs[0], session.posargs[1:]) if session.posargs else ("", [])
+    scripts = [path for path in sorted((ROOT / "tests/benchmarks").glob("bench_*.py")) if wanted in path.stem]
+    if not scripts:
+        session.error(f"No tests/benchmarks/bench_*.py has {wanted!r} in its name.")
+    for script in scripts:
+        session.run("python", str(script.relative_to(ROOT)), *rest)

@@ -1,0 +1,98 @@
+"""The command line: `python -m vlparts demo | train | info`."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path("vlparts-demo"),
+    minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.5,
+    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,
+) -> None:
+    """Compose a model, train it to find digits in photographs, save it, and ask it without vlparts."""
+    from .demo.run import run_demo
+
+    run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console)
+
+
+@app.command()
+def train(
+    data: Annotated[Path | None, typer.Option(help="JSON Lines file of training records.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the trained model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here come first.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="JSON Lines file of evaluation records.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Preset such as navit:tiny, folder, or JSON file.")] = None,
+    text: Annotated[str | None, typer.Option(help="Preset such as qwen3:tiny, folder, or JSON file.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Composed model to train further.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
+    projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
+    capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
+    packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint in the output folder.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="raise or skip broken records.")] = None,
+    on_outside: Annotated[str | None, typer.Option(help="raise, clamp or skip regions outside images.")] = None,
+) -> None:
+    """Fine-tune a composed model on records of images and conversations."""
+    changes: dict[str, Any] = {
+        name: value for name, value in locals().items() if name != "config" and value not in (None, [])
+    }
+    from .training.config import load_config
+    from .training.train import train as run
+
+    try:
+        result = run(load_config(config, changes))
+    except ValueError as error:
+        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+    for reason in result.skipped:
+        console.print(f"skipped: {reason}", soft_wrap=True, highlight=False)
+    console.print(f"{result.steps} steps, {len(result.skipped)} records skipped.")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, registered parts, and backends with the reasons of those that are not active."""
+    from .backends import backend_status
+    from .registration import PARTS
+
+    table = Table("package", "version")
+    for package in ("vlparts", "torch", "transformers", "accelerate", "peft", "torch_npu"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    console.print(table)
+    table = Table("part", "classes")
+    for part in PARTS:
+        classes = [part.config, *part.models.values(), part.image_processor, part.processor]
+        table.add_row(part.config.model_type, ", ".join(found.__name__ for found in classes if found is not None))
+    console.print(table)
+    table = Table("backend", "active", "reason")
+    for status in backend_status().values():
+        table.add_row(status.name, "yes" if status.active else "no", status.reason)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

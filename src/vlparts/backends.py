@@ -1,0 +1,89 @@
+"""Loading of backends: packages that add kernels for one kind of hardware to the operations of `vlparts`.
+
+A backend is an entry point of the group `vlparts.backends` that names a function without arguments, which
+registers the backend's kernels. A backend that fails never breaks `import vlparts`: the reason is kept, and
+`vlparts info` shows it.
+"""
+
+import importlib.metadata
+import logging
+import os
+from dataclasses import dataclass
+
+ENTRY_POINT_GROUP = "vlparts.backends"
+ENVIRONMENT_VARIABLE = "VLPARTS_BACKENDS"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What became of one backend.
+
+    Attributes:
+        name: The entry point's name, for example `npu`.
+        active: Whether its register function returned without an error.
+        reason: Why it is not active; empty for an active backend.
+    """
+
+    name: str
+    active: bool
+    reason: str = ""
+
+
+_statuses: dict[str, BackendStatus] = {}
+
+
+def load_backends() -> dict[str, BackendStatus]:
+    """Register every installed backend that the environment variable `VLPARTS_BACKENDS` allows.
+
+    Unset, the variable allows all. Empty or `none` switches all off. Otherwise it is a comma-separated list
+    of the names to load. A backend that is already active is not registered a second time.
+
+    Returns:
+        The status of each installed or requested backend, by name, in alphabetical order.
+    """
+    requested = _requested_backends()
+    installed = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    statuses = {}
+    for name in sorted(installed.keys() | (requested or set())):
+        if name in _statuses and _statuses[name].active:
+            statuses[name] = _statuses[name]
+        elif requested is not None and name not in requested:
+            statuses[name] = BackendStatus(name, False, f"switched off by {ENVIRONMENT_VARIABLE}")
+        elif name not in installed:
+            known = ", ".join(sorted(installed)) or "none"
+            reason = f"{ENVIRONMENT_VARIABLE} names it, but it is not installed (installed: {known})"
+            statuses[name] = BackendStatus(name, False, reason)
+        else:
+            statuses[name] = _register(installed[name])
+    _statuses.clear()
+    _statuses.update(statuses)
+    return dict(statuses)
+
+
+def backend_status() -> dict[str, BackendStatus]:
+    """Return what the last `load_backends` found, by backend name, without loading anything."""
+    return dict(_statuses)
+
+
+def _requested_backends() -> set[str] | None:
+    """Return the names that the environment asks for, or None where it does not limit them."""
+    value = os.environ.get(ENVIRONMENT_VARIABLE)
+    if value is None:
+        return None
+    names = {name.strip() for name in value.split(",") if name.strip()}
+    return set() if names == {"none"} else names
+
+
+def _register(point: importlib.metadata.EntryPoint) -> BackendStatus:
+    """Load one backend's register function and call it."""
+    try:
+        point.load()()
+    except (Exception, SystemExit) as error:  # a vendor's package may raise anything while it is imported
+        # A missing package is the usual case of a backend that is not wanted; anything else is news.
+        level = logging.DEBUG if isinstance(error, ModuleNotFoundError) else logging.WARNING
+        reason = f"{type(error).__name__}: {error}"
+        logger.log(level, "The backend %r is not active: %s", point.name, reason)
+        return BackendStatus(point.name, False, reason)
+    return BackendStatus(point.name, True)

@@ -1,0 +1,180 @@
+"""Compose a vision-language model from parts."""
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .parts.configuration_vlm import VisionLanguageConfig
+from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
+from .parts.processing_vlm import VisionLanguageProcessor
+from .parts.projectors import Projector
+from .parts.vision_features import tower_kind
+from .parts.vision_parts import model_from_config
+
+PathLike = str | os.PathLike[str]
+
+
+def compose(
+    vision: PreTrainedModel | PreTrainedConfig | PathLike,
+    text: PreTrainedModel | PreTrainedConfig | PathLike,
+    projector: str = "mlp2_gelu",
+    *,
+    image_token_id: int | None = None,
+    trust_remote_code: bool = False,
+    **config_changes: Any,
+) -> VisionLanguageForConditionalGeneration:
+    """Join a vision tower and a text model to a vision-language model.
+
+    Models and paths keep their weights, and modules are shared with the models that are given, not copied.
+    Configurations give new weights. The projector is always new.
+
+    Args:
+        vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. Of a dual encoder
+            (CLIP, Siglip2) the vision tower is taken.
+        text: A decoder-only text model with or without its head, its configuration, or the folder of a checkpoint.
+        projector: Name of a registered projector.
+        image_token_id: Id of the placeholder token; [`compose_processor`] sets it too.
+        trust_remote_code: Passed on when a folder is loaded.
+        **config_changes: Further fields of [`VisionLanguageConfig`].
+
+    Returns:
+        The model, in evaluation mode if nothing in it is new but the projector.
+
+    Raises:
+        ValueError: If an argument is of none of these kinds, or if the parts do not fit together.
+    """
+    tower = _vision_tower(vision, trust_remote_code)
+    language_model, head = _text_model(text, trust_remote_code)
+    tower_kind(tower)
+    config = VisionLanguageConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        projector_type=projector,
+        image_token_id=image_token_id,
+        dtype=language_model.dtype,
+        **config_changes,
+    )
+    with torch.device("meta"):
+        model = VisionLanguageForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = language_model
+    model.model.projector = _new_weights(
+        model,
+        Projector(
+            projector, tower.config.hidden_size, language_model.config.hidden_size, cast(int, config.spatial_merge_size)
+        ),
+    )
+    if head is None:
+        head = _new_weights(
+            model, nn.Linear(language_model.config.hidden_size, language_model.config.vocab_size, bias=False)
+        )
+    model.lm_head = head
+    model.tie_weights()
+    generation_config = getattr(text, "generation_config", None)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    return model
+
+
+def compose_processor(
+    model: VisionLanguageForConditionalGeneration,
+    tokenizer: Any,
+    image_processor: Any = None,
+    *,
+    chat_template: str | None = None,
+    image_token: str = "<image>",
+) -> VisionLanguageProcessor:
+    """Build the processor of a composed model.
+
+    Adds the placeholder to the tokenizer if it is missing, enlarges the model's embeddings if the vocabulary outgrew
+    them, and sets `config.image_token_id` and the end-of-sequence and padding ids of generation where they are unset.
+
+    Args:
+        model: The composed model.
+        tokenizer: A tokenizer, or the folder of one.
+        image_processor: An image processor; the default is the one that fits the vision tower.
+        chat_template: Jinja template; the default is ChatML.
+        image_token: The placeholder in the text.
+
+    Returns:
+        The processor.
+    """
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(model.generation_config, name) is None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+
+    vision = model.config.vision_config
+    kind = tower_kind(model.model.vision_tower)
+    return VisionLanguageProcessor(
+        image_processor or _image_processor(kind, vision),
+        tokenizer,
+        chat_template=chat_template,
+        spatial_merge_size=model.config.spatial_merge_size,
+        image_seq_length=_square_tokens(model) if kind == "square" else None,
+        image_token=image_token,
+    )
+
+
+def _vision_tower(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
+    if isinstance(vision, PreTrainedConfig):
+        fields = vision.to_dict()
+        if "pooling" in fields:  # A pooled output would be computed for nobody.
+            vision = type(vision)(**{**fields, "pooling": "none"})
+        return model_from_config(vision)
+    if isinstance(vision, (str, os.PathLike)):
+        vision = AutoModel.from_pretrained(vision, trust_remote_code=trust_remote_code)
+    if not isinstance(vision, PreTrainedModel):
+        raise ValueError(f"`vision` must be a model, a configuration or a folder, got {type(vision).__name__}.")
+    if hasattr(vision.config, "vision_config") and isinstance(getattr(vision, "vision_model", None), PreTrainedModel):
+        return vision.vision_model
+    return vision
+
+
+def _text_model(text: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, nn.Module | None]:
+    if isinstance(text, PreTrainedConfig):
+        return model_from_config(text), None
+    if isinstance(text, (str, os.PathLike)):
+        text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
+    if not isinstance(text, PreTrainedModel):
+        raise ValueError(f"`text` must be a model, a configuration or a folder, got {type(text).__name__}.")
+    head = text.get_output_embeddings()
+    if head is not None and getattr(head, "bias", None) is not None:
+        raise ValueError(f"`text` {type(text).__name__} has a language head with a bias; expected one without.")
+    return text.base_model, head
+
+
+def _new_weights(model: PreTrainedModel, module: nn.Module) -> nn.Module:
+    module.apply(model._init_weights)
+    return module.to(model.config.dtype)
+
+
+def _image_processor(kind: str, vision: PreTrainedConfig) -> Any:
+    if kind == "packed":
+        from .parts.image_processing_navit import NaViTImageProcessor
+
+        return NaViTImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    if kind == "naflex":
+        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+        return Siglip2ImageProcessorPil(patch_size=vision.patch_size, max_num_patches=vision.num_patches)
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    side = vision.image_size
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def _square_tokens(model: VisionLanguageForConditionalGeneration) -> int:
+    vision = model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 // model.config.spatial_merge_size**2

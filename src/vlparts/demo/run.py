@@ -1,0 +1,170 @@
+"""The whole path in one go: data, training, saving, loading without vlparts, asking, pictures."""
+
+import json
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from ..isolation import environment_without, run_without
+from ..training.config import TrainConfig
+from ..training.train import train
+from . import ask
+from .data import Task, write_dataset
+from .score import Score, read_answers, score
+
+TASK = Task()
+TRAINING_IMAGES = 6000
+HELD_OUT_IMAGES = 200
+SETTINGS: dict[str, Any] = {
+    "vision": {"preset": "navit:tiny", "max_grid_size": 16},
+    "text": "qwen3:tiny",
+    "learning_rate": 2e-3,
+    "capacity": 2048,
+    "max_items": 32,
+    "cache": True,
+    "logging_steps": 20,
+}
+# Seconds for everything but training: making images, encoding them, loading, asking, drawing.
+_RESERVE = 45.0
+_TIMED_STEPS = (5, 20)
+
+
+def run_demo(
+    out: Path,
+    minutes: float = 5.5,
+    seed: int = 0,
+    steps: int | None = None,
+    console: Console | None = None,
+    task: Task = TASK,
+    images: tuple[int, int] = (TRAINING_IMAGES, HELD_OUT_IMAGES),
+) -> dict[str, Any]:
+    """Train a composed model to find digits in photographs, save it, and ask it in a process without vlparts.
+
+    Args:
+        out: Folder for the data, the checkpoint `model`, `predictions.png` and `metrics.json`. What a former run left
+            there under these names is replaced.
+        minutes: Time for everything, in minutes; the number of training steps follows from the speed of a short trial.
+        seed: Seed of weights and order.
+        steps: Training steps, in place of a time.
+        console: Where to report.
+        task: What the images look like.
+        images: Number of training and of held-out images.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        ValueError: If `minutes` leaves no time for training, or `steps` is not positive.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if steps is None and minutes * 60 <= _RESERVE:
+        raise ValueError(f"`minutes` must be more than {_RESERVE / 60:g}, got {minutes:g}.")
+    console = console or Console(quiet=True)
+    began = time.perf_counter()
+    for name in ("data", "model"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    console.print(f"Making {images[0]} training and {images[1]} held-out images in {out / 'data'}")
+    training = write_dataset(out / "data", "train", images[0], task, held_out=False, seed=seed)
+    held_out = write_dataset(out / "data", "held_out", images[1], task, held_out=True, seed=seed)
+
+    base = TrainConfig(data=training, output=out / "model", seed=seed, **SETTINGS)
+    if steps is None:
+        left = minutes * 60 - _RESERVE - (time.perf_counter() - began)
+        steps = max(1, int(left / _seconds_per_step(base)))
+    console.print(f"Training for {steps} steps")
+    started = time.perf_counter()
+    result = train(base.model_copy(update={"max_steps": steps, "save_steps": steps}))
+    trained = time.perf_counter() - started
+
+    console.print("Asking the saved model in a process where vlparts cannot be imported")
+    answers = ask_without_vlparts(out / "model", held_out)
+    items = read_answers(held_out, answers)
+    figures = score(items)
+    _draw(items, out / "predictions.png")
+    metrics = {
+        **figures.to_dict(),
+        "steps": steps,
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+        "training_seconds": round(trained, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    _report(console, figures, metrics, out)
+    return metrics
+
+
+def ask_without_vlparts(folder: Path, questions: Path) -> list[str]:
+    """Answer a file of records with a saved model, in a fresh process where vlparts cannot be imported.
+
+    Args:
+        folder: The checkpoint.
+        questions: JSON Lines file of records.
+
+    Returns:
+        One answer for each record.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        python = environment_without(scratch / "environment")
+        answers = scratch / "answers.json"
+        script = Path(ask.__file__)
+        run_without(python, script, folder.resolve(), questions.resolve(), answers, modules_cache=scratch / "code")
+        return json.loads(answers.read_text(encoding="utf-8"))
+
+
+def _seconds_per_step(config: TrainConfig) -> float:
+    """Train a few steps in a scratch folder and time the later ones."""
+    first, last = _TIMED_STEPS
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as scratch:
+        quiet = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+        trial = config.model_copy(update={"output": Path(scratch), "max_steps": last, "trainer": quiet})
+        train(trial, callbacks=[Clock()])
+    return (times[-1] - times[first - 1]) / (last - first)
+
+
+def _draw(items: list[dict[str, Any]], path: Path) -> None:
+    from .. import show
+
+    pictures = [
+        {
+            "image": item["image"],
+            "predicted": [item["predicted"]] if item["predicted"] is not None else [],
+            "truth": [item["truth"]],
+            "title": f"Where is the {item['truth'].label}?\n{item['answer']}",
+        }
+        for item in items[:16]
+    ]
+    show.box_grid(pictures, path)
+
+
+def _report(console: Console, figures: Score, metrics: dict[str, Any], out: Path) -> None:
+    table = Table("on held-out images", "figure")
+    table.add_row("well-formed answers", f"{figures.well_formed:.1%}")
+    table.add_row("right digit named", f"{figures.right_label:.1%}")
+    table.add_row("mean IoU", f"{figures.mean_iou:.3f}")
+    table.add_row("IoU above 0.5", f"{figures.iou_above_half:.1%}")
+    table.add_row("mean IoU of the best constant box", f"{figures.mean_iou_of_constant:.3f}")
+    table.add_row("training steps", str(metrics["steps"]))
+    table.add_row("seconds in all", f"{metrics['seconds']:.0f}")
+    console.print(table)
+    console.print(f"Pictures in {out / 'predictions.png'}, checkpoint in {out / 'model'}")

@@ -1,0 +1,167 @@
+"""Images to packed patches, on the CPU with Pillow and NumPy."""
+
+from typing import Any
+
+import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from PIL import Image
+
+from .images import fit_to_grid, to_rgb
+
+
+class NaViTImageProcessorKwargs(ImagesKwargs, total=False):
+    """Keyword arguments of [`NaViTImageProcessor`] beyond those of every image processor."""
+
+    patch_size: int
+    merge_size: int
+    max_aspect_ratio: float
+    on_extreme_aspect: str
+
+
+class NaViTImageProcessor(PilBackend):
+    """Cut images of any size into patches and pack them into one sequence, aspect ratio kept.
+
+    An image is resized only as far as its sides must become multiples of `patch_size * merge_size`, and its area must
+    lie between `size["shortest_edge"]` and `size["longest_edge"]` (both areas in pixels, as in the Qwen-VL
+    processors). Patches come in reading order, block after block of `merge_size` x `merge_size` patches.
+
+    Args:
+        patch_size: Side P of a patch in pixels.
+        merge_size: Side m of the block of patches that a consumer will merge into one token.
+        size: Smallest and largest area in pixels, under the keys "shortest_edge" and "longest_edge".
+        max_aspect_ratio: Longest side over shortest side that is accepted.
+        on_extreme_aspect: "raise" a ValueError beyond `max_aspect_ratio`, or "clamp": stretch the image to it.
+        **kwargs: `do_resize`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`, `image_std`,
+            `do_convert_rgb`, as in every image processor.
+    """
+
+    do_resize = True
+    resample = PILImageResampling.BICUBIC
+    size = {"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024}
+    default_to_square = False
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    do_convert_rgb = True
+    patch_size = 16
+    merge_size = 1
+    max_aspect_ratio = 200.0
+    on_extreme_aspect = "raise"
+    valid_kwargs = NaViTImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
+
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
+        """Bring one image to `(C, H, W)`; Pillow images of any mode become 8-bit RGB (see `images.to_rgb`)."""
+        if isinstance(image, Image.Image) and do_convert_rgb:
+            image = to_rgb(image)
+        array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        if array.size == 0:
+            raise ValueError(
+                f"The image has a size of {array.shape[-1]} x {array.shape[-2]} pixels (width x height); "
+                "expected at least 1 x 1."
+            )
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise ValueError("The image holds values that are not finite (NaN or infinity).")
+        return array
+
+    def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
+        size, factor = options["size"], options["patch_size"] * options["merge_size"]
+        shortest, longest = size["shortest_edge"], size["longest_edge"]
+        if not shortest or not longest:
+            raise ValueError(f"`size` must have the keys 'shortest_edge' and 'longest_edge' (areas), got {size}.")
+        return fit_to_grid(
+            height,
+            width,
+            factor,
+            min_pixels=shortest,
+            max_pixels=longest,
+            max_aspect_ratio=options["max_aspect_ratio"],
+            on_extreme_aspect=options["on_extreme_aspect"],
+        )
+
+    def _patchify(self, image: np.ndarray, patch_size: int, merge_size: int) -> tuple[np.ndarray, int, int]:
+        channels, height, width = image.shape
+        factor = patch_size * merge_size
+        if height % factor or width % factor:
+            raise ValueError(
+                f"The image has a size of {width} x {height} pixels (width x height); without `do_resize` both sides "
+                f"must be multiples of {factor} (patch_size * merge_size)."
+            )
+        blocks = image.reshape(
+            channels, height // factor, merge_size, patch_size, width // factor, merge_size, patch_size
+        )
+        patches = blocks.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, channels * patch_size**2)
+        return patches.astype(np.float32, copy=False), height // patch_size, width // patch_size
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | list[float] | None,
+        image_std: float | list[float] | None,
+        patch_size: int,
+        merge_size: int,
+        max_aspect_ratio: float,
+        on_extreme_aspect: str,
+        return_tensors: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        options = {
+            "size": size,
+            "patch_size": patch_size,
+            "merge_size": merge_size,
+            "max_aspect_ratio": max_aspect_ratio,
+            "on_extreme_aspect": on_extreme_aspect,
+        }
+        packed, grids = [], []
+        for image in images:
+            if do_resize:
+                height, width = self._target_size(*image.shape[-2:], options)
+                if image.shape[-2:] != (height, width):
+                    image = self.resize(image, SizeDict(height=height, width=width), resample)
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            patches, rows, columns = self._patchify(image, patch_size, merge_size)
+            packed.append(patches)
+            grids.append((1, rows, columns))
+        data = {
+            "pixel_values": np.concatenate(packed),
+            "image_grid_thw": np.array(grids, dtype=np.int64).reshape(-1, 3),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def get_grid_thw(self, height: int, width: int, **images_kwargs: Any) -> tuple[int, int, int]:
+        """Frames, rows and columns in patches that an image will be cut into.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+            **images_kwargs: Options that replace the processor's own.
+        """
+        names = ("size", "patch_size", "merge_size", "max_aspect_ratio", "on_extreme_aspect")
+        options = {name: images_kwargs.get(name) or getattr(self, name) for name in names}
+        new_height, new_width = self._target_size(height, width, options)
+        return 1, new_height // options["patch_size"], new_width // options["patch_size"]
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
+    ) -> int:
+        """Patches that an image of this size will be cut into (the name that inference servers call)."""
+        _, rows, columns = self.get_grid_thw(height, width, **(images_kwargs or {}))
+        return rows * columns
+
+
+__all__ = ["NaViTImageProcessor"]

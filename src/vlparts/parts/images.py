@@ -1,0 +1,101 @@
+"""Images before they become patches: colour modes, and sizes that fit a patch grid."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    Transparency (alpha channels, transparent palette entries) is composited onto white. 16-bit grey is scaled by
+    255 / 65535, rather than cut off at 255 as `Image.convert` does. CMYK, palette, grey, 1-bit, YCbCr, LAB and HSV are
+    converted by Pillow.
+
+    Args:
+        image: A Pillow image.
+
+    Returns:
+        The image in mode "RGB".
+
+    Raises:
+        ValueError: For float images and for integers beyond 16 bits, whose range is unknown.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise ValueError("`image` has mode 'F' (float), whose range is unknown; convert it to 8 bits first.")
+    if image.mode in _SIXTEEN_BIT_MODES:
+        levels = np.asarray(image).astype(np.int64)
+        if levels.size and (levels.min() < 0 or levels.max() > 65535):
+            raise ValueError(
+                f"`image` has mode {image.mode!r} with levels {levels.min()}..{levels.max()}; expected 0..65535."
+            )
+        image = Image.fromarray(np.rint(levels * (255 / 65535)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def fit_to_grid(
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    max_aspect_ratio: float = 200.0,
+    on_extreme_aspect: str = "raise",
+) -> tuple[int, int]:
+    """Find the size nearest to an image's own whose sides are multiples of `factor`, within a range of areas.
+
+    The aspect ratio is kept but for rounding. An image that is too large or too small is scaled as a whole.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        factor: Side of a patch, or of a block of patches, in pixels.
+        min_pixels: Smallest area in pixels; smaller images are enlarged.
+        max_pixels: Largest area in pixels; at least `factor ** 2`. Never exceeded.
+        max_aspect_ratio: Longest side over shortest side that is accepted.
+        on_extreme_aspect: "raise", or "clamp" to stretch the image to `max_aspect_ratio`.
+
+    Returns:
+        New height and width in pixels, each a positive multiple of `factor`.
+
+    Raises:
+        ValueError: If a side is not positive, the limits make no sense, or the aspect ratio is too extreme.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1.")
+    if not factor**2 <= max_pixels or not min_pixels <= max_pixels:
+        raise ValueError(
+            f"`max_pixels` must be at least {factor}**2 and at least `min_pixels`, got {max_pixels} "
+            f"with min_pixels={min_pixels}."
+        )
+    ratio = max(height, width) / min(height, width)
+    exact_height, exact_width = float(height), float(width)
+    if ratio > max_aspect_ratio:
+        if on_extreme_aspect != "clamp":
+            raise ValueError(
+                f"The image of {width} x {height} pixels has an aspect ratio of {ratio:.1f}; expected at most "
+                f"{max_aspect_ratio:g}. Pass on_extreme_aspect='clamp' to stretch such images."
+            )
+        stretch = math.sqrt(ratio / max_aspect_ratio)
+        exact_height *= stretch if height < width else 1 / stretch
+        exact_width *= stretch if width < height else 1 / stretch
+
+    rows, columns = max(1, round(exact_height / factor)), max(1, round(exact_width / factor))
+    blocks = max_pixels // factor**2
+    if rows * columns * factor**2 < min_pixels:
+        scale = math.sqrt(min_pixels / (exact_height * exact_width)) / factor
+        rows, columns = math.ceil(exact_height * scale), math.ceil(exact_width * scale)
+    if rows * columns > blocks:
+        scale = math.sqrt(max_pixels / (exact_height * exact_width)) / factor
+        rows, columns = max(1, math.floor(exact_height * scale)), max(1, math.floor(exact_width * scale))
+        # Only when one side came up to a single block can the area still be too large.
+        rows, columns = min(rows, blocks // columns or 1), min(columns, blocks // rows or 1)
+    return rows * factor, columns * factor

@@ -1,0 +1,59 @@
+"""Pooling of packed segments: one vector for each image.
+
+Shapes: L patches of all images, n images, D width, H heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .attention import packed_attention
+
+
+class MaskedAttentionPooling(nn.Module):
+    """Attention pooling with one learned query for each image, restricted to that image's patches.
+
+    The MAP head of arXiv 2106.04560 as NaViT uses it (arXiv 2307.06304, section 2.1): a learned probe attends to the
+    patches of one image; a normalised MLP follows as a residual.
+
+    Args:
+        config: Fields `hidden_size`, `intermediate_size`, `num_attention_heads`, `layer_norm_eps`, `hidden_act`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.probe = nn.Parameter(torch.zeros(width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(width, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, width)
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Pool each segment.
+
+        Args:
+            hidden_states: `(L, D)` patches of all images.
+            cu_seqlens: `(n + 1,)` int32 cumulative patch counts of the images.
+            max_seqlen: Longest segment.
+
+        Returns:
+            `(n, D)`, one vector for each image.
+        """
+        images = cu_seqlens.shape[0] - 1
+        query = self.q_proj(self.probe).expand(images, -1).unflatten(-1, (self.num_heads, -1))
+        key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+        value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+        one_each = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
+        pooled = packed_attention(
+            query, key, value, one_each, cu_seqlens, max_seqlen_q=1, max_seqlen_k=max_seqlen
+        )
+        pooled = self.o_proj(pooled.flatten(-2))
+        return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))

@@ -1,0 +1,71 @@
+"""The one table of parts, and the only caller of the Auto classes' `register`."""
+
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .parts.configuration_navit import NaViTConfig
+from .parts.configuration_vlm import VisionLanguageConfig
+from .parts.image_processing_navit import NaViTImageProcessor
+from .parts.modeling_navit import NaViTModel
+from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
+from .parts.processing_vlm import VisionLanguageProcessor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part and how the Auto classes find it.
+
+    Args:
+        config: Configuration class; its `model_type` names the part.
+        models: Model classes by the name of their Auto class.
+        image_processor: Image processor class on the Pillow backend, if any.
+        processor: Processor class, if any.
+    """
+
+    config: type[PreTrainedConfig]
+    models: dict[str, type[PreTrainedModel]] = field(default_factory=dict)
+    image_processor: type | None = None
+    processor: type | None = None
+
+
+PARTS: tuple[Part, ...] = (
+    Part(NaViTConfig, {"AutoModel": NaViTModel}, image_processor=NaViTImageProcessor),
+    Part(
+        VisionLanguageConfig,
+        {
+            "AutoModel": VisionLanguageModel,
+            "AutoModelForImageTextToText": VisionLanguageForConditionalGeneration,
+        },
+        image_processor=NaViTImageProcessor,
+        processor=VisionLanguageProcessor,
+    ),
+)
+
+
+def register_part(part: Part) -> None:
+    """Register a part with the Auto classes, for loading here and for travelling as remote code.
+
+    Both are needed: without `register_for_auto_class`, saving writes no code; without `register`, loading here needs
+    `trust_remote_code`.
+    """
+    AutoConfig.register(part.config.model_type, part.config, exist_ok=True)
+    part.config.register_for_auto_class()
+    for name, model in part.models.items():
+        getattr(transformers, name).register(part.config, model, exist_ok=True)
+        model.register_for_auto_class(name)
+    if part.image_processor is not None:
+        AutoImageProcessor.register(part.config, image_processor_classes={"pil": part.image_processor}, exist_ok=True)
+        part.image_processor.register_for_auto_class()
+    if part.processor is not None:
+        AutoProcessor.register(part.config, part.processor, exist_ok=True)
+        part.processor.register_for_auto_class()
+
+
+def register_all() -> None:
+    """Register every part of the table."""
+    for part in PARTS:
+        register_part(part)

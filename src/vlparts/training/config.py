@@ -1,0 +1,102 @@
+"""Everything that a training run needs to know, from Python, a YAML file or the command line."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class TrainConfig(BaseModel):
+    """Settings of [`train`].
+
+    Args:
+        data: JSON Lines file of training records.
+        output: Folder for checkpoints and the trained model.
+        eval_data: JSON Lines file of evaluation records, if any.
+        vision: Vision tower: a preset such as "navit:tiny", the folder of a checkpoint, a JSON file of a
+            configuration, or a mapping of its fields with a "model_type" (and a "preset", if wanted).
+        text: Text model: a preset such as "qwen3:tiny", a folder, a JSON file or a mapping, as above.
+        model: Folder of a composed model to train further, in place of `vision` and `text`.
+        tokenizer: Folder of a tokenizer. By default the text model's own; with a new text model, one is trained on the
+            texts of `data`.
+        projector: Name of a projector.
+        freeze: Parts whose weights stay as they are: "vision", "text", "projector".
+        image_processor: Options that replace the image processor's own, such as `{"size": {...}}`.
+        coordinate_format: Name of a coordinate format; None for the default.
+        capacity: Tokens of a pack (one micro-batch on one process), images included. Longer samples are an error.
+        max_items: Largest number of samples in a pack.
+        packing: Pack samples into one row with attention inside each; False pads them to a batch instead.
+        epochs: Passes over the data.
+        max_steps: Optimiser steps; replaces `epochs` if positive.
+        learning_rate: Peak learning rate.
+        warmup_ratio: Share of the steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay.
+        gradient_accumulation_steps: Micro-batches for one optimiser step.
+        seed: Seed of weights and order.
+        save_steps: Steps between checkpoints.
+        eval_steps: Steps between evaluations.
+        logging_steps: Steps between log lines.
+        resume: Go on from the last checkpoint in `output`.
+        on_error: "raise" on a broken record, or "skip" and count it.
+        on_outside: What to do with a region outside of its image: "raise", "clamp" or "skip" the region.
+        cache: Keep encoded samples in memory.
+        trust_remote_code: Passed on when folders are loaded.
+        trainer: Further fields of transformers' TrainingArguments.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: Path
+    output: Path
+    eval_data: Path | None = None
+    vision: str | dict[str, Any] = "navit:tiny"
+    text: str | dict[str, Any] = "qwen3:tiny"
+    model: Path | None = None
+    tokenizer: Path | None = None
+    projector: str = "mlp2_gelu"
+    freeze: list[Literal["vision", "text", "projector"]] = []
+    image_processor: dict[str, Any] = {}
+    coordinate_format: str | None = None
+    capacity: int = Field(default=2048, ge=1)
+    max_items: int | None = Field(default=None, ge=1)
+    packing: bool = True
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = -1
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    seed: int = 0
+    save_steps: int = Field(default=500, ge=1)
+    eval_steps: int = Field(default=500, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
+    resume: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+    on_outside: Literal["raise", "clamp", "skip"] = "raise"
+    cache: bool = False
+    trust_remote_code: bool = False
+    trainer: dict[str, Any] = {}
+
+
+def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig:
+    """Read settings from a YAML file and change some of them.
+
+    Args:
+        path: YAML file with the fields of [`TrainConfig`], or None.
+        changes: Fields that replace those of the file.
+
+    Raises:
+        ValueError: If the file is no mapping, or a field is unknown, missing or out of range; names the field.
+    """
+    fields: Any = {}
+    if path is not None:
+        with Path(path).open(encoding="utf-8") as file:
+            fields = yaml.safe_load(file) or {}
+        if not isinstance(fields, dict):
+            raise ValueError(f"`config` {path} must hold a mapping, got {type(fields).__name__}.")
+    try:
+        return TrainConfig(**{**fields, **changes})
+    except ValidationError as error:
+        reasons = "; ".join(f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}" for one in error.errors())
+        raise ValueError(f"Training settings: {reasons}") from None

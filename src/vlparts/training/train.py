@@ -1,0 +1,167 @@
+"""The training run itself."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
+from ..parts.processing_vlm import VisionLanguageProcessor
+from .building import build, conversation_texts
+from .config import TrainConfig
+from .dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
+from .encoding import SampleEncoder
+from .records import RecordFile, read_records
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What came of a run.
+
+    Args:
+        model: The trained model.
+        processor: Its processor.
+        steps: Optimiser steps done in all.
+        log: The Trainer's log, one mapping for each line.
+        skipped: Reasons of the records that were left out.
+    """
+
+    model: VisionLanguageForConditionalGeneration
+    processor: VisionLanguageProcessor
+    steps: int
+    log: list[dict[str, Any]]
+    skipped: list[str] = field(default_factory=list)
+
+
+class PackedTrainer(Trainer):
+    """transformers' Trainer over packs of samples.
+
+    Args:
+        *args: As for Trainer.
+        capacity: Tokens of a pack.
+        max_items: Largest number of samples in a pack.
+        **kwargs: As for Trainer.
+    """
+
+    def __init__(self, *args: Any, capacity: int, max_items: int | None = None, **kwargs: Any) -> None:
+        self._capacity = capacity
+        self._max_items = max_items
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PackSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return PackSampler(dataset.lengths, self._capacity, self._max_items, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
+        return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False)
+
+
+def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
+    """Fine-tune a composed model and save it, with its processor and its code, in `config.output`.
+
+    Runs on one process, or on several under `accelerate launch`. An interrupted run goes on from its last checkpoint
+    with `resume`, with the same losses as a run that was not interrupted.
+
+    Args:
+        config: The settings.
+        callbacks: Further callbacks for the Trainer.
+
+    Returns:
+        The model, its processor, and the log.
+
+    Raises:
+        RecordError: If a record cannot be used and `on_error` is "raise", or if none is left.
+        ValueError: If a setting makes no sense, if `output` holds checkpoints and `resume` is off, or if there is
+            nothing to resume.
+    """
+    checkpoint = _checkpoint(config)
+    set_seed(config.seed)
+    records = read_records(config.data, config.on_error)
+    model, processor = build(config, conversation_texts(records))
+    if config.packing:
+        _use_packed_attention(model)
+
+    args = _arguments(config)
+    data = _dataset(config, records, processor, args)
+    eval_records = read_records(config.eval_data, config.on_error) if config.eval_data else None
+    eval_data = _dataset(config, eval_records, processor, args) if eval_records else None
+    trainer = PackedTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        data_collator=collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        callbacks=callbacks,
+        capacity=config.capacity,
+        max_items=config.max_items,
+    )
+    skipped = records.skipped + (eval_records.skipped if eval_records else [])
+    if skipped:
+        logger.warning("%d records skipped; the first: %s", len(skipped), skipped[0])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(config.output)
+        processor.save_pretrained(config.output)
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(model, processor, trainer.state.global_step, trainer.state.log_history, skipped)
+
+
+def _dataset(
+    config: TrainConfig, records: RecordFile, processor: VisionLanguageProcessor, args: TrainingArguments
+) -> SampleDataset:
+    encoder = SampleEncoder(
+        processor, records.path.parent, config.on_outside, config.coordinate_format, max_length=config.capacity
+    )
+    show = not args.disable_tqdm and args.process_index == 0
+    return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
+
+
+def _checkpoint(config: TrainConfig) -> str | None:
+    found = get_last_checkpoint(str(config.output)) if config.output.is_dir() else None
+    if found and not config.resume:
+        raise ValueError(f"`output` {config.output} holds checkpoints; pass resume, or name another folder.")
+    if config.resume and not found:
+        raise ValueError(f"`output` {config.output} holds no checkpoint to resume from.")
+    return found
+
+
+def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None:
+    text = model.model.language_model
+    if not text._supports_attention_backend:
+        raise ValueError(
+            f"`text` {type(text).__name__} does not take other attention functions, so its samples cannot be packed; "
+            "switch packing off."
+        )
+    model.set_attn_implementation({"text_config": "vlparts_packed"})
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
+    evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_data else {}
+    fields = {
+        "output_dir": str(config.output),
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup_ratio,
+        "weight_decay": config.weight_decay,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "seed": config.seed,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": config.logging_steps,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "include_num_input_tokens_seen": "no",
+        **evaluation,
+        **config.trainer,
+    }
+    return TrainingArguments(**fields)

@@ -1,0 +1,72 @@
+"""Timing that benchmarks share: rivals interleaved in one process, medians, one line about the machine."""
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def compare(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Time every candidate `repeats` times, in turn, so that all meet the same state of the machine.
+
+    Args:
+        candidates: name to function; each is called once beforehand to warm up.
+        repeats: rounds. Every round starts with another candidate.
+
+    Returns:
+        Name to median seconds for one call.
+
+    Raises:
+        ValueError: `repeats` is below one.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for function in candidates.values():
+        function()
+    for turn in range(repeats):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            begin = time.perf_counter()
+            candidates[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def ratios(seconds: dict[str, float], base: str) -> dict[str, float]:
+    """Times as multiples of the time of `base`."""
+    return {name: value / seconds[base] for name, value in seconds.items()}
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows as a Markdown table; floats get two decimals."""
+    for row in (header, ["---"] * len(header), *rows):
+        print(
+            "| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |"
+        )
+    sys.stdout.flush()
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine_line() -> str:
+    """Processor, threads, versions and the command that runs: what a reader needs to repeat a measurement."""
+    command = " ".join(["python", *sys.orig_argv[1:]])
+    return (
+        f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{command}"
+    )

@@ -1,0 +1,41 @@
+"""Every Python snippet of the README and the pages runs, page by page, from top to bottom."""
+
+import re
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"^(?P<indent>[ \t]*)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks_of(page: Path) -> list[tuple[int, str]]:
+    """Return the page's Python blocks, each with the line on which its code starts (from 1)."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, match.start("code")) + 1, textwrap.dedent(match["code"]))
+        for match in BLOCK.finditer(text)
+    ]
+
+
+PAGES_WITH_CODE = [page for page in PAGES if page.is_file() and blocks_of(page)]
+
+
+def test_the_readme_has_a_snippet() -> None:
+    assert ROOT / "README.md" in PAGES_WITH_CODE
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One namespace and one empty folder per page; a traceback names the page and its line."""
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType(f"snippets_of_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # what a snippet defines can be pickled
+    for line, code in blocks_of(page):
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))

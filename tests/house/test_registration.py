@@ -1,0 +1,76 @@
+"""One table registers every part, and the Auto classes then find it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+import vlparts
+from vlparts.registration import PARTS, Part
+
+SOURCE = Path(vlparts.__file__).parent
+each_part = pytest.mark.parametrize("part", PARTS, ids=lambda part: part.config.model_type)
+
+
+def registered_model(auto_name: str, config: type) -> object:
+    """Return what the named Auto class builds for the config class."""
+    return getattr(transformers, auto_name)._model_mapping[config]
+
+
+def calls_of(path: Path) -> set[str]:
+    """Return the dotted names that the file calls, for example `AutoModel.register`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def registers(call: str) -> bool:
+    """Tell whether the called name changes the Auto classes."""
+    owner, _, method = call.rpartition(".")
+    if method == "register_for_auto_class":
+        return True
+    return method == "register" and owner.rpartition(".")[2].startswith(("Auto", "CONFIG_MAPPING", "MODEL_"))
+
+
+def test_every_part_has_a_row() -> None:
+    files = {path.stem for path in (SOURCE / "parts").glob("configuration_*.py")}
+    rows = {part.config.__module__.rpartition(".")[2] for part in PARTS}
+    assert files == rows
+
+
+@each_part
+def test_config_resolves(part: Part) -> None:
+    assert type(AutoConfig.for_model(part.config.model_type)) is part.config
+
+
+@each_part
+def test_models_resolve(part: Part) -> None:
+    assert part.models
+    for auto_name, model in part.models.items():
+        assert registered_model(auto_name, part.config) is model
+        assert model.config_class is part.config
+
+
+@each_part
+def test_processors_resolve(part: Part) -> None:
+    if part.image_processor is not None:
+        found = IMAGE_PROCESSOR_MAPPING[part.config]
+        assert part.image_processor in (found.values() if isinstance(found, dict) else [found])
+    if part.processor is not None:
+        assert PROCESSOR_MAPPING[part.config] is part.processor
+
+
+@each_part
+def test_a_saved_part_carries_its_code(part: Part) -> None:
+    """Without an auto class, `save_pretrained` writes an auto_map that points at files it did not copy."""
+    classes = [part.config, *part.models.values(), part.image_processor, part.processor]
+    without = [cls.__name__ for cls in classes if cls is not None and cls._auto_class is None]
+    assert without == []
+
+
+def test_only_registration_changes_the_auto_classes() -> None:
+    callers = {path.name for path in SOURCE.rglob("*.py") if any(map(registers, calls_of(path)))}
+    assert callers == {"registration.py"}

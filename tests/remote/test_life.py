@@ -1,0 +1,129 @@
+"""A checkpoint's life without us: saved, loaded from its bare folder where vlparts cannot be imported, saved again
+from there, loaded again, with outputs equal to the bit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import navit, packed_images, picture, text_config, tokenizer, vision_config
+from tests.parts.test_vlm import chat, composed
+
+from vlparts import NaViTImageProcessor
+from vlparts.isolation import environment_without, run_without
+
+PREAMBLE = """
+import importlib.util, sys, json, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+assert importlib.util.find_spec("vlparts") is None
+assert importlib.util.find_spec("vlparts_npu") is None
+folder, work = Path(sys.argv[1]), Path(sys.argv[2])
+"""
+
+ENCODER = (
+    PREAMBLE
+    + """
+from transformers import AutoImageProcessor, AutoModel
+from PIL import Image
+inputs = load_file(work / "inputs.safetensors")
+def outputs(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        found = model(inputs["pixel_values"], inputs["image_grid_thw"])
+    images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    pixels = images(Image.open(work / "picture.png"), return_tensors="pt")
+    return model, images, {"hidden": found.last_hidden_state, "pooled": found.pooler_output, **pixels}
+model, images, first = outputs(folder)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+model.save_pretrained(work / "again"); images.save_pretrained(work / "again")
+_, _, second = outputs(work / "again")
+assert all(torch.equal(first[name], second[name]) for name in first)
+save_file(first, work / "outputs.safetensors")
+"""
+)
+
+COMPOSED = (
+    PREAMBLE
+    + """
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from PIL import Image
+image = Image.open(work / "picture.png")
+chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Where is the cat?"}]}]
+def outputs(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return model, processor, {"logits": logits, "tokens": tokens}
+model, processor, first = outputs(folder)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(headless).__name__ == "VisionLanguageModel"
+model.save_pretrained(work / "again"); processor.save_pretrained(work / "again")
+_, _, second = outputs(work / "again")
+assert all(torch.equal(first[name], second[name]) for name in first)
+ask = pipeline("image-text-to-text", model=str(work / "again"), trust_remote_code=True)
+answer = ask(text=chat, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+prompt = first["tokens"].shape[1] - 6
+assert answer == processor.decode(first["tokens"][0, -6:], skip_special_tokens=True), answer
+save_file(first, work / "outputs.safetensors")
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    return environment_without(tmp_path_factory.mktemp("bare") / "environment")
+
+
+def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path) -> None:
+    model, processor = navit(), NaViTImageProcessor(patch_size=4)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    patches, grids = packed_images([(3, 5), (1, 1), (2, 7)])
+    save_file({"pixel_values": patches, "image_grid_thw": grids}, tmp_path / "inputs.safetensors")
+    picture(21, 10).save(tmp_path / "picture.png")
+    run_without(bare_python, ENCODER, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
+    with torch.no_grad():
+        expected = model(patches, grids)
+    found = load_file(tmp_path / "outputs.safetensors")
+    assert torch.equal(found["hidden"], expected.last_hidden_state)
+    assert torch.equal(found["pooled"], expected.pooler_output)
+    pixels = processor(picture(21, 10), return_tensors="pt")
+    assert torch.equal(found["pixel_values"], pixels["pixel_values"])
+    assert torch.equal(found["image_grid_thw"], pixels["image_grid_thw"])
+
+
+@pytest.mark.parametrize("vision", ["navit", "clip"])
+def test_a_composed_model_and_its_processor(bare_python: Path, tmp_path: Path, vision: str) -> None:
+    model, processor = composed(vision)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture(21, 10).save(tmp_path / "picture.png")
+    run_without(bare_python, COMPOSED, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
+    inputs = processor.apply_chat_template(
+        [chat([picture(21, 10)])], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    found = load_file(tmp_path / "outputs.safetensors")
+    with torch.no_grad():
+        assert torch.equal(found["logits"], model(**inputs).logits)
+    assert torch.equal(found["tokens"], model.generate(**inputs, max_new_tokens=6, do_sample=False))
+
+
+def test_a_saved_folder_holds_all_code_and_no_pickle(tmp_path: Path) -> None:
+    model, processor = composed()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    for reference in config["auto_map"].values():
+        assert (tmp_path / f"{reference.split('.')[0]}.py").is_file()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors", ".jinja"}
+    assert text_config("qwen3", tokenizer()).model_type == config["text_config"]["model_type"]
+    assert vision_config("navit").model_type == config["vision_config"]["model_type"]
