@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tiny import SIZES, navit, navit_config, order_one, text_config, tokenizer, vision_config
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GPT2Config, Siglip2VisionModel
 
 import vlparts
+from tests.tiny import SIZES, navit, navit_config, order_one, text_config, tokenizer, vision_config
 
 
 def test_models_keep_their_weights_and_are_shared() -> None:
@@ -36,7 +36,8 @@ def test_folders_of_native_checkpoints(tmp_path: object) -> None:
 
 def test_the_vision_tower_of_a_dual_encoder_is_taken() -> None:
     config = CLIPConfig(
-        vision_config=vision_config("clip").to_dict(), text_config={**SIZES, "vocab_size": 20, "eos_token_id": 1}
+        vision_config=vision_config("clip").to_dict(),
+        text_config={**SIZES, "vocab_size": 20, "eos_token_id": 1},
     )
     dual = CLIPModel(config)
     model = vlparts.compose(vision=dual, text=text_config("qwen3", tokenizer()))
@@ -45,7 +46,10 @@ def test_the_vision_tower_of_a_dual_encoder_is_taken() -> None:
 
 def test_new_weights_follow_the_configuration() -> None:
     model = vlparts.compose(
-        vision=navit_config(), text=text_config("qwen3", tokenizer()), projector="linear", initializer_range=0.5
+        vision=navit_config(),
+        text=text_config("qwen3", tokenizer()),
+        projector="linear",
+        initializer_range=0.5,
     )
     assert 0.4 < model.model.projector.projection.weight.std() < 0.6
     assert 0.4 < model.lm_head.weight.std() < 0.6

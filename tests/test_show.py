@@ -218,9 +218,7 @@ def test_pictures_touch_nothing_global(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("draw", [lambda: show.boxes(IMAGE, []), lambda: show.packing_plan([[0]], [1], 2)])
-def test_without_matplotlib_the_message_says_what_to_install(
-    draw: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_the_message_says_what_to_install(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -14,7 +14,9 @@ console = Console()
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path("vlparts-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path(
+        "vlparts-demo"
+    ),
     minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.5,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,

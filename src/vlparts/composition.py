@@ -1,7 +1,7 @@
 """Compose a vision-language model from parts."""
 
 import os
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from .parts.vision_features import tower_kind
 from .parts.vision_parts import model_from_config
 
 PathLike = str | os.PathLike[str]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def compose(
@@ -66,14 +67,16 @@ def compose(
     model.model.projector = _new_weights(
         model,
         Projector(
-            projector, tower.config.hidden_size, language_model.config.hidden_size, cast(int, config.spatial_merge_size)
+            projector,
+            tower.config.hidden_size,
+            language_model.config.hidden_size,
+            config.merge_size,
         ),
     )
     if head is None:
-        head = _new_weights(
-            model, nn.Linear(language_model.config.hidden_size, language_model.config.vocab_size, bias=False)
-        )
-    model.lm_head = head
+        text_config = language_model.config
+        head = _new_weights(model, nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False))
+    model.lm_head = cast(nn.Linear, head)
     model.tie_weights()
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
@@ -108,7 +111,7 @@ def compose_processor(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer))
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     for name in ("eos_token_id", "pad_token_id"):
@@ -121,7 +124,7 @@ def compose_processor(
         image_processor or _image_processor(kind, vision),
         tokenizer,
         chat_template=chat_template,
-        spatial_merge_size=model.config.spatial_merge_size,
+        spatial_merge_size=model.config.merge_size,
         image_seq_length=_square_tokens(model) if kind == "square" else None,
         image_token=image_token,
     )
@@ -155,7 +158,7 @@ def _text_model(text: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, nn
     return text.base_model, head
 
 
-def _new_weights(model: PreTrainedModel, module: nn.Module) -> nn.Module:
+def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
     module.apply(model._init_weights)
     return module.to(model.config.dtype)
 
@@ -177,4 +180,4 @@ def _image_processor(kind: str, vision: PreTrainedConfig) -> Any:
 
 def _square_tokens(model: VisionLanguageForConditionalGeneration) -> int:
     vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 // model.config.spatial_merge_size**2
+    return (vision.image_size // vision.patch_size) ** 2 // model.config.merge_size**2

@@ -36,7 +36,11 @@ def environment_without(folder: Path, package: str = "vlparts") -> Path:
 
 
 def run_without(
-    python: Path, script: str | Path, *arguments: str | Path, modules_cache: Path, timeout: float | None = None
+    python: Path,
+    script: str | Path,
+    *arguments: str | Path,
+    modules_cache: Path,
+    timeout: float | None = None,
 ) -> str:
     """Run a script in such an environment, isolated from this process' paths and from the network.
 
@@ -56,7 +60,12 @@ def run_without(
     environment = {**os.environ, "HF_MODULES_CACHE": str(modules_cache), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [str(python), "-I", *([str(script)] if isinstance(script, Path) else ["-c", script]), *map(str, arguments)],
+        [
+            str(python),
+            "-I",
+            *([str(script)] if isinstance(script, Path) else ["-c", script]),
+            *map(str, arguments),
+        ],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_vlm import VisionLanguageConfig
@@ -28,8 +30,8 @@ class Part:
 
     config: type[PreTrainedConfig]
     models: dict[str, type[PreTrainedModel]] = field(default_factory=dict)
-    image_processor: type | None = None
-    processor: type | None = None
+    image_processor: type[BaseImageProcessor] | None = None
+    processor: type[ProcessorMixin] | None = None
 
 
 PARTS: tuple[Part, ...] = (

@@ -41,9 +41,9 @@ def _matplotlib(module: str) -> Any:
 
 def _figure(width: float, height: float) -> Figure:
     """Make a figure of a size in inches, with a canvas of its own."""
-    figure = _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
     _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 def _save(figure: Figure, path: str | Path | None) -> Figure:
@@ -56,11 +56,7 @@ def _save(figure: Figure, path: str | Path | None) -> Figure:
 def _pixels(image: Any) -> NDArray[Any]:
     """Return a PIL image or an array as an array that Matplotlib draws as it is."""
     pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-    if (
-        pixels.ndim not in (2, 3)
-        or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4))
-        or not pixels.size
-    ):
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)) or not pixels.size:
         raise ValueError(f"image must have shape (H, W) or (H, W, 1, 3 or 4), got {pixels.shape}")
     if pixels.dtype.kind == "f":
         low, high = float(pixels.min()), float(pixels.max())
@@ -206,9 +202,7 @@ def box_grid(items: Sequence[Mapping[str, Any]], path: str | Path | None = None,
     for index, item in enumerate(items):
         unknown = sorted(set(item) - set(ITEM_KEYS))
         if "image" not in item or unknown:
-            raise ValueError(
-                f"items[{index}] must have 'image' and may have {ITEM_KEYS[1:]}, got {sorted(item)}"
-            )
+            raise ValueError(f"items[{index}] must have 'image' and may have {ITEM_KEYS[1:]}, got {sorted(item)}")
     columns = min(columns, len(items))
     rows = -(-len(items) // columns)
     aspects = [height / width for height, width, *_ in (_pixels(item["image"]).shape for item in items)]

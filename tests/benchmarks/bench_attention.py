@@ -34,16 +34,14 @@ def mixed_lengths(tokens: int, segments: int) -> list[int]:
 def loop(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
     """One call of SDPA for each segment."""
     parts = [x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)]
-    outputs = [F.scaled_dot_product_attention(*part) for part in zip(*parts, strict=True)]
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+    outputs = [F.scaled_dot_product_attention(*part).transpose(1, 2) for part in zip(*parts, strict=True)]
+    return torch.cat(outputs, dim=1)[0]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """One call of SDPA with a boolean mask over all pairs; the mask is made beforehand."""
-    output = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=mask
-    )
-    return output[0].transpose(0, 1)
+    output = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=mask)
+    return output[0].transpose(0, 1).contiguous()
 
 
 def padded(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], real: Tensor) -> Tensor:
@@ -103,9 +101,7 @@ def measure(tokens: int, segments: int, dtype: torch.dtype, repeats: int) -> lis
     check(candidates, tensors, direction)
     passes = {
         "forward": {n: partial(forward, f, tensors) for n, f in candidates.items()},
-        "forward + backward": {
-            n: partial(forward_backward, f, tensors, direction) for n, f in candidates.items()
-        },
+        "forward + backward": {n: partial(forward_backward, f, tensors, direction) for n, f in candidates.items()},
     }
     rows: list[list[object]] = []
     for label, functions in passes.items():
@@ -126,9 +122,7 @@ def main() -> None:
     repeats = options.repeats or (3 if options.quick else 15)
     torch.manual_seed(0)
     print(machine_line())
-    print(
-        f"{HEADS} heads of {CHANNELS} channels; medians of {repeats}; multiples of the time of packed_attention\n"
-    )
+    print(f"{HEADS} heads of {CHANNELS} channels; medians of {repeats}; multiples of the time of packed_attention\n")
     rows = [
         row
         for tokens, segments in (CASES[:1] if options.quick else CASES)

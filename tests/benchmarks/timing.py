@@ -48,9 +48,7 @@ def ratios(seconds: dict[str, float], base: str) -> dict[str, float]:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows as a Markdown table; floats get two decimals."""
     for row in (header, ["---"] * len(header), *rows):
-        print(
-            "| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |"
-        )
+        print("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
     sys.stdout.flush()
 
 

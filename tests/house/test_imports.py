@@ -28,9 +28,7 @@ print(json.dumps({"seconds": seconds, "events": events, "modules": sorted(set(sy
 
 def probe() -> dict:
     """Import vlparts in a fresh process that may reach the network, and return what happened."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VLPARTS_"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VLPARTS_"))}
     command = [sys.executable, "-W", "error::DeprecationWarning:vlparts", "-c", PROBE]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr

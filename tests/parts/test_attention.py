@@ -120,9 +120,7 @@ def test_the_reference_agrees(segments: tuple[list[int], list[int]], causal: boo
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=str
 )
-def test_every_type(
-    segments: tuple[list[int], list[int]], causal: bool, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_every_type(segments: tuple[list[int], list[int]], causal: bool, dtype: torch.dtype, tolerance: float) -> None:
     tensors = inputs(segments, dtype=dtype)
     output = packed_attention(*tensors, *map(boundaries, segments), causal=causal)
     assert output.dtype == dtype
@@ -130,9 +128,7 @@ def test_every_type(
 
 
 @pytest.mark.parametrize("longest", [3, 64])
-def test_bfloat16_training_agrees_on_both_sides_of_its_bounds(
-    monkeypatch: pytest.MonkeyPatch, longest: int
-) -> None:
+def test_bfloat16_training_agrees_on_both_sides_of_its_bounds(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
     monkeypatch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", longest)
     monkeypatch.setattr(attention_cpu, "SCORES_AT_A_TIME", 200)
     segments = ([5, 3, 3, 3, 8], [5, 3, 3, 3, 8])
@@ -238,21 +234,15 @@ def test_autocast_brings_mixed_types_together() -> None:
 def test_tensors_that_do_not_fit_are_refused() -> None:
     q, k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 8), torch.randn(4, 2, 8)
     cu = boundaries([4])
-    with pytest.raises(
-        ValueError, match=r"key must have shape \(tokens, heads, channels\), got \(1, 4, 2, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"key must have shape \(tokens, heads, channels\), got \(1, 4, 2, 8\)"):
         packed_attention(q, k[None], v, cu)
     with pytest.raises(ValueError, match="one floating-point type .*for value, torch.float64"):
         packed_attention(q, k, v.double(), cu)
     with pytest.raises(ValueError, match="one floating-point type .*torch.int64"):
         packed_attention(q.long(), k.long(), v.long(), cu)
-    with pytest.raises(
-        ValueError, match="one device, got torch.float32 on cpu and, for key, torch.float32 on meta"
-    ):
+    with pytest.raises(ValueError, match="one device, got torch.float32 on cpu and, for key, torch.float32 on meta"):
         packed_attention(q, k.to("meta"), v, cu)
-    with pytest.raises(
-        ValueError, match=r"key and value must have equally many tokens .*\(4, 2, 8\) and \(3, 2, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"key and value must have equally many tokens .*\(4, 2, 8\) and \(3, 2, 8\)"):
         packed_attention(q, k, v[:3], cu)
     with pytest.raises(ValueError, match="equally many channels per head, got 8 and 7"):
         packed_attention(q, k[..., :7], v, cu)
@@ -274,9 +264,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 )
 def test_boundaries_are_a_row_of_int32(bad: Tensor) -> None:
     tensors = inputs(([4], [4]))
-    with pytest.raises(
-        ValueError, match=r"cu_seqlens_q must be an int32 tensor of shape \(segments \+ 1,\), got "
-    ):
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must be an int32 tensor of shape \(segments \+ 1,\), got "):
         packed_attention(*tensors, bad)
     with pytest.raises(ValueError, match="cu_seqlens_k must be an int32 tensor"):
         packed_attention(*tensors, boundaries([4]), bad)
@@ -304,12 +292,8 @@ def test_boundaries_must_agree() -> None:
 # --- compile and other devices
 
 
-def layer(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int | None
-) -> Tensor:
-    return packed_attention(
-        query * 2, key, value, cu_q, cu_k, max_seqlen_q=longest, max_seqlen_k=longest
-    ).sin()
+def layer(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int | None) -> Tensor:
+    return packed_attention(query * 2, key, value, cu_q, cu_k, max_seqlen_q=longest, max_seqlen_k=longest).sin()
 
 
 @pytest.mark.parametrize("longest", [8, None])

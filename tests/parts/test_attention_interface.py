@@ -79,12 +79,8 @@ def test_the_names_are_registered() -> None:
 
 
 def test_packed_models_see_the_packed_operation_under_sdpa() -> None:
-    assert (
-        PACKED_ATTENTION_FUNCTIONS.get_interface("sdpa", dense_attention_forward) is packed_attention_forward
-    )
-    assert (
-        PACKED_ATTENTION_FUNCTIONS.get_interface("eager", dense_attention_forward) is dense_attention_forward
-    )
+    assert PACKED_ATTENTION_FUNCTIONS.get_interface("sdpa", dense_attention_forward) is packed_attention_forward
+    assert PACKED_ATTENTION_FUNCTIONS.get_interface("eager", dense_attention_forward) is dense_attention_forward
     flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
     assert PACKED_ATTENTION_FUNCTIONS.get_interface("flex_attention", dense_attention_forward) is flex
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not packed_attention_forward
@@ -178,9 +174,7 @@ def test_a_decoder_compiles_whole() -> None:
     torch._dynamo.reset()
     model, batch = llama(), packed_batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
-    )
+    torch.testing.assert_close(compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
 
 
 # --- the function alone
@@ -213,9 +207,7 @@ def test_cross_attention_by_segments() -> None:
     output = call((query, key, value), cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     torch.testing.assert_close(output[0], packed_attention(*rows, cu_q, cu_k))
-    expected, _ = dense_attention_forward(
-        Layer(), query, key, value, None, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k
-    )
+    expected, _ = dense_attention_forward(Layer(), query, key, value, None, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
     torch.testing.assert_close(output, expected)
 
 

@@ -105,9 +105,7 @@ def test_labels_with_pieces_of_the_format_are_refused(label: str) -> None:
         encode([Region.point(1, 2, label)], SIZE, TAGGED)
 
 
-@pytest.mark.parametrize(
-    "label", ["cat (2)", "a, b", ",", "(", "12", "\u732b", "the (left, front) one", "x)"]
-)
+@pytest.mark.parametrize("label", ["cat (2)", "a, b", ",", "(", "12", "\u732b", "the (left, front) one", "x)"])
 def test_other_labels_come_back(label: str) -> None:
     regions = (Region.box(1, 2, 3, 4), Region.point(1, 2, label), Region.point(3, 4))
     assert decode(encode(regions, SIZE), SIZE).regions == regions

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tiny import navit, navit_config, packed_images
 from torch.nn import functional as F
 
+from tests.tiny import navit, navit_config, packed_images
 from vlparts import NaViTConfig, NaViTModel
 
 GRIDS = [(3, 5), (1, 1), (2, 7), (4, 4)]
@@ -39,7 +39,10 @@ def oracle(model: NaViTModel, patches: torch.Tensor, rows: int, columns: int) ->
         outputs = []
         for head in range(heads):
             part = slice(head * width, (head + 1) * width)
-            q, k = layer_norm(query[:, part], layer.self_attn.q_norm), layer_norm(key[:, part], layer.self_attn.k_norm)
+            q, k = (
+                layer_norm(query[:, part], layer.self_attn.q_norm),
+                layer_norm(key[:, part], layer.self_attn.k_norm),
+            )
             outputs.append(torch.softmax(q @ k.T / width**0.5, -1) @ value[:, part])
         hidden = hidden + layer.self_attn.o_proj(torch.cat(outputs, -1))
         hidden = hidden + layer.mlp.fc2(F.gelu(layer.mlp.fc1(layer_norm(hidden, layer.norm2))))

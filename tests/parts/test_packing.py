@@ -106,9 +106,7 @@ def test_a_length_must_be_a_positive_integer(length: Any) -> None:
         plan_packing([5, length], 10)
 
 
-@pytest.mark.parametrize(
-    "lengths", [torch.tensor([1.0]), torch.tensor([True]), np.array([1.5]), np.array([True])]
-)
+@pytest.mark.parametrize("lengths", [torch.tensor([1.0]), torch.tensor([True]), np.array([1.5]), np.array([True])])
 def test_a_container_must_hold_integers(lengths: Any) -> None:
     with pytest.raises(ValueError, match=r"lengths\[0\] must be an integer of at least 1"):
         plan_packing(lengths, 10)
@@ -159,9 +157,7 @@ def test_position_ids_in_raster_order() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "merge_size"), [(4, 6, 2), (3, 9, 3), (5, 7, 1), (2, 2, 2)])
-def test_merge_order_permutes_raster_positions_into_block_positions(
-    height: int, width: int, merge_size: int
-) -> None:
+def test_merge_order_permutes_raster_positions_into_block_positions(height: int, width: int, merge_size: int) -> None:
     frame = grid([[1, height, width]])
     order = merge_order(height, width, merge_size)
     assert order.dtype == torch.int64

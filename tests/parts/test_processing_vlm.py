@@ -1,9 +1,9 @@
 """The processor: placeholders, templates, and counts that do not match."""
 
 import pytest
-from tests.tiny import navit_config, picture, text_config, tokenizer
 
 import vlparts
+from tests.tiny import navit_config, picture, text_config, tokenizer
 from vlparts import NaViTImageProcessor, VisionLanguageProcessor
 
 
@@ -69,7 +69,11 @@ def test_unknown_blocks_are_refused() -> None:
         ([picture(8, 8)], ["no place"], "0 <image> tokens and 1 images"),
         (None, ["<image>"], "1 <image> tokens in the text but no images"),
         ([picture(8, 8)], ["<image> <image>"], "2 <image> tokens and 1 images"),
-        ([[picture(8, 8)], [picture(8, 8), picture(8, 8)]], ["<image> <image>", "<image>"], "Sample 0 has 2.*1 images"),
+        (
+            [[picture(8, 8)], [picture(8, 8), picture(8, 8)]],
+            ["<image> <image>", "<image>"],
+            "Sample 0 has 2.*1 images",
+        ),
         ([[picture(8, 8)], []], ["", "<image>"], "Sample 0 has 0.*1 images"),
     ],
 )

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 
 import vlparts
+from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import VisionLanguageConfig, VisionLanguageForConditionalGeneration
 from vlparts.parts.modeling_vlm import check_placeholders
 
@@ -113,9 +113,7 @@ def test_merged_patches_are_the_blocks_of_the_image() -> None:
     raster = torch.empty_like(features)
     raster[merge_order(4, 6, 2)] = features
     grid = raster.reshape(4, 6, 32)
-    expected = torch.stack(
-        [grid[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for i in range(2) for j in range(3)]
-    )
+    expected = torch.stack([grid[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for i in range(2) for j in range(3)])
     tokens = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
     torch.testing.assert_close(tokens, model.model.projector.projection(expected))
 
@@ -141,7 +139,9 @@ def test_packed_samples_have_the_loss_of_separate_ones() -> None:
         ids = inputs.pop("input_ids")
         attention_mask = inputs.pop("attention_mask")
         labels = ids.clone()
-        losses.append(model(input_ids=ids, attention_mask=attention_mask, labels=labels, **inputs).loss * (ids.numel() - 1))
+        losses.append(
+            model(input_ids=ids, attention_mask=attention_mask, labels=labels, **inputs).loss * (ids.numel() - 1)
+        )
         count += ids.numel() - 1
         samples.append(Sample(ids[0], labels[0], inputs))
     packed = model(**collate_packed([samples]))

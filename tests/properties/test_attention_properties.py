@@ -37,15 +37,11 @@ def attend(tensors: tuple[Tensor, ...], pairs: list[tuple[int, int]], causal: bo
 
 
 def gradients(output: Tensor, tensors: tuple[Tensor, ...], direction: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        (output.double() * direction).sum(), tensors, allow_unused=True, materialize_grads=True
-    )
+    return torch.autograd.grad((output.double() * direction).sum(), tensors, allow_unused=True, materialize_grads=True)
 
 
 @given(segments, head_counts, st.booleans())
-def test_the_fast_path_is_the_dense_mask(
-    pairs: list[tuple[int, int]], heads: tuple[int, int], causal: bool
-) -> None:
+def test_the_fast_path_is_the_dense_mask(pairs: list[tuple[int, int]], heads: tuple[int, int], causal: bool) -> None:
     tensors = draw_tensors(pairs, heads)
     output = attend(tensors, pairs, causal)
     query, key, value = tensors
@@ -92,9 +88,7 @@ def test_the_order_of_segments_is_free(pairs: list[tuple[int, int]], random: Ran
     shuffled = tuple(torch.cat([x[:0], *(p[i] for i in order)]) for x, p in zip(tensors, parts, strict=True))
     output = attend(shuffled, [pairs[i] for i in order], causal)
     outputs = attend(tensors, pairs, causal).split([pair[0] for pair in pairs])
-    torch.testing.assert_close(
-        output, torch.cat([output[:0], *(outputs[i] for i in order)]), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(output, torch.cat([output[:0], *(outputs[i] for i in order)]), rtol=1e-12, atol=1e-12)
 
 
 @given(segments.filter(len), st.data(), types)

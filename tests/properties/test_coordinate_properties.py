@@ -37,9 +37,7 @@ sides = st.integers(1, 20_000) | st.sampled_from([1, 2, 3, 997, 999, 1000, 1001,
 sizes = st.tuples(sides, sides)
 unit = st.floats(0, 1)
 # Characters of the grammar, their look-alikes, and others.
-hostile = st.text(
-    st.sampled_from("(),0123456789 \n;-.a<ref>/\uff08\uff09\uff0c\uff11\u0661\u3001\u2028"), max_size=60
-)
+hostile = st.text(st.sampled_from("(),0123456789 \n;-.a<ref>/\uff08\uff09\uff0c\uff11\u0661\u3001\u2028"), max_size=60)
 unlabelled = st.none()
 labels = st.none() | hostile | st.text(max_size=12)
 
@@ -99,9 +97,7 @@ def test_regions_come_back_close_and_in_order(
 
 
 @given(drawn=region_lists(labels), fmt=formats)
-def test_a_label_comes_back_or_is_refused(
-    drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat
-) -> None:
+def test_a_label_comes_back_or_is_refused(drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat) -> None:
     regions, size = drawn
     try:
         text = encode(regions, size, fmt)
@@ -171,9 +167,7 @@ def test_a_cut_text_gives_the_regions_before_the_cut(
 
 
 @given(drawn=region_lists(), fmt=formats)
-def test_one_by_one_equals_together(
-    drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat
-) -> None:
+def test_one_by_one_equals_together(drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat) -> None:
     regions, size = drawn
     assert encode(regions, size, fmt) == fmt.separator.join(encode([region], size, fmt) for region in regions)
     boxes = [region.xyxy for region in regions if region.kind == "box"]

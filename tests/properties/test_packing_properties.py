@@ -111,14 +111,9 @@ def test_index_tensors_agree_with_loops(rows: list[tuple[int, int, int]], merge_
     assert cu_seqlens.diff().tolist() == frames
     assert cu_seqlens[-1] == total
     assert get_max_seqlen(cu_seqlens) == max(frames, default=0)
-    assert segment_ids(cu_seqlens, total).tolist() == [
-        i for i, size in enumerate(frames) for _ in range(size)
-    ]
+    assert segment_ids(cu_seqlens, total).tolist() == [i for i, size in enumerate(frames) for _ in range(size)]
     positions = [
-        divmod(place, w)
-        for t, h, w in rows
-        for _ in range(t)
-        for place in merge_order(h, w, merge_size).tolist()
+        divmod(place, w) for t, h, w in rows for _ in range(t) for place in merge_order(h, w, merge_size).tolist()
     ]
     assert get_position_ids(grid, merge_size).tolist() == [list(p) for p in positions]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import navit, packed_images, picture, text_config, tokenizer, vision_config
-from tests.parts.test_vlm import chat, composed
 
+from tests.parts.test_vlm import chat, composed
+from tests.tiny import navit, packed_images, picture, text_config, tokenizer, vision_config
 from vlparts import NaViTImageProcessor
 from vlparts.isolation import environment_without, run_without
 
@@ -51,7 +51,8 @@ COMPOSED = (
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 from PIL import Image
 image = Image.open(work / "picture.png")
-chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Where is the cat?"}]}]
+blocks = [{"type": "image", "image": image}, {"type": "text", "text": "Where is the cat?"}]
+chat = [{"role": "user", "content": blocks}]
 def outputs(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -108,7 +109,11 @@ def test_a_composed_model_and_its_processor(bare_python: Path, tmp_path: Path, v
     picture(21, 10).save(tmp_path / "picture.png")
     run_without(bare_python, COMPOSED, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
     inputs = processor.apply_chat_template(
-        [chat([picture(21, 10)])], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        [chat([picture(21, 10)])],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
     )
     found = load_file(tmp_path / "outputs.safetensors")
     with torch.no_grad():

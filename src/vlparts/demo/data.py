@@ -13,7 +13,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 _TRAIN_SHARE = 0.75
-_COLOURS = ((255, 255, 255), (255, 230, 0), (0, 255, 255), (255, 0, 255), (0, 0, 0), (255, 40, 40), (60, 255, 60))
+_COLOURS = (
+    (255, 255, 255),
+    (255, 230, 0),
+    (0, 255, 255),
+    (255, 0, 255),
+    (0, 0, 0),
+    (255, 40, 40),
+    (60, 255, 60),
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,11 @@ def _record(file: str, value: int, box: tuple[float, ...]) -> dict:
 
 
 def _make_image(
-    photographs: list[np.ndarray], digits: np.ndarray, values: np.ndarray, task: Task, chance: np.random.Generator
+    photographs: list[np.ndarray],
+    digits: np.ndarray,
+    values: np.ndarray,
+    task: Task,
+    chance: np.random.Generator,
 ) -> tuple[Image.Image, list[tuple[int, tuple[float, ...]]]]:
     """A crop of a photograph with digits in it, and the value and box of each digit."""
     photograph = photographs[chance.integers(len(photographs))]

@@ -143,7 +143,7 @@ def _seconds_per_step(config: TrainConfig) -> float:
 
 
 def _draw(items: list[dict[str, Any]], path: Path) -> None:
-    from .. import show
+    from ..show import box_grid
 
     pictures = [
         {
@@ -154,7 +154,7 @@ def _draw(items: list[dict[str, Any]], path: Path) -> None:
         }
         for item in items[:16]
     ]
-    show.box_grid(pictures, path)
+    box_grid(pictures, path)
 
 
 def _report(console: Console, figures: Score, metrics: dict[str, Any], out: Path) -> None:

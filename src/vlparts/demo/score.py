@@ -54,7 +54,8 @@ def read_answers(questions: Path, answers: list[str]) -> list[dict[str, Any]]:
         with Image.open(questions.parent / record["image"]) as opened:
             image = opened.convert("RGB")
         wanted = record["messages"][-1]["content"][0]
-        truth = Region.box(*wanted["box"], label=wanted["label"])
+        x1, y1, x2, y2 = wanted["box"]
+        truth = Region.box(x1, y1, x2, y2, wanted["label"])
         result = decode(answer, image.size, on_error="collect")
         whole = result.spans == ((0, len(answer)),) and not result.errors
         predicted = result.regions[0] if whole and result.regions[0].kind == "box" else None

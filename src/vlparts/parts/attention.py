@@ -85,9 +85,7 @@ def packed_attention(
     if max_seqlen_k is None:
         max_seqlen_k = max_seqlen_q if same_segments else _longest(cu_seqlens_k, key)
     operations = torch.ops.vlparts
-    attend = (
-        operations.packed_attention_opaque if torch.compiler.is_compiling() else operations.packed_attention
-    )
+    attend = operations.packed_attention_opaque if torch.compiler.is_compiling() else operations.packed_attention
     return attend(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
 
 
@@ -120,9 +118,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query and key must have equally many channels per head, got {query.shape[2]} and {key.shape[2]}"
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"the heads of key must divide the heads of query, got {key.shape[1]} and {query.shape[1]}"
-        )
+        raise ValueError(f"the heads of key must divide the heads of query, got {key.shape[1]} and {query.shape[1]}")
 
 
 def _check_boundaries(cu_seqlens: Tensor, name: str, query: Tensor) -> None:
@@ -181,9 +177,7 @@ def packed_attention_forward(
         ValueError: attention sinks (`s_aux`) or soft caps, which neither has.
     """
     if kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f"{PACKED_ATTENTION_NAME} has no attention sinks (s_aux): choose another implementation"
-        )
+        raise ValueError(f"{PACKED_ATTENTION_NAME} has no attention sinks (s_aux): choose another implementation")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if cu_seq_lens_q is not None and query.shape[0] == 1 and kwargs.get("cache") is None:
         cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k

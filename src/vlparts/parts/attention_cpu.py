@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_reference import attend, join_segments, segment_lengths
+from .attention_reference import attend, join_segments, segment_lengths, split_heads_first
 
 # Segments up to this length are copied next to others of equal length and computed as one batch. Gain on
 # 2 cores of an AVX-512 CPU: tenfold at 16 tokens, 1.3 to 1.8 at 64, 1.05 to 1.2 at 128, none from 256.
-BATCH_UP_TO = 128
+BATCH_UP_TO = 32
 
 # In bfloat16 training, segments up to this length go through `_BFloat16Attention`. Forward and backward take
 # this share of the time of fused SDPA (8 heads of 64 channels, 2 cores of a Zen 5): 0.64 at 64 tokens, 0.44 at
@@ -56,59 +56,53 @@ def packed_attention_cpu(
     lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k")
     pairs = groupby(zip(lengths_q, lengths_k, strict=True))
     runs = [_Run(len(list(same)), *pair) for pair, same in pairs]
-    queries = query.split([run.segments * run.length_q for run in runs])
-    keys = key.split([run.segments * run.length_k for run in runs])
-    values = value.split([run.segments * run.length_k for run in runs])
+    queries = split_heads_first(query, [run.segments * run.length_q for run in runs])
+    keys = split_heads_first(key, [run.segments * run.length_k for run in runs])
+    values = split_heads_first(value, [run.segments * run.length_k for run in runs])
+    explicit = _trains_in_bfloat16(query, key, value) and not causal
     outputs: dict[int, Tensor] = {}
     for members in _buckets(runs):
-        count = sum(runs[i].segments for i in members)
-        output = _attend_batch(
-            _batch([queries[i] for i in members], count, runs[members[0]].length_q),
-            _batch([keys[i] for i in members], count, runs[members[0]].length_k),
-            _batch([values[i] for i in members], count, runs[members[0]].length_k),
-            scale,
-            causal,
-        )
-        for i, part in zip(members, output.split([runs[i].segments for i in members]), strict=True):
-            outputs[i] = part.flatten(0, 1)
+        counts = [runs[i].segments for i in members]
+        batch = [_batch([parts[i] for i in members], sum(counts)) for parts in (queries, keys, values)]
+        short = 0 < max(runs[members[0]][1:]) <= BFLOAT16_TRAINING_UP_TO
+        output = _attend_explicitly(*batch, scale) if explicit and short else attend(*batch, scale, causal)
+        outputs.update(zip(members, output.split(counts) if len(counts) > 1 else (output,), strict=True))
     return join_segments([outputs[i] for i in range(len(runs))], query, value)
 
 
 def _buckets(runs: Sequence[_Run]) -> list[list[int]]:
     """Indices of the runs that are computed together."""
     buckets: dict[tuple[int, ...], list[int]] = {}
-    for index, run in enumerate(runs):
-        short = max(run.length_q, run.length_k) <= BATCH_UP_TO
-        buckets.setdefault((run.length_q, run.length_k, -1 if short else index), []).append(index)
+    for index, (_, length_q, length_k) in enumerate(runs):
+        apart = index if max(length_q, length_k) > BATCH_UP_TO else -1
+        buckets.setdefault((length_q, length_k, apart), []).append(index)
     return list(buckets.values())
 
 
-def _batch(parts: list[Tensor], count: int, length: int) -> Tensor:
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return joined.reshape(count, length, *joined.shape[1:])
+def _batch(parts: list[Tensor], count: int) -> Tensor:
+    """Runs `(1, H, segments * length, D)` of one length as `(count, H, length, D)`."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return joined if count == 1 else joined[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
-def _attend_batch(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """Attention of `(B, Lq, H, D)` by the kernel that is fastest for type, length and grad mode."""
-    length_q, length_k = query.shape[1], key.shape[1]
-    if (
-        query.dtype != torch.bfloat16
-        or causal
-        or min(length_q, length_k) == 0
-        or max(length_q, length_k) > BFLOAT16_TRAINING_UP_TO
-        or query.shape[2] != key.shape[2]
-        or not torch.is_grad_enabled()
-        or not (query.requires_grad or key.requires_grad or value.requires_grad)
-    ):
-        return attend(query, key, value, scale, causal)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    step = max(1, SCORES_AT_A_TIME // (query.shape[2] * length_q * length_k))
+def _trains_in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    )
+
+
+def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention of `(B, H, Lq, D)` by `_BFloat16Attention`, so many segments at a time that the scores fit."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    step = max(1, SCORES_AT_A_TIME // (query.shape[1] * query.shape[2] * key.shape[2]))
     pieces = zip(query.split(step), key.split(step), value.split(step), strict=True)
-    outputs = [
-        _BFloat16Attention.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), factor)[0]
-        for q, k, v in pieces
-    ]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).transpose(1, 2)
+    outputs = [_BFloat16Attention.apply(*piece, scale)[0] for piece in pieces]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class _BFloat16Attention(torch.autograd.Function):

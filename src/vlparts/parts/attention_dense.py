@@ -86,9 +86,7 @@ def _check_segments(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> N
         segment_lengths(cu_k, key.shape[2], "cu_seq_lens_k")
 
 
-def block_mask(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, length_q: int, length_k: int, causal: bool
-) -> Tensor:
+def block_mask(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, length_q: int, length_k: int, causal: bool) -> Tensor:
     """Which query sees which key.
 
     Args:

@@ -90,9 +90,7 @@ def _opaque_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None, None, None, None
 
 
-def _opaque_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any
-) -> tuple[Tensor, ...]:
+def _opaque_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     """Recompute the forward pass under autograd, so that every device's own backward kernel is used."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]

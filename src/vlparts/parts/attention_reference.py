@@ -59,32 +59,40 @@ def packed_attention_reference(
     """
     lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
     lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k")
-    segments = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
-    return join_segments(
-        [attend(q[None], k[None], v[None], scale, causal)[0] for q, k, v in segments], query, value
+    queries, keys, values = (
+        split_heads_first(query, lengths_q),
+        split_heads_first(key, lengths_k),
+        split_heads_first(value, lengths_k),
     )
+    segments = zip(queries, keys, values, strict=True)
+    return join_segments([attend(q, k, v, scale, causal) for q, k, v in segments], query, value)
+
+
+def split_heads_first(tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Views `(1, H, length, D)` of the segments of `(L, H, D)`, which is how SDPA wants them."""
+    return tokens.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """Attention of `(B, Lq, H, D)` over `(B, Lk, Hkv, D)`; queries that see no key give zeros."""
-    length_q, length_k = query.shape[1], key.shape[1]
+    """Attention of `(B, H, Lq, D)` over `(B, Hkv, Lk, D)`; queries that see no key give zeros."""
+    length_q, length_k = query.shape[2], key.shape[2]
     if length_q == 0 or length_k == 0:
         return zeros_like_output(query, value)
     if causal and length_q > length_k:
-        blind, seeing = query.split((length_q - length_k, length_k), dim=1)
-        return torch.cat((zeros_like_output(blind, value), attend(seeing, key, value, scale, causal)), dim=1)
+        blind, seeing = query.split((length_q - length_k, length_k), dim=2)
+        return torch.cat((zeros_like_output(blind, value), attend(seeing, key, value, scale, causal)), dim=2)
     mask = None
     if causal and length_q < length_k:
         mask = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(length_k - length_q)
     return F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
         attn_mask=mask,
         is_causal=causal and mask is None,
         scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    ).transpose(1, 2)
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def zeros_like_output(query: Tensor, value: Tensor) -> Tensor:
@@ -93,7 +101,11 @@ def zeros_like_output(query: Tensor, value: Tensor) -> Tensor:
 
 
 def join_segments(outputs: list[Tensor], query: Tensor, value: Tensor) -> Tensor:
-    """Put the outputs of the segments one after the other."""
-    if len(outputs) == 1:
-        return outputs[0].contiguous()
-    return torch.cat(outputs) if outputs else zeros_like_output(query, value)
+    """Put outputs `(B, H, length, Dv)`, one after the other, into `(L, H, Dv)`."""
+    if not outputs:
+        return zeros_like_output(query, value)
+    rows = [
+        output.transpose(1, 2) if len(output) == 1 else output.transpose(1, 2).flatten(0, 1)[None]
+        for output in outputs
+    ]
+    return rows[0][0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)[0]

@@ -59,6 +59,11 @@ class VisionLanguageConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
 
+    @property
+    def merge_size(self) -> int:
+        """`spatial_merge_size`, which is always set once the configuration is built."""
+        return self.spatial_merge_size or 1
+
     def validate_composition(self) -> None:
         """Check that the parts fit together.
 

@@ -71,9 +71,7 @@ class CoordinateFormat:
         if not 1 <= self.digits <= 9:
             raise ValueError(f"digits must lie in 1..9, got {self.digits}")
         if not 2 <= self.levels <= 10**self.digits:
-            raise ValueError(
-                f"levels must lie in 2..{10**self.digits} for {self.digits} digits, got {self.levels}"
-            )
+            raise ValueError(f"levels must lie in 2..{10**self.digits} for {self.digits} digits, got {self.levels}")
         if self.rounding not in ("round", "floor"):
             raise ValueError(f"rounding must be 'round' or 'floor', got {self.rounding!r}")
         # With a smaller denominator a code could stand for a place outside the image.
@@ -90,14 +88,10 @@ class CoordinateFormat:
             if not isinstance(piece, str) or re.search(r"[()\uff08\uff09]", piece):
                 raise ValueError(f"{field} must be a str without parentheses, got {piece!r}")
         if self.separator in ("", JOIN):
-            raise ValueError(
-                f"separator must not be empty nor {JOIN!r}, which joins a box; got {self.separator!r}"
-            )
+            raise ValueError(f"separator must not be empty nor {JOIN!r}, which joins a box; got {self.separator!r}")
         for field in ("label_open", "label_close"):
             if self.separator in getattr(self, field):
-                raise ValueError(
-                    f"separator {self.separator!r} must not occur in {field} {getattr(self, field)!r}"
-                )
+                raise ValueError(f"separator {self.separator!r} must not occur in {field} {getattr(self, field)!r}")
 
 
 PADDED = CoordinateFormat(name="openpangu")
@@ -131,9 +125,7 @@ def _check_size(size: ArrayLike) -> NDArray[np.float64]:
     return sides.astype(np.float64)
 
 
-def quantize(
-    values: ArrayLike, size: ArrayLike, format: CoordinateFormat | str | None = None
-) -> NDArray[np.int64]:
+def quantize(values: ArrayLike, size: ArrayLike, format: CoordinateFormat | str | None = None) -> NDArray[np.int64]:
     """Turn pixel coordinates into codes by the format's rule (see `CoordinateFormat`).
 
     Args:
@@ -162,9 +154,7 @@ def quantize(
     return np.minimum(codes, fmt.levels - 1).astype(np.int64)
 
 
-def dequantize(
-    codes: ArrayLike, size: ArrayLike, format: CoordinateFormat | str | None = None
-) -> NDArray[np.float64]:
+def dequantize(codes: ArrayLike, size: ArrayLike, format: CoordinateFormat | str | None = None) -> NDArray[np.float64]:
     """Turn codes into pixel coordinates by the format's rule (see `CoordinateFormat`).
 
     Args:

@@ -3,17 +3,21 @@
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs
-
-from PIL import Image
 
 from .images import fit_to_grid, to_rgb
 
 
-class NaViTImageProcessorKwargs(ImagesKwargs, total=False):
+class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of [`NaViTImageProcessor`] beyond those of every image processor."""
 
     patch_size: int
@@ -127,7 +131,7 @@ class NaViTImageProcessor(PilBackend):
         packed, grids = [], []
         for image in images:
             if do_resize:
-                height, width = self._target_size(*image.shape[-2:], options)
+                height, width = self._target_size(image.shape[-2], image.shape[-1], options)
                 if image.shape[-2:] != (height, width):
                     image = self.resize(image, SizeDict(height=height, width=width), resample)
             if do_rescale:
@@ -156,9 +160,7 @@ class NaViTImageProcessor(PilBackend):
         new_height, new_width = self._target_size(height, width, options)
         return 1, new_height // options["patch_size"], new_width // options["patch_size"]
 
-    def get_number_of_image_patches(
-        self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
-    ) -> int:
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Patches that an image of this size will be cut into (the name that inference servers call)."""
         _, rows, columns = self.get_grid_thw(height, width, **(images_kwargs or {}))
         return rows * columns

@@ -70,7 +70,9 @@ def fit_to_grid(
         ValueError: If a side is not positive, the limits make no sense, or the aspect ratio is too extreme.
     """
     if height < 1 or width < 1:
-        raise ValueError(f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1.")
+        raise ValueError(
+            f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1."
+        )
     if not factor**2 <= max_pixels or not min_pixels <= max_pixels:
         raise ValueError(
             f"`max_pixels` must be at least {factor}**2 and at least `min_pixels`, got {max_pixels} "

@@ -100,10 +100,9 @@ class NaViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
-        norm = {"eps": config.layer_norm_eps, "bias": config.layer_norm_bias}
-        self.norm1 = nn.LayerNorm(config.hidden_size, **norm)
+        self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=config.layer_norm_bias)
         self.self_attn = NaViTAttention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, **norm)
+        self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=config.layer_norm_bias)
         self.mlp = NaViTMLP(config)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, **kwargs: Any) -> Tensor:
@@ -172,9 +171,10 @@ class NaViTModel(NaViTPreTrainedModel):
 
         Args:
             pixel_values: `(L, C*P*P)` flattened patches of all images, image after image, channels first inside a
-                patch; the order of patches inside an image is that of `image_processor`.
+                patch; the order of patches inside an image is that of [`get_position_ids`].
             image_grid_thw: `(n, 3)` int64, frames, rows and columns of each image in patches.
-            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts, one segment for each frame; computed if absent.
+            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts, one segment for each frame; computed if
+                absent.
             max_seqlen: Longest segment; computed if absent.
             position_ids: `(L, 2)` int64, row and column of each patch; computed if absent.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
@@ -188,9 +188,7 @@ class NaViTModel(NaViTPreTrainedModel):
         """
         features = self.embeddings.patch_embedding.in_features
         if pixel_values.ndim != 2 or pixel_values.shape[1] != features:
-            raise ValueError(
-                f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}."
-            )
+            raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
             validate_grid(image_grid_thw, pixel_values.shape[0], self.config.spatial_merge_size)
         if cu_seqlens is None:

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
@@ -77,7 +81,7 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
             config.projector_type,
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
-            config.spatial_merge_size,
+            config.merge_size,
         )
         self.language_model = model_from_config(config.text_config)
         self.post_init()
@@ -121,14 +125,14 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
             pixel_attention_mask,
             spatial_shapes,
             layer=self.config.vision_feature_layer,
-            merge_size=self.config.spatial_merge_size,
+            merge_size=self.config.merge_size,
             **{name.removeprefix("image_"): value for name, value in kwargs.items() if name.startswith("image_")},
         )
         tokens = self.projector(features)
         if torch.compiler.is_compiling():
             outputs.pooler_output = (tokens,)
         else:
-            outputs.pooler_output = tokens.split((patches // self.config.spatial_merge_size**2).tolist())
+            outputs.pooler_output = tokens.split((patches // self.config.merge_size**2).tolist())
         return outputs
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
@@ -187,7 +191,12 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             images = self.get_image_features(
-                pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, return_dict=True, **image_kwargs
+                pixel_values,
+                image_grid_thw,
+                pixel_attention_mask,
+                spatial_shapes,
+                return_dict=True,
+                **image_kwargs,
             )
         if images is not None:
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
@@ -267,11 +276,23 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the model; the arguments that are not listed here are those of [`VisionLanguageModel.forward`].
+        """Run the model and, with `labels`, compute the loss.
 
         Args:
+            input_ids: See [`VisionLanguageModel.forward`], as for all that are not described here.
+            attention_mask: As above.
+            position_ids: As above.
+            past_key_values: As above.
+            inputs_embeds: As above.
+            pixel_values: As above.
+            image_grid_thw: As above.
+            pixel_attention_mask: As above.
+            spatial_shapes: As above.
+            mm_encoder_outputs: As above.
+            use_cache: As above.
             labels: `(B, S)` int64, -100 where no loss is wanted; shifted by the loss.
             logits_to_keep: Logits of the last so many positions only, or of the positions in a tensor; 0 for all.
+            **kwargs: As above.
 
         Returns:
             `loss` (if `labels` are given), `logits` `(B, S, vocabulary)`, `past_key_values`, `hidden_states`,

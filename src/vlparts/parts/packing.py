@@ -156,8 +156,7 @@ def validate_grid(image_grid_thw: Tensor, num_patches: int, spatial_merge_size: 
     for index, (frames, height, width) in enumerate(image_grid_thw.tolist()):
         if min(frames, height, width) < 1:
             raise ValueError(
-                f"image_grid_thw[{index}] must hold positive frames, rows and columns, "
-                f"got {[frames, height, width]}"
+                f"image_grid_thw[{index}] must hold positive frames, rows and columns, got {[frames, height, width]}"
             )
         if height % merge_size or width % merge_size:
             raise ValueError(
@@ -170,11 +169,7 @@ def validate_grid(image_grid_thw: Tensor, num_patches: int, spatial_merge_size: 
 
 
 def _check_grid_layout(image_grid_thw: Tensor) -> None:
-    if (
-        image_grid_thw.dtype not in _INTEGER_DTYPES
-        or image_grid_thw.ndim != 2
-        or image_grid_thw.shape[1] != 3
-    ):
+    if image_grid_thw.dtype not in _INTEGER_DTYPES or image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
         raise ValueError(
             "image_grid_thw must be an integer tensor of shape (n, 3), got "
             f"{image_grid_thw.dtype} of shape {tuple(image_grid_thw.shape)}"

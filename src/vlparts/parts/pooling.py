@@ -52,8 +52,6 @@ class MaskedAttentionPooling(nn.Module):
         key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         one_each = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
-        pooled = packed_attention(
-            query, key, value, one_each, cu_seqlens, max_seqlen_q=1, max_seqlen_k=max_seqlen
-        )
+        pooled = packed_attention(query, key, value, one_each, cu_seqlens, max_seqlen_q=1, max_seqlen_k=max_seqlen)
         pooled = self.o_proj(pooled.flatten(-2))
         return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))

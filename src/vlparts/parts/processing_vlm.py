@@ -68,7 +68,10 @@ class VisionLanguageProcessor(ProcessorMixin):
         nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
         if nested and samples is not None and len(images) == len(samples):
             for index, (sample, group) in enumerate(zip(samples, images, strict=True)):
-                given, placeholders = len(make_flat_list_of_images(group) if group else []), sample.count(self.image_token)
+                given, placeholders = (
+                    len(make_flat_list_of_images(group) if group else []),
+                    sample.count(self.image_token),
+                )
                 if given != placeholders:
                     raise ValueError(
                         f"Sample {index} has {placeholders} {self.image_token} tokens in `text`, but {given} images."

@@ -126,9 +126,7 @@ def check_boxes(boxes: ArrayLike, name: str) -> NDArray[np.float64]:
     if given.size == 0 and given.ndim in (1, 2) and given.shape[-1] in (0, 4):
         return np.zeros((0, 4))
     if given.dtype.kind not in "iuf" or given.ndim != 2 or given.shape[1] != 4:
-        raise ValueError(
-            f"{name} must be an (n, 4) array of numbers, got shape {given.shape}, dtype {given.dtype}"
-        )
+        raise ValueError(f"{name} must be an (n, 4) array of numbers, got shape {given.shape}, dtype {given.dtype}")
     array = given.astype(np.float64)
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():

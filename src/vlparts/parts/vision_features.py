@@ -76,7 +76,10 @@ def encode_images(
         _require(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
         outputs = tower(pixel_values, pixel_attention_mask, spatial_shapes, **wants_layers)
         rows = _select(outputs, layer)
-        features = [_reorder(row, *shape, merge_size) for row, shape in zip(rows, spatial_shapes.tolist(), strict=True)]
+        features = [
+            _reorder(row, height, width, merge_size)
+            for row, (height, width) in zip(rows, spatial_shapes.tolist(), strict=True)
+        ]
         return outputs, torch.cat(features), spatial_shapes.prod(-1)
     outputs = tower(pixel_values, **wants_layers)
     rows = _select(outputs, layer)

@@ -31,9 +31,7 @@ def config_from_dict(fields: dict, argument: str) -> PreTrainedConfig:
         return VISION_PARTS[model_type][0](**fields)
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type](**fields)
-    raise ValueError(
-        f"`{argument}` must have a 'model_type' that transformers or vlparts knows, got {model_type!r}."
-    )
+    raise ValueError(f"`{argument}` must have a 'model_type' that transformers or vlparts knows, got {model_type!r}.")
 
 
 def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:

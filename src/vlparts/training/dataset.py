@@ -57,7 +57,9 @@ class SampleDataset(Dataset):
             if self._cache is not None:
                 self._cache.append(sample)
         if not self.lines:
-            raise RecordError(f"{records.path}: no usable record ({len(records.skipped)} skipped); expected at least one.")
+            raise RecordError(
+                f"{records.path}: no usable record ({len(records.skipped)} skipped); expected at least one."
+            )
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -78,7 +78,8 @@ class Message(_Strict):
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[
-        tuple[Block, ...], BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
+        tuple[Block, ...],
+        BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value]),
     ]
 
 

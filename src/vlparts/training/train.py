@@ -115,7 +115,11 @@ def _dataset(
     config: TrainConfig, records: RecordFile, processor: VisionLanguageProcessor, args: TrainingArguments
 ) -> SampleDataset:
     encoder = SampleEncoder(
-        processor, records.path.parent, config.on_outside, config.coordinate_format, max_length=config.capacity
+        processor,
+        records.path.parent,
+        config.on_outside,
+        config.coordinate_format,
+        max_length=config.capacity,
     )
     show = not args.disable_tqdm and args.process_index == 0
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
