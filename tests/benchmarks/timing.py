@@ -65,6 +65,6 @@ def machine_line() -> str:
     command = " ".join(["python", *sys.orig_argv[1:]])
     return (
         f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{command}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; {command}"
     )

@@ -177,6 +177,23 @@ def test_a_decoder_compiles_whole() -> None:
     torch.testing.assert_close(compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
 
 
+def test_boundaries_of_the_prompt_do_not_reach_compiled_decoding() -> None:
+    """Compiled code cannot read the boundaries: causal attention over more keys than queries has a cache."""
+    torch._dynamo.reset()
+    query, key, value = heads(3, 10)
+    mask = torch.ones(1, 1, 3, 10, dtype=torch.bool).tril(7)
+    cu_q, cu_k = boundaries([1, 2]), boundaries([4, 6])
+
+    def decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kwargs = dict(cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k, max_length_q=2, max_length_k=6)
+        return packed_attention_forward(Layer(is_causal=True), query, key, value, mask, **kwargs)[0]
+
+    expected, _ = dense_attention_forward(Layer(), query, key, value, mask)
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key, value), expected)
+    torch.testing.assert_close(decode(query, key, value), expected)
+
+
 # --- the function alone
 
 
@@ -298,6 +315,16 @@ def test_dense_masks_join_the_segments(kind: str) -> None:
     torch.testing.assert_close(output[:, rows], expected.transpose(1, 2)[:, rows])
     assert output[:, ~rows].count_nonzero() == 0
     assert weights[:, :, ~rows].count_nonzero() == 0
+
+
+def test_a_dense_mask_alone_says_what_is_causal() -> None:
+    tensors, mask = heads(), torch.rand(1, 1, 10, 10) < 0.8
+    output, _ = dense_attention_forward(Layer(is_causal=True), *tensors, mask)
+    expected, _ = dense_attention_forward(Layer(), *tensors, mask)
+    assert torch.equal(output, expected)
+    within, weights = dense_attention_forward(Layer(is_causal=True), *tensors, mask, cu_seq_lens_q=boundaries(LENGTHS))
+    assert weights.triu(1).count_nonzero() == 0
+    assert not torch.equal(within, output)
 
 
 def test_dense_rows_without_keys_have_no_gradient() -> None:

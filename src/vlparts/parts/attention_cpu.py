@@ -14,14 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from .attention_reference import attend, join_segments, segment_lengths, split_heads_first
 
-# Segments up to this length are copied next to others of equal length and computed as one batch. Gain on
-# 2 cores of an AVX-512 CPU: tenfold at 16 tokens, 1.3 to 1.8 at 64, 1.05 to 1.2 at 128, none from 256.
+# Segments up to this length are copied next to others of equal length and computed as one batch. Copied, eight
+# segments take this share of the time of eight calls (8 heads of 64 channels, 2 cores of a Zen 5): 0.7 to 0.8 at
+# 8 or 16 tokens, 0.86 at 32, about 1 from 64 up. Neighbours of equal length need no copy and always gain.
 BATCH_UP_TO = 32
 
-# In bfloat16 training, segments up to this length go through `_BFloat16Attention`. Forward and backward take
-# this share of the time of fused SDPA (8 heads of 64 channels, 2 cores of a Zen 5): 0.64 at 64 tokens, 0.44 at
-# 128, 0.52 at 256, 0.55 at 512, 0.9 at 1024, 1.6 at 2048. Its Lq * Lk weights per head stay in memory until the
-# backward pass, hence the bound of 512. In float32, and without gradients, fused SDPA won at every length.
+# In bfloat16 training, segments up to this length go through `_BFloat16Attention`. Forward and backward take this
+# share of the time of fused SDPA (same heads and machine): 0.64 at 64 tokens, 0.44 at 128, 0.52 at 256, 0.55 at
+# 512, 0.9 at 1024, 1.6 at 2048. Its Lq * Lk weights per head stay in memory until the backward pass, hence the
+# bound of 512. In float32, and without gradients, fused SDPA won at every length.
 BFLOAT16_TRAINING_UP_TO = 512
 
 # Largest number of scores that `_BFloat16Attention` holds at a time: 8 MiB, which still fits the caches.
@@ -63,9 +64,11 @@ def packed_attention_cpu(
     outputs: dict[int, Tensor] = {}
     for members in _buckets(runs):
         counts = [runs[i].segments for i in members]
-        batch = [_batch([parts[i] for i in members], sum(counts)) for parts in (queries, keys, values)]
-        short = 0 < max(runs[members[0]][1:]) <= BFLOAT16_TRAINING_UP_TO
-        output = _attend_explicitly(*batch, scale) if explicit and short else attend(*batch, scale, causal)
+        q, k, v = (_batch([parts[i] for i in members], sum(counts)) for parts in (queries, keys, values))
+        if explicit and _is_short(runs[members[0]]):
+            output = _attend_explicitly(q, k, v, scale)
+        else:
+            output = attend(q, k, v, scale, causal)
         outputs.update(zip(members, output.split(counts) if len(counts) > 1 else (output,), strict=True))
     return join_segments([outputs[i] for i in range(len(runs))], query, value)
 
@@ -83,6 +86,11 @@ def _batch(parts: list[Tensor], count: int) -> Tensor:
     """Runs `(1, H, segments * length, D)` of one length as `(count, H, length, D)`."""
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return joined if count == 1 else joined[0].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _is_short(run: _Run) -> bool:
+    """Whether explicit weights are worth their memory; without queries or keys there are none."""
+    return min(run.length_q, run.length_k) > 0 and max(run.length_q, run.length_k) <= BFLOAT16_TRAINING_UP_TO
 
 
 def _trains_in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -29,9 +29,11 @@ class TrainConfig(BaseModel):
         packing: Pack samples into one row with attention inside each; False pads them to a batch instead.
         epochs: Passes over the data.
         max_steps: Optimiser steps; replaces `epochs` if positive.
+        optimizer: "adamw", or "muon": Muon for the matrices of layers and AdamW for the rest, which learns faster from
+            nothing.
         learning_rate: Peak learning rate.
         warmup_ratio: Share of the steps in which the learning rate rises.
-        weight_decay: AdamW's weight decay.
+        weight_decay: Decoupled weight decay.
         gradient_accumulation_steps: Micro-batches for one optimiser step.
         seed: Seed of weights and order.
         save_steps: Steps between checkpoints.
@@ -63,6 +65,7 @@ class TrainConfig(BaseModel):
     packing: bool = True
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int = -1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)

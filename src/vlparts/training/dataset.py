@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..parts.packing import plan_packing
-from .encoding import IGNORE, Sample, SampleEncoder
+from .encoding import IGNORE, Sample, SampleEncoder, join_images
 from .records import RecordError, RecordFile
 
 
@@ -152,7 +152,7 @@ def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:
         "cu_seq_lens_k": seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
-        **_join_images(samples),
+        **join_images([sample.images for sample in samples if sample.images]),
     }
 
 
@@ -175,12 +175,5 @@ class PaddedCollator:
             "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad([s.labels for s in samples], batch_first=True, padding_value=IGNORE),
             "attention_mask": pad([torch.ones_like(one) for one in ids], batch_first=True),
-            **_join_images(samples),
+            **join_images([sample.images for sample in samples if sample.images]),
         }
-
-
-def _join_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    with_images = [sample.images for sample in samples if sample.images]
-    if not with_images:
-        return {}
-    return {name: torch.cat([images[name] for images in with_images]) for name in with_images[0]}

@@ -1,17 +1,21 @@
 """Records to token ids, labels and image patches."""
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..parts.coordinate_formats import get_format
 from ..parts.coordinates import encode
+from ..parts.images import to_rgb
 from ..parts.processing_vlm import VisionLanguageProcessor
-from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
+from .records import ImageBlock, Message, Record, RegionBlock
 
 IGNORE = -100
 
@@ -35,19 +39,25 @@ class Sample:
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image whole, turned upright by its EXIF orientation.
+    """Read an image whole, turned upright by its EXIF orientation, as RGB (see `images.to_rgb`).
 
     Raises:
-        ValueError: If there is no such file, or it is no image, or it is cut off; names the path.
+        ValueError: If there is no such file, or it is no image, or it is cut off, or its values have no known range;
+            names the path.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise ValueError(f"image {path} cannot be read: {error}") from None
+
+
+def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join outputs of an image processor, image after image; {} for none."""
+    return {name: torch.cat([one[name] for one in images]) for name in images[0]} if images else {}
 
 
 class SampleEncoder:
@@ -59,6 +69,9 @@ class SampleEncoder:
         on_outside: What to do with a region that leaves its image: "raise", "clamp" it to the image, or "skip" it.
         coordinate_format: Name of a coordinate format; None for the default.
         max_length: Longest sample in tokens that is accepted; nothing is ever truncated.
+
+    Raises:
+        ValueError: If `on_outside` or `coordinate_format` is unknown.
     """
 
     def __init__(
@@ -69,6 +82,7 @@ class SampleEncoder:
         coordinate_format: str | None = None,
         max_length: int | None = None,
     ) -> None:
+        encode([], (1, 1), coordinate_format, on_outside=on_outside)  # an unknown choice is no fault of a record
         self.processor = processor
         self.root = root
         self.on_outside = on_outside
@@ -83,10 +97,8 @@ class SampleEncoder:
                 earlier turns, or the sample is longer than `max_length`.
         """
         images = [load_image(self.root / path) for path in record.paths]
-        inputs: dict[str, Any] = {}
-        if images:
-            inputs = dict(self.processor.image_processor(images, return_tensors="pt"))
-        counts = [self.processor.count_image_tokens(inputs, index) for index in range(len(images))]
+        inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
+        counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
         ids, labels = self._tokenize(messages, counts)
         if self.max_length is not None and len(ids) > self.max_length:
@@ -94,7 +106,13 @@ class SampleEncoder:
                 f"the sample has {len(ids)} tokens ({sum(counts)} of them for images), but at most "
                 f"{self.max_length} fit; raise the capacity or use smaller images"
             )
-        return Sample(torch.tensor(ids), torch.tensor(labels), inputs)
+        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
+
+    def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
+        try:
+            return dict(self.processor.image_processor(image, return_tensors="pt"))
+        except ValueError as error:
+            raise ValueError(f"image {self.root / path} cannot be used: {error}") from None
 
     def render(self, record: Record, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """Turn a record into a chat: regions as text, images placed.
@@ -118,34 +136,28 @@ class SampleEncoder:
         return chat
 
     def _blocks(self, message: Message, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Text and places of images; neighbouring regions of one image are written together."""
         blocks: list[dict[str, Any]] = []
-        pending: list[RegionBlock] = []
-        for block in (*message.content, None):
-            if isinstance(block, RegionBlock) and (not pending or pending[0].image == block.image):
-                pending.append(block)
+        neighbours = groupby(message.content, key=lambda block: block.image if isinstance(block, RegionBlock) else -1)
+        after_region = False
+        for index, group in neighbours:
+            if index < 0:
+                for block in group:
+                    image = isinstance(block, ImageBlock)
+                    blocks.append({"type": "image"} if image else {"type": "text", "text": block.text})
+                after_region = False
                 continue
-            if pending:
-                text = encode(
-                    [one.region() for one in pending],
-                    sizes[pending[0].image],
-                    self.coordinate_format,
-                    on_outside=self.on_outside,
-                )
-                blocks.append({"type": "text", "text": text})
-                pending = []
-            if isinstance(block, RegionBlock):
-                pending = [block]
-            elif isinstance(block, TextBlock):
-                blocks.append({"type": "text", "text": block.text})
-            elif isinstance(block, ImageBlock):
-                blocks.append({"type": "image"})
+            regions = [block.region() for block in group]
+            text = encode(regions, sizes[index], self.coordinate_format, on_outside=self.on_outside)
+            separator = get_format(self.coordinate_format).separator if after_region and text else ""
+            blocks.append({"type": "text", "text": separator + text})
+            after_region = bool(text)
         return blocks
 
     def _tokenize(self, messages: list[dict[str, Any]], counts: list[int]) -> tuple[list[int], list[int]]:
-        """Tokenise turn by turn, so that a prompt has the same ids here and when the model is asked."""
+        """Ids and labels, such that what stands before an answer has the same ids when the model is asked."""
         ids: list[int] = []
-        labels: list[int] = []
-        remaining = iter(counts)
+        learnt: list[bool] = []
         done = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -154,28 +166,52 @@ class SampleEncoder:
             answered = self._render_template(messages[: index + 1])
             if not prompt.startswith(done) or not answered.startswith(prompt):
                 raise ValueError("the chat template rewrites earlier turns, so the assistant's words cannot be found")
-            question = self._ids(prompt[len(done) :], remaining)
-            answer = self._ids(answered[len(prompt) :], remaining)
-            ids += question + answer
-            labels += [IGNORE] * len(question) + answer
+            ids += self._following(ids, done, prompt)
+            answer = self._following(ids, prompt, answered)
+            learnt += [False] * (len(ids) - len(learnt)) + self._learnt(answer)
+            ids += answer
             done = answered
-        if next(remaining, None) is not None:
-            raise ValueError("the chat template did not place every image before the last assistant turn")
-        return ids, labels
+        return self._expand(ids, learnt, counts)
 
     def _render_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         return self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    def _ids(self, text: str, remaining: Any) -> list[int]:
-        ids: list[int] = []
-        for token in self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            if token == self.processor.image_token_id:
-                count = next(remaining, None)
-                if count is None:
-                    raise ValueError(f"there are more {self.processor.image_token} tokens than images")
-                ids += [token] * count
-            else:
-                ids.append(token)
-        return ids
+    def _following(self, ids: list[int], start: str, text: str) -> list[int]:
+        """The ids of what follows `start` in `text`, where `ids` are those of `start`.
+
+        The whole text is tokenised, since tokenizers may write the first word of a text in another way, and with a
+        token that begins it. Only where a token would reach across the end of `start` does the rest stand for itself.
+        """
+        tokenizer = self.processor.tokenizer
+        # As ProcessorMixin.apply_chat_template decides it.
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        whole = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        return tokenizer(text[len(start) :], add_special_tokens=False)["input_ids"]
+
+    def _learnt(self, answer: list[int]) -> list[bool]:
+        """What of an answer the loss is taken over: all up to its end token, without the placeholders of images."""
+        end = self.processor.tokenizer.eos_token_id
+        length = len(answer) - answer[::-1].index(end) if end in answer else len(answer)
+        return [place < length and token != self.processor.image_token_id for place, token in enumerate(answer)]
+
+    def _expand(self, ids: list[int], learnt: list[bool], counts: list[int]) -> tuple[list[int], list[int]]:
+        """Repeat each placeholder as often as its image has features, and turn the rest to labels."""
+        token = self.processor.image_token_id
+        placeholders = ids.count(token)
+        if placeholders > len(counts):
+            raise ValueError(f"there are more {self.processor.image_token} tokens than images")
+        if placeholders < len(counts):
+            raise ValueError("the chat template did not place every image before the last assistant turn")
+        remaining = iter(counts)
+        repeats = [next(remaining) if one == token else 1 for one in ids]
+        labels = [one if wanted else IGNORE for one, wanted in zip(ids, learnt, strict=True)]
+        return list(_repeated(ids, repeats)), list(_repeated(labels, repeats))
+
+
+def _repeated(values: list[int], repeats: list[int]) -> Iterator[int]:
+    for value, count in zip(values, repeats, strict=True):
+        yield from [value] * count

@@ -1,6 +1,8 @@
 """The training records: one JSON object for each line of a file, checked line by line."""
 
+import codecs
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,9 @@ class RecordError(ValueError):
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_Number = Annotated[float, Field(strict=True)]  # neither text nor a bool passes for a number
 
 
 class TextBlock(_Strict):
@@ -39,9 +44,9 @@ class RegionBlock(_Strict):
     """
 
     label: str | None = None
-    box: tuple[float, float, float, float] | None = None
-    point: tuple[float, float] | None = None
-    image: int = Field(default=0, ge=0)
+    box: tuple[_Number, _Number, _Number, _Number] | None = None
+    point: tuple[_Number, _Number] | None = None
+    image: int = Field(default=0, ge=0, strict=True)
 
     @model_validator(mode="after")
     def _one_region(self) -> "RegionBlock":
@@ -67,7 +72,7 @@ def _block(value: Any) -> Any:
         if value.get("type") == "image":
             return ImageBlock(**value)
         return TextBlock(**value)
-    raise ValueError(f"expected a text, an image, a box or a point, got {value!r}")
+    raise ValueError(f"expected a text, an image, a box or a point, got {reprlib.repr(value)}")
 
 
 Block = Annotated[TextBlock | ImageBlock | RegionBlock, BeforeValidator(_block)]
@@ -107,6 +112,8 @@ class Record(_Strict):
         placed = sum(isinstance(block, ImageBlock) for message in self.messages for block in message.content)
         if placed not in (0, count):
             raise ValueError(f"{placed} image blocks for {count} images")
+        if count and not placed and not any(message.role == "user" for message in self.messages):
+            raise ValueError("no user turn that the images could stand in; place them with image blocks")
         return self
 
     @property
@@ -135,13 +142,22 @@ class RecordFile:
         """The error for a line of this file."""
         return RecordError(f"{self.path}, line {number}: {reason}")
 
+    def check_not_empty(self) -> None:
+        """Raise RecordError, with the first reason, if no record is left."""
+        if not self.lines:
+            first = f", the first: {self.skipped[0]}" if self.skipped else ""
+            raise RecordError(
+                f"{self.path}: no usable record ({len(self.skipped)} skipped{first}); expected at least one."
+            )
 
-def read_records(path: str | Path, on_error: str = "raise") -> RecordFile:
+
+def read_records(path: str | Path, on_error: str = "raise", argument: str = "data") -> RecordFile:
     """Read a file of records.
 
     Args:
         path: A JSON Lines file. Empty lines are passed over.
         on_error: "raise" on the first broken record, or "skip" it and keep the reason in `skipped`.
+        argument: What the error message calls `path`.
 
     Returns:
         The records with their line numbers.
@@ -154,36 +170,45 @@ def read_records(path: str | Path, on_error: str = "raise") -> RecordFile:
         raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"`data` must be a JSON Lines file, got {path}, which is no file.")
+        raise ValueError(f"`{argument}` must be a JSON Lines file, got {path}, which is no file.")
     found = RecordFile(path)
     for number, text in _numbered(path):
         try:
             found.lines.append(Line(number, _parse(text)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
             if on_error == "raise":
-                raise found.error(number, error) from None
-            found.skipped.append(str(found.error(number, error)))
-    if not found.lines:
-        raise RecordError(f"{path}: no usable record ({len(found.skipped)} skipped); expected at least one.")
+                raise found.error(number, reason) from None
+            found.skipped.append(str(found.error(number, reason)))
+    found.check_not_empty()
     return found
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, text in enumerate(lines, start=1):
-            if text.strip():
-                yield number, text
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, undecoded, so that broken bytes are an error of their own line."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, line
 
 
-def _parse(text: str) -> Record:
+def _parse(line: bytes) -> Record:
     try:
-        fields = json.loads(text, parse_constant=_no_constant)
+        fields = json.loads(
+            line.decode(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_without_repeated_keys
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
+    if rb"\ud" in line.lower():
+        _check_surrogates(fields)
     try:
-        return Record(**fields)
+        return Record.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -192,3 +217,19 @@ def _parse(text: str) -> Record:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no valid number")
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return fields
+
+
+def _check_surrogates(fields: dict[str, Any]) -> None:
+    """JSON can write what is no text: one half of a pair of `\\ud...` escapes."""
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text holds one half of a surrogate pair, which is no character") from None

@@ -13,6 +13,7 @@ from .building import build, conversation_texts
 from .config import TrainConfig
 from .dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
 from .encoding import SampleEncoder
+from .optimizers import muon_with_adamw
 from .records import RecordFile, read_records
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         data_collator=collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id),
         processing_class=processor,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=_optimizer(config),
         capacity=config.capacity,
         max_items=config.max_items,
     )
@@ -142,6 +144,13 @@ def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None
             "switch packing off."
         )
     model.set_attn_implementation({"text_config": "vlparts_packed"})
+
+
+def _optimizer(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:
+    """What Trainer takes for an optimizer that it does not know: a factory of factories, and its arguments."""
+    if config.optimizer == "adamw":
+        return None
+    return lambda: muon_with_adamw, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:

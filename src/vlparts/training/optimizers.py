@@ -1,0 +1,83 @@
+"""Optimisers for the training run: AdamW, or Muon for the matrices and AdamW for the rest."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices inside of layers, AdamW for embeddings, heads, biases and gains.
+
+    Muon (Jordan et al., 2024) makes each matrix' update orthogonal. Its updates are scaled to the size of AdamW's
+    (Moonlight, arXiv 2502.16982, section 2.2), so that one learning rate serves both.
+
+    Args:
+        matrices: Parameters with two dimensions for Muon.
+        others: Parameters for AdamW.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay; not applied to parameters of one dimension.
+    """
+
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float
+    ) -> None:
+        others = list(others)
+        groups = [
+            {"params": [one for one in others if one.ndim > 1], "weight_decay": weight_decay},
+            {"params": [one for one in others if one.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW([group for group in groups if group["params"]], lr=lr),
+        ]
+        matrices = list(matrices)
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+        super().__init__([one for part in self.parts for one in part.param_groups], {})
+        # The groups are shared, so that a scheduler that sets their learning rates reaches both.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what [`state_dict`] returned."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def muon_with_adamw(model: nn.Module, lr: float, weight_decay: float) -> MuonWithAdamW:
+    """Choose by module: linear layers' matrices go to Muon, but for the language head; all else goes to AdamW.
+
+    Args:
+        model: The model.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    matrices = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head and module.weight.requires_grad
+    }
+    for module in (head, first):
+        if module is not None:
+            matrices.pop(id(module.weight), None)
+    others = [one for one in model.parameters() if one.requires_grad and id(one) not in matrices]
+    return MuonWithAdamW(matrices.values(), others, lr, weight_decay)

@@ -1,0 +1,75 @@
+"""Small models, tokenizers and files of records for the tests of training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import picture, text_config, tokenizer, vision_config
+from vlparts import compose, compose_processor
+
+WORDS = ["Where is the cat?", "It is here: cat(001,234),(567,899)", "user\n", "assistant\n", "You see.", "system"]
+
+
+def metaspace_tokenizer(*, prefix_first: bool = True, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer in the manner of Llama's: "▁" for a space and before the first word, <s> before everything."""
+    built = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    scheme = "first" if prefix_first else "never"
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    built.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<image>"]
+    built.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    if bos:
+        built.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=["<|im_start|>", "<image>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+TOKENIZERS = {
+    "byte level": tokenizer,
+    "metaspace": metaspace_tokenizer,
+    "metaspace without bos": lambda: metaspace_tokenizer(bos=False),
+    "metaspace without prefix": lambda: metaspace_tokenizer(prefix_first=False),
+}
+
+
+def processor_for(vision: str = "navit", words: PreTrainedTokenizerFast | None = None, **options: Any) -> Any:
+    """The processor of a small composed model."""
+    words = words or tokenizer()
+    return compose_processor(compose(vision_config(vision), text_config("qwen3", words)), words, **options)
+
+
+def save(folder: Path, name: str, image: Image.Image | None = None, **options: Any) -> str:
+    """Save an image (a random one by default) and return its name."""
+    (image or picture(20, 12)).save(folder / name, **options)
+    return name
+
+
+def write_records(path: Path, records: list[Any]) -> Path:
+    """Write a JSON Lines file."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def example(index: int, folder: Path | None = None) -> dict[str, Any]:
+    """A record about one random image that is saved in `folder`, or a record of text alone where there is none."""
+    if folder is None:
+        answer: Any = "cat" * (1 + index % 3)
+        image = {}
+    else:
+        name = f"{index}.png"
+        width, height = 12 + 4 * (index % 4), 8 + 4 * (index % 3)
+        save(folder, name, picture(width, height, seed=index))
+        answer = ["at ", {"label": "cat", "box": [index % 5, 1, 8 + index % 4, 7]}]
+        image = {"image": name}
+    question = f"Where is cat {index}?"
+    return {**image, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
