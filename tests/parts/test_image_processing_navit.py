@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.tiny import picture
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tests.tiny import picture
 from vlparts import NaViTImageProcessor
 
 PLAIN = {"do_resize": False, "do_rescale": False, "do_normalize": False}

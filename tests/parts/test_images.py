@@ -39,7 +39,9 @@ def test_transparent_palette_entries_become_white() -> None:
     np.testing.assert_array_equal(np.asarray(to_rgb(image))[0], [[255, 255, 255], [200, 100, 50]])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I"]
+)
 def test_every_mode_becomes_rgb(mode: str) -> None:
     assert to_rgb(Image.new(mode, (5, 3))).mode == "RGB"
 

@@ -13,10 +13,10 @@ def processor(**changes: object) -> VisionLanguageProcessor:
 
 def test_the_placeholder_is_repeated_for_each_feature() -> None:
     one = processor()
-    inputs = one(images=[picture(12, 8), picture(4, 4)], text="<image> and <image>", return_tensors="pt")
-    assert inputs["image_grid_thw"].tolist() == [[1, 2, 3], [1, 4, 4]]
-    assert (inputs["input_ids"] == one.image_token_id).sum() == 6 + 16
-    assert one.tokenizer.decode(inputs["input_ids"][0]).startswith("<image>" * 6 + " and " + "<image>" * 16)
+    inputs = one(images=[picture(24, 12), picture(16, 16)], text="<image> and <image>", return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 3, 6], [1, 4, 4]]
+    assert (inputs["input_ids"] == one.image_token_id).sum() == 18 + 16
+    assert one.tokenizer.decode(inputs["input_ids"][0]).startswith("<image>" * 18 + " and " + "<image>" * 16)
 
 
 def test_merged_patches_need_fewer_placeholders() -> None:

@@ -8,8 +8,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import picture, text_config, tokenizer, vision_config
+from tests.tiny import SIZES, picture, text_config, tokenizer, vision_config
 from vlparts import compose, compose_processor
+from vlparts.training.config import TrainConfig
 
 WORDS = ["Where is the cat?", "It is here: cat(001,234),(567,899)", "user\n", "assistant\n", "You see.", "system"]
 
@@ -73,3 +74,27 @@ def example(index: int, folder: Path | None = None) -> dict[str, Any]:
         image = {"image": name}
     question = f"Where is cat {index}?"
     return {**image, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+VISION = {"model_type": "vlparts_navit", **SIZES, "patch_size": 4, "max_grid_size": 8}
+TEXT = {"model_type": "qwen3", **SIZES, "num_key_value_heads": 1, "head_dim": 16}
+
+
+def settings(folder: Path, count: int = 12, **changes: Any) -> TrainConfig:
+    """Settings for a run of a small model over a file of `count` records, every third of text alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "train.jsonl").exists():
+        rows = [example(index, None if index % 3 == 1 else folder) for index in range(count)]
+        write_records(folder / "train.jsonl", rows)
+    fields: dict[str, Any] = {
+        "data": folder / "train.jsonl",
+        "output": folder / "output",
+        "vision": VISION,
+        "text": TEXT,
+        "capacity": 200,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        **changes,
+    }
+    trainer = {"use_cpu": True, "disable_tqdm": True, **changes.get("trainer", {})}
+    return TrainConfig(**{**fields, "trainer": trainer})

@@ -51,6 +51,14 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
             {"role": "assistant", "content": "here"},
         ],
     },
+    "an answer to nothing": {
+        "image": "a.png",
+        "messages": [
+            {"role": "assistant", "content": "It is here."},
+            USER,
+            {"role": "assistant", "content": "here"},
+        ],
+    },
     "a turn after the last answer": {
         "messages": [USER, {"role": "assistant", "content": "It is here."}, USER],
     },
@@ -73,15 +81,18 @@ def about(content: Any, *paths: str) -> Record:
     return record(images=paths, messages=[USER, {"role": "assistant", "content": content}])
 
 
+def stretches_of(sample: Sample) -> list[tuple[int, int]]:
+    """Begin and end of each stretch of tokens that the loss is taken over."""
+    learnt = torch.nn.functional.pad((sample.labels != IGNORE).long(), (1, 1)).diff()
+    return list(
+        zip((learnt == 1).nonzero().flatten().tolist(), (learnt == -1).nonzero().flatten().tolist(), strict=True)
+    )
+
+
 def answers_of(sample: Sample, processor: Any = PROCESSOR) -> list[str]:
-    """The supervised stretches of a sample, as text."""
-    stretches: list[list[int]] = []
-    for place, label in enumerate(sample.labels.tolist()):
-        if label != IGNORE:
-            if place == 0 or sample.labels[place - 1] == IGNORE:
-                stretches.append([])
-            stretches[-1].append(label)
-    return [processor.tokenizer.decode(ids) for ids in stretches]
+    """The supervised stretches of a sample, as text that follows what stands before them."""
+    ids, decode_ids = sample.input_ids.tolist(), processor.tokenizer.decode
+    return [decode_ids(ids[:end]).removeprefix(decode_ids(ids[:begin])) for begin, end in stretches_of(sample)]
 
 
 def words_of(message: Any) -> str:
@@ -114,7 +125,9 @@ def inference_chat(given_record: Record, folder: Path) -> list[dict[str, Any]]:
             blocks += [{"type": "image", "image": image} for image in images]
         for block in message.content:
             blocks.append(
-                {"type": "image", "image": next(images)} if block.type == "image" else {"type": "text", "text": block.text}
+                {"type": "image", "image": next(images)}
+                if block.type == "image"
+                else {"type": "text", "text": block.text}
             )
         chat.append({"role": message.role, "content": blocks})
     return chat
@@ -129,11 +142,10 @@ def test_a_prompt_is_the_same_as_when_the_model_is_asked(folder: Path, name: str
     given_record = record(**CONVERSATIONS[name])
     sample = SampleEncoder(processor, folder)(given_record)
     chat = inference_chat(given_record, folder)
-    learnt = sample.labels != IGNORE
-    begins = [i for i in range(1, len(sample)) if learnt[i] and not learnt[i - 1]]
     turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
-    assert len(begins) == len(turns)
-    for begin, turn in zip(begins, turns, strict=True):
+    for (begin, _), turn in zip(stretches_of(sample), turns, strict=True):
+        if turn == 0:
+            continue  # nothing was asked
         asked = processor.apply_chat_template(
             chat[:turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )
@@ -146,16 +158,19 @@ def test_a_prompt_is_the_same_as_when_the_model_is_asked(folder: Path, name: str
 def test_an_answer_with_an_image_is_learnt_without_its_placeholders(folder: Path) -> None:
     sample = SampleEncoder(PROCESSOR, folder)(about(["Here: ", IMAGE, " is it"], "a.png"))
     places = sample.input_ids == PROCESSOR.image_token_id
-    assert places.sum() == 5 * 3
+    assert places.sum() == 6 * 3
     assert (sample.labels[places] == IGNORE).all()
     assert answers_of(sample) == ["Here: ", "\n is it<|im_end|>"]
 
 
-@pytest.mark.parametrize(("vision", "tokens"), [("navit", [15, 8]), ("clip", [16, 16]), ("siglip2", [15, 8])])
+@pytest.mark.parametrize(("vision", "tokens"), [("navit", [18, 20]), ("clip", [16, 16]), ("siglip2", [3 * 5, 4 * 4])])
 def test_each_image_has_as_many_placeholders_as_features(folder: Path, vision: str, tokens: list[int]) -> None:
     processor = processor_for(vision)
-    sample = SampleEncoder(processor, folder)(about("here", "a.png", "b.png"))
-    assert int((sample.input_ids == processor.image_token_id).sum()) == sum(tokens)
+    content = ["First ", IMAGE, " and then ", IMAGE]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "here"}]
+    sample = SampleEncoder(processor, folder)(record(images=["a.png", "b.png"], messages=messages))
+    places = (sample.input_ids == processor.image_token_id).long()
+    assert [len(run) for run in "".join(map(str, places.tolist())).split("0") if run] == tokens
 
 
 @given(
@@ -174,11 +189,11 @@ def test_regions_in_pixels_come_back(folder: Path, boxes: list, points: list) ->
     blocks += [{"label": f"p{i}x", "point": point} for i, point in enumerate(points)]
     sample = SampleEncoder(PROCESSOR, folder)(about(blocks, "a.png"))
     (text,) = answers_of(sample)
-    found = decode(text.removesuffix("<|im_end|>"), (20, 12))
+    found = decode(text.removesuffix("<|im_end|>"), (24, 12))
     assert [region.label for region in found.regions] == [block["label"] for block in blocks]
     for region, block in zip(found.regions, blocks, strict=True):
         wanted = np.array(block.get("box") or block["point"], dtype=float).reshape(-1, 2)
-        assert np.abs(np.array(region.points) - wanted).max() <= 20 / 1000
+        assert np.abs(np.array(region.points) - wanted).max() <= 24 / 1000
 
 
 def test_regions_lie_in_the_image_that_they_name(folder: Path) -> None:
@@ -193,19 +208,19 @@ def test_regions_lie_in_the_image_that_they_name(folder: Path) -> None:
     regions = decode(text.removesuffix("<|im_end|>"), (1000, 1000)).regions
     assert [region.label for region in regions] == ["cat", "dog", None, None]
     ends = [region.points[-1] for region in regions]
-    expected = [(9 / 20, 12 / 12), (9 / 9, 12 / 17), (4 / 9, 4 / 17), (4 / 20, 4 / 12)]
+    expected = [(9 / 24, 12 / 12), (9 / 16, 12 / 20), (4 / 16, 4 / 20), (4 / 24, 4 / 12)]
     assert np.abs(np.array(ends) / 1000 - np.array(expected)).max() < 2e-3
 
 
 def test_a_region_outside_its_image(folder: Path) -> None:
-    outside = [{"label": "in", "box": [1, 1, 2, 2]}, {"label": "out", "box": [15, -3, 25, 6]}]
-    with pytest.raises(ValueError, match=r"leaves the image of size \(20, 12\)"):
+    outside = [{"label": "in", "box": [1, 1, 2, 2]}, {"label": "out", "box": [15, -3, 28, 6]}]
+    with pytest.raises(ValueError, match=r"leaves the image of size \(24, 12\)"):
         SampleEncoder(PROCESSOR, folder)(about(outside, "a.png"))
     (text,) = answers_of(SampleEncoder(PROCESSOR, folder, on_outside="clamp")(about(outside, "a.png")))
-    _, clamped = decode(text.removesuffix("<|im_end|>"), (20, 12)).regions
-    assert np.abs(np.array(clamped.xyxy) - (15, 0, 20, 6)).max() <= 20 / 1000
+    _, clamped = decode(text.removesuffix("<|im_end|>"), (24, 12)).regions
+    assert np.abs(np.array(clamped.xyxy) - (15, 0, 24, 6)).max() <= 24 / 1000
     (text,) = answers_of(SampleEncoder(PROCESSOR, folder, on_outside="skip")(about(outside, "a.png")))
-    assert [one.label for one in decode(text.removesuffix("<|im_end|>"), (20, 12)).regions] == ["in"]
+    assert [one.label for one in decode(text.removesuffix("<|im_end|>"), (24, 12)).regions] == ["in"]
 
 
 def test_unknown_choices_are_errors_before_any_record(folder: Path) -> None:
@@ -213,6 +228,12 @@ def test_unknown_choices_are_errors_before_any_record(folder: Path) -> None:
         SampleEncoder(PROCESSOR, folder, on_outside="cut")
     with pytest.raises(ValueError, match="no_such_format"):
         SampleEncoder(PROCESSOR, folder, coordinate_format="no_such_format")
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error(folder: Path) -> None:
+    processor = processor_for(chat_template="{{ raise_exception('no system turns') }}")
+    with pytest.raises(ValueError, match="the chat template cannot write the conversation: no system turns"):
+        SampleEncoder(processor, folder)(about("here"))
 
 
 @pytest.mark.parametrize("text", ["see <image>", "<image>"])
@@ -230,7 +251,9 @@ def test_an_image_after_the_last_answer_is_an_error(folder: Path) -> None:
 
 
 def test_a_template_that_rewrites_turns_is_an_error(folder: Path) -> None:
-    processor = processor_for(chat_template="{{ messages | length }}{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    processor = processor_for(
+        chat_template="{{ messages | length }}{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         SampleEncoder(processor, folder)(record(**CONVERSATIONS["turns, images and a system turn"]))
 
@@ -238,7 +261,9 @@ def test_a_template_that_rewrites_turns_is_an_error(folder: Path) -> None:
 def test_a_sample_that_is_too_long_is_an_error(folder: Path) -> None:
     length = len(SampleEncoder(PROCESSOR, folder)(about("here", "a.png")))
     assert len(SampleEncoder(PROCESSOR, folder, max_length=length)(about("here", "a.png"))) == length
-    with pytest.raises(ValueError, match=rf"has {length} tokens \(15 of them for images\), but at most {length - 1} fit"):
+    with pytest.raises(
+        ValueError, match=rf"has {length} tokens \(18 of them for images\), but at most {length - 1} fit"
+    ):
         SampleEncoder(PROCESSOR, folder, max_length=length - 1)(about("here", "a.png"))
 
 
@@ -246,16 +271,16 @@ def test_a_sample_that_is_too_long_is_an_error(folder: Path) -> None:
 def test_images_are_turned_upright(tmp_path: Path, orientation: int) -> None:
     """What the file holds is the upright image turned back; boxes are in pixels of the upright one."""
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
-    upright = picture(20, 12)
+    upright = picture(24, 12)
     stored = upright.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     save(tmp_path, "a.png", stored, exif=exif)
     assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), np.asarray(upright))
-    sample = SampleEncoder(PROCESSOR, tmp_path)(about({"box": [0, 0, 20, 6]}, "a.png"))
-    assert sample.images["image_grid_thw"].tolist() == [[1, 3, 5]]
+    sample = SampleEncoder(PROCESSOR, tmp_path)(about({"box": [0, 0, 24, 6]}, "a.png"))
+    assert sample.images["image_grid_thw"].tolist() == [[1, 3, 6]]
     (text,) = answers_of(sample)
-    assert np.abs(np.array(decode(text[: -len("<|im_end|>")], (20, 12)).regions[0].xyxy) - (0, 0, 20, 6)).max() < 0.05
+    assert np.abs(np.array(decode(text[: -len("<|im_end|>")], (24, 12)).regions[0].xyxy) - (0, 0, 24, 6)).max() < 0.05
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -284,7 +309,7 @@ TROUBLES: dict[str, tuple[Any, str]] = {
     "PNG cut in its header": (lambda path: truncated(path, "PNG", 0.005), "cannot be read"),
     "PNG with a wrong checksum": (lambda path: changed(path, "PNG", 60, b"abc"), "cannot be read"),
     "DDS cut at half": (lambda path: truncated(path, "DDS", 0.5), "cannot be read"),
-    "DDS of an unknown kind": (lambda path: changed(path, "DDS", 80, b"\xff\xff\xff\x0f"), "cannot be read"),
+    "DDS of an unknown kind": (lambda path: changed(path, "DDS", 80, b"\x00\x10\x00\x00"), "cannot be read"),
     "500 times as wide as high": (lambda path: picture(500, 1).save(path, "PNG"), "aspect ratio of 500.0"),
     "floats": (lambda path: Image.fromarray(np.ones((9, 9), np.float32)).save(path, "TIFF"), "mode 'F'"),
 }
@@ -312,19 +337,19 @@ def test_an_image_of_one_pixel(tmp_path: Path) -> None:
 
 def modes() -> dict[str, tuple[Image.Image, tuple[int, int, int]]]:
     """Images of every mode in one colour, and the colour that the model should see."""
-    grey16 = Image.fromarray(np.full((12, 20), 32896, dtype=np.uint16))
-    palette = Image.new("P", (20, 12), 1)
+    grey16 = Image.fromarray(np.full((12, 24), 32896, dtype=np.uint16))
+    palette = Image.new("P", (24, 12), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     return {
-        "RGB": (Image.new("RGB", (20, 12), (10, 200, 30)), (10, 200, 30)),
-        "L": (Image.new("L", (20, 12), 128), (128, 128, 128)),
-        "1": (Image.new("1", (20, 12), 1), (255, 255, 255)),
+        "RGB": (Image.new("RGB", (24, 12), (10, 200, 30)), (10, 200, 30)),
+        "L": (Image.new("L", (24, 12), 128), (128, 128, 128)),
+        "1": (Image.new("1", (24, 12), 1), (255, 255, 255)),
         "P": (palette, (10, 200, 30)),
-        "RGBA": (Image.new("RGBA", (20, 12), (0, 0, 255, 255)), (0, 0, 255)),
-        "RGBA transparent": (Image.new("RGBA", (20, 12), (0, 0, 255, 0)), (255, 255, 255)),
-        "LA": (Image.new("LA", (20, 12), (0, 51)), (204, 204, 204)),
+        "RGBA": (Image.new("RGBA", (24, 12), (0, 0, 255, 255)), (0, 0, 255)),
+        "RGBA transparent": (Image.new("RGBA", (24, 12), (0, 0, 255, 0)), (255, 255, 255)),
+        "LA": (Image.new("LA", (24, 12), (0, 51)), (204, 204, 204)),
         "I;16": (grey16, (128, 128, 128)),
-        "CMYK": (Image.new("CMYK", (20, 12), (255, 0, 255, 0)), (0, 255, 0)),
+        "CMYK": (Image.new("CMYK", (24, 12), (255, 0, 255, 0)), (0, 255, 0)),
     }
 
 
@@ -335,7 +360,7 @@ def test_images_of_every_mode(tmp_path: Path, mode: str, vision: str) -> None:
     save(tmp_path, "a.tif", image)
     processor = processor_for(vision)
     sample = SampleEncoder(processor, tmp_path)(about("here", "a.tif"))
-    expected = processor.image_processor(Image.new("RGB", (20, 12), colour), return_tensors="pt")
+    expected = processor.image_processor(Image.new("RGB", (24, 12), colour), return_tensors="pt")
     assert set(expected) == set(sample.images)
     for key, value in sample.images.items():
         torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")

@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from tests.tiny import navit_config, text_config, tokenizer
 from torch import nn
 
 import vlparts
+from tests.tiny import navit_config, text_config, tokenizer
 from vlparts.training.optimizers import MuonWithAdamW, muon_with_adamw
 
 

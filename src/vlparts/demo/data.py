@@ -13,15 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 _TRAIN_SHARE = 0.75
-_COLOURS = (
-    (255, 255, 255),
-    (255, 230, 0),
-    (0, 255, 255),
-    (255, 0, 255),
-    (0, 0, 0),
-    (255, 40, 40),
-    (60, 255, 60),
-)
+_INK = 255.0
 
 
 @dataclass(frozen=True)
@@ -124,8 +116,7 @@ def _make_image(
         if taken[place].any() or int(values[which]) in [value for value, _ in found]:
             continue
         taken[place] = True
-        colour = np.array(_COLOURS[chance.integers(len(_COLOURS))], dtype=np.float64)
-        canvas[place] += (colour - canvas[place]) * ink[..., None]
+        canvas[place] += (_INK - canvas[place]) * ink[..., None]
         found.append((int(values[which]), (float(x), float(y), float(x + columns), float(y + rows))))
     return Image.fromarray(np.rint(canvas).astype(np.uint8)), found
 

@@ -24,10 +24,11 @@ TASK = Task()
 TRAINING_IMAGES = 6000
 HELD_OUT_IMAGES = 200
 SETTINGS: dict[str, Any] = {
-    "vision": {"preset": "navit:tiny", "max_grid_size": 16},
+    "vision": {"preset": "navit:tiny", "max_grid_size": 8, "position_initializer_range": 0.3},
     "text": "qwen3:tiny",
+    "optimizer": "muon",
     "learning_rate": 2e-3,
-    "capacity": 2048,
+    "capacity": 4096,
     "max_items": 32,
     "cache": True,
     "logging_steps": 20,

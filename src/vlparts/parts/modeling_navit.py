@@ -130,11 +130,10 @@ class NaViTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, FactorizedPositionEmbedding):
+            module.reset_parameters(self.config.position_initializer_range)
         elif isinstance(module, MaskedAttentionPooling):
-            init.normal_(module.probe, mean=0.0, std=std)
+            init.normal_(module.probe, mean=0.0, std=self.config.initializer_range)
 
 
 class NaViTModel(NaViTPreTrainedModel):

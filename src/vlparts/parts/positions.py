@@ -5,6 +5,8 @@ Shapes: L patches of all images, D width.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
+from transformers import initialization as init
 
 
 class FactorizedPositionEmbedding(nn.Module):
@@ -27,8 +29,14 @@ class FactorizedPositionEmbedding(nn.Module):
         if coordinates not in ("absolute", "fractional"):
             raise ValueError(f"`coordinates` must be 'absolute' or 'fractional', got {coordinates!r}.")
         self.coordinates = coordinates
-        self.row = nn.Embedding(max_grid_size, hidden_size)
-        self.column = nn.Embedding(max_grid_size, hidden_size)
+        self.row = nn.Parameter(torch.empty(max_grid_size, hidden_size))
+        self.column = nn.Parameter(torch.empty(max_grid_size, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw both tables from a normal distribution."""
+        for table in (self.row, self.column):
+            init.normal_(table, mean=0.0, std=std)
 
     def forward(self, position_ids: Tensor, grid_sizes: Tensor) -> Tensor:
         """Embed patches.
@@ -47,19 +55,19 @@ class FactorizedPositionEmbedding(nn.Module):
             return self._resample(self.row, position_ids[:, 0], grid_sizes[:, 0]) + self._resample(
                 self.column, position_ids[:, 1], grid_sizes[:, 1]
             )
-        limit = self.row.num_embeddings
+        limit = self.row.shape[0]
         if not torch.compiler.is_compiling() and position_ids.numel() and int(position_ids.max()) >= limit:
             raise ValueError(
                 f"`position_ids` reach {int(position_ids.max())}, but the tables of absolute positions have {limit} "
                 "rows. Use smaller images, a larger `max_grid_size`, or `position_coordinates='fractional'`."
             )
-        return self.row(position_ids[:, 0]) + self.column(position_ids[:, 1])
+        return embedding(position_ids[:, 0], self.row) + embedding(position_ids[:, 1], self.column)
 
     @staticmethod
-    def _resample(table: nn.Embedding, index: Tensor, size: Tensor) -> Tensor:
-        rows = table.num_embeddings
+    def _resample(table: Tensor, index: Tensor, size: Tensor) -> Tensor:
+        rows = table.shape[0]
         place = ((index.double() + 0.5) * (rows / size.double()) - 0.5).clamp(0, rows - 1)
         low = place.floor().long()
         high = (low + 1).clamp(max=rows - 1)
-        share = (place - low).unsqueeze(-1).to(table.weight.dtype)
-        return torch.lerp(table(low), table(high), share)
+        share = (place - low).unsqueeze(-1).to(table.dtype)
+        return torch.lerp(embedding(low, table), embedding(high, table), share)

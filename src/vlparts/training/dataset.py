@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..parts.packing import plan_packing
 from .encoding import IGNORE, Sample, SampleEncoder, join_images
-from .records import RecordError, RecordFile
+from .records import Line, RecordError, RecordFile
 
 
 class SampleDataset(Dataset):
@@ -27,6 +27,10 @@ class SampleDataset(Dataset):
         cache: Keep the encoded samples in memory.
         progress: Show a progress bar.
 
+    Attributes:
+        lengths: Tokens of each sample.
+        targets: Tokens of all samples that the loss is taken over.
+
     Raises:
         RecordError: If a record cannot be encoded and `on_error` is "raise", or if none is left.
     """
@@ -41,25 +45,25 @@ class SampleDataset(Dataset):
     ) -> None:
         self.records = records
         self.encoder = encoder
-        self.lines = []
+        self.lines: list[Line] = []
         self.lengths: list[int] = []
+        self.targets = 0
         self._cache: list[Sample] | None = [] if cache else None
         for line in tqdm(records.lines, desc=f"reading {records.path.name}", disable=not progress, leave=False):
             try:
-                sample = encoder(line.record)
-            except ValueError as error:
+                sample = self._encode(line)
+            except RecordError as error:
                 if on_error == "raise":
-                    raise records.error(line.number, error) from None
-                records.skipped.append(str(records.error(line.number, error)))
+                    raise
+                records.skipped.append(str(error))
                 continue
             self.lines.append(line)
             self.lengths.append(len(sample))
+            self.targets += int((sample.labels[1:] != IGNORE).sum())
             if self._cache is not None:
                 self._cache.append(sample)
         if not self.lines:
-            raise RecordError(
-                f"{records.path}: no usable record ({len(records.skipped)} skipped); expected at least one."
-            )
+            raise records.nothing_left()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -68,7 +72,13 @@ class SampleDataset(Dataset):
         """The samples of one pack."""
         if self._cache is not None:
             return [self._cache[index] for index in pack]
-        return [self.encoder(self.lines[index].record) for index in pack]
+        return [self._encode(self.lines[index]) for index in pack]
+
+    def _encode(self, line: Line) -> Sample:
+        try:
+            return self.encoder(line.record)
+        except ValueError as error:
+            raise self.records.error(line.number, error) from None
 
 
 class PackSampler(Sampler):
@@ -84,6 +94,8 @@ class PackSampler(Sampler):
         max_items: Largest number of samples in a pack.
         seed: Seed of the shuffles.
         shuffle: False keeps the order of the plan in every epoch.
+        processes: Number of processes that share the packs. Packs are divided until each process gets as many as the
+            others, so that none has to repeat one. A pack of one sample cannot be divided.
     """
 
     def __init__(
@@ -93,6 +105,7 @@ class PackSampler(Sampler):
         max_items: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        processes: int = 1,
     ) -> None:
         self.seed = seed
         self.shuffle = shuffle
@@ -101,7 +114,7 @@ class PackSampler(Sampler):
         if shuffle:
             random.Random(seed).shuffle(order)
         plan = plan_packing([lengths[index] for index in order], capacity, max_items=max_items)
-        self.plan = [[order[place] for place in pack] for pack in plan]
+        self.plan = _divided([[order[place] for place in pack] for pack in plan], processes)
         self._lengths = list(lengths)
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,7 +126,7 @@ class PackSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         if not self.shuffle:
-            return iter(self.plan)
+            return iter([list(pack) for pack in self.plan])
         chance = random.Random(f"{self.seed}-{self.epoch}")
         of_length: dict[int, list[int]] = defaultdict(list)
         for index, length in enumerate(self._lengths):
@@ -124,6 +137,17 @@ class PackSampler(Sampler):
         packs = [[of_length[length].pop() for length in sorted(self._lengths[i] for i in pack)] for pack in self.plan]
         chance.shuffle(packs)
         return iter(packs)
+
+
+def _divided(packs: list[list[int]], processes: int) -> list[list[int]]:
+    """Halve the packs with the most samples until the number of packs is a multiple of `processes`."""
+    while len(packs) % processes:
+        index = max(range(len(packs)), key=lambda one: len(packs[one]))
+        half = len(packs[index]) // 2
+        if half == 0:
+            break
+        packs[index : index + 1] = [packs[index][:half], packs[index][half:]]
+    return packs
 
 
 def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -125,7 +126,7 @@ class SampleEncoder:
             Messages for the chat template.
         """
         placed = any(isinstance(block, ImageBlock) for message in record.messages for block in message.content)
-        first_user = next((m for m in record.messages if m.role == "user"), record.messages[0])
+        first_user = next((m for m in record.messages if m.role == "user"), None)
         chat = []
         for message in record.messages:
             blocks: list[dict[str, Any]] = []
@@ -174,9 +175,13 @@ class SampleEncoder:
         return self._expand(ids, learnt, counts)
 
     def _render_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            # As a batch, since what stands before the first turn is no conversation that would be taken alone.
+            return self.processor.apply_chat_template(
+                [messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )[0]
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot write the conversation: {error}") from None
 
     def _following(self, ids: list[int], start: str, text: str) -> list[int]:
         """The ids of what follows `start` in `text`, where `ids` are those of `start`.

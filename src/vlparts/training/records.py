@@ -142,13 +142,12 @@ class RecordFile:
         """The error for a line of this file."""
         return RecordError(f"{self.path}, line {number}: {reason}")
 
-    def check_not_empty(self) -> None:
-        """Raise RecordError, with the first reason, if no record is left."""
-        if not self.lines:
-            first = f", the first: {self.skipped[0]}" if self.skipped else ""
-            raise RecordError(
-                f"{self.path}: no usable record ({len(self.skipped)} skipped{first}); expected at least one."
-            )
+    def nothing_left(self) -> RecordError:
+        """The error for a file without a usable record."""
+        first = f", the first: {self.skipped[0]}" if self.skipped else ""
+        return RecordError(
+            f"{self.path}: no usable record ({len(self.skipped)} skipped{first}); expected at least one."
+        )
 
 
 def read_records(path: str | Path, on_error: str = "raise", argument: str = "data") -> RecordFile:
@@ -180,7 +179,8 @@ def read_records(path: str | Path, on_error: str = "raise", argument: str = "dat
             if on_error == "raise":
                 raise found.error(number, reason) from None
             found.skipped.append(str(found.error(number, reason)))
-    found.check_not_empty()
+    if not found.lines:
+        raise found.nothing_left()
     return found
 
 

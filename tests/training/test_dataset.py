@@ -1,0 +1,167 @@
+"""Samples of a file, and their way into rows and batches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import picture
+from tests.training.making import example, processor_for, write_records
+from vlparts.training.dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
+from vlparts.training.encoding import IGNORE, Sample, SampleEncoder
+from vlparts.training.records import RecordError, RecordFile, read_records
+
+PROCESSOR = processor_for()
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> RecordFile:
+    """Every third record has no image; lines 3 and 6 cannot be encoded."""
+    rows = [example(index, None if index % 3 == 1 else tmp_path) for index in range(8)]
+    rows[2] = {**rows[2], "image": "nothing.png"}
+    rows[5]["messages"][1]["content"][1]["box"] = [0, 0, 99, 7]
+    return read_records(write_records(tmp_path / "train.jsonl", rows))
+
+
+def dataset(records: RecordFile, **options: Any) -> SampleDataset:
+    return SampleDataset(
+        records, SampleEncoder(PROCESSOR, records.path.parent), **{"progress": False, "on_error": "skip", **options}
+    )
+
+
+def equal(first: Sample, second: Sample) -> bool:
+    return (
+        torch.equal(first.input_ids, second.input_ids)
+        and torch.equal(first.labels, second.labels)
+        and set(first.images) == set(second.images)
+        and all(torch.equal(first.images[name], second.images[name]) for name in first.images)
+    )
+
+
+def test_a_record_that_cannot_be_encoded_is_an_error_with_its_line(records: RecordFile) -> None:
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 3: image .*nothing\.png does not exist"):
+        dataset(records, on_error="raise")
+
+
+def test_skipped_records_are_kept_with_their_reasons(records: RecordFile) -> None:
+    found = dataset(records)
+    assert [line.number for line in found.lines] == [1, 2, 4, 5, 7, 8]
+    assert len(found) == 6
+    first, second = records.skipped
+    assert "train.jsonl, line 3: image" in first
+    assert "train.jsonl, line 6: regions[0]" in second
+
+
+def test_no_usable_record_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
+    rows = [{**example(0, tmp_path), "image": "nothing.png"}] * 2
+    records = read_records(write_records(tmp_path / "train.jsonl", rows))
+    with pytest.raises(RecordError, match=r"no usable record \(2 skipped, the first: .*line 1: image .*nothing\.png"):
+        dataset(records)
+
+
+def test_an_image_that_vanishes_later_is_an_error_with_its_line(records: RecordFile, tmp_path: Path) -> None:
+    found = dataset(records)
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 4: image .*3\.png does not exist"):
+        found[[0, 2]]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_packs_hold_their_samples(records: RecordFile, cache: bool) -> None:
+    found = dataset(records, cache=cache)
+    encoder = SampleEncoder(PROCESSOR, records.path.parent)
+    pack = found[[4, 0, 1]]
+    assert all(
+        equal(sample, encoder(found.lines[index].record)) for sample, index in zip(pack, [4, 0, 1], strict=True)
+    )
+    assert [len(sample) for sample in pack] == [found.lengths[index] for index in (4, 0, 1)]
+
+
+def test_targets_are_the_tokens_that_the_loss_counts(records: RecordFile) -> None:
+    found = dataset(records)
+    batch = collate_packed([found[range(len(found))]])
+    assert found.targets == int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def test_collating_leaves_cached_samples_alone(records: RecordFile) -> None:
+    found = dataset(records, cache=True)
+    sample = found[[0]][0]
+    sample.labels[0] = 5  # so that the label that collating masks is one that would be learnt
+    for pack in ([0], [0, 1], [1, 0]):
+        collate_packed([found[pack]])
+    assert sample.labels[0] == 5
+
+
+def sample_of(length: int, start: int, grids: list[tuple[int, int]], learnt: int = 2) -> Sample:
+    ids = torch.arange(start, start + length)
+    labels = torch.where(torch.arange(length) >= length - learnt, ids, IGNORE)
+    rows = sum(height * width for height, width in grids)
+    images = {
+        "pixel_values": torch.full((rows, 3), float(start)),
+        "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+    }
+    return Sample(ids, labels, images if grids else {})
+
+
+SAMPLES = [
+    sample_of(5, 10, [(2, 1)]),
+    sample_of(1, 20, [], learnt=1),
+    sample_of(3, 30, [], learnt=3),
+    sample_of(7, 40, [(1, 1), (3, 1)]),
+]
+
+
+def test_a_row_of_samples() -> None:
+    row = collate_packed([SAMPLES[:2], SAMPLES[2:]])
+    assert row["input_ids"].tolist() == [[*range(10, 15), 20, *range(30, 33), *range(40, 47)]]
+    assert row["position_ids"].tolist() == [[*range(5), 0, *range(3), *range(7)]]
+    x = IGNORE
+    assert row["labels"].tolist() == [[x, x, x, 13, 14, x, x, 31, 32, x, x, x, x, x, 45, 46]]
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert row[name].tolist() == [0, 5, 6, 9, 16]
+        assert row[name].dtype == torch.int32
+    assert row["max_length_q"] == row["max_length_k"] == 7
+    assert type(row["max_length_q"]) is int
+    assert row["image_grid_thw"].tolist() == [[1, 2, 1], [1, 1, 1], [1, 3, 1]]
+    assert row["pixel_values"][:, 0].tolist() == [10, 10, 40, 40, 40, 40]
+    assert "attention_mask" not in row
+
+
+def test_a_batch_of_samples() -> None:
+    batch = PaddedCollator(pad_token_id=99)([SAMPLES])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (4, 7)
+    assert batch["attention_mask"].sum(1).tolist() == [5, 1, 3, 7]
+    for row, sample in enumerate(SAMPLES):
+        length = len(sample)
+        assert batch["input_ids"][row].tolist() == sample.input_ids.tolist() + [99] * (7 - length)
+        assert batch["labels"][row].tolist() == sample.labels.tolist() + [IGNORE] * (7 - length)
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (7 - length)
+    assert batch["image_grid_thw"].tolist() == [[1, 2, 1], [1, 1, 1], [1, 3, 1]]
+    assert batch["pixel_values"][:, 0].tolist() == [10, 10, 40, 40, 40, 40]
+
+
+@pytest.mark.parametrize("collate", [collate_packed, PaddedCollator(0)])
+def test_text_alone_has_no_image_tensors(collate: Any) -> None:
+    batch = collate([SAMPLES[1:3]])
+    assert not {"pixel_values", "image_grid_thw"} & set(batch)
+
+
+@pytest.mark.parametrize("vision", ["navit", "clip", "siglip2"])
+def test_image_tensors_of_every_kind_of_tower_are_those_of_one_call(tmp_path: Path, vision: str) -> None:
+    processor = processor_for(vision)
+    rows = [example(index, tmp_path) for index in range(3)]
+    records = read_records(write_records(tmp_path / "train.jsonl", rows))
+    found = SampleDataset(records, SampleEncoder(processor, tmp_path), progress=False)
+    batch = collate_packed([found[range(3)]])
+    images = [picture(12 + 4 * (index % 4), 8 + 4 * (index % 3), seed=index) for index in range(3)]
+    for name, value in processor.image_processor(images, return_tensors="pt").items():
+        assert torch.equal(batch[name], value), name
+
+
+def test_samples_of_a_file_fit_the_plan(records: RecordFile) -> None:
+    found = dataset(records)
+    sampler = PackSampler(found.lengths, capacity=max(found.lengths) * 2, seed=3)
+    rows = [collate_packed([found[pack]]) for pack in sampler]
+    assert sum(row["input_ids"].shape[1] for row in rows) == sum(found.lengths)
+    assert max(row["input_ids"].shape[1] for row in rows) <= max(found.lengths) * 2
