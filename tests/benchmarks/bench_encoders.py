@@ -1,7 +1,8 @@
 """Packed encoding of images of mixed sizes, against native towers of equal width and depth.
 
-`python tests/benchmarks/bench_encoders.py [--quick]` prints, for float32 and bfloat16, inference and training, the time
-of each rival as a multiple of ours. Before anything is timed, NaViT is checked to give every image what it gives alone.
+`python tests/benchmarks/bench_encoders.py [--quick]` prints, for float32 and bfloat16, inference and training, the
+time of each rival as a multiple of ours. Before anything is timed, NaViT is checked to give every image what it gives
+alone.
 """
 
 import argparse

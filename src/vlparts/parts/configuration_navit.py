@@ -47,8 +47,9 @@ class NaViTConfig(PreTrainedConfig):
             (paper, section 3.4).
         pooling: "map" for masked attention pooling (one learned query for each image), "none" for no pooled output.
         initializer_range: Standard deviation of the initial weights.
-        position_initializer_range: Standard deviation of the initial position tables. At 0.02 positions are small next to
-            the embedded pixels; a larger value helps where a small model must learn from little data where things are.
+        position_initializer_range: Standard deviation of the initial position tables. At 0.02 positions are small
+            next to the embedded pixels; a larger value helps where a small model must learn from little data where
+            things are.
     """
 
     model_type = "vlparts_navit"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..composition import compose, compose_processor
@@ -32,6 +32,7 @@ _TEXT_PRESETS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+_PARTS_OF_A_MODEL = ("vision", "text", "projector", "tokenizer")
 
 
 def build(
@@ -50,27 +51,15 @@ def build(
         ValueError: If a setting names nothing that exists.
     """
     if config.model is not None:
-        model = VisionLanguageForConditionalGeneration.from_pretrained(config.model)
-        processor = VisionLanguageProcessor.from_pretrained(config.model)
+        given = [f"`{name}`" for name in _PARTS_OF_A_MODEL if name in config.model_fields_set]
+        if given:
+            raise ValueError(f"`model` comes in place of {', '.join(given)}; give one or the other.")
+        model = _load(VisionLanguageForConditionalGeneration, config.model, "model")
+        processor = _load(VisionLanguageProcessor, config.model, "model")
     else:
-        vision = _resolve(config.vision, "vision")
-        text = _resolve(config.text, "text")
-        tokenizer = _tokenizer(config, text, texts)
-        if isinstance(text, PreTrainedConfig):
-            text.vocab_size = len(tokenizer)
-            for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-                setattr(text, name, getattr(tokenizer, name))
-        model = compose(
-            vision=vision, text=text, projector=config.projector, trust_remote_code=config.trust_remote_code
-        )
-        processor = compose_processor(model, tokenizer)
-    for name, value in config.image_processor.items():
-        if not hasattr(processor.image_processor, name):
-            raise ValueError(f"`image_processor` has no option {name!r}.")
-        setattr(processor.image_processor, name, value)
-    for part in config.freeze:
-        modules = {"vision": "vision_tower", "text": "language_model", "projector": "projector"}
-        getattr(model.model, modules[part]).requires_grad_(False)
+        model, processor = _composed(config, texts)
+    _set_options(processor.image_processor, config.image_processor)
+    _freeze(model, config.freeze)
     return model, processor
 
 
@@ -85,27 +74,60 @@ def conversation_texts(records: RecordFile) -> Iterable[str]:
                 elif isinstance(block, RegionBlock):
                     region = block.region()
                     origin = Region(region.kind, ((0.0, 0.0),) * len(region.points), region.label)
-                    yield encode([origin], (1, 1))
+                    try:
+                        yield encode([origin], (1, 1))
+                    except ValueError:  # a label that cannot be written; encoding the record will say so
+                        continue
 
 
-def _resolve(spec: str | dict[str, Any], argument: str) -> PreTrainedConfig | str:
-    """A configuration, or the folder of a checkpoint."""
+def _composed(
+    config: TrainConfig, texts: Iterable[str]
+) -> tuple[VisionLanguageForConditionalGeneration, VisionLanguageProcessor]:
+    """A new model from the parts that the settings name."""
+    options = {"trust_remote_code": config.trust_remote_code}
+    vision: Any = _described(config.vision, "vision")
+    vision = (
+        _configuration(vision, "vision") if isinstance(vision, dict) else _load(AutoModel, vision, "vision", options)
+    )
+    text: Any = _described(config.text, "text")
+    if config.tokenizer is not None:
+        tokenizer = _load(AutoTokenizer, config.tokenizer, "tokenizer", options)
+    elif isinstance(text, dict):
+        tokenizer = train_tokenizer(texts)
+    else:
+        tokenizer = _load(AutoTokenizer, text, "text", options)
+    if isinstance(text, dict):
+        text = _configuration(_for_tokenizer(text, tokenizer), "text")
+    else:
+        text = _load(AutoModelForCausalLM, text, "text", options)
+    model = compose(vision=vision, text=text, projector=config.projector)
+    return model, compose_processor(model, tokenizer)
+
+
+def _described(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:
+    """Fields of a configuration with their presets filled in, or the folder of a checkpoint."""
     if isinstance(spec, dict):
-        return _from_fields(dict(spec), argument)
+        return dict(spec)
     if argument == "text" and spec in _TEXT_PRESETS:
-        return config_from_dict(_TEXT_PRESETS[spec], argument)
+        return {"preset": spec}
     if argument == "vision" and spec.removeprefix("navit:") in NaViTConfig.presets():
-        return NaViTConfig.from_preset(spec.removeprefix("navit:"))
+        return {"preset": f"navit:{spec.removeprefix('navit:')}"}
     path = Path(spec)
     if path.is_dir():
-        return spec
+        return path
     if path.is_file():
-        return _from_fields(json.loads(path.read_text(encoding="utf-8")), argument)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"`{argument}` {spec} is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"`{argument}` {spec} must hold a mapping, got {type(fields).__name__}.")
+        return fields
     presets = _TEXT_PRESETS if argument == "text" else [f"navit:{name}" for name in NaViTConfig.presets()]
     raise ValueError(f"`{argument}` must be one of {', '.join(presets)}, a folder or a JSON file, got {spec!r}.")
 
 
-def _from_fields(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
+def _configuration(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
     preset = fields.pop("preset", None)
     if preset is None:
         return config_from_dict(fields, argument)
@@ -113,16 +135,50 @@ def _from_fields(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
         if preset not in _TEXT_PRESETS:
             raise ValueError(f"`text` preset must be one of {', '.join(_TEXT_PRESETS)}, got {preset!r}.")
         return config_from_dict({**_TEXT_PRESETS[preset], **fields}, argument)
-    part, _, name = preset.partition(":")
+    part, _, name = str(preset).partition(":")
     config = VISION_PARTS.get(f"vlparts_{part}", (None,))[0]
     if config is None:
         raise ValueError(f"`vision` preset must start with the name of a part, such as 'navit:tiny', got {preset!r}.")
-    return config.from_preset(name, **fields)
+    try:
+        return config.from_preset(name, **fields)
+    except ValueError as error:
+        raise ValueError(f"`vision` preset {preset!r}: {error}") from None
 
 
-def _tokenizer(config: TrainConfig, text: PreTrainedConfig | str, texts: Iterable[str]) -> Any:
-    if config.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(config.tokenizer)
-    if isinstance(text, str):
-        return AutoTokenizer.from_pretrained(text, trust_remote_code=config.trust_remote_code)
-    return train_tokenizer(texts)
+def _for_tokenizer(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A text model's fields with what its tokenizer says. Ids are the tokenizer's; a larger vocabulary may be given."""
+    size = fields.get("vocab_size", len(tokenizer))
+    if size < len(tokenizer):
+        raise ValueError(f"`text` has a vocab_size of {size}, but the tokenizer has {len(tokenizer)} tokens.")
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    return {**fields, **ids, "vocab_size": size}
+
+
+def _load(kind: Any, folder: Path, argument: str, options: dict[str, Any] | None = None) -> Any:
+    """`kind.from_pretrained` for a folder, never for a name in the network."""
+    if not folder.is_dir():
+        raise ValueError(f"`{argument}` {folder} is no folder.")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **(options or {}))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` {folder} cannot be loaded: {error}") from error
+
+
+def _set_options(image_processor: Any, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in image_processor.valid_kwargs.__annotations__:
+            raise ValueError(f"`image_processor` has no option {name!r}.")
+        setattr(image_processor, name, value)
+
+
+def _freeze(model: VisionLanguageForConditionalGeneration, parts: list[str]) -> None:
+    modules = {
+        "vision": [model.model.vision_tower],
+        "text": [model.model.language_model, model.lm_head],
+        "projector": [model.model.projector],
+    }
+    for part in parts:
+        for module in modules[part]:
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"`freeze` leaves no weights to train, got {parts}.")

@@ -1,5 +1,6 @@
 """Everything that a training run needs to know, from Python, a YAML file or the command line."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ class TrainConfig(BaseModel):
         tokenizer: Folder of a tokenizer. By default the text model's own; with a new text model, one is trained on the
             texts of `data`.
         projector: Name of a projector.
-        freeze: Parts whose weights stay as they are: "vision", "text", "projector".
+        freeze: Parts whose weights stay as they are: "vision", "text" (its language head included), "projector".
         image_processor: Options that replace the image processor's own, such as `{"size": {...}}`.
         coordinate_format: Name of a coordinate format; None for the default.
         capacity: Tokens of a pack (one micro-batch on one process), images included. Longer samples are an error.
@@ -44,7 +45,7 @@ class TrainConfig(BaseModel):
         on_outside: What to do with a region outside of its image: "raise", "clamp" or "skip" the region.
         cache: Keep encoded samples in memory.
         trust_remote_code: Passed on when folders are loaded.
-        trainer: Further fields of transformers' TrainingArguments.
+        trainer: Further fields of transformers' TrainingArguments, none of those that stand above.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,7 +68,7 @@ class TrainConfig(BaseModel):
     max_steps: int = -1
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     seed: int = 0
@@ -94,12 +95,23 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     """
     fields: Any = {}
     if path is not None:
-        with Path(path).open(encoding="utf-8") as file:
-            fields = yaml.safe_load(file) or {}
+        try:
+            fields = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"`config` {path} must hold a mapping, got {type(fields).__name__}.")
     try:
-        return TrainConfig(**{**fields, **changes})
+        return TrainConfig.model_validate({**fields, **changes})
     except ValidationError as error:
         reasons = "; ".join(f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}" for one in error.errors())
         raise ValueError(f"Training settings: {reasons}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, and not only 1.0e-4."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
+)

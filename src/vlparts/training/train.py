@@ -42,23 +42,53 @@ class PackedTrainer(Trainer):
     """transformers' Trainer over packs of samples.
 
     Args:
+        model: The model.
         *args: As for Trainer.
         capacity: Tokens of a pack.
         max_items: Largest number of samples in a pack.
         **kwargs: As for Trainer.
     """
 
-    def __init__(self, *args: Any, capacity: int, max_items: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, capacity: int, max_items: int | None = None, **kwargs: Any) -> None:
         self._capacity = capacity
         self._max_items = max_items
-        super().__init__(*args, **kwargs)
+        use_cache = vars(model.config).get("use_cache")
+        super().__init__(model, *args, **kwargs)
+        # Trainer switches the cache off in the configuration, and so in every checkpoint; see `compute_loss`.
+        vars(model.config).pop("use_cache", None)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PackSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return PackSampler(dataset.lengths, self._capacity, self._max_items, self.args.seed)
+        batches = self._packs_in_a_step(self._train_batch_size)
+        return PackSampler(dataset.lengths, self._capacity, self._max_items, self.args.seed, processes=batches)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
-        return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False)
+        batches = self._packs_in_a_step(self.args.eval_batch_size)
+        return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=batches)
+
+    def _packs_in_a_step(self, batch_size: int) -> int:
+        return self.args.world_size * batch_size if self.args.world_size > 1 else 1
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without a cache of keys and values that nobody reads."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, whose mean over packs becomes the mean over the tokens of all answers."""
+        self._share = len(dataloader) * self.args.world_size / dataloader.dataset.targets
+        self._first_packs = len(dataloader.dataset.lengths)
+        self.gather_function = self.accelerator.gather  # the other one counts samples, not packs
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The sum of a batch's losses, scaled such that the mean over batches is the mean over all tokens."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**self._prepare_inputs(inputs), use_cache=False, num_items_in_batch=1).loss
+        return loss * self._share, None, None
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:

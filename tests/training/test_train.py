@@ -1,0 +1,462 @@
+"""Whole training runs of small models: losses, saving, other parts, and what is refused."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import CLIPVisionModel, Siglip2VisionModel, TrainerCallback
+
+from tests.tiny import SIZES, order_one, picture, text_config, tokenizer, vision_config
+from tests.training.making import TEXT, VISION, example, settings, write_records
+from vlparts import NaViTModel
+from vlparts.training.building import build
+from vlparts.training.config import TrainConfig
+from vlparts.training.dataset import PaddedCollator, SampleDataset, collate_packed
+from vlparts.training.encoding import SampleEncoder
+from vlparts.training.records import RecordError, read_records
+from vlparts.training.train import TrainResult, train
+
+
+class Seen(TrainerCallback):
+    """Keeps the weights before every step, and the ids of every batch that the model gets."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.register_forward_pre_hook(self.keep, with_kwargs=True)
+
+    def keep(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self.batches.append(kwargs)
+
+
+def losses(result: TrainResult, key: str = "loss") -> list[float]:
+    return [line[key] for line in result.log if key in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_packed_run_has_the_losses_of_a_padded_one(tmp_path: Path) -> None:
+    """One pack holds all samples, so that each step sees the same ones."""
+    options = {"capacity": 2000, "max_steps": 3, "trainer": {"max_grad_norm": 0.0}}
+    packed = train(settings(tmp_path, **options))
+    padded = train(settings(tmp_path, packing=False, output=tmp_path / "padded", **options))
+    torch.testing.assert_close(losses(packed), losses(padded), atol=1e-5, rtol=1e-5)
+    assert losses(packed)[2] < losses(packed)[0] - 0.1
+    torch.testing.assert_close(weights(tmp_path / "output"), weights(tmp_path / "padded"), atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_is_the_mean_over_all_answers(tmp_path: Path) -> None:
+    """The oracle encodes, pads and scores every sample alone."""
+    config = settings(tmp_path, capacity=2000, max_steps=1)
+    result = train(config)
+    fresh = build_again(config)
+    total, count = 0.0, 0
+    for sample in fresh[1]:
+        with torch.no_grad():
+            logits = fresh[0](sample.input_ids[None], **sample.images).logits[0].double()
+        wanted = sample.labels[1:] != -100
+        picked = logits[:-1].log_softmax(-1)[wanted].gather(1, sample.labels[1:][wanted][:, None])
+        total, count = total - float(picked.sum()), count + int(wanted.sum())
+    assert abs(losses(result)[0] - total / count) < 1e-5
+
+
+def build_again(config: TrainConfig) -> tuple[Any, list[Any]]:
+    """The model as it was before training, and every sample."""
+    from transformers import set_seed
+
+    from vlparts.training.building import conversation_texts
+
+    set_seed(config.seed)
+    records = read_records(config.data)
+    model, processor = build(config, conversation_texts(records))
+    data = SampleDataset(records, SampleEncoder(processor, config.data.parent), progress=False)
+    return model.eval(), data[range(len(data))]
+
+
+@pytest.mark.parametrize("vision", ["navit", "clip", "siglip2"])
+@pytest.mark.parametrize("text", ["llama", "qwen2", "qwen3"])
+def test_a_row_has_the_gradients_of_a_batch(tmp_path: Path, vision: str, text: str) -> None:
+    """With weights of order one, for every kind of tower and text model."""
+    visions = {"navit": VISION, "clip": vision_config("clip").to_dict(), "siglip2": vision_config("siglip2").to_dict()}
+    config = settings(tmp_path, vision=visions[vision], text={**TEXT, "model_type": text})
+    model, samples = build_again(config)
+    model = order_one(model).train()
+    rows = {"vlparts_packed": collate_packed([samples]), "sdpa": PaddedCollator(0)([samples])}
+    gradients = {}
+    for name, batch in rows.items():
+        model.set_attn_implementation({"text_config": name})
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients["sdpa"]) > 20
+    torch.testing.assert_close(gradients["vlparts_packed"], gradients["sdpa"], atol=1e-4, rtol=1e-3)
+
+
+def test_epochs_bring_every_sample_once_in_another_order(tmp_path: Path) -> None:
+    seen = Seen()
+    result = train(settings(tmp_path, epochs=2, capacity=120), callbacks=[seen])
+    half = len(seen.batches) // 2
+    assert result.steps == len(seen.batches) == 2 * half > 4
+    epochs = []
+    for batches in (seen.batches[:half], seen.batches[half:]):
+        rows = [
+            tuple(batch["input_ids"][0, start:end].tolist())
+            for batch in batches
+            for start, end in torch.stack([batch["cu_seq_lens_q"][:-1], batch["cu_seq_lens_q"][1:]], 1).tolist()
+        ]
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert len(set(epochs[0])) == 12
+
+
+def test_it_learns_one_small_batch_by_heart_and_answers(tmp_path: Path) -> None:
+    rows = [example(index, tmp_path) for index in range(3)]
+    rows.append(example(4))
+    write_records(tmp_path / "train.jsonl", rows)
+    result = train(settings(tmp_path, max_steps=60, capacity=1000, logging_steps=10, learning_rate=2e-2))
+    assert losses(result)[-1] < 0.01
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "output").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "output")
+    for model in (result.model.eval(), loaded):
+        for index, row in enumerate(rows):
+            blocks: list[dict[str, Any]] = [{"type": "text", "text": row["messages"][0]["content"]}]
+            if "image" in row:
+                image = picture(12 + 4 * (index % 4), 8 + 4 * (index % 3), seed=index)
+                blocks.insert(0, {"type": "image", "image": image})
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": blocks}],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=True,
+            )
+            tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            assert processor.decode(tokens) == answer_of(row) + "<|im_end|>"
+
+
+def answer_of(row: dict[str, Any]) -> str:
+    """The answer of a record, its region written by the format itself."""
+    from vlparts.parts.coordinates import Region, encode
+
+    content = row["messages"][1]["content"]
+    if isinstance(content, str):
+        return content
+    index = int(row["image"].removesuffix(".png"))
+    size = (12 + 4 * (index % 4), 8 + 4 * (index % 3))
+    return content[0] + encode([Region.box(*content[1]["box"], label=content[1]["label"])], size)
+
+
+def test_the_saved_folder_holds_weights_code_and_processor_and_no_pickle(tmp_path: Path) -> None:
+    result = train(settings(tmp_path, max_steps=1))
+    output = tmp_path / "output"
+    files = {path.name for path in output.iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", "modeling_vlm.py", "processing_vlm.py", "tokenizer.json"} <= files
+    assert {Path(name).suffix for name in files} == {".json", ".py", ".safetensors", ".jinja"}
+    saved = weights(output)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(saved[name], value), name
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    assert config.get("use_cache") is not False
+    assert "vlparts_packed" not in json.dumps(config)
+
+
+def test_the_text_model_keeps_no_cache_while_it_trains(tmp_path: Path) -> None:
+    seen = Seen()
+    train(settings(tmp_path, max_steps=1), callbacks=[seen])
+    assert seen.batches[0]["use_cache"] is False
+
+
+def test_evaluation_is_in_the_log(tmp_path: Path) -> None:
+    write_records(tmp_path / "eval.jsonl", [example(index, tmp_path) for index in range(20, 25)])
+    result = train(settings(tmp_path, eval_data=tmp_path / "eval.jsonl", max_steps=4, eval_steps=3))
+    found = {line["step"]: line["eval_loss"] for line in result.log if "eval_loss" in line}
+    assert list(found) == [3, 4]  # every third step, and the last one
+    assert found[4] != found[3]
+
+
+def test_evaluation_without_a_step_of_its_own_comes_at_the_end(tmp_path: Path) -> None:
+    result = train(settings(tmp_path, eval_data=tmp_path / "train.jsonl", max_steps=2))
+    assert [line["step"] for line in result.log if "eval_loss" in line] == [2]
+
+
+@pytest.mark.parametrize("changes", [{"capacity": 90}, {"max_items": 1}, {"packing": False}, {"capacity": 2000}])
+def test_the_evaluation_loss_does_not_depend_on_packing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """It is the mean over all tokens of all answers, with whatever samples they share a pack."""
+    config = settings(tmp_path, eval_data=tmp_path / "train.jsonl", max_steps=1, learning_rate=1e-9, **changes)
+    oracle = train(settings(tmp_path, capacity=2000, max_steps=1, output=tmp_path / "oracle"))
+    assert abs(losses(train(config), "eval_loss")[0] - losses(oracle)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["vision", "text", "projector"])
+def test_frozen_parts_stay_as_they_are(tmp_path: Path, part: str) -> None:
+    config = settings(tmp_path, freeze=[part], max_steps=2, trainer={"weight_decay": 0.1})
+    before = {name: value.clone() for name, value in build_again(config)[0].state_dict().items()}
+    after = train(config).model.state_dict()
+    prefix = {"vision": "model.vision_tower.", "text": "model.language_model.", "projector": "model.projector."}[part]
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    frozen = {name for name in before if name.startswith(prefix)}
+    assert frozen
+    assert not moved & frozen
+    assert set(before) - frozen - moved == set()
+
+
+def test_every_part_frozen_is_refused(tmp_path: Path) -> None:
+    config = settings(tmp_path, freeze=["vision", "text", "projector"], text={**TEXT, "tie_word_embeddings": True})
+    with pytest.raises(ValueError, match="`freeze` leaves no weights to train"):
+        train(config)
+
+
+def test_skipped_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [example(index, tmp_path) for index in range(6)]
+    rows[1] = {**rows[1], "image": "nothing.png"}
+    rows[4] = {"messages": []}
+    write_records(tmp_path / "train.jsonl", rows)
+    write_records(tmp_path / "eval.jsonl", [rows[0], rows[1]])
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 5: messages"):
+        train(settings(tmp_path))
+    config = settings(tmp_path, on_error="skip", eval_data=tmp_path / "eval.jsonl", max_steps=1)
+    with caplog.at_level(logging.WARNING, logger="vlparts"):
+        result = train(config)
+    assert [reason.partition(": ")[0].rpartition("/")[2] for reason in result.skipped] == [
+        "train.jsonl, line 5",
+        "train.jsonl, line 2",
+        "eval.jsonl, line 2",
+    ]
+    assert "3 records skipped; the first: " in caplog.text
+
+
+def test_a_label_that_cannot_be_written_is_an_error_of_its_line(tmp_path: Path) -> None:
+    """Also where a tokenizer is trained on the labels before any record is encoded."""
+    rows = [example(index, tmp_path) for index in range(3)]
+    rows[1]["messages"][1]["content"][1]["label"] = " cat "
+    write_records(tmp_path / "train.jsonl", rows)
+    with pytest.raises(RecordError, match=r"line 2: label ' cat '"):
+        train(settings(tmp_path))
+    assert len(train(settings(tmp_path, on_error="skip", max_steps=1)).skipped) == 1
+
+
+def test_samples_longer_than_a_pack_are_errors_of_their_line(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"line 1: the sample has \d+ tokens .* at most 20 fit; raise the capacity"):
+        train(settings(tmp_path, capacity=20))
+
+
+def test_an_output_with_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
+    train(settings(tmp_path, max_steps=1))
+    with pytest.raises(ValueError, match="`output` .*output holds checkpoints; pass resume, or name another folder"):
+        train(settings(tmp_path, max_steps=1))
+
+
+def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
+    for output in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ValueError, match="`output` .* holds no checkpoint to resume from"):
+            train(settings(tmp_path, resume=True, output=output))
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    """A run may be killed while it saves; `trainer_state.json` is what Trainer writes last."""
+    train(settings(tmp_path, max_steps=4, save_steps=2))
+    (tmp_path / "output" / "checkpoint-4" / "trainer_state.json").unlink()
+    result = train(settings(tmp_path, max_steps=4, save_steps=2, resume=True))
+    assert [line["step"] for line in result.log if "loss" in line] == [1, 2, 3, 4]
+    for path in (tmp_path / "output").glob("checkpoint-*"):
+        (path / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+        train(settings(tmp_path, max_steps=4, resume=True))
+
+
+def saved_native(folder: Path, kind: str) -> tuple[Path, Path]:
+    """Folders of a native vision checkpoint and of a native text checkpoint with its tokenizer."""
+    towers: dict[str, Callable[[], Any]] = {
+        "clip": lambda: CLIPVisionModel(vision_config("clip")),
+        "siglip2": lambda: Siglip2VisionModel(vision_config("siglip2")),
+        "navit": lambda: NaViTModel(vision_config("navit")),
+    }
+    words = tokenizer()
+    order_one(towers[kind]()).save_pretrained(folder / "vision")
+    order_one(AutoModelForCausalLM.from_config(text_config("llama", words))).save_pretrained(folder / "text")
+    words.save_pretrained(folder / "text")
+    return folder / "vision", folder / "text"
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip2", "navit"])
+def test_folders_of_checkpoints_keep_their_weights(tmp_path: Path, kind: str) -> None:
+    vision, text = saved_native(tmp_path, kind)
+    config = settings(tmp_path, vision=str(vision), text=str(text), freeze=["vision", "text"], max_steps=2)
+    saved = [weights(vision), weights(text)]
+    result = train(config)
+    ours = result.model.model
+    for module, before in ((ours.vision_tower, saved[0]), (ours.language_model, saved[1])):
+        parameters = dict(module.named_parameters())
+        assert len(parameters) > 10
+        for name, value in parameters.items():
+            match = [other for key, other in before.items() if key == name or key.endswith(f".{name}")]
+            assert len(match) == 1, name
+            assert torch.equal(value, match[0]), name
+
+
+def test_json_files_and_mappings_of_configurations(tmp_path: Path) -> None:
+    (tmp_path / "vision.json").write_text(json.dumps(VISION), encoding="utf-8")
+    (tmp_path / "text.json").write_text(json.dumps(TEXT), encoding="utf-8")
+    files = {"vision": str(tmp_path / "vision.json"), "text": str(tmp_path / "text.json")}
+    from_files = train(settings(tmp_path, max_steps=1, **files))
+    from_mappings = train(settings(tmp_path, max_steps=1, output=tmp_path / "other"))
+    assert losses(from_files) == losses(from_mappings)
+    presets = {
+        "vision": {"preset": "navit:tiny", "num_hidden_layers": 1, "patch_size": 4},
+        "text": {"preset": "qwen3:tiny", "num_hidden_layers": 1},
+    }
+    model, _ = build(settings(tmp_path, **presets), ["cat"])
+    assert model.config.vision_config.num_hidden_layers == model.config.text_config.num_hidden_layers == 1
+    assert model.config.vision_config.patch_size == 4
+    named, _ = build(settings(tmp_path, vision="navit:tiny", text="qwen3:tiny"), ["cat"])
+    assert named.config.vision_config.hidden_size == model.config.vision_config.hidden_size
+    assert named.config.text_config.hidden_size == model.config.text_config.hidden_size
+
+
+def test_a_composed_model_can_be_trained_further(tmp_path: Path) -> None:
+    train(settings(tmp_path, max_steps=3))
+    fields = {"data": tmp_path / "train.jsonl", "model": tmp_path / "output", "capacity": 2000, "max_steps": 1}
+    options = {"trainer": {"use_cpu": True, "disable_tqdm": True}, "logging_steps": 1}
+    further = train(TrainConfig(output=tmp_path / "further", learning_rate=1e-9, **fields, **options))
+    torch.testing.assert_close(weights(tmp_path / "further"), weights(tmp_path / "output"), atol=1e-7, rtol=1e-6)
+    assert losses(further)[0] < losses(train(settings(tmp_path, output=tmp_path / "new", max_steps=1)))[0]
+
+
+def test_a_composed_model_takes_no_other_parts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`model` comes in place of `vision`, `text`; give one or the other"):
+        train(settings(tmp_path, model=tmp_path))
+
+
+def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.add_tokens(["catcat"])
+    words.save_pretrained(tmp_path / "words")
+    result = train(settings(tmp_path, tokenizer=tmp_path / "words", max_steps=1))
+    assert result.processor.tokenizer.get_vocab() == words.get_vocab()
+    assert result.model.config.text_config.vocab_size == len(words)
+
+
+def test_a_vocabulary_size_that_is_given_is_kept(tmp_path: Path) -> None:
+    result = train(settings(tmp_path, text={**TEXT, "vocab_size": 512}, max_steps=1))
+    assert result.model.lm_head.weight.shape[0] == result.model.config.text_config.vocab_size == 512
+    with pytest.raises(ValueError, match=r"`text` has a vocab_size of 100, but the tokenizer has \d+ tokens"):
+        train(settings(tmp_path, text={**TEXT, "vocab_size": 100}, output=tmp_path / "other"))
+
+
+def test_options_of_the_image_processor(tmp_path: Path) -> None:
+    small = {"size": {"shortest_edge": 16, "longest_edge": 64}, "image_mean": [0.0, 0.0, 0.0]}
+    result = train(settings(tmp_path, image_processor=small, max_steps=1))
+    loaded = AutoProcessor.from_pretrained(tmp_path / "output").image_processor
+    for processor in (result.processor.image_processor, loaded):
+        inputs = processor(picture(40, 40), return_tensors="pt")
+        assert inputs["image_grid_thw"].tolist() == [[1, 2, 2]]
+        assert inputs["pixel_values"].min() >= 0
+    for name in ("sizes", "preprocess", "save_pretrained"):
+        with pytest.raises(ValueError, match=f"`image_processor` has no option '{name}'"):
+            train(settings(tmp_path, image_processor={name: 1}))
+
+
+def test_a_coordinate_format_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        train(settings(tmp_path, coordinate_format="nonsense", on_error="skip"))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "vision preset": ({"vision": "navit:none"}, "`vision` must be one of navit:.*, a folder or a JSON file"),
+    "text preset": ({"text": "qwen3:none"}, "`text` must be one of qwen3:tiny, a folder or a JSON file"),
+    "vision preset in a mapping": ({"vision": {"preset": "navit:none"}}, "`vision`.*'none'|none"),
+    "vision preset of no part": ({"vision": {"preset": "none:tiny"}}, "`vision` preset must start with the name of a"),
+    "vision preset that is no text": ({"vision": {"preset": 5}}, "`vision` preset must start with the name of a part"),
+    "text preset in a mapping": ({"text": {"preset": "none"}}, "`text` preset must be one of qwen3:tiny, got 'none'"),
+    "mapping without a kind": ({"text": {"hidden_size": 3}}, "`text` must have a 'model_type'"),
+    "mapping of an unknown kind": ({"vision": {"model_type": "none"}}, "`vision` must have a 'model_type'"),
+    "text as vision": ({"vision": TEXT}, "`vision`"),
+    "vision as text": ({"text": {"model_type": "clip_vision_model", **SIZES}}, "`text`"),
+    "JSON file of a list": ({"vision": "list.json"}, r"`vision` list\.json must hold a mapping, got list"),
+    "JSON file that is none": ({"text": "broken.json"}, r"`text` broken\.json is not valid JSON"),
+    "folder without a checkpoint": ({"text": "empty"}, "`text` empty cannot be loaded"),
+    "vision folder without a checkpoint": ({"vision": "empty"}, "`vision` empty cannot be loaded"),
+    "model that is missing": ({"model": "none", "only": True}, "`model` none is no folder"),
+    "model folder without a checkpoint": ({"model": "empty", "only": True}, "`model` empty cannot be loaded"),
+    "tokenizer that is missing": ({"tokenizer": "none"}, "`tokenizer` none is no folder"),
+    "tokenizer folder without one": ({"tokenizer": "empty"}, "`tokenizer` empty cannot be loaded"),
+    "projector": ({"projector": "none"}, "none"),
+    "trainer field": ({"trainer": {"no_such_field": 1}}, "`trainer`.*no_such_field"),
+    "field that has its own setting": ({"trainer": {"output_dir": "x"}}, "`trainer` must not hold 'output_dir'"),
+    "evaluation file": ({"eval_data": "none.jsonl"}, r"`eval_data` must be a JSON Lines file, got none\.jsonl"),
+    "training file": ({"data": "none.jsonl"}, r"`data` must be a JSON Lines file, got none\.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    changes, message = REFUSED[name]
+    config = settings(tmp_path, **{key: value for key, value in changes.items() if key != "only"})
+    if "only" in changes:
+        config = TrainConfig(data=config.data, output=config.output, model=config.model, trainer=config.trainer)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+
+
+def test_a_text_model_without_packed_attention_is_refused_by_name(tmp_path: Path) -> None:
+    bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    with pytest.raises(
+        ValueError, match="`text` BloomModel does not take other attention functions.*switch packing off"
+    ):
+        train(settings(tmp_path, text=bloom))
+    assert train(settings(tmp_path, text=bloom, packing=False, max_steps=1)).steps == 1
+
+
+def test_a_tokenizer_without_padding_can_be_padded(tmp_path: Path) -> None:
+    """Llama's tokenizers have no padding token; the padding is masked, so any id does."""
+    vision, text = saved_native(tmp_path, "navit")
+    words = tokenizer()
+    words.pad_token = None
+    words.save_pretrained(text)
+    options = {"vision": str(vision), "text": str(text), "capacity": 2000, "max_steps": 1}
+    padded = train(settings(tmp_path, packing=False, **options))
+    packed = train(settings(tmp_path, output=tmp_path / "packed", **options))
+    torch.testing.assert_close(losses(padded), losses(packed), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["configurations", "folders"])
+def test_a_run_warns_of_nothing(tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture) -> None:
+    parts = {}
+    if source == "folders":
+        vision, text = saved_native(tmp_path, "clip")
+        parts = {"vision": str(vision), "text": str(text)}
+    logging.getLogger("transformers").propagate = True
+    try:
+        with caplog.at_level(logging.WARNING), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(settings(tmp_path, max_steps=2, eval_data=tmp_path / "train.jsonl", **parts))
+    finally:
+        logging.getLogger("transformers").propagate = False
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("transformers", "vlparts"))]
+    assert ours == []
+    assert [str(one.message) for one in caught if issubclass(one.category, (UserWarning, FutureWarning))] == []
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"dataloader_num_workers": 1}, {"bf16": True}])
+def test_fields_of_the_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
+    plain = train(settings(tmp_path, max_steps=2))
+    other = train(settings(tmp_path, max_steps=2, output=tmp_path / "other", trainer=options))
+    tolerance = 0.05 if "bf16" in options else 1e-6
+    torch.testing.assert_close(losses(other), losses(plain), atol=tolerance, rtol=tolerance)
