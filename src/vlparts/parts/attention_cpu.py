@@ -15,17 +15,19 @@ from torch.autograd.function import once_differentiable
 from .attention_reference import attend, join_segments, segment_lengths, split_heads_first
 
 # Segments up to this length are copied next to others of equal length and computed as one batch. Copied, eight
-# segments take this share of the time of eight calls (8 heads of 64 channels, 2 cores of a Zen 5): 0.7 to 0.8 at
-# 8 or 16 tokens, 0.86 at 32, about 1 from 64 up. Neighbours of equal length need no copy and always gain.
+# segments take this share of the time of eight calls, forward (8 heads of 64 channels, 2 cores of a Zen 5, a shared
+# machine): 0.7 to 0.8 at 8 or 16 tokens, about 0.87 at 32, no clear gain from 64 up. Neighbours of equal length need
+# no copy and are computed together at every length.
 BATCH_UP_TO = 32
 
 # In bfloat16 training, segments up to this length go through `_BFloat16Attention`. Forward and backward take this
-# share of the time of fused SDPA (same heads and machine): 0.64 at 64 tokens, 0.44 at 128, 0.52 at 256, 0.55 at
-# 512, 0.9 at 1024, 1.6 at 2048. Its Lq * Lk weights per head stay in memory until the backward pass, hence the
-# bound of 512. In float32, and without gradients, fused SDPA won at every length.
+# share of the time of fused SDPA (same heads and machine): 0.64 at 64 tokens, 0.44 at 128, 0.52 at 256, 0.55 at 512,
+# 1.3 at 1024, 1.5 at 2048. Its Lq * Lk weights per head stay in memory until the backward pass. In float32, and
+# without gradients, explicit weights with float32 scores gained about a tenth at best, so fused SDPA is used.
 BFLOAT16_TRAINING_UP_TO = 512
 
-# Largest number of scores that `_BFloat16Attention` holds at a time: 8 MiB, which still fits the caches.
+# Largest number of scores that `_BFloat16Attention` holds at a time: 8 MiB, the fastest or equal of bounds from 1 to
+# 8 MiB.
 SCORES_AT_A_TIME = 2**21
 
 

@@ -1,10 +1,12 @@
 """From settings to a model and its processor."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -100,7 +102,8 @@ def _composed(
         text = _configuration(_for_tokenizer(text, tokenizer), "text")
     else:
         text = _load(AutoModelForCausalLM, text, "text", options)
-    model = compose(vision=vision, text=text, projector=config.projector)
+    with _named("projector"):
+        model = compose(vision=vision, text=text, projector=config.projector)
     return model, compose_processor(model, tokenizer)
 
 
@@ -129,20 +132,31 @@ def _described(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Pa
 
 def _configuration(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
     preset = fields.pop("preset", None)
-    if preset is None:
-        return config_from_dict(fields, argument)
-    if argument == "text":
+    if argument == "text" and preset is not None:
         if preset not in _TEXT_PRESETS:
             raise ValueError(f"`text` preset must be one of {', '.join(_TEXT_PRESETS)}, got {preset!r}.")
-        return config_from_dict({**_TEXT_PRESETS[preset], **fields}, argument)
-    part, _, name = str(preset).partition(":")
-    config = VISION_PARTS.get(f"vlparts_{part}", (None,))[0]
-    if config is None:
-        raise ValueError(f"`vision` preset must start with the name of a part, such as 'navit:tiny', got {preset!r}.")
-    try:
+        fields = {**_TEXT_PRESETS[preset], **fields}
+    with _named(argument):
+        if argument == "text" or preset is None:
+            return config_from_dict(fields, argument)
+        part, _, name = str(preset).partition(":")
+        config = VISION_PARTS.get(f"vlparts_{part}", (None,))[0]
+        if config is None:
+            raise ValueError(f"preset must start with the name of a part, such as 'navit:tiny', got {preset!r}.")
         return config.from_preset(name, **fields)
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Let an error say which setting it comes from; what configurations raise on bad fields is no ValueError."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"`{argument}`: {' '.join(str(error).split())}") from error
     except ValueError as error:
-        raise ValueError(f"`vision` preset {preset!r}: {error}") from None
+        if str(error).startswith("`"):
+            raise
+        raise ValueError(f"`{argument}`: {error}") from error
 
 
 def _for_tokenizer(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

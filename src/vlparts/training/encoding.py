@@ -102,6 +102,8 @@ class SampleEncoder:
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
         ids, labels = self._tokenize(messages, counts)
+        if all(label == IGNORE for label in labels):
+            raise ValueError("the assistant's turns are empty, so there is nothing to learn")
         if self.max_length is not None and len(ids) > self.max_length:
             raise ValueError(
                 f"the sample has {len(ids)} tokens ({sum(counts)} of them for images), but at most "

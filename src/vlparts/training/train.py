@@ -2,10 +2,13 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.processing_vlm import VisionLanguageProcessor
@@ -78,7 +81,6 @@ class PackedTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, whose mean over packs becomes the mean over the tokens of all answers."""
         self._share = len(dataloader) * self.args.world_size / dataloader.dataset.targets
-        self._first_packs = len(dataloader.dataset.lengths)
         self.gather_function = self.accelerator.gather  # the other one counts samples, not packs
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
@@ -118,14 +120,14 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
 
     args = _arguments(config)
     data = _dataset(config, records, processor, args)
-    eval_records = read_records(config.eval_data, config.on_error) if config.eval_data else None
+    eval_records = read_records(config.eval_data, config.on_error, "eval_data") if config.eval_data else None
     eval_data = _dataset(config, eval_records, processor, args) if eval_records else None
     trainer = PackedTrainer(
         model=model,
         args=args,
         train_dataset=data,
         eval_dataset=eval_data,
-        data_collator=collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id),
+        data_collator=collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id or 0),
         processing_class=processor,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=_optimizer(config),
@@ -133,9 +135,12 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         max_items=config.max_items,
     )
     skipped = records.skipped + (eval_records.skipped if eval_records else [])
-    if skipped:
+    if skipped and args.process_index == 0:
         logger.warning("%d records skipped; the first: %s", len(skipped), skipped[0])
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    if eval_data is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(config.output)
         processor.save_pretrained(config.output)
@@ -157,13 +162,18 @@ def _dataset(
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
 
 
-def _checkpoint(config: TrainConfig) -> str | None:
-    found = get_last_checkpoint(str(config.output)) if config.output.is_dir() else None
-    if found and not config.resume:
-        raise ValueError(f"`output` {config.output} holds checkpoints; pass resume, or name another folder.")
-    if config.resume and not found:
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """The last checkpoint, if the run is to go on from one."""
+    found = {int(path.name.rpartition("-")[2]): path for path in config.output.glob("checkpoint-*[0-9]")}
+    if not config.resume:
+        if found:
+            raise ValueError(f"`output` {config.output} holds checkpoints; pass resume, or name another folder.")
+        return None
+    # Trainer writes its state last: a run that was killed while it saved has left none.
+    whole = [step for step, path in found.items() if (path / TRAINER_STATE_NAME).is_file()]
+    if not whole:
         raise ValueError(f"`output` {config.output} holds no checkpoint to resume from.")
-    return found
+    return found[max(whole)]
 
 
 def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None:
@@ -185,26 +195,33 @@ def _optimizer(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
     evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_data else {}
-    fields = {
+    settings = {
         "output_dir": str(config.output),
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
         "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": config.warmup_ratio,
         "weight_decay": config.weight_decay,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "seed": config.seed,
         "save_steps": config.save_steps,
-        "save_total_limit": 2,
         "logging_steps": config.logging_steps,
+        **evaluation,
+    }
+    defaults = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup_ratio,
+        "save_total_limit": 2,
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
         "include_num_input_tokens_seen": "no",
-        **evaluation,
-        **config.trainer,
     }
-    return TrainingArguments(**fields)
+    for name in config.trainer:
+        if name in settings:
+            raise ValueError(f"`trainer` must not hold {name!r}, which has a setting of its own.")
+    try:
+        return TrainingArguments(**settings, **{**defaults, **config.trainer})
+    except TypeError as error:
+        raise ValueError(f"`trainer` has a field that TrainingArguments does not take: {error}") from None
