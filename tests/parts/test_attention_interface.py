@@ -23,7 +23,6 @@ from vlparts.parts.attention import (
     dense_attention_forward,
     packed_attention,
     packed_attention_forward,
-    packed_implementation,
 )
 
 LENGTHS = [5, 1, 4]
@@ -73,9 +72,6 @@ class Layer(nn.Module):
 def test_the_names_are_registered() -> None:
     assert ALL_ATTENTION_FUNCTIONS["vlparts_packed"] is packed_attention_forward
     assert ALL_MASK_ATTENTION_FUNCTIONS["vlparts_packed"] is sdpa_mask
-    assert packed_implementation("sdpa") == "vlparts_packed"
-    assert packed_implementation("eager") == "eager"
-    assert packed_implementation("flash_attention_2") == "flash_attention_2"
 
 
 def test_packed_models_see_the_packed_operation_under_sdpa() -> None:

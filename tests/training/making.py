@@ -1,16 +1,20 @@
 """Small models, tokenizers and files of records for the tests of training."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerFast, Siglip2VisionModel
 
-from tests.tiny import SIZES, picture, text_config, tokenizer, vision_config
-from vlparts import compose, compose_processor
+from tests.tiny import SIZES, order_one, picture, text_config, tokenizer, vision_config
+from vlparts import NaViTModel, compose, compose_processor
 from vlparts.training.config import TrainConfig
+from vlparts.training.train import TrainResult
 
 WORDS = ["Where is the cat?", "It is here: cat(001,234),(567,899)", "user\n", "assistant\n", "You see.", "system"]
 
@@ -98,3 +102,27 @@ def settings(folder: Path, count: int = 12, **changes: Any) -> TrainConfig:
     }
     trainer = {"use_cpu": True, "disable_tqdm": True, **changes.get("trainer", {})}
     return TrainConfig(**{**fields, "trainer": trainer})
+
+
+def saved_parts(folder: Path, kind: str) -> tuple[Path, Path]:
+    """Folders of a vision checkpoint and of a text checkpoint with its tokenizer."""
+    towers: dict[str, Callable[[], Any]] = {
+        "clip": lambda: CLIPVisionModel(vision_config("clip")),
+        "siglip2": lambda: Siglip2VisionModel(vision_config("siglip2")),
+        "navit": lambda: NaViTModel(vision_config("navit")),
+    }
+    words = tokenizer()
+    order_one(towers[kind]()).save_pretrained(folder / "vision")
+    order_one(AutoModelForCausalLM.from_config(text_config("llama", words))).save_pretrained(folder / "text")
+    words.save_pretrained(folder / "text")
+    return folder / "vision", folder / "text"
+
+
+def losses(result: TrainResult, key: str = "loss") -> list[float]:
+    """What the log of a run holds under `key`."""
+    return [line[key] for line in result.log if key in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a saved model."""
+    return load_file(folder / "model.safetensors")

@@ -3,25 +3,25 @@
 import json
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-from transformers import CLIPVisionModel, Siglip2VisionModel, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TrainerCallback,
+)
 
-from tests.tiny import SIZES, order_one, picture, text_config, tokenizer, vision_config
-from tests.training.making import TEXT, VISION, example, settings, write_records
-from vlparts import NaViTModel
+from tests.tiny import order_one, picture, vision_config
+from tests.training.making import TEXT, VISION, example, losses, saved_parts, settings, weights, write_records
 from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
 from vlparts.training.dataset import PaddedCollator, SampleDataset, collate_packed
 from vlparts.training.encoding import SampleEncoder
 from vlparts.training.records import RecordError, read_records
-from vlparts.training.train import TrainResult, train
+from vlparts.training.train import train
 
 
 class Seen(TrainerCallback):
@@ -36,14 +36,6 @@ class Seen(TrainerCallback):
     def keep(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if model.training:
             self.batches.append(kwargs)
-
-
-def losses(result: TrainResult, key: str = "loss") -> list[float]:
-    return [line[key] for line in result.log if key in line]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def test_a_packed_run_has_the_losses_of_a_padded_one(tmp_path: Path) -> None:
@@ -282,7 +274,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
 def test_a_run_warns_of_nothing(tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture) -> None:
     parts = {}
     if source == "folders":
-        vision, text = saved_native(tmp_path, "clip")
+        vision, text = saved_parts(tmp_path, "clip")
         parts = {"vision": str(vision), "text": str(text)}
     logging.getLogger("transformers").propagate = True
     try:

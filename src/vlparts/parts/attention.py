@@ -23,7 +23,6 @@ __all__ = [
     "dense_attention_forward",
     "packed_attention",
     "packed_attention_forward",
-    "packed_implementation",
 ]
 
 PACKED_ATTENTION_NAME = "vlparts_packed"
@@ -238,29 +237,15 @@ def _restrict(mask: Tensor | None, block: Tensor) -> Tensor:
     return mask & block if mask.dtype == torch.bool else mask.masked_fill(~block, torch.finfo(mask.dtype).min)
 
 
-def packed_implementation(name: str) -> str:
-    """The attention implementation that a packed model uses under the name `name`.
-
-    `sdpa` becomes the packed operation, because transformers' own would need a dense mask; other names stay.
-
-    Args:
-        name: `config._attn_implementation`.
-
-    Returns:
-        A name that transformers' AttentionInterface knows.
-    """
-    return PACKED_ATTENTION_NAME if name == "sdpa" else name
-
-
 def _register_implementation() -> AttentionInterface:
     """Offer `vlparts_packed` to all models, and return the interface for packed models."""
     packed = AttentionInterface()
     if PACKED_ATTENTION_NAME not in packed:
         AttentionInterface.register(PACKED_ATTENTION_NAME, packed_attention_forward)
         AttentionMaskInterface.register(PACKED_ATTENTION_NAME, sdpa_mask)
-    packed["sdpa"] = packed[packed_implementation("sdpa")]
+    packed["sdpa"] = packed[PACKED_ATTENTION_NAME]
     return packed
 
 
-# transformers' `ALL_ATTENTION_FUNCTIONS`, in which `sdpa` means the packed operation.
+# transformers' `ALL_ATTENTION_FUNCTIONS`, in which `sdpa` means the packed operation: its own would need a dense mask.
 PACKED_ATTENTION_FUNCTIONS = _register_implementation()

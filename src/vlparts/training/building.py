@@ -142,25 +142,21 @@ def _configuration(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
         part, _, name = str(preset).partition(":")
         config = VISION_PARTS.get(f"vlparts_{part}", (None,))[0]
         if config is None:
-            raise ValueError(f"preset must start with the name of a part, such as 'navit:tiny', got {preset!r}.")
+            raise ValueError(f"`vision` preset must start with a part's name, as in 'navit:tiny', got {preset!r}.")
         return config.from_preset(name, **fields)
 
 
 @contextmanager
 def _named(argument: str) -> Iterator[None]:
-    """Let an error say which setting it comes from; what configurations raise on bad fields is no ValueError."""
+    """What configurations raise on fields that make no sense is no ValueError and does not say where they stood."""
     try:
         yield
     except StrictDataclassError as error:
         raise ValueError(f"`{argument}`: {' '.join(str(error).split())}") from error
-    except ValueError as error:
-        if str(error).startswith("`"):
-            raise
-        raise ValueError(f"`{argument}`: {error}") from error
 
 
 def _for_tokenizer(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """A text model's fields with what its tokenizer says. Ids are the tokenizer's; a larger vocabulary may be given."""
+    """A text model's fields with its tokenizer's ids and size; a larger vocabulary may be given."""
     size = fields.get("vocab_size", len(tokenizer))
     if size < len(tokenizer):
         raise ValueError(f"`text` has a vocab_size of {size}, but the tokenizer has {len(tokenizer)} tokens.")

@@ -228,7 +228,7 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_surrogates(fields: dict[str, Any]) -> None:
-    """JSON can write what is no text: one half of a pair of `\\ud...` escapes."""
+    """JSON can write what is no text: half of a pair of escaped surrogates."""
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
