@@ -1,15 +1,30 @@
 """The command line: `python -m vlparts demo | train | info`."""
 
 import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """End with the message alone where the user is to mend something."""
+    try:
+        yield
+    except ValueError as error:
+        message = Text.assemble(("error: ", "bold red"), str(error))
+        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -24,7 +39,8 @@ def demo(
     """Compose a model, train it to find digits in photographs, save it, and ask it without vlparts."""
     from .demo.run import run_demo
 
-    run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console)
+    with _mistakes():
+        run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console)
 
 
 @app.command()
@@ -57,14 +73,12 @@ def train(
     from .training.config import load_config
     from .training.train import train as run
 
-    try:
+    with _mistakes():
         result = run(load_config(config, changes))
-    except ValueError as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
-    for reason in result.skipped:
-        console.print(f"skipped: {reason}", soft_wrap=True, highlight=False)
-    console.print(f"{result.steps} steps, {len(result.skipped)} records skipped.")
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one reports
+        for reason in result.skipped:
+            console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{result.steps} steps, {len(result.skipped)} records skipped.")
 
 
 @app.command()
@@ -87,7 +101,7 @@ def info() -> None:
     console.print(table)
     table = Table("backend", "active", "reason")
     for status in backend_status().values():
-        table.add_row(status.name, "yes" if status.active else "no", status.reason)
+        table.add_row(status.name, "yes" if status.active else "no", Text(status.reason))
     console.print(table)
 
 

@@ -55,24 +55,32 @@ def run_without(
         What the script printed.
 
     Raises:
-        RuntimeError: If it failed; with its error output.
+        RuntimeError: If it failed or took too long; with its error output.
     """
     environment = {**os.environ, "HF_MODULES_CACHE": str(modules_cache), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [
-            str(python),
-            "-I",
-            *([str(script)] if isinstance(script, Path) else ["-c", script]),
-            *map(str, arguments),
-        ],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [
+                str(python),
+                "-I",
+                *([str(script)] if isinstance(script, Path) else ["-c", script]),
+                *map(str, arguments),
+            ],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{python} did not end within {timeout} seconds:\n{_text(error.stderr)}") from None
     if done.returncode:
         raise RuntimeError(f"{python} ended with status {done.returncode}:\n{done.stderr}")
     return done.stdout
+
+
+def _text(output: bytes | str | None) -> str:
+    """What a process had written when it was stopped: bytes whatever was asked for, and None for nothing."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

@@ -1,10 +1,10 @@
 """NaViT against native Siglip2 with the same weights: packed against padded, the block and the pooling head."""
 
 import torch
-from tests.tiny import SIZES, navit_config, order_one, packed_images
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
+from tests.tiny import SIZES, navit_config, order_one, packed_images
 from vlparts import NaViTModel
 
 GRIDS = [(3, 5), (1, 1), (4, 4), (2, 7)]

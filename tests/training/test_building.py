@@ -119,6 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "projector": ({"projector": "none"}, "`projector`: .*must be one of linear, mlp2_gelu, got 'none'"),
     "trainer field": ({"trainer": {"no_such_field": 1}}, "`trainer`.*no_such_field"),
     "field that has its own setting": ({"trainer": {"output_dir": "x"}}, "`trainer` must not hold 'output_dir'"),
+    "batch size": ({"trainer": {"per_device_train_batch_size": 2}}, "`trainer` must not hold 'per_device_train_batch"),
     "evaluation file": ({"eval_data": "none.jsonl"}, r"`eval_data` must be a JSON Lines file, got none\.jsonl"),
     "training file": ({"data": "none.jsonl"}, r"`data` must be a JSON Lines file, got none\.jsonl"),
 }

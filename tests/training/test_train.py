@@ -253,6 +253,7 @@ def test_an_output_with_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-best1").mkdir()  # not one of ours
     for output in (tmp_path / "nothing", tmp_path):
         with pytest.raises(ValueError, match="`output` .* holds no checkpoint to resume from"):
             train(settings(tmp_path, resume=True, output=output))
@@ -288,6 +289,7 @@ def test_a_run_warns_of_nothing(tmp_path: Path, source: str, caplog: pytest.LogC
     assert [str(one.message) for one in caught if issubclass(one.category, (UserWarning, FutureWarning))] == []
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"dataloader_num_workers": 1}, {"bf16": True}])
 def test_fields_of_the_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
     plain = train(settings(tmp_path, max_steps=2))

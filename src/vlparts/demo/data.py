@@ -13,7 +13,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 _TRAIN_SHARE = 0.75
-_INK = 255.0
+# White digits stand where no more than this share of the photograph is brighter than this, or taken by another digit.
+_BRIGHTEST, _MOST_TAKEN = 150, 0.05
+_TRIES = 50
+
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Task:
         digits: Digits in an image, all of different values; one of them is asked for.
     """
 
-    sides: tuple[int, int] = (64, 112)
+    sides: tuple[int, int] = (72, 112)
     digit_sides: tuple[int, int] = (24, 48)
-    digits: int = 1
+    digits: int = 2
 
 
 def load_sources(held_out: bool, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -77,12 +81,12 @@ def write_dataset(folder: Path, name: str, count: int, task: Task, *, held_out: 
             image, boxes = _make_image(photographs, digits, values, task, chance)
             file = f"{name}/{index:05d}.png"
             image.save(folder / file, compress_level=1)
-            value, box = boxes[0]
+            value, box = boxes[chance.integers(len(boxes))]
             lines.write(json.dumps(_record(file, value, box)) + "\n")
     return path
 
 
-def _record(file: str, value: int, box: tuple[float, ...]) -> dict:
+def _record(file: str, value: int, box: Box) -> dict:
     return {
         "image": file,
         "messages": [
@@ -93,32 +97,41 @@ def _record(file: str, value: int, box: tuple[float, ...]) -> dict:
 
 
 def _make_image(
-    photographs: list[np.ndarray],
-    digits: np.ndarray,
-    values: np.ndarray,
-    task: Task,
-    chance: np.random.Generator,
-) -> tuple[Image.Image, list[tuple[int, tuple[float, ...]]]]:
+    photographs: list[np.ndarray], digits: np.ndarray, values: np.ndarray, task: Task, chance: np.random.Generator
+) -> tuple[Image.Image, list[tuple[int, Box]]]:
     """A crop of a photograph with digits in it, and the value and box of each digit."""
-    photograph = photographs[chance.integers(len(photographs))]
-    width, height = (int(chance.integers(task.sides[0], task.sides[1] + 1)) for _ in range(2))
-    left = int(chance.integers(photograph.shape[1] - width + 1))
-    top = int(chance.integers(photograph.shape[0] - height + 1))
-    canvas = photograph[top : top + height, left : left + width].astype(np.float64)
-    taken = np.zeros((height, width), dtype=bool)
-    found: list[tuple[int, tuple[float, ...]]] = []
-    while len(found) < task.digits:
+    while True:
+        photograph = photographs[chance.integers(len(photographs))]
+        width, height = (int(chance.integers(task.sides[0], task.sides[1] + 1)) for _ in range(2))
+        left = int(chance.integers(photograph.shape[1] - width + 1))
+        top = int(chance.integers(photograph.shape[0] - height + 1))
+        canvas = photograph[top : top + height, left : left + width].astype(np.float64)
+        found = _place_digits(canvas, digits, values, task, chance)
+        if len(found) == task.digits:
+            return Image.fromarray(np.rint(canvas).astype(np.uint8)), found
+
+
+def _place_digits(
+    canvas: np.ndarray, digits: np.ndarray, values: np.ndarray, task: Task, chance: np.random.Generator
+) -> list[tuple[int, Box]]:
+    """Draw digits of different values where the photograph is dark enough to see them; fewer if there is no room."""
+    height, width = canvas.shape[:2]
+    taken = canvas.mean(-1) > _BRIGHTEST
+    found: list[tuple[int, Box]] = []
+    for _ in range(_TRIES):
         which = int(chance.integers(len(digits)))
         ink = _scaled_ink(digits[which], int(chance.integers(task.digit_sides[0], task.digit_sides[1] + 1)))
         rows, columns = ink.shape
         y, x = int(chance.integers(height - rows + 1)), int(chance.integers(width - columns + 1))
         place = (slice(y, y + rows), slice(x, x + columns))
-        if taken[place].any() or int(values[which]) in [value for value, _ in found]:
+        if taken[place].mean() > _MOST_TAKEN or int(values[which]) in [value for value, _ in found]:
             continue
         taken[place] = True
-        canvas[place] += (_INK - canvas[place]) * ink[..., None]
+        canvas[place] += (255.0 - canvas[place]) * ink[..., None]
         found.append((int(values[which]), (float(x), float(y), float(x + columns), float(y + rows))))
-    return Image.fromarray(np.rint(canvas).astype(np.uint8)), found
+        if len(found) == task.digits:
+            break
+    return found
 
 
 def _scaled_ink(digit: np.ndarray, side: int) -> np.ndarray:

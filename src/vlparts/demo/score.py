@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..parts.coordinates import decode
+from ..parts.coordinates import decode, encode
 from ..parts.regions import Region, box_iou
 
 
@@ -57,8 +57,9 @@ def read_answers(questions: Path, answers: list[str]) -> list[dict[str, Any]]:
         x1, y1, x2, y2 = wanted["box"]
         truth = Region.box(x1, y1, x2, y2, wanted["label"])
         result = decode(answer, image.size, on_error="collect")
-        whole = result.spans == ((0, len(answer)),) and not result.errors
-        predicted = result.regions[0] if whole and result.regions[0].kind == "box" else None
+        one_box = [region.kind for region in result.regions] == ["box"]
+        whole = one_box and encode(result.regions, image.size) == answer
+        predicted = result.regions[0] if whole else None
         items.append({"image": image, "truth": truth, "predicted": predicted, "answer": answer})
     return items
 

@@ -1,7 +1,7 @@
 """From settings to a model and its processor."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def _set_options(image_processor: Any, options: dict[str, Any]) -> None:
         setattr(image_processor, name, value)
 
 
-def _freeze(model: VisionLanguageForConditionalGeneration, parts: list[str]) -> None:
+def _freeze(model: VisionLanguageForConditionalGeneration, parts: Sequence[str]) -> None:
     modules = {
         "vision": [model.model.vision_tower],
         "text": [model.model.language_model, model.lm_head],
@@ -191,4 +191,4 @@ def _freeze(model: VisionLanguageForConditionalGeneration, parts: list[str]) -> 
         for module in modules[part]:
             module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"`freeze` leaves no weights to train, got {parts}.")
+        raise ValueError(f"`freeze` leaves no weights to train, got {list(parts)}.")

@@ -64,14 +64,14 @@ class TrainConfig(BaseModel):
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
     packing: bool = True
-    epochs: float = Field(default=1.0, gt=0)
-    max_steps: int = -1
+    epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    max_steps: int = Field(default=-1, ge=-1)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     save_steps: int = Field(default=500, ge=1)
     eval_steps: int = Field(default=500, ge=1)
     logging_steps: int = Field(default=10, ge=1)
@@ -113,5 +113,5 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

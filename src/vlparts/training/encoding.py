@@ -16,7 +16,7 @@ from ..parts.coordinate_formats import get_format
 from ..parts.coordinates import encode
 from ..parts.images import to_rgb
 from ..parts.processing_vlm import VisionLanguageProcessor
-from .records import ImageBlock, Message, Record, RegionBlock
+from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
 
 IGNORE = -100
 
@@ -141,16 +141,14 @@ class SampleEncoder:
     def _blocks(self, message: Message, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """Text and places of images; neighbouring regions of one image are written together."""
         blocks: list[dict[str, Any]] = []
-        neighbours = groupby(message.content, key=lambda block: block.image if isinstance(block, RegionBlock) else -1)
         after_region = False
-        for index, group in neighbours:
-            if index < 0:
-                for block in group:
-                    image = isinstance(block, ImageBlock)
-                    blocks.append({"type": "image"} if image else {"type": "text", "text": block.text})
+        for index, group in groupby(message.content, key=_image_of):
+            members = list(group)
+            regions = [block.region() for block in members if isinstance(block, RegionBlock)]
+            if not regions:
+                blocks += [_plain(block) for block in members]
                 after_region = False
                 continue
-            regions = [block.region() for block in group]
             text = encode(regions, sizes[index], self.coordinate_format, on_outside=self.on_outside)
             separator = get_format(self.coordinate_format).separator if after_region and text else ""
             blocks.append({"type": "text", "text": separator + text})
@@ -217,6 +215,15 @@ class SampleEncoder:
         repeats = [next(remaining) if one == token else 1 for one in ids]
         labels = [one if wanted else IGNORE for one, wanted in zip(ids, learnt, strict=True)]
         return list(_repeated(ids, repeats)), list(_repeated(labels, repeats))
+
+
+def _image_of(block: TextBlock | ImageBlock | RegionBlock) -> int:
+    """The image that a region lies in, and -1 for anything else."""
+    return block.image if isinstance(block, RegionBlock) else -1
+
+
+def _plain(block: TextBlock | ImageBlock | RegionBlock) -> dict[str, Any]:
+    return {"type": "text", "text": block.text} if isinstance(block, TextBlock) else {"type": "image"}
 
 
 def _repeated(values: list[int], repeats: list[int]) -> Iterator[int]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -20,9 +20,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay; not applied to parameters of one dimension.
     """
 
-    def __init__(
-        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float
-    ) -> None:
+    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float) -> None:
         others = list(others)
         groups = [
             {"params": [one for one in others if one.ndim > 1], "weight_decay": weight_decay},
@@ -69,14 +67,15 @@ def muon_with_adamw(model: nn.Module, lr: float, weight_decay: float) -> MuonWit
         lr: Learning rate.
         weight_decay: Weight decay.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings: list[Any] = [
+        getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)
+    ]
     matrices = {
         id(module.weight): module.weight
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head and module.weight.requires_grad
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
     }
-    for module in (head, first):
+    for module in embeddings:
         if module is not None:
             matrices.pop(id(module.weight), None)
     others = [one for one in model.parameters() if one.requires_grad and id(one) not in matrices]

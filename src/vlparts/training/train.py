@@ -1,6 +1,7 @@
 """The training run itself."""
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,12 @@ class PackedTrainer(Trainer):
             model.config.use_cache = use_cache
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PackSampler:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        batches = self._packs_in_a_step(self._train_batch_size)
-        return PackSampler(dataset.lengths, self._capacity, self._max_items, self.args.seed, processes=batches)
+        data, world = train_dataset if train_dataset is not None else self.train_dataset, self.args.world_size
+        return PackSampler(data.lengths, self._capacity, self._max_items, self.args.seed, processes=world)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
-        batches = self._packs_in_a_step(self.args.eval_batch_size)
-        return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=batches)
-
-    def _packs_in_a_step(self, batch_size: int) -> int:
-        return self.args.world_size * batch_size if self.args.world_size > 1 else 1
+        world = self.args.world_size
+        return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=world)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, without a cache of keys and values that nobody reads."""
@@ -80,6 +77,7 @@ class PackedTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, whose mean over packs becomes the mean over the tokens of all answers."""
+        self._packs_left = len(self._get_eval_sampler(dataloader.dataset)) - self.args.process_index
         self._share = len(dataloader) * self.args.world_size / dataloader.dataset.targets
         self.gather_function = self.accelerator.gather  # the other one counts samples, not packs
         return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -87,10 +85,13 @@ class PackedTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """The sum of a batch's losses, scaled such that the mean over batches is the mean over all tokens."""
+        """The sum of a pack's losses, scaled such that the mean over packs is the mean over all tokens."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**self._prepare_inputs(inputs), use_cache=False, num_items_in_batch=1).loss
-        return loss * self._share, None, None
+        # Where the processes cannot share the packs evenly, the last ones get packs again that others had.
+        share = self._share if self._packs_left > 0 else 0.0
+        self._packs_left -= self.args.world_size
+        return loss * share, None, None
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
@@ -138,13 +139,13 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     if skipped and args.process_index == 0:
         logger.warning("%d records skipped; the first: %s", len(skipped), skipped[0])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
-    if eval_data is not None and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(config.output)
         processor.save_pretrained(config.output)
     trainer.accelerator.wait_for_everyone()
+    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    if eval_data is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
     return TrainResult(model, processor, trainer.state.global_step, trainer.state.log_history, skipped)
 
 
@@ -164,7 +165,8 @@ def _dataset(
 
 def _checkpoint(config: TrainConfig) -> Path | None:
     """The last checkpoint, if the run is to go on from one."""
-    found = {int(path.name.rpartition("-")[2]): path for path in config.output.glob("checkpoint-*[0-9]")}
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in config.output.glob("checkpoint-*"))
+    found = {int(match[1]): path for match, path in names if match}
     if not config.resume:
         if found:
             raise ValueError(f"`output` {config.output} holds checkpoints; pass resume, or name another folder.")
@@ -197,6 +199,8 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_data else {}
     settings = {
         "output_dir": str(config.output),
+        "per_device_train_batch_size": 1,  # pack
+        "per_device_eval_batch_size": 1,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
         "learning_rate": config.learning_rate,
@@ -208,8 +212,6 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         **evaluation,
     }
     defaults = {
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup_ratio,
         "save_total_limit": 2,

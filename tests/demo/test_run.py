@@ -1,0 +1,32 @@
+"""The demo, in small."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlparts.demo.run import run_demo
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path: Path) -> None:
+    metrics = run_demo(tmp_path, steps=3, images=(24, 4))
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
+    assert metrics["count"] == 4
+    assert metrics["steps"] == 3
+    assert 0 <= metrics["mean_iou"] <= 1
+    assert Image.open(tmp_path / "predictions.png").width > 500
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_time_is_turned_into_steps(tmp_path: Path) -> None:
+    metrics = run_demo(tmp_path, minutes=1.0, images=(64, 2))
+    assert metrics["steps"] >= 1
+
+
+@pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "`steps`.*0"), ({"minutes": 0.1}, "`minutes`.*0.1")])
+def test_impossible_settings(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_demo(tmp_path, **options)
