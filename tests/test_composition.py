@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GPT2Config, Siglip2VisionModel
 
 import vlparts
@@ -75,6 +76,25 @@ def test_other_embedding_names_are_tied_too() -> None:
     assert model.lm_head.weight is model.model.language_model.wte.weight
 
 
+def test_the_generation_settings_of_a_checkpoint_are_kept(tmp_path: object) -> None:
+    text = AutoModelForCausalLM.from_config(text_config("qwen2", tokenizer()))
+    text.generation_config.update(do_sample=True, top_k=7)
+    text.save_pretrained(tmp_path)
+    for given in (text, tmp_path):
+        model = vlparts.compose(vision=navit_config(), text=given)
+        assert (model.generation_config.do_sample, model.generation_config.top_k) == (True, 7)
+
+
+@pytest.mark.parametrize("kind", ["navit", "clip", "siglip2"])
+def test_images_of_other_modes_are_taken_by_every_kind_of_tower(kind: str) -> None:
+    words = tokenizer()
+    model = vlparts.compose(vision=vision_config(kind), text=text_config("qwen3", words))
+    processor = vlparts.compose_processor(model, words)
+    for mode in ("L", "RGBA", "CMYK", "P"):
+        inputs = processor(images=[Image.new(mode, (20, 16))], text="<image>", return_tensors="pt")
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
 @pytest.mark.parametrize("argument", ["vision", "text"])
 def test_other_things_are_refused(argument: str) -> None:
     parts = {"vision": navit_config(), "text": text_config("qwen3", tokenizer()), argument: 3}
@@ -87,6 +107,11 @@ def test_a_text_model_as_vision_is_refused() -> None:
         vlparts.compose(vision=text_config("qwen3", tokenizer()), text=text_config("qwen3", tokenizer()))
 
 
+def test_a_vision_configuration_as_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="`text` must be a text model, got CLIPVisionConfig"):
+        vlparts.compose(vision=navit_config(), text=vision_config("clip"))
+
+
 def test_an_unknown_projector_is_refused() -> None:
-    with pytest.raises(Exception, match="projector.*conv"):
+    with pytest.raises(ValueError, match="`projector`.*'conv'"):
         vlparts.compose(vision=navit_config(), text=text_config("qwen3", tokenizer()), projector="conv")

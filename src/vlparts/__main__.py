@@ -35,12 +35,14 @@ def demo(
     minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.5,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,
+    digits: Annotated[int, typer.Option(help="Digits in an image; more than one makes the task harder.")] = 1,
 ) -> None:
     """Compose a model, train it to find digits in photographs, save it, and ask it without vlparts."""
+    from .demo.data import Task
     from .demo.run import run_demo
 
     with _mistakes():
-        run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console)
+        run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console, task=Task(digits=digits))
 
 
 @app.command()

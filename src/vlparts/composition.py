@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.processing_vlm import VisionLanguageProcessor
-from .parts.projectors import Projector
+from .parts.projectors import Projector, projector_names
 from .parts.vision_features import tower_kind
 from .parts.vision_parts import model_from_config
 
@@ -49,8 +49,12 @@ def compose(
     Raises:
         ValueError: If an argument is of none of these kinds, or if the parts do not fit together.
     """
+    if projector not in projector_names():
+        raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
     tower = _vision_tower(vision, trust_remote_code)
-    language_model, head = _text_model(text, trust_remote_code)
+    if isinstance(text, (str, os.PathLike)):
+        text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
+    language_model, head = _text_model(text)
     tower_kind(tower)
     config = VisionLanguageConfig(
         vision_config=tower.config,
@@ -145,11 +149,12 @@ def _vision_tower(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
     return vision
 
 
-def _text_model(text: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, nn.Module | None]:
+def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
+    config = getattr(text, "config", text)
+    if isinstance(config, PreTrainedConfig) and not hasattr(config, "vocab_size"):
+        raise ValueError(f"`text` must be a text model, got {type(text).__name__}, which has no vocabulary.")
     if isinstance(text, PreTrainedConfig):
         return model_from_config(text), None
-    if isinstance(text, (str, os.PathLike)):
-        text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
     if not isinstance(text, PreTrainedModel):
         raise ValueError(f"`text` must be a model, a configuration or a folder, got {type(text).__name__}.")
     head = text.get_output_embeddings()
@@ -171,7 +176,9 @@ def _image_processor(kind: str, vision: PreTrainedConfig) -> Any:
     if kind == "naflex":
         from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-        return Siglip2ImageProcessorPil(patch_size=vision.patch_size, max_num_patches=vision.num_patches)
+        return Siglip2ImageProcessorPil(
+            patch_size=vision.patch_size, max_num_patches=vision.num_patches, do_convert_rgb=True
+        )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = vision.image_size

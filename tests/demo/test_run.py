@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlparts.demo.data import Task
 from vlparts.demo.run import run_demo
 
 
@@ -24,6 +25,11 @@ def test_the_whole_demo(tmp_path: Path) -> None:
 def test_a_time_is_turned_into_steps(tmp_path: Path) -> None:
     metrics = run_demo(tmp_path, minutes=1.0, images=(64, 2))
     assert metrics["steps"] >= 1
+
+
+def test_more_digits_than_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="`digits`.*5"):
+        Task(digits=5)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "`steps`.*0"), ({"minutes": 0.1}, "`minutes`.*0.1")])

@@ -32,7 +32,11 @@ class Task:
 
     sides: tuple[int, int] = (72, 112)
     digit_sides: tuple[int, int] = (24, 48)
-    digits: int = 2
+    digits: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 4:
+            raise ValueError(f"`digits` must lie in 1..4, since more do not fit into an image, got {self.digits}.")
 
 
 def load_sources(held_out: bool, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

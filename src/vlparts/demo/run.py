@@ -21,7 +21,6 @@ from . import ask
 from .data import Task, write_dataset
 from .score import Score, read_answers, score
 
-TASK = Task()
 TRAINING_IMAGES = 10000
 HELD_OUT_IMAGES = 200
 SETTINGS: dict[str, Any] = {
@@ -46,7 +45,7 @@ def run_demo(
     seed: int = 0,
     steps: int | None = None,
     console: Console | None = None,
-    task: Task = TASK,
+    task: Task | None = None,
     images: tuple[int, int] = (TRAINING_IMAGES, HELD_OUT_IMAGES),
 ) -> dict[str, Any]:
     """Train a composed model to find digits in photographs, save it, and ask it in a process without vlparts.
@@ -58,7 +57,7 @@ def run_demo(
         seed: Seed of weights and order.
         steps: Training steps, in place of a time.
         console: Where to report.
-        task: What the images look like.
+        task: What the images look like; one digit in each by default.
         images: Number of training and of held-out images.
 
     Returns:
@@ -71,7 +70,7 @@ def run_demo(
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     if steps is None and minutes * 60 <= _RESERVE:
         raise ValueError(f"`minutes` must be more than {_RESERVE / 60:g}, got {minutes:g}.")
-    console = console or Console(quiet=True)
+    console, task = console or Console(quiet=True), task or Task()
     began = time.perf_counter()
     for name in ("data", "model"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -95,6 +94,7 @@ def run_demo(
     _draw(items, out / "predictions.png")
     metrics = {
         **figures.to_dict(),
+        "digits": task.digits,
         "steps": steps,
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
