@@ -88,6 +88,7 @@ def test_options_of_a_call_come_before_those_of_the_processor() -> None:
     ("image", "options", "message"),
     [
         (np.zeros((0, 5, 3), dtype=np.uint8), {}, "size of 5 x 0 pixels"),
+        (Image.new("RGB", (0, 5)), {}, "size of 0 x 5 pixels"),
         (np.full((8, 8, 3), np.nan), {}, "not finite"),
         (Image.new("RGB", (2000, 4)), {}, "aspect ratio of 500"),
         (Image.new("F", (4, 4)), {}, "mode 'F'"),
@@ -103,8 +104,13 @@ def test_bad_images_are_refused(image: object, options: dict, message: str) -> N
 def test_a_truncated_file_is_refused() -> None:
     data = io.BytesIO()
     picture(64, 64).save(data, "PNG")
-    with pytest.raises(OSError, match="truncated|broken"):
+    with pytest.raises(ValueError, match="cannot be read.*(truncated|broken)"):
         NaViTImageProcessor()(Image.open(io.BytesIO(data.getvalue()[:2000])), return_tensors="pt")
+
+
+def test_no_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="(?i)image"):
+        NaViTImageProcessor()([], return_tensors="pt")
 
 
 def test_an_extreme_image_can_be_stretched() -> None:

@@ -62,8 +62,13 @@ class NaViTImageProcessor(PilBackend):
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
         """Bring one image to `(C, H, W)`; Pillow images of any mode become 8-bit RGB (see `images.to_rgb`)."""
-        if isinstance(image, Image.Image) and do_convert_rgb:
-            image = to_rgb(image)
+        if isinstance(image, Image.Image):
+            try:
+                image.load()
+            except (OSError, SyntaxError) as error:  # what Pillow raises where a file is cut off or damaged
+                raise ValueError(f"The image cannot be read: {error}") from None
+            if do_convert_rgb:
+                image = to_rgb(image)
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if array.size == 0:
             raise ValueError(
@@ -128,6 +133,8 @@ class NaViTImageProcessor(PilBackend):
             "max_aspect_ratio": max_aspect_ratio,
             "on_extreme_aspect": on_extreme_aspect,
         }
+        if not images:
+            raise ValueError("`images` is empty; expected at least one image.")
         packed, grids = [], []
         for image in images:
             if do_resize:

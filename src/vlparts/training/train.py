@@ -97,8 +97,8 @@ class PackedTrainer(Trainer):
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
     """Fine-tune a composed model and save it, with its processor and its code, in `config.output`.
 
-    Runs on one process, or on several under `accelerate launch` or `torchrun`. An interrupted run goes on from its last checkpoint
-    with `resume`, with the same losses as a run that was not interrupted.
+    Runs on one process, or on several under `accelerate launch` or `torchrun`. An interrupted run goes on from its
+    last checkpoint with `resume`, with the same losses as a run that was not interrupted.
 
     Args:
         config: The settings.
