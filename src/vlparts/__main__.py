@@ -32,7 +32,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path(
         "vlparts-demo"
     ),
-    minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.5,
+    minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,
     digits: Annotated[int, typer.Option(help="Digits in an image; more than one makes the task harder.")] = 1,

@@ -41,7 +41,7 @@ _TRIAL_IMAGES = 400
 
 def run_demo(
     out: Path,
-    minutes: float = 5.5,
+    minutes: float = 5.0,
     seed: int = 0,
     steps: int | None = None,
     console: Console | None = None,
