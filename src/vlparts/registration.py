@@ -1,5 +1,6 @@
 """The one table of parts, and the only caller of the Auto classes' `register`."""
 
+import contextlib
 from dataclasses import dataclass, field
 
 import transformers
@@ -60,7 +61,11 @@ def register_part(part: Part) -> None:
         getattr(transformers, name).register(part.config, model, exist_ok=True)
         model.register_for_auto_class(name)
     if part.image_processor is not None:
-        AutoImageProcessor.register(part.config, image_processor_classes={"pil": part.image_processor}, exist_ok=True)
+        # Older transformers' AutoImageProcessor cannot be touched without torchvision; the class itself needs none.
+        with contextlib.suppress(ImportError):
+            AutoImageProcessor.register(
+                part.config, image_processor_classes={"pil": part.image_processor}, exist_ok=True
+            )
         part.image_processor.register_for_auto_class()
     if part.processor is not None:
         AutoProcessor.register(part.config, part.processor, exist_ok=True)

@@ -61,6 +61,14 @@ def test_generation_with_and_without_a_cache_agrees() -> None:
     assert with_cache.tolist() == model.generate(**inputs, **options, use_cache=False).tolist()
 
 
+def test_packed_patches_are_never_repeated_one_by_one() -> None:
+    """What older versions of transformers would do, which do not encode images before they repeat the inputs."""
+    model, processor = composed()
+    inputs = dict(batch(processor, GROUPS))
+    with pytest.raises(ValueError, match="newer transformers"):
+        model._expand_inputs_for_generation(expand_size=2, **inputs)
+
+
 def test_images_are_encoded_once_for_a_generation() -> None:
     model, processor = composed()
     calls = []

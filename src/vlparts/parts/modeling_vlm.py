@@ -250,6 +250,27 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
             pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **kwargs
         )
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Inputs of one step of generation; images are in the cache after the first."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # Newer transformers drop these themselves.
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        # Older transformers do not encode images beforehand, and would repeat packed patches one by one.
+        if kwargs.get("expand_size", 1) > 1 and kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
+            )
+        return super()._expand_inputs_for_generation(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
         if self._auto_class is not None:
