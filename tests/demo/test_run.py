@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlparts.demo import run
 from vlparts.demo.data import Task
 from vlparts.demo.run import run_demo
 
@@ -22,9 +23,13 @@ def test_the_whole_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_time_is_turned_into_steps(tmp_path: Path) -> None:
+def test_a_time_is_turned_into_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial gives seconds for a step; at 3 seconds for a step, the ten seconds that are left give 1 to 3 steps."""
+    trial, measured = run._seconds_per_step, []
+    monkeypatch.setattr(run, "_seconds_per_step", lambda config: measured.append(trial(config)) or 3.0)
     metrics = run_demo(tmp_path, minutes=1.0, images=(64, 2))
-    assert metrics["steps"] >= 1
+    assert 0 < measured[0] < 30
+    assert 1 <= metrics["steps"] <= 3
 
 
 def test_more_digits_than_fit_are_refused() -> None:
