@@ -8,7 +8,7 @@ from .composition import compose, compose_processor
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.image_processing_navit import NaViTImageProcessor
-from .parts.modeling_navit import NaViTModel
+from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
 from .parts.processing_vlm import VisionLanguageProcessor
 from .registration import register_all
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NaViTConfig",
+    "NaViTForImageClassification",
     "NaViTImageProcessor",
     "NaViTModel",
     "VisionLanguageConfig",

@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.image_processing_navit import NaViTImageProcessor
-from .parts.modeling_navit import NaViTModel
+from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
 from .parts.processing_vlm import VisionLanguageProcessor
 
@@ -36,7 +36,11 @@ class Part:
 
 
 PARTS: tuple[Part, ...] = (
-    Part(NaViTConfig, {"AutoModel": NaViTModel}, image_processor=NaViTImageProcessor),
+    Part(
+        NaViTConfig,
+        {"AutoModel": NaViTModel, "AutoModelForImageClassification": NaViTForImageClassification},
+        image_processor=NaViTImageProcessor,
+    ),
     Part(
         VisionLanguageConfig,
         {

@@ -2,59 +2,12 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from tests.parts.navit_oracle import oracle
 from tests.tiny import navit, navit_config, packed_images
 from vlparts import NaViTConfig, NaViTModel
 
 GRIDS = [(3, 5), (1, 1), (2, 7), (4, 4)]
-
-
-def layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + norm.eps)
-    return normed * norm.weight + (0 if norm.bias is None else norm.bias)
-
-
-def oracle(model: NaViTModel, patches: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One image, loops and explicit softmax, with the model's weights."""
-    config = model.config
-    tables = model.embeddings.position_embedding
-    positions = []
-    for y in range(rows):
-        for x in range(columns):
-            total = 0
-            for table, place, size in ((tables.row, y, rows), (tables.column, x, columns)):
-                n = table.shape[0]
-                at = min(max((place + 0.5) * n / size - 0.5, 0), n - 1)
-                low = int(at)
-                high = min(low + 1, n - 1)
-                total = total + table[low] * (1 - (at - low)) + table[high] * (at - low)
-            positions.append(total)
-    hidden = model.embeddings.patch_embedding(patches) + torch.stack(positions)
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    for layer in model.layers:
-        qkv = layer.self_attn.qkv(layer_norm(hidden, layer.norm1))
-        query, key, value = qkv.split(config.hidden_size, -1)
-        outputs = []
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            q, k = (
-                layer_norm(query[:, part], layer.self_attn.q_norm),
-                layer_norm(key[:, part], layer.self_attn.k_norm),
-            )
-            outputs.append(torch.softmax(q @ k.T / width**0.5, -1) @ value[:, part])
-        hidden = hidden + layer.self_attn.o_proj(torch.cat(outputs, -1))
-        hidden = hidden + layer.mlp.fc2(F.gelu(layer.mlp.fc1(layer_norm(hidden, layer.norm2))))
-    hidden = layer_norm(hidden, model.norm)
-    pool = model.pooling
-    query, key, value = pool.q_proj(pool.probe), pool.k_proj(hidden), pool.v_proj(hidden)
-    outputs = []
-    for head in range(heads):
-        part = slice(head * width, (head + 1) * width)
-        outputs.append(torch.softmax(key[:, part] @ query[part] / width**0.5, 0) @ value[:, part])
-    pooled = pool.o_proj(torch.cat(outputs))
-    return hidden, pooled + pool.fc2(F.gelu(pool.fc1(layer_norm(pooled, pool.norm))))
 
 
 def test_equals_a_loop_over_images_heads_and_patches_forward_and_backward() -> None:
@@ -100,17 +53,6 @@ def test_eager_attention_weights_are_blocks() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(7))
 
 
-def test_frames_of_a_video_are_encoded_one_by_one_and_pooled_together() -> None:
-    model = navit()
-    patches, grids = packed_images([(3, 2, 2), (1, 5)])
-    outputs = model(patches, grids)
-    alone = model(patches[:12], torch.tensor([[1, 2, 2]] * 3))
-    torch.testing.assert_close(outputs.last_hidden_state[:12], alone.last_hidden_state)
-    whole = model.pooling(outputs.last_hidden_state[:12], torch.tensor([0, 12], dtype=torch.int32), 12)
-    torch.testing.assert_close(outputs.pooler_output[:1], whole)
-    assert (whole - alone.pooler_output).abs().max() > 1e-3
-
-
 def test_merge_order_changes_the_order_of_patches_and_nothing_else() -> None:
     from vlparts.parts.packing import merge_order
 
@@ -145,34 +87,10 @@ def test_bfloat16_is_near_float32() -> None:
     assert (outputs.float() - expected).pow(2).mean().sqrt() < 0.05 * expected.pow(2).mean().sqrt()
 
 
-def test_compiles_without_graph_breaks_and_serves_other_images() -> None:
-    from vlparts.parts.packing import get_cu_seqlens, get_max_seqlen, get_position_ids
-
-    model = navit()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for grid_list in (GRIDS, [(2, 3), (5, 4)]):
-        patches, grids = packed_images(grid_list)
-        cu_seqlens = get_cu_seqlens(grids)
-        outputs = compiled(
-            patches,
-            grids,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=get_max_seqlen(cu_seqlens),
-            position_ids=get_position_ids(grids),
-        )
-        torch.testing.assert_close(outputs.last_hidden_state, model(patches, grids).last_hidden_state)
-
-
 def test_a_batch_without_images_is_empty() -> None:
     outputs = navit()(torch.zeros(0, 48), torch.zeros(0, 3, dtype=torch.int64))
     assert outputs.last_hidden_state.shape == (0, 32)
     assert outputs.pooler_output.shape == (0, 32)
-
-
-def test_pooling_can_be_left_out() -> None:
-    model = navit(pooling="none")
-    assert model.pooling is None
-    assert model(*packed_images([(2, 2)])).pooler_output is None
 
 
 @pytest.mark.parametrize(
@@ -189,13 +107,6 @@ def test_bad_input(patches: torch.Tensor, grids: list, message: str) -> None:
         navit()(patches, torch.tensor(grids))
 
 
-def test_absolute_positions_refuse_larger_grids_and_fractional_ones_do_not() -> None:
-    patches, grids = packed_images([(2, 9)])
-    with pytest.raises(ValueError, match="position_ids.*8"):
-        navit(position_coordinates="absolute")(patches, grids)
-    assert navit(position_coordinates="fractional")(patches, grids).last_hidden_state.shape == (18, 32)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,6 +117,11 @@ def test_absolute_positions_refuse_larger_grids_and_fractional_ones_do_not() -> 
         ({"position_coordinates": "polar"}, "position_coordinates"),
         ({"pooling": "median"}, "pooling"),
         ({"hidden_size": "wide"}, "hidden_size"),
+        ({"position_kind": "sinusoidal", "position_combination": "flat"}, "combination"),
+        ({"rotary_theta": 0.0}, "rotary_theta"),
+        ({"rotary_theta": 10.0, "hidden_size": 36, "num_attention_heads": 6}, "rotary_theta.*6 channels"),
+        ({"max_frames": 0}, "max_frames"),
+        ({"num_register_tokens": -1}, "num_register_tokens"),
     ],
 )
 def test_bad_configuration(changes: dict, message: str) -> None:
@@ -213,15 +129,39 @@ def test_bad_configuration(changes: dict, message: str) -> None:
         navit_config(**changes)
 
 
+def parameters_of(config: NaViTConfig) -> int:
+    """Counted by hand: one block, the tables, the ends."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    head_dim = width // config.num_attention_heads
+    block = 4 * width * width + 2 * head_dim + 2 * width * mlp + mlp + width + 2 * width
+    patch = config.num_channels * config.patch_size**2 * width + width
+    pool = width + 4 * (width * width + width) + 2 * width + 2 * width * mlp + mlp + width
+    return config.num_hidden_layers * block + patch + 2 * config.max_grid_size * width + width + pool
+
+
+@pytest.mark.parametrize(("name", "millions"), [("b32", 94.5), ("b16", 92.8), ("l16", 315.7)])
+def test_variants_of_the_paper(name: str, millions: float) -> None:
+    config = NaViTConfig.from_preset(name)
+    with torch.device("meta"):
+        model = NaViTModel(config)
+    assert model.num_parameters() == parameters_of(config)
+    assert round(model.num_parameters() / 1e6, 1) == millions
+    assert config.patch_size == int(name[1:])
+
+
 def test_presets() -> None:
-    assert "base" in NaViTConfig.presets()
+    assert "b16" in NaViTConfig.presets()
     assert NaViTConfig.from_preset("tiny", patch_size=8).patch_size == 8
     with pytest.raises(ValueError, match="'huge'"):
         NaViTConfig.from_preset("huge")
 
 
 def test_every_weight_is_initialised() -> None:
-    model = NaViTModel(navit_config(initializer_range=0.5, position_initializer_range=3.0))
+    model = NaViTModel(
+        navit_config(
+            initializer_range=0.5, position_initializer_range=3.0, num_register_tokens=8, max_frames=8, hidden_size=64
+        )
+    )
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all(), name
         if "position_embedding" in name:

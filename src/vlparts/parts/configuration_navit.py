@@ -5,11 +5,16 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .position_options import check_position_options
+
+# "b32", "b16" and "l16" are the encoders that the paper trains (Table 2): 94.5, 92.8 and 315.7 million parameters, of
+# which attention pooling has 7.1 or 12.6.
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
-    "base": {},
-    "large": {
+    "b32": {"patch_size": 32},
+    "b16": {},
+    "l16": {
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
@@ -41,15 +46,30 @@ class NaViTConfig(PreTrainedConfig):
         mlp_bias: Whether the MLP has biases.
         layer_norm_bias: Whether the layer normalisations have biases.
         use_qk_norm: Whether queries and keys are layer-normalised per head (ViT-22B, arXiv 2302.05442, eq. 2).
-        max_grid_size: Rows of each axis' position table.
-        position_coordinates: "absolute" looks row and column up in the tables, and refuses grids that are longer than
-            `max_grid_size`; "fractional" resamples the tables linearly to the grid of each image, whatever its size
-            (paper, section 3.4).
-        pooling: "map" for masked attention pooling (one learned query for each image), "none" for no pooled output.
+        max_grid_size: Positions N of each axis in a learned or sinusoidal table.
+        position_kind: "learned" tables, fixed "sinusoidal" ones, a learned "fourier" map, or "none". See
+            [`PositionEmbedding`] for this and the next four fields.
+        position_coordinates: "absolute" counts rows and columns; "fractional" divides each by its side of the image
+            (paper, section 3.4), and so takes any size; "fractional_aspect" divides both by the longer side.
+        position_combination: How the two axes come together: "add", "stack", "product", or as one: "joint" (a 2-D
+            table, or the paper's Fourier map), "flat" (ViT's 1-D table).
+        position_interpolation: How fractional coordinates read a learned table: "bilinear" or "bicubic", with
+            "_antialias" to widen the filter on images of fewer patches than the table.
+        position_overflow: A grid that is larger than an absolute table is an "error", or makes the table "interpolate".
+        rotary_theta: Base of 2-D axial rotary positions in attention (absolute coordinates, as in Qwen2-VL); None
+            for none.
+        max_frames: Rows of a learned table of frame positions, for video; None for none.
+        video_attention: Whether a patch of a video attends to its "frame", or to the whole "clip".
+        num_register_tokens: Learned tokens beside the patches of each attention segment (arXiv 2309.16588).
+        pooling: One vector for each image: "map" for masked attention pooling (one learned query for each image),
+            "mean" or "max" over its patches, "class_token" for a learned token beside its patches (the mean over
+            frames where they are attended one by one), "none" for no pooled output.
         initializer_range: Standard deviation of the initial weights.
         position_initializer_range: Standard deviation of the initial position tables. At 0.02 positions are small
             next to the embedded pixels; a larger value helps where a small model must learn from little data where
             things are.
+        position_fourier_std: Standard deviation of the initial frequencies of a Fourier map, in radians along a whole
+            axis (of `max_grid_size` patches where coordinates are absolute). The paper does not state it.
     """
 
     model_type = "vlparts_navit"
@@ -70,10 +90,19 @@ class NaViTConfig(PreTrainedConfig):
     layer_norm_bias: bool = False
     use_qk_norm: bool = True
     max_grid_size: int = 64
-    position_coordinates: Literal["absolute", "fractional"] = "fractional"
-    pooling: Literal["map", "none"] = "map"
+    position_kind: Literal["learned", "sinusoidal", "fourier", "none"] = "learned"
+    position_coordinates: Literal["absolute", "fractional", "fractional_aspect"] = "fractional"
+    position_combination: Literal["add", "stack", "product", "joint", "flat"] = "add"
+    position_interpolation: Literal["bilinear", "bilinear_antialias", "bicubic", "bicubic_antialias"] = "bilinear"
+    position_overflow: Literal["error", "interpolate"] = "error"
+    rotary_theta: float | None = None
+    max_frames: int | None = None
+    video_attention: Literal["frame", "clip"] = "frame"
+    num_register_tokens: int = 0
+    pooling: Literal["map", "mean", "max", "class_token", "none"] = "map"
     initializer_range: float = 0.02
     position_initializer_range: float = 0.02
+    position_fourier_std: float = 10.0
 
     def validate_architecture(self) -> None:
         """Check that the sizes fit together.
@@ -102,6 +131,30 @@ class NaViTConfig(PreTrainedConfig):
             )
         if self.attention_dropout != 0.0:
             raise ValueError(f"`attention_dropout` must be 0.0, got {self.attention_dropout}.")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ValueError(f"`max_frames` must be at least 1 or None, got {self.max_frames}.")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"`num_register_tokens` must not be negative, got {self.num_register_tokens}.")
+        self._validate_positions()
+
+    def _validate_positions(self) -> None:
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.rotary_theta is not None and (head_dim % 4 or self.rotary_theta <= 0):
+            raise ValueError(
+                f"`rotary_theta` must be positive, and heads must have a multiple of 4 channels, got "
+                f"{self.rotary_theta} and {head_dim} channels."
+            )
+        if self.position_kind != "none":
+            check_position_options(
+                self.hidden_size,
+                self.max_grid_size,
+                kind=self.position_kind,
+                coordinates=self.position_coordinates,
+                combination=self.position_combination,
+                interpolation=self.position_interpolation,
+                overflow=self.position_overflow,
+                prefix="position_",
+            )
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:

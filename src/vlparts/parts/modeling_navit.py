@@ -1,8 +1,10 @@
-"""The packed-sequence NaViT encoder (arXiv 2307.06304).
+"""The packed-sequence NaViT encoder (arXiv 2307.06304) and its classification head.
 
-Shapes: L patches of all images of a batch, n images, D width, H heads, C channels, P side of a patch.
+Shapes: L patches of all images of a batch, n images, S attention segments, K prefix tokens of a segment, D width,
+H heads, C channels, P side of a patch.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,17 +12,42 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .attention import dense_attention_forward
 from .configuration_navit import NaViTConfig
-from .packing import get_cu_seqlens, get_max_seqlen, get_position_ids, validate_grid
-from .pooling import MaskedAttentionPooling
-from .positions import FactorizedPositionEmbedding
+from .packing import get_cu_seqlens, get_max_seqlen, validate_grid
+from .patch_layout import PatchLayout, get_kept_cu_seqlens, get_patch_layout
+from .pooling import MaskedAttentionPooling, max_pooling, mean_pooling
+from .positions import PositionEmbedding
+from .prefix_tokens import PrefixTokens, get_prefix_places, insert_unrotated
+from .rotary import apply_rotary, axial_rotary
+from .segments import Segments, split_passes
+
+IGNORE = -100
+
+
+@dataclass
+class NaViTOutput(BaseModelOutputWithPooling):
+    """What [`NaViTModel`] returns.
+
+    Attributes:
+        last_hidden_state: `(L, D)`, one vector for each row of `pixel_values`.
+        pooler_output: `(n, D)`, one vector for each image; None if `pooling` is "none".
+        hidden_states: With `output_hidden_states`, the input of each layer and the output of the last; with prefix
+            tokens in front of the patches of each segment.
+        attentions: With `output_attentions` ("eager" only), `(1, H, L + S*K, L + S*K)` for each layer.
+        prefix_hidden_state: `(S, K, D)`, class token and registers of each segment, where there are any.
+        keep_index: `(L,)` int64 as it was given: where the rows stand in the sequence of all patches. A map over all
+            patches is `torch.zeros(total, D).index_copy(0, keep_index, last_hidden_state)` (without padding rows).
+    """
+
+    prefix_hidden_state: Tensor | None = None
+    keep_index: Tensor | None = None
 
 
 class NaViTEmbeddings(nn.Module):
@@ -29,18 +56,42 @@ class NaViTEmbeddings(nn.Module):
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.position_embedding = FactorizedPositionEmbedding(
-            config.max_grid_size, config.hidden_size, config.position_coordinates
-        )
+        self.position_embedding = None
+        if config.position_kind != "none":
+            self.position_embedding = PositionEmbedding(
+                config.hidden_size,
+                config.max_grid_size,
+                kind=config.position_kind,
+                coordinates=config.position_coordinates,
+                combination=config.position_combination,
+                interpolation=config.position_interpolation,
+                overflow=config.position_overflow,
+            )
+        self.frame_embedding = nn.Embedding(config.max_frames, config.hidden_size) if config.max_frames else None
 
-    def forward(self, pixel_values: Tensor, position_ids: Tensor, grid_sizes: Tensor) -> Tensor:
-        """Embed `(L, C*P*P)` patches at `(L, 2)` positions of `(L, 2)` grids as `(L, D)`."""
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        return patches + self.position_embedding(position_ids, grid_sizes)
+    def forward(self, pixel_values: Tensor, layout: PatchLayout) -> Tensor:
+        """Embed `(L, C*P*P)` patches as `(L, D)`.
+
+        Raises:
+            ValueError: If a video has more frames than `max_frames`.
+        """
+        hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        if self.position_embedding is not None:
+            hidden_states = hidden_states + self.position_embedding(
+                layout.position_ids, layout.grid_sizes, hidden_states.dtype
+            )
+        if self.frame_embedding is not None:
+            limit, frames = self.frame_embedding.num_embeddings, layout.frame_ids
+            if not torch.compiler.is_compiling() and frames.numel() and int(frames.max()) >= limit:
+                raise ValueError(
+                    f"`image_grid_thw` holds a video of {int(frames.max()) + 1} frames or more, but `max_frames` is {limit}."
+                )
+            hidden_states = hidden_states + self.frame_embedding(frames)
+        return hidden_states
 
 
 class NaViTAttention(nn.Module):
-    """Self-attention inside each image, with normalised queries and keys."""
+    """Self-attention inside each segment, with normalised queries and keys."""
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
@@ -57,25 +108,26 @@ class NaViTAttention(nn.Module):
         else:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
-    def forward(
-        self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend `(L, D)` patches inside the segments of `cu_seqlens`; returns `(L, D)` and the weights, if any."""
+    def forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend `(L, D)` tokens inside their segments; returns `(L, D)` and the weights, if any."""
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if segments.rotary is not None:
+            query, key = apply_rotary(query, *segments.rotary), apply_rotary(key, *segments.rotary)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
         attended, weights = attend(
             self,
-            self.q_norm(query).transpose(0, 1).unsqueeze(0),
-            self.k_norm(key).transpose(0, 1).unsqueeze(0),
+            query.transpose(0, 1).unsqueeze(0),
+            key.transpose(0, 1).unsqueeze(0),
             value.transpose(0, 1).unsqueeze(0),
             attention_mask=None,
             scaling=self.scaling,
             dropout=0.0,
             is_causal=False,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=max_seqlen,
-            max_length_k=max_seqlen,
+            cu_seq_lens_q=segments.cu_seqlens,
+            cu_seq_lens_k=segments.cu_seqlens,
+            max_length_q=segments.max_seqlen,
+            max_length_k=segments.max_seqlen,
             **kwargs,
         )
         return self.o_proj(attended.squeeze(0).flatten(-2)), weights
@@ -105,9 +157,14 @@ class NaViTLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=config.layer_norm_bias)
         self.mlp = NaViTMLP(config)
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, **kwargs: Any) -> Tensor:
-        """Map `(L, D)` to `(L, D)`."""
-        attended, _ = self.self_attn(self.norm1(hidden_states), cu_seqlens, max_seqlen, **kwargs)
+    def forward(self, hidden_states: Tensor, passes: list[Segments], **kwargs: Any) -> Tensor:
+        """Map `(L, D)` to `(L, D)`, one group of segments after the other."""
+        parts = hidden_states.split([one.tokens for one in passes]) if len(passes) > 1 else (hidden_states,)
+        outputs = [self._forward(part, one, **kwargs) for part, one in zip(parts, passes, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.norm1(hidden_states), segments, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -130,10 +187,12 @@ class NaViTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FactorizedPositionEmbedding):
-            module.reset_parameters(self.config.position_initializer_range)
+        if isinstance(module, PositionEmbedding):
+            module.reset_parameters(self.config.position_initializer_range, self.config.position_fourier_std)
         elif isinstance(module, MaskedAttentionPooling):
             init.normal_(module.probe, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, PrefixTokens):
+            init.normal_(module.tokens, mean=0.0, std=self.config.initializer_range)
 
 
 class NaViTModel(NaViTPreTrainedModel):
@@ -146,6 +205,8 @@ class NaViTModel(NaViTPreTrainedModel):
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__(config)
         self.embeddings = NaViTEmbeddings(config)
+        prefix = config.num_register_tokens + (config.pooling == "class_token")
+        self.prefix = PrefixTokens(prefix, config.hidden_size) if prefix else None
         self.layers = nn.ModuleList([NaViTLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.layer_norm_bias)
         self.pooling = MaskedAttentionPooling(config) if config.pooling == "map" else None
@@ -164,52 +225,155 @@ class NaViTModel(NaViTPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         position_ids: Tensor | None = None,
+        keep_index: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
+    ) -> NaViTOutput:
         """Encode packed images.
 
         Args:
             pixel_values: `(L, C*P*P)` flattened patches of all images, image after image, channels first inside a
                 patch; the order of patches inside an image is that of [`get_position_ids`].
-            image_grid_thw: `(n, 3)` int64, frames, rows and columns of each image in patches.
-            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts, one segment for each frame; computed if
-                absent.
-            max_seqlen: Longest segment; computed if absent.
+            image_grid_thw: `(n, 3)` int64, frames, rows and columns of each image in patches, before any were dropped.
+                With `keep_index`, a row of zeros is a padding example; its `pooler_output` means nothing.
+            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts, one segment for each frame (or each image
+                where `video_attention` is "clip"); computed if absent. With `keep_index` it has one more segment
+                at the end, for padding rows.
+            max_seqlen: Longest segment, or a bound on it; computed if absent.
             position_ids: `(L, 2)` int64, row and column of each patch; computed if absent.
+            keep_index: `(L,)` int64, where patches were dropped or padding rows added: the index of each row in the
+                sequence of all patches, rising, then -1 for each padding row. None if the rows are all patches.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
-        Returns:
-            `last_hidden_state` `(L, D)`, and `pooler_output` `(n, D)` (None if `pooling` is "none").
-
         Raises:
-            ValueError: If the patches do not have C*P*P values, if the grids are malformed, or if they do not add up
-                to L patches.
+            ValueError: If the patches do not have C*P*P values, if the grids are malformed, if they do not add up
+                to L patches, or if `keep_index` does not fit to them.
         """
-        features = self.embeddings.patch_embedding.in_features
+        features, patches = self.embeddings.patch_embedding.in_features, pixel_values.shape[0]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != features:
             raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
-            validate_grid(image_grid_thw, pixel_values.shape[0], self.config.spatial_merge_size)
+            validate_grid(image_grid_thw, patches, self.config.spatial_merge_size, keep_index)
+        layout = get_patch_layout(image_grid_thw, patches, self.config.spatial_merge_size, keep_index, position_ids)
         if cu_seqlens is None:
-            cu_seqlens = get_cu_seqlens(image_grid_thw)
+            is_clip = self.config.video_attention == "clip"
+            cu_seqlens = (
+                get_cu_seqlens(image_grid_thw, is_clip)
+                if keep_index is None
+                else get_kept_cu_seqlens(image_grid_thw, layout, patches, is_clip)
+            )
         if max_seqlen is None:
             max_seqlen = get_max_seqlen(cu_seqlens)
-        if position_ids is None:
-            position_ids = get_position_ids(image_grid_thw, self.config.spatial_merge_size)
 
-        patches = image_grid_thw.prod(-1)
-        grid_sizes = image_grid_thw[:, 1:].repeat_interleave(patches, dim=0, output_size=pixel_values.shape[0])
-        hidden_states = self.embeddings(pixel_values, position_ids, grid_sizes)
+        hidden_states, prefix = self._encode(
+            self.embeddings(pixel_values, layout), layout, cu_seqlens, max_seqlen, kwargs
+        )
+        return NaViTOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self._pool(hidden_states, prefix, layout, image_grid_thw[:, 0], cu_seqlens),
+            prefix_hidden_state=prefix,
+            keep_index=keep_index,
+        )
+
+    def _encode(
+        self, hidden_states: Tensor, layout: PatchLayout, cu_seqlens: Tensor, max_seqlen: int, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the layers over `(L, D)`; returns normalised patches `(L, D)` and prefix tokens `(S, K, D)`, if any."""
+        config, rotary, places = self.config, None, None
+        if config.rotary_theta is not None:
+            head_dim = config.hidden_size // config.num_attention_heads
+            rotary = axial_rotary(layout.position_ids, head_dim, config.rotary_theta)
+        if self.prefix is not None:
+            places = get_prefix_places(cu_seqlens, hidden_states.shape[0], self.prefix.count)
+            hidden_states = self.prefix(hidden_states, places)
+            rotary = None if rotary is None else insert_unrotated(rotary, places)
+            cu_seqlens, max_seqlen = places.cu_seqlens, max_seqlen + self.prefix.count
+        segments = Segments(cu_seqlens, max_seqlen, rotary)
+        # Weights of "eager" are those of all tokens, so they are made in one go.
+        is_dense = config._attn_implementation == "eager"
+        passes = [segments] if is_dense else split_passes(segments, hidden_states, config.intermediate_size)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cu_seqlens, max_seqlen, **kwargs)
+            hidden_states = layer(hidden_states, passes, **options)
         hidden_states = self.norm(hidden_states)
+        if places is None:
+            return hidden_states, None
+        return hidden_states[places.patches], hidden_states[places.prefix]
 
-        pooled = None
+    def _pool(
+        self, hidden_states: Tensor, prefix: Tensor | None, layout: PatchLayout, frames: Tensor, cu_seqlens: Tensor
+    ) -> Tensor | None:
+        """One vector for each image, `(n, D)`; those of padding examples mean nothing."""
+        images, kind = frames.shape[0], self.config.pooling
         if self.pooling is not None:
-            # The frames of a video are attended one by one but pooled together.
-            cu_images = nn.functional.pad(patches.cumsum(0, dtype=torch.int32), (1, 0))
-            pooled = self.pooling(hidden_states, cu_images, pixel_values.shape[0])
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+            return self.pooling(hidden_states, layout.cu_images, hidden_states.shape[0])[:images]
+        if kind == "mean":
+            return mean_pooling(hidden_states, layout.image_ids, images)
+        if kind == "max":
+            return max_pooling(hidden_states, layout.image_ids, images)
+        if kind == "none" or prefix is None:
+            return None
+        if self.config.video_attention == "clip":
+            return prefix[:images, 0]
+        # The mean over the frames of a video, but for those of which no patch was kept.
+        lengths = cu_seqlens.diff()
+        owners = frames.clamp(min=1).cumsum(0)
+        owners = torch.searchsorted(owners, torch.arange(lengths.shape[0], device=owners.device), right=True)
+        return mean_pooling(prefix[:, 0], torch.where(lengths > 0, owners, images), images)
 
 
-__all__ = ["NaViTModel", "NaViTPreTrainedModel"]
+class NaViTForImageClassification(NaViTPreTrainedModel):
+    """NaViT with a linear classifier on the pooled vector of each image."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__(config)
+        if config.pooling == "none":
+            raise ValueError("`pooling` must not be 'none' for a classifier, got 'none'.")
+        self.navit = NaViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Classify packed images.
+
+        Args:
+            pixel_values: `(L, C*P*P)` patches, as for [`NaViTModel`].
+            image_grid_thw: `(n, 3)` int64.
+            labels: `(n,)` int64 classes; or `(n, num_labels)` float, for several classes at once (sigmoid
+                cross-entropy, as the paper trains) or for regression, by `config.problem_type` as everywhere in
+                transformers. An image with the label -100 (everywhere in its row) counts nowhere: padding examples
+                have it.
+            num_items_in_batch: Number of images that the loss of classes is divided by, in place of those in this
+                batch; the Trainer gives it where it accumulates gradients.
+            **kwargs: Everything else that [`NaViTModel`] takes.
+
+        Returns:
+            `logits` `(n, num_labels)`, and the mean `loss` over the images with labels.
+
+        Raises:
+            ValueError: If the number of labels is not that of the images.
+        """
+        outputs = self.navit(pixel_values, image_grid_thw, **kwargs)
+        logits, loss = self.classifier(outputs.pooler_output), None
+        if labels is not None:
+            if labels.shape[:1] != logits.shape[:1]:
+                raise ValueError(
+                    f"`labels` must hold one entry for each of the {logits.shape[0]} images, got {tuple(labels.shape)}."
+                )
+            rows = logits
+            if labels.is_floating_point():
+                counted = (labels != IGNORE).flatten(1).any(-1) if labels.ndim > 1 else labels != IGNORE
+                rows, labels = logits[counted], labels[counted]
+            loss = self.loss_function(labels, rows, self.config, num_items_in_batch=num_items_in_batch)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]

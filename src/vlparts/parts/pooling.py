@@ -55,3 +55,30 @@ class MaskedAttentionPooling(nn.Module):
         pooled = packed_attention(query, key, value, one_each, cu_seqlens, max_seqlen_q=1, max_seqlen_k=max_seqlen)
         pooled = self.o_proj(pooled.flatten(-2))
         return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))
+
+
+def mean_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> Tensor:
+    """Mean over the rows of each image, summed in float32 or better.
+
+    Args:
+        hidden_states: `(L, D)`.
+        image_ids: `(L,)` int64 image of each row; rows with `num_images` count nowhere.
+        num_images: n.
+
+    Returns:
+        `(n, D)` in the type of `hidden_states`; zeros for an image without rows.
+    """
+    precise = torch.promote_types(hidden_states.dtype, torch.float32)
+    sums = hidden_states.new_zeros(num_images + 1, hidden_states.shape[1], dtype=precise)
+    sums = sums.index_add(0, image_ids, hidden_states.to(precise))
+    counts = torch.zeros_like(sums[:, :1]).index_add(
+        0, image_ids, torch.ones_like(hidden_states[:, :1], dtype=precise)
+    )
+    return (sums / counts.clamp(min=1))[:num_images].to(hidden_states.dtype)
+
+
+def max_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> Tensor:
+    """Largest value of each channel over the rows of each image; arguments and result as in [`mean_pooling`]."""
+    index = image_ids[:, None].expand_as(hidden_states)
+    largest = hidden_states.new_zeros(num_images + 1, hidden_states.shape[1])
+    return largest.scatter_reduce(0, index, hidden_states, "amax", include_self=False)[:num_images]
