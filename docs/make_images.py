@@ -12,7 +12,10 @@ from sklearn.datasets import load_sample_image
 from vlparts import NaViTImageProcessor, show
 from vlparts.parts.attention import packed_attention
 from vlparts.parts.coordinates import Region, decode, encode
-from vlparts.parts.packing import plan_packing
+from vlparts.parts.packing import get_position_ids, plan_packing
+from vlparts.parts.positions import PositionEmbedding
+from vlparts.training.resolution import ResolutionSampler
+from vlparts.training.token_drop import BetaDrop, ResolutionDrop, ScheduledDrop
 
 FOLDER = Path(__file__).parent / "images"
 
@@ -55,6 +58,66 @@ def navit(path: Path) -> None:
         ax.tick_params(length=0)
         ax.set_title(f"{rows} x {columns} = {rows * columns} patches", fontsize=10)
     figure.savefig(path, dpi=90, bbox_inches="tight")
+
+
+def positions(path: Path) -> None:
+    """Draw how similar the position of one patch is to those of all others, in a wide image."""
+    torch.manual_seed(0)
+    rows, columns, patch = 10, 24, (3, 7)
+    position_ids = get_position_ids(torch.tensor([[1, rows, columns]]))
+    grid_sizes = torch.tensor([[rows, columns]]).expand_as(position_ids)
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
+    for line, (kind, combination) in zip(axes, [("sinusoidal", "stack"), ("fourier", "joint")], strict=True):
+        for ax, coordinates in zip(line, ["absolute", "fractional", "fractional_aspect"], strict=True):
+            embedding = PositionEmbedding(512, 32, kind=kind, coordinates=coordinates, combination=combination)
+            with torch.no_grad():
+                vectors = torch.nn.functional.normalize(embedding(position_ids, grid_sizes), dim=-1)
+            similarity = (vectors @ vectors[patch[0] * columns + patch[1]]).view(rows, columns)
+            image = ax.imshow(similarity.numpy(), cmap="viridis", vmin=0, vmax=1)
+            ax.plot(patch[1], patch[0], "+", color="black")
+            ax.set(title=f"{kind}, {coordinates}", xticks=[], yticks=[])
+            ax.title.set_fontsize(9)
+    figure.colorbar(image, ax=axes, label="cosine similarity to +")
+    figure.savefig(path, dpi=100)
+
+
+def sampling(path: Path) -> None:
+    """Draw the eight ways to sample resolutions, and the drop rates of the policies."""
+    chance = np.random.default_rng(0)
+    figure = Figure(figsize=(11, 5.8), layout="constrained")
+    axes = figure.subplots(3, 4)
+    distributions = [("uniform", 0.0), *(("truncated_normal", mean) for mean in (-0.5, 0.0, 0.5))]
+    for row, quantity, colour in zip(axes, ("side", "area"), ("#4292c6", "#9ecae1"), strict=False):
+        for ax, (distribution, mean) in zip(row, distributions, strict=True):
+            sampler = ResolutionSampler(64, 384, quantity, distribution, mean)
+            ax.hist([sampler.sample(chance) for _ in range(8000)], 32, range=(64, 384), color=colour, density=True)
+            name = "uniform" if distribution == "uniform" else f"normal, mean {mean:g}"
+            ax.set(title=f"{quantity}, {name}", xlabel="resolution in pixels", xticks=[64, 224, 384], ylim=(0, 0.007))
+    for ax, mean in zip(axes[2], (0.25, 0.5), strict=False):
+        rates = [BetaDrop(mean, 0.7).rate(196, 0, chance) for _ in range(8000)]
+        ax.hist(rates, 40, range=(0, 1), color="#fd8d3c", density=True)
+        ax.set(title=f"BetaDrop({mean}, 0.7)", xlabel="drop rate", xlim=(0, 1))
+    lengths = chance.integers(16, 577, 500)
+    by_length = ResolutionDrop(0.25, 0.75, 16, 576)
+    axes[2, 2].scatter(lengths, [by_length.rate(int(n), 0, chance) for n in lengths], 2, color="#d94801")
+    axes[2, 2].set(title="ResolutionDrop(0.25, 0.75, 16, 576)", xlabel="patches", ylim=(0, 1))
+    seen = np.linspace(0, 1, 100)
+    for timescale, style in ((-0.1, "-"), (0.1, ":")):
+        scheduled = ScheduledDrop(0.2, 0.8, 0.5, timescale)
+        label = "decreasing" if timescale < 0 else "increasing"
+        axes[2, 3].plot(seen, [scheduled.mean_rate(n) for n in seen], style, color="#d94801", label=label)
+    axes[2, 3].legend(fontsize=7, handlelength=1.5, frameon=False, loc="center left")
+    axes[2, 3].set(title="ScheduledDrop(0.2, 0.8, 0.5 N, ±0.1 N)", xlabel="images seen, of N", ylim=(0, 1))
+    for ax in axes.flat:
+        ax.tick_params(labelsize=8)
+        ax.title.set_fontsize(8)
+        ax.xaxis.label.set_fontsize(8)
+    for ax in (*axes[:2].flat, *axes[2, :2]):
+        ax.set_yticks([])
+    for ax in axes[2, 2:]:
+        ax.set_ylabel("drop rate", fontsize=8)
+    figure.savefig(path, dpi=90)
 
 
 def attention(path: Path) -> None:
@@ -102,6 +165,8 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "coordinates": coordinates,
     "navit": navit,
     "packing_plan": packing_plan,
+    "positions": positions,
+    "sampling": sampling,
     "vlm": vlm,
 }
 

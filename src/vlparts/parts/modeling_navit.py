@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .attention import dense_attention_forward
 from .configuration_navit import NaViTConfig
+from .linear import Linear
 from .packing import get_cu_seqlens, get_max_seqlen, validate_grid
 from .patch_layout import PatchLayout, get_kept_cu_seqlens, get_patch_layout
 from .pooling import MaskedAttentionPooling, max_pooling, mean_pooling
@@ -39,14 +40,16 @@ class NaViTOutput(BaseModelOutputWithPooling):
         last_hidden_state: `(L, D)`, one vector for each row of `pixel_values`.
         pooler_output: `(n, D)`, one vector for each image; None if `pooling` is "none".
         hidden_states: With `output_hidden_states`, the input of each layer and the output of the last; with prefix
-            tokens in front of the patches of each segment.
+            tokens in front of the patches of each segment; see `patch_index`.
         attentions: With `output_attentions` ("eager" only), `(1, H, L + S*K, L + S*K)` for each layer.
         prefix_hidden_state: `(S, K, D)`, class token and registers of each segment, where there are any.
+        patch_index: `(L,)` int64 places of the patches in each of `hidden_states`, where there are prefix tokens.
         keep_index: `(L,)` int64 as it was given: where the rows stand in the sequence of all patches. A map over all
             patches is `torch.zeros(total, D).index_copy(0, keep_index, last_hidden_state)` (without padding rows).
     """
 
     prefix_hidden_state: Tensor | None = None
+    patch_index: Tensor | None = None
     keep_index: Tensor | None = None
 
 
@@ -55,7 +58,7 @@ class NaViTEmbeddings(nn.Module):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = None
         if config.position_kind != "none":
             self.position_embedding = PositionEmbedding(
@@ -100,8 +103,8 @@ class NaViTAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         if config.use_qk_norm:
             self.q_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
             self.k_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
@@ -138,9 +141,9 @@ class NaViTMLP(nn.Module):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(L, D)` to `(L, D)`."""
@@ -264,20 +267,25 @@ class NaViTModel(NaViTPreTrainedModel):
         if max_seqlen is None:
             max_seqlen = get_max_seqlen(cu_seqlens)
 
-        hidden_states, prefix = self._encode(
+        hidden_states, prefix, patch_index = self._encode(
             self.embeddings(pixel_values, layout), layout, cu_seqlens, max_seqlen, kwargs
         )
         return NaViTOutput(
             last_hidden_state=hidden_states,
             pooler_output=self._pool(hidden_states, prefix, layout, image_grid_thw[:, 0], cu_seqlens),
             prefix_hidden_state=prefix,
+            patch_index=patch_index,
             keep_index=keep_index,
         )
 
     def _encode(
         self, hidden_states: Tensor, layout: PatchLayout, cu_seqlens: Tensor, max_seqlen: int, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the layers over `(L, D)`; returns normalised patches `(L, D)` and prefix tokens `(S, K, D)`, if any."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the layers over `(L, D)`.
+
+        Returns:
+            Normalised patches `(L, D)`; prefix tokens `(S, K, D)` and the places `(L,)` of patches among them, if any.
+        """
         config, rotary, places = self.config, None, None
         if config.rotary_theta is not None:
             head_dim = config.hidden_size // config.num_attention_heads
@@ -295,8 +303,8 @@ class NaViTModel(NaViTPreTrainedModel):
             hidden_states = layer(hidden_states, passes, **options)
         hidden_states = self.norm(hidden_states)
         if places is None:
-            return hidden_states, None
-        return hidden_states[places.patches], hidden_states[places.prefix]
+            return hidden_states, None, None
+        return hidden_states[places.patches], hidden_states[places.prefix], places.patches
 
     def _pool(
         self, hidden_states: Tensor, prefix: Tensor | None, layout: PatchLayout, frames: Tensor, cu_seqlens: Tensor

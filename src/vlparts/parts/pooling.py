@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .attention import packed_attention
+from .linear import Linear
 
 
 class MaskedAttentionPooling(nn.Module):
@@ -28,13 +29,13 @@ class MaskedAttentionPooling(nn.Module):
         self.num_heads = config.num_attention_heads
         self.probe = nn.Parameter(torch.zeros(width))
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.o_proj = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(width, config.intermediate_size)
+        self.fc1 = Linear(width, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, width)
+        self.fc2 = Linear(config.intermediate_size, width)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Pool each segment.

@@ -11,8 +11,6 @@ from transformers import initialization as init
 from .position_options import check_position_options
 from .position_tables import resample_axis, resample_grid, sinusoids
 
-__all__ = ["PositionEmbedding", "check_position_options"]
-
 
 class PositionEmbedding(nn.Module):
     """A vector for the row and the column of each patch in its own image.
@@ -43,6 +41,14 @@ class PositionEmbedding(nn.Module):
     Raises:
         ValueError: If the options do not fit together; see [`check_position_options`].
     """
+
+    # Which there are depends on the options.
+    row: nn.Parameter
+    column: nn.Parameter
+    table: nn.Parameter
+    row_frequencies: nn.Parameter
+    column_frequencies: nn.Parameter
+    frequencies: nn.Parameter
 
     def __init__(
         self,

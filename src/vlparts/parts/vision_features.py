@@ -91,7 +91,11 @@ def encode_images(
 
 
 def _select(outputs: BaseModelOutputWithPooling, layer: int) -> Tensor:
-    return outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+    if layer == -1:
+        return outputs.last_hidden_state
+    # Our packed towers say where patches are among prefix tokens; other towers have those in front of each row.
+    places = getattr(outputs, "patch_index", None)
+    return outputs.hidden_states[layer] if places is None else outputs.hidden_states[layer][places]
 
 
 def _reorder(row: Tensor, height: int, width: int, merge_size: int) -> Tensor:
