@@ -30,6 +30,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests but the slow ones; arguments after `--` go to pytest."""
     install(session, ".[test]")
+    install(session, "--no-deps", "timm")  # without torchvision, whose CUDA wheels do not fit a CPU build of torch
     session.run("pytest", "-m", "not slow", *session.posargs)
 
 
