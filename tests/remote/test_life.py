@@ -2,7 +2,6 @@
 from there, loaded again, with outputs equal to the bit."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from tests.parts.test_vlm import chat, composed
 from tests.tiny import navit, packed_images, picture, text_config, tokenizer, vision_config
 from vlparts import NaViTImageProcessor
-from vlparts.isolation import environment_without, run_without
+from vlparts.isolation import run_without
 
 PREAMBLE = """
 import importlib.util, sys, json, torch
@@ -78,11 +77,6 @@ assert answer == processor.decode(first["tokens"][0, -6:], skip_special_tokens=T
 save_file(first, work / "outputs.safetensors")
 """
 )
-
-
-@pytest.fixture(scope="module")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    return environment_without(tmp_path_factory.mktemp("bare") / "environment")
 
 
 def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path) -> None:

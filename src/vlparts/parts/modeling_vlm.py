@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .auto_classes import add_auto_classes
 from .configuration_vlm import VisionLanguageConfig
 from .projectors import Projector
 from .vision_features import encode_images
@@ -273,10 +274,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
-        if self._auto_class is not None:
-            module = type(self).__module__.split(".")[-1]
-            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {})}
-            self.config.auto_map["AutoModel"] = f"{module}.{VisionLanguageModel.__name__}"
+        add_auto_classes(self, AutoModel=VisionLanguageModel)
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple

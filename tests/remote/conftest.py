@@ -1,0 +1,12 @@
+"""One environment without vlparts for all tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+
+from vlparts.isolation import environment_without
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_without(tmp_path_factory.mktemp("bare") / "environment")
