@@ -11,9 +11,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from .parts.configuration_navit import NaViTConfig
+from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
+from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
 from .parts.processing_vlm import VisionLanguageProcessor
 
@@ -39,6 +41,11 @@ PARTS: tuple[Part, ...] = (
     Part(
         NaViTConfig,
         {"AutoModel": NaViTModel, "AutoModelForImageClassification": NaViTForImageClassification},
+        image_processor=NaViTImageProcessor,
+    ),
+    Part(
+        NaViTDualEncoderConfig,
+        {"AutoModel": NaViTDualEncoder, "AutoModelForZeroShotImageClassification": NaViTDualEncoder},
         image_processor=NaViTImageProcessor,
     ),
     Part(

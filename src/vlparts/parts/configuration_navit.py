@@ -55,7 +55,8 @@ class NaViTConfig(PreTrainedConfig):
             table, or the paper's Fourier map), "flat" (ViT's 1-D table).
         position_interpolation: How fractional coordinates read a learned table: "bilinear" or "bicubic", with
             "_antialias" to widen the filter on images of fewer patches than the table.
-        position_overflow: A grid that is larger than an absolute table is an "error", or makes the table "interpolate".
+        position_overflow: A grid that is larger than an absolute table is an "error", or lets the table
+            "interpolate".
         rotary_theta: Base of 2-D axial rotary positions in attention (absolute coordinates, as in Qwen2-VL); None
             for none.
         max_frames: Rows of a learned table of frame positions, for video; None for none.
