@@ -14,6 +14,9 @@ from vlparts.parts.attention import packed_attention
 from vlparts.parts.coordinates import Region, decode, encode
 from vlparts.parts.packing import get_position_ids, plan_packing
 from vlparts.parts.positions import PositionEmbedding
+from vlparts.training.image_collator import PackedImageCollator
+from vlparts.training.image_packing import PackedImageDataset
+from vlparts.training.image_sampler import PackedImageSampler
 from vlparts.training.resolution import ResolutionSampler
 from vlparts.training.token_drop import BetaDrop, ResolutionDrop, ScheduledDrop
 
@@ -120,6 +123,50 @@ def sampling(path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def image_packing(path: Path) -> None:
+    """Draw the images of a pack at their drawn sizes without the dropped patches, above the sequence they become."""
+    china, flower = load_sample_image("china.jpg"), load_sample_image("flower.jpg")
+    images = [china, flower, china[150:427, :320], flower[60:400, 150:500]]
+    sampler = PackedImageSampler(
+        [image.shape[:2] for image in images],
+        patch_size=16,
+        capacity=256,
+        resolution=ResolutionSampler(128, 256),
+        token_drop=BetaDrop(0.55, 0.8),
+        carry_over=False,
+        seed=1,
+    )
+    pack = max(sampler, key=len)
+    batch = PackedImageCollator(256, len(pack))(PackedImageDataset(images, NaViTImageProcessor(patch_size=16))[pack])
+    patches = batch["pixel_values"].view(-1, 3, 16, 16).permute(0, 2, 3, 1).numpy() * 0.5 + 0.5
+    bounds, grids = batch["cu_seqlens"].tolist(), batch["image_grid_thw"][:, 1:].tolist()
+    colours = ["#b84a00", "#0067a5", "#3a7d34", "#7a4fa3"]
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2, 1.5])
+    for image, ax in enumerate(top.subplots(1, len(pack), squeeze=False)[0]):
+        rows, columns = grids[image]
+        canvas = np.full((rows, columns, 16, 16, 3), 0.9)
+        own = slice(*bounds[image : image + 2])
+        canvas[tuple(batch["position_ids"][own].T.numpy())] = patches[own]
+        ax.imshow(canvas.swapaxes(1, 2).reshape(rows * 16, columns * 16, 3), extent=(0, columns, rows, 0))
+        ax.set(xlim=(-0.2, 17), ylim=(11.2, -0.2))
+        title = f"{rows} x {columns} patches, {pack[image].kept} stay"
+        ax.set_title(title, fontsize=9, color=colours[image], loc="left")
+        ax.axis("off")
+    ax = bottom.subplots()
+    for line in range(4):
+        strip = patches[64 * line : 64 * line + 64].swapaxes(0, 1).reshape(16, 64 * 16, 3)
+        ax.imshow(strip, extent=(0, 64, 1.6 * line + 1, 1.6 * line), aspect="auto")
+    for image, colour in enumerate(colours[: len(pack)]):
+        for line in range(4):
+            start, end = (min(max(bound - 64 * line, 0), 64) for bound in bounds[image : image + 2])
+            ax.plot([start, end], [1.6 * line + 1.15] * 2, color=colour, linewidth=3, solid_capstyle="butt")
+    ax.set(xlim=(0, 64), ylim=(6.1, -0.1))
+    ax.axis("off")
+    figure.savefig(path, dpi=90)
+
+
 def attention(path: Path) -> None:
     """Draw whom a query sees in a packed row of three samples, full and causal."""
     cu_seqlens = torch.tensor([0, 5, 7, 14], dtype=torch.int32)
@@ -163,6 +210,7 @@ def vlm(path: Path) -> None:
 IMAGES: dict[str, Callable[[Path], None]] = {
     "attention": attention,
     "coordinates": coordinates,
+    "image_packing": image_packing,
     "navit": navit,
     "packing_plan": packing_plan,
     "positions": positions,

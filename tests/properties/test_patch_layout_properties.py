@@ -79,3 +79,8 @@ def test_merge_order_is_kept(blocks: list[tuple[int, int, int]], merge_size: int
     grid = torch.tensor([(t, h * merge_size, w * merge_size) for t, h, w in blocks])
     layout = get_patch_layout(grid, int(grid.prod(-1).sum()), merge_size)
     assert torch.equal(layout.position_ids, get_position_ids(grid, merge_size))
+    padded = torch.cat([grid, torch.zeros(1, 3, dtype=torch.int64)])
+    keep_index = torch.cat([torch.arange(len(layout.position_ids)), torch.tensor([-1, -1])])
+    with_padding = get_patch_layout(padded, len(keep_index), merge_size, keep_index)
+    assert torch.equal(with_padding.position_ids[:-2], layout.position_ids)
+    assert not with_padding.position_ids[-2:].any()

@@ -66,7 +66,8 @@ def get_patch_layout(
     offset = torch.where(image_ids < images, offset, 0)
     patches_of_frame = (height * width).clamp(min=1)
     if position_ids is None:
-        position_ids = places_in_grid(offset % patches_of_frame, width.clamp(min=1), spatial_merge_size)
+        whole_blocks = width.clamp(min=spatial_merge_size)
+        position_ids = places_in_grid(offset % patches_of_frame, whole_blocks, spatial_merge_size)
     return PatchLayout(
         image_ids, offset // patches_of_frame, position_ids, torch.stack((height, width), dim=1), cu_images
     )

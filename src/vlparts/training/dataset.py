@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..parts.packing import plan_packing
+from .balance import divided
 from .encoding import IGNORE, Sample, SampleEncoder, join_images
 from .records import Line, RecordError, RecordFile
 
@@ -114,7 +115,7 @@ class PackSampler(Sampler):
         if shuffle:
             random.Random(seed).shuffle(order)
         plan = plan_packing([lengths[index] for index in order], capacity, max_items=max_items)
-        self.plan = _divided([[order[place] for place in pack] for pack in plan], processes)
+        self.plan = divided([[order[place] for place in pack] for pack in plan], processes)
         self._lengths = list(lengths)
 
     def set_epoch(self, epoch: int) -> None:
@@ -137,17 +138,6 @@ class PackSampler(Sampler):
         packs = [[of_length[length].pop() for length in sorted(self._lengths[i] for i in pack)] for pack in self.plan]
         chance.shuffle(packs)
         return iter(packs)
-
-
-def _divided(packs: list[list[int]], processes: int) -> list[list[int]]:
-    """Halve the packs with the most samples until the number of packs is a multiple of `processes`."""
-    while len(packs) % processes:
-        index = max(range(len(packs)), key=lambda one: len(packs[one]))
-        half = len(packs[index]) // 2
-        if half == 0:
-            break
-        packs[index : index + 1] = [packs[index][:half], packs[index][half:]]
-    return packs
 
 
 def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:
