@@ -80,6 +80,7 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks, or only those whose name holds the first argument after `--`."""
     install(session, ".[test]")
+    install(session, "--no-deps", "vit-pytorch")  # a rival; what it would pull in is not used
     wanted, rest = (session.posargs[0], session.posargs[1:]) if session.posargs else ("", [])
     scripts = [path for path in sorted((ROOT / "tests/benchmarks").glob("bench_*.py")) if wanted in path.stem]
     if not scripts:

@@ -1,13 +1,17 @@
 """Timing that benchmarks share: rivals interleaved in one process, medians, one line about the machine."""
 
+import ctypes
+import gc
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -38,6 +42,28 @@ def compare(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
             candidates[name]()
             seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_memory(function: Callable[[], Any]) -> float:
+    """MiB of memory that a call takes above what the process holds before it (sampled every 2 ms)."""
+    process, samples, running = psutil.Process(), [], threading.Event()
+    function()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for later use would hide what the call needs
+    before = process.memory_info().rss
+    running.set()
+
+    def watch() -> None:
+        while running.is_set():
+            samples.append(process.memory_info().rss)
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    function()
+    running.clear()
+    watcher.join()
+    return (max(samples) - before) / 2**20
 
 
 def ratios(seconds: dict[str, float], base: str) -> dict[str, float]:
