@@ -68,7 +68,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[None]:
         if kind not in arguments.passes:
             continue
         one, training = setting(size, images, DTYPES[name]), kind == "training"
-        built = {rival: make(one) for rival, make in RIVALS.items()}
+        built = {rival: make(one) for rival, make in RIVALS.items() if rival in (OURS, *arguments.rivals)}
         candidates = {rival: run for rival, (_, run) in built.items()}
         candidates[ONE_BY_ONE] = image_by_image(built[OURS][0], one)
         check(candidates, DTYPES[name])
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["ViT-S", "ViT-B"], choices=["ViT-S", "ViT-B"])
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--passes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS), metavar="RIVAL")
     parser.add_argument("--growth", action="store_true", help="only how the cost grows with the number of images")
     arguments = parser.parse_args()
     torch.manual_seed(0)

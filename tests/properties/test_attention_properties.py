@@ -3,11 +3,13 @@
 from itertools import pairwise
 from random import Random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlparts.parts import attention_blocks, attention_cpu, linear_cpu
 from vlparts.parts.attention import packed_attention
 from vlparts.parts.attention_dense import block_mask
 from vlparts.parts.attention_reference import packed_attention_reference
@@ -115,6 +117,37 @@ def test_the_fast_path_is_the_reference(
     expected = packed_attention_reference(*tensors, cu_q, cu_k, 0, 0, causal=causal)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    segments,
+    head_counts,
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 400),
+    st.sampled_from([1, 8, 32]),
+)
+def test_blocks_of_any_size_are_the_reference(
+    pairs: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype, scores: int, steps: int
+) -> None:
+    tensors = draw_tensors(pairs, heads, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
+        patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+        patch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
+        patch.setattr(attention_blocks, "LENGTH_FROM", 1)
+        patch.setattr(attention_blocks, "SCORES_FROM", 0)
+        patch.setattr(attention_blocks, "SCORES_AT_A_TIME", scores)
+        patch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", steps)
+        output = attend(tensors, pairs)
+        direction = torch.randn(output.shape, dtype=torch.float64)
+        found = gradients(output, tensors, direction)
+    precise = tuple(x.detach().double().requires_grad_() for x in tensors)
+    cu_q, cu_k = (boundaries([pair[i] for pair in pairs]) for i in (0, 1))
+    expected = packed_attention_reference(*precise, cu_q, cu_k, 0, 0)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    for mine, exact in zip(found, gradients(expected, precise, direction), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=2 * tolerance, atol=4 * tolerance)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(20, 40))

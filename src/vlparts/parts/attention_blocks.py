@@ -1,0 +1,187 @@
+"""Attention on CPU with explicit weights, one head and a block of queries at a time.
+
+The scores of a block stay in the processor's cache. Their product is oneDNN's in float32, for bfloat16 inputs too:
+rounded to bfloat16, scores of order one double the error of the output, and larger ones do worse.
+
+Shapes: `B` equal segments, `H` query heads, `Hkv` key heads, `Lq` queries and `Lk` keys of a segment, `D` channels of
+queries and keys, `Dv` of values.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .linear_cpu import is_plain, onednn_is_faster, product
+
+# Types, and numbers of scores of a head for each thread, that are computed here; smaller segments do not pay for the
+# many calls. One thread gains from 256 tokens on, two from 384.
+TYPES = (torch.float32, torch.bfloat16)
+SCORES_FROM = 2**16
+LENGTH_FROM = 128
+
+# Largest number of scores that are computed at a time, 4 MiB of float32. Half and a quarter of it are as fast, but
+# make more calls; twice as many leave the cache.
+SCORES_AT_A_TIME = 2**20
+
+# Lengths are rounded up to multiples of this, so that few shapes occur: oneDNN compiles each new one, which takes a
+# millisecond and half a megabyte.
+LENGTHS_IN_STEPS_OF = 32
+
+
+def blocks_apply(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether [`attend_in_blocks`] takes these `(B, H, L, D)` and is faster than PyTorch's fused attention."""
+    length_q, length_k = query.shape[2], key.shape[2]
+    return (
+        query.dtype in TYPES
+        and min(length_q, length_k) >= LENGTH_FROM
+        and length_q * length_k >= SCORES_FROM * torch.get_num_threads()
+        and onednn_is_faster(length_q, query.shape[3], length_k)
+        and all(is_plain(x) for x in (query, key, value))
+    )
+
+
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Full attention of `(B, H, Lq, D)` over `(B, Hkv, Lk, D)` and `(B, Hkv, Lk, Dv)`, with a backward pass.
+
+    Args:
+        query: float32 or bfloat16.
+        key: the same type.
+        value: the same type.
+        scale: factor on the scores; `None` for `D ** -0.5`.
+
+    Returns:
+        `(B, H, Lq, Dv)` in the type of the inputs.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return _BlockAttention.apply(query, key, value, scale)
+    return _forward(query, key, value, scale)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention in blocks; the backward pass computes each block's weights again."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        output = _forward(query, key, value, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output = ctx.saved_tensors
+        return *_backward(query, key, value, output, grad, ctx.scale), None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The output `(B, H, Lq, Dv)`."""
+    groups, step = query.shape[1] // key.shape[1], _block_length(query, key)
+    queries, keys = _padded(query, torch.float32).mul_(scale), _padded(key, torch.float32)
+    values, hidden = _padded(value, value.dtype), _hidden(key)
+    output = value.new_empty(*queries.shape[:2], value.shape[-1])
+    for i, (matrix, target) in enumerate(zip(queries, output, strict=True)):
+        k, v = keys[i // groups], values[i // groups]
+        for rows, attended in zip(matrix.split(step), target.split(step), strict=True):
+            _times(product(rows, k, hidden).softmax(-1).to(value.dtype), v, attended)
+    return output.unflatten(0, query.shape[:2])[:, :, : query.shape[2]]
+
+
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value."""
+    dtype, groups, step = query.dtype, query.shape[1] // key.shape[1], _block_length(query, key)
+    queries, keys, hidden = _padded(query, torch.float32).mul_(scale), _padded(key, torch.float32), _hidden(key)
+    scaled, k_narrow, grads = queries.to(dtype), keys.to(dtype), _padded(grad, dtype)
+    extended, values = (_padded(x, dtype) for x in with_mean(grad, output, value))
+    grad_query = torch.empty_like(scaled)
+    grad_key, grad_value = torch.zeros_like(keys), keys.new_zeros(*keys.shape[:2], value.shape[-1])
+    for i in range(len(queries)):
+        j = i // groups
+        for start in range(0, queries.shape[1], step):
+            rows = slice(start, start + step)
+            weights = product(queries[i, rows], keys[j], hidden).softmax(-1).to(dtype)
+            grad_scores = _times_turned(extended[i, rows], values[j]).mul_(weights)
+            _times(grad_scores, k_narrow[j], grad_query[i, rows])
+            grad_key[j] += _turned_times(grad_scores, scaled[i, rows])
+            grad_value[j] += _turned_times(weights, grads[i, rows])
+    return (
+        grad_query.mul_(scale).unflatten(0, query.shape[:2])[:, :, : query.shape[2]],
+        grad_key.to(dtype).unflatten(0, key.shape[:2])[:, :, : key.shape[2]],
+        grad_value.to(dtype).unflatten(0, key.shape[:2])[:, :, : key.shape[2]],
+    )
+
+
+def with_mean(grad: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients and values with columns more, so that their product gives the weights' gradients less their mean.
+
+    The difference is then rounded once. In bfloat16 the mean takes two columns: itself, and what its rounding left.
+
+    Args:
+        grad: `(B, H, Lq, Dv)`, the output's gradient.
+        output: `(B, H, Lq, Dv)`.
+        value: `(B, Hkv, Lk, Dv)`.
+
+    Returns:
+        `(B, H, Lq, Dv + n)` and `(B, Hkv, Lk, Dv + n)`.
+    """
+    mean = (grad.float() * output.float()).sum(-1, keepdim=True)
+    columns = [mean.to(grad.dtype)]
+    if grad.dtype != torch.float32:
+        columns.append((mean - columns[0].float()).to(grad.dtype))
+    minus = value.new_full((1, 1, 1, 1), -1.0).expand(*value.shape[:3], len(columns))
+    return torch.cat((grad, *columns), -1), torch.cat((value, minus), -1)
+
+
+def _padded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(B, H, L, D)` as new matrices `(B * H, L', D)`, with zeros from `L` on."""
+    length = tensor.shape[2]
+    padded = tensor.new_empty(*tensor.shape[:2], _round_up(length), tensor.shape[3], dtype=dtype)
+    padded[:, :, :length] = tensor
+    padded[:, :, length:] = 0
+    return padded.flatten(0, 1)
+
+
+def _hidden(key: Tensor) -> Tensor | None:
+    """What is added to all scores `(L',)`, so that nobody sees the keys that fill up."""
+    length = key.shape[2]
+    if length == _round_up(length):
+        return None
+    hidden = key.new_zeros(_round_up(length), dtype=torch.float32)
+    hidden[length:] = float("-inf")
+    return hidden
+
+
+def _block_length(query: Tensor, key: Tensor) -> int:
+    """Queries of a block: all in blocks of about equal length."""
+    length_q, length_k = _round_up(query.shape[2]), _round_up(key.shape[2])
+    blocks = -(-length_q * length_k // SCORES_AT_A_TIME)
+    return _round_up(-(-length_q // blocks))
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTHS_IN_STEPS_OF) * LENGTHS_IN_STEPS_OF
+
+
+def _times(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`left @ right` into `out`."""
+    if left.dtype == torch.float32:
+        out.copy_(product(left, right.t()))
+    else:
+        torch.mm(left, right, out=out)
+
+
+def _times_turned(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.T`."""
+    return product(left, right) if left.dtype == torch.float32 else left @ right.t()
+
+
+def _turned_times(left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right`; of the two, oneDNN has the narrower one turned over."""
+    if left.dtype == torch.float32:
+        return product(right.t(), left.t()).t()
+    return left.t() @ right

@@ -1,0 +1,46 @@
+"""What holds for linear layers of any size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlparts.parts import linear, linear_cpu  # noqa: F401  (defines the operation)
+
+counts = st.integers(0, 40) | st.sampled_from([64, 129, 200])
+widths = st.integers(1, 70)
+
+
+@given(counts, widths, widths, st.booleans(), st.booleans(), st.integers(1, 70))
+def test_onednn_gives_what_float64_gives(
+    rows: int, features: int, outputs: int, turned: bool, bias: bool, rows_at_a_time: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
+        patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+        patch.setattr(linear_cpu, "ROWS_IN_STEPS_OF", 16)
+        patch.setattr(linear_cpu, "ROWS_AT_A_TIME", rows_at_a_time)
+        x = torch.randn(features, rows).t() if turned else torch.randn(rows, features)
+        tensors = [x.requires_grad_(), torch.randn(outputs, features).requires_grad_()]
+        tensors += [torch.randn(outputs).requires_grad_()] * bias
+        output = torch.ops.vlparts.linear(*tensors)
+        direction = torch.randn_like(output)
+        gradients = torch.autograd.grad((output * direction).sum(), tensors)
+    precise = [y.detach().double().requires_grad_() for y in tensors]
+    expected = F.linear(*precise)
+    torch.testing.assert_close(output.double(), expected, atol=1e-4, rtol=1e-5)
+    exact = torch.autograd.grad((expected * direction.double()).sum(), precise)
+    for mine, theirs in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=1e-4, rtol=1e-5)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), widths, widths)
+def test_rows_are_independent(first: int, second: int, features: int, outputs: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
+        patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+        x, weight = torch.randn(first + second, features), torch.randn(outputs, features)
+        together = torch.ops.vlparts.linear(x, weight)
+        apart = [torch.ops.vlparts.linear(part, weight) for part in x.split((first, second))]
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=1e-5)
