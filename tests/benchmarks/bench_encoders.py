@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from encoder_rivals import DEPTH, ONE_BY_ONE, OURS, RIVALS, Run, Setting, image_by_image, ours, setting
+from encoder_rivals import DEPTH, ONE_BY_ONE, OURS, PRESETS, RIVALS, Run, Setting, image_by_image, ours, setting
 from timing import compare, machine_line, peak_memory, print_table, ratios
 from torch.nn import functional as F
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="images of a batch in inference")
     parser.add_argument("--training-images", type=int, default=8, help="images of a batch in training")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
-    parser.add_argument("--sizes", nargs="+", default=["ViT-S", "ViT-B"], choices=["ViT-S", "ViT-B"])
+    parser.add_argument("--sizes", nargs="+", default=["ViT-S", "ViT-B"], choices=list(PRESETS))
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--passes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS), metavar="RIVAL")

@@ -21,7 +21,7 @@ from vlparts import NaViTConfig, NaViTModel
 PATCH = 16
 DEPTH = 12
 PACK = 2048  # tokens of a pack for the encoder that needs a dense mask
-PRESETS = {"ViT-S": "small", "ViT-B": "b16"}
+PRESETS = {"tiny": "tiny", "ViT-S": "small", "ViT-B": "b16"}
 OURS, ONE_BY_ONE = "NaViT, packed", "NaViT, image by image"
 Run = Callable[[], Tensor]
 
