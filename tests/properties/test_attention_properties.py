@@ -135,7 +135,7 @@ def test_blocks_of_any_size_are_the_reference(
         patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
         patch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
         patch.setattr(attention_blocks, "LENGTH_FROM", 1)
-        patch.setattr(attention_blocks, "SCORES_FROM", 0)
+        patch.setattr(attention_blocks, "THREADS_UP_TO", 64)
         patch.setattr(attention_blocks, "SCORES_AT_A_TIME", scores)
         patch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", steps)
         output = attend(tensors, pairs)

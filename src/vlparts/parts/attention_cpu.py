@@ -88,15 +88,15 @@ def _batch(parts: list[Tensor], count: int) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
     """Attention of `(B, H, Lq, D)` by the kernel that is the fastest for it.
 
-    Times as shares of those of fused SDPA, 6 heads of 64 channels, one core of a Zen 5, a shared machine:
+    Times as shares of those of fused SDPA, 6 heads of 64 channels, one thread on a Zen 5, a shared machine:
 
-    | length                                  |   64 |  128 |  256 |  384 |  512 |  768 | 1024 | 2048 |
-    |-----------------------------------------|------|------|------|------|------|------|------|------|
-    | float32, blocks                         |      |      | 0.99 | 0.88 | 0.75 | 0.69 | 0.64 | 0.69 |
-    | float32, blocks, with gradients         |      |      | 1.07 | 0.88 | 0.75 | 0.67 | 0.70 | 0.80 |
-    | bfloat16, blocks                        |      |      | 0.90 | 0.75 | 0.70 | 0.57 | 0.55 | 0.51 |
-    | bfloat16, blocks, with gradients        |      |      | 0.82 | 0.67 | 0.66 | 0.65 | 0.66 | 0.63 |
-    | bfloat16, explicit weights, with grad.  | 0.63 | 0.40 | 0.50 | 0.50 | 0.52 | 0.57 | 1.19 |      |
+    | length                            |   64 |  128 |  256 |  384 |  512 |  768 | 1024 | 2048 |
+    |-----------------------------------|------|------|------|------|------|------|------|------|
+    | float32, blocks                   | 2.98 | 1.36 | 0.99 | 0.66 | 0.64 | 0.60 | 0.61 | 0.58 |
+    | float32, blocks, training         | 3.32 | 1.69 | 1.07 | 0.80 | 0.68 | 0.80 | 0.71 | 0.65 |
+    | bfloat16, blocks                  | 2.50 | 1.27 | 0.90 | 0.69 | 0.66 | 0.55 | 0.56 | 0.54 |
+    | bfloat16, blocks, training        | 2.33 | 0.93 | 0.82 | 0.74 | 0.68 | 0.62 | 0.69 | 0.64 |
+    | bfloat16, kept weights, training  | 0.63 | 0.40 | 0.50 | 0.50 | 0.52 | 0.57 | 1.19 |      |
     """
     if causal:
         return attend(query, key, value, scale, causal)
