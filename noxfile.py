@@ -31,6 +31,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests but the slow ones; arguments after `--` go to pytest."""
     install(session, ".[test]")
     install(session, "--no-deps", "timm")  # without torchvision, whose CUDA wheels do not fit a CPU build of torch
+    session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
     session.run("pytest", "-m", "not slow", *session.posargs)
 
 
@@ -38,6 +39,7 @@ def tests(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Run the slow tests; arguments after `--` go to pytest."""
     install(session, ".[test]")
+    session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
     session.run("pytest", "-m", "slow", *session.posargs)
 
 
