@@ -20,8 +20,8 @@ LENGTHS = ([20, 9, 20, 33], [20, 12, 20, 8])
 MANY = [LENGTHS, *(SEGMENTS[name] for name in ("self", "equal neighbours", "empty", "pooling", "no keys", "cross"))]
 
 
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def computed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[tuple[int, ...]]:
     """Blocks for whatever they take, some queries at a time; the shapes of the queries are noted."""
     shapes = []
 
@@ -34,7 +34,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
     monkeypatch.setattr(attention_blocks, "LENGTH_FROM", 1)
-    monkeypatch.setattr(attention_blocks, "THREADS_UP_TO", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
     monkeypatch.setattr(attention_blocks, "SCORES_AT_A_TIME", 200)
     monkeypatch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", 4)
     if not torch.backends.mkldnn.is_available():
@@ -278,6 +278,8 @@ def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not apply(255, 256)
     assert not apply(1, 200_000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert apply(512, 512)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # of which one would have no head
     assert not apply(512, 512)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: False)

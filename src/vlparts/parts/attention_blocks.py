@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .cpu_threads import run_side_by_side
 from .linear_cpu import is_plain, onednn_is_faster, product
 
 # Types and lengths that are computed here: shorter segments do not pay for the many calls.
 TYPES = (torch.float32, torch.bfloat16)
 LENGTH_FROM = 256
 
-# With more threads than this, fused attention is used: it lets its threads wait for each other once, this here some
-# thirty times for a segment. On two idle cores a block of a ViT-S in bfloat16 gained a sixth by two threads here, on
-# two busy ones it took two to three times as long.
-THREADS_UP_TO = 1
+# Heads are computed side by side, each on one thread. With more threads than this, fused attention is used: every call
+# holds the interpreter for some ten microseconds of a millisecond. One and two threads were measured.
+THREADS_UP_TO = 16
 
 # Largest number of scores that are computed at a time, 4 MiB of float32. Half and a quarter of it are as fast, but
 # make more calls; twice as many leave the cache.
@@ -41,7 +41,7 @@ def blocks_apply(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.dtype in TYPES
         and min(length_q, length_k) >= LENGTH_FROM
-        and torch.get_num_threads() <= THREADS_UP_TO
+        and torch.get_num_threads() <= min(THREADS_UP_TO, key.shape[0] * key.shape[1])
         and onednn_is_faster(length_q, query.shape[3], length_k)
         and all(is_plain(x) for x in (query, key, value))
     )
@@ -85,14 +85,20 @@ class _BlockAttention(torch.autograd.Function):
 def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The output `(B, H, Lq, Dv)`."""
     groups, step = query.shape[1] // key.shape[1], _block_length(query, key)
-    queries, keys = _padded(query, torch.float32).mul_(scale), _padded(key, torch.float32)
-    values, hidden = _padded(value, value.dtype), _hidden(key)
-    output = value.new_empty(*queries.shape[:2], value.shape[-1])
-    for i, (matrix, target) in enumerate(zip(queries, output, strict=True)):
-        k, v = keys[i // groups], values[i // groups]
-        for rows, attended in zip(matrix.split(step), target.split(step), strict=True):
-            _times(product(rows, k, hidden).softmax(-1).to(value.dtype), v, attended)
-    return output.unflatten(0, query.shape[:2])[:, :, : query.shape[2]]
+    keys, hidden, values = key.flatten(0, 1), _hidden(key), value.flatten(0, 1)
+    output = value.new_empty(*query.shape[:2], _round_up(query.shape[2]), value.shape[-1])
+
+    def attend(head: int) -> None:
+        """The heads that share a key head."""
+        k, v = _padded(keys[head], torch.float32), _padded(values[head], value.dtype)
+        batch, first = divmod(head * groups, query.shape[1])
+        for i in range(first, first + groups):
+            matrix, target = _padded(query[batch, i], torch.float32).mul_(scale), output[batch, i]
+            for rows, attended in zip(matrix.split(step), target.split(step), strict=True):
+                _times(product(rows, k, hidden).softmax(-1).to(value.dtype), v, attended)
+
+    run_side_by_side(attend, len(keys))
+    return output[:, :, : query.shape[2]]
 
 
 def _backward(
@@ -100,25 +106,33 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of query, key and value."""
     dtype, groups, step = query.dtype, query.shape[1] // key.shape[1], _block_length(query, key)
-    queries, keys, hidden = _padded(query, torch.float32).mul_(scale), _padded(key, torch.float32), _hidden(key)
-    scaled, k_narrow, grads = queries.to(dtype), keys.to(dtype), _padded(grad, dtype)
-    extended, values = (_padded(x, dtype) for x in with_mean(grad, output, value))
-    grad_query = torch.empty_like(scaled)
-    grad_key, grad_value = torch.zeros_like(keys), keys.new_zeros(*keys.shape[:2], value.shape[-1])
-    for i in range(len(queries)):
-        j = i // groups
-        for start in range(0, queries.shape[1], step):
-            rows = slice(start, start + step)
-            weights = product(queries[i, rows], keys[j], hidden).softmax(-1).to(dtype)
-            grad_scores = _times_turned(extended[i, rows], values[j]).mul_(weights)
-            _times(grad_scores, k_narrow[j], grad_query[i, rows])
-            grad_key[j] += _turned_times(grad_scores, scaled[i, rows])
-            grad_value[j] += _turned_times(weights, grads[i, rows])
-    return (
-        grad_query.mul_(scale).unflatten(0, query.shape[:2])[:, :, : query.shape[2]],
-        grad_key.to(dtype).unflatten(0, key.shape[:2])[:, :, : key.shape[2]],
-        grad_value.to(dtype).unflatten(0, key.shape[:2])[:, :, : key.shape[2]],
-    )
+    keys, hidden, values = key.flatten(0, 1), _hidden(key), value.flatten(0, 1)
+    grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+
+    def differentiate(head: int) -> None:
+        """The heads that share a key head."""
+        k = _padded(keys[head], torch.float32)
+        k_narrow, grad_k = k.to(dtype), torch.zeros_like(k)
+        grad_v = k.new_zeros(len(k), value.shape[-1])
+        batch, first = divmod(head * groups, query.shape[1])
+        for i in range(first, first + groups):
+            q = _padded(query[batch, i], torch.float32).mul_(scale)
+            scaled, grads = q.to(dtype), _padded(grad[batch, i], dtype)
+            extended, v = (_padded(x, dtype) for x in with_mean(grad[batch, i], output[batch, i], values[head]))
+            grad_q = torch.empty_like(scaled)
+            for start in range(0, len(q), step):
+                rows = slice(start, start + step)
+                weights = product(q[rows], k, hidden).softmax(-1).to(dtype)
+                grad_scores = _times_turned(extended[rows], v).mul_(weights)
+                _times(grad_scores, k_narrow, grad_q[rows])
+                grad_k += _turned_times(grad_scores, scaled[rows])
+                grad_v += _turned_times(weights, grads[rows])
+            grad_query[batch, i] = grad_q.mul_(scale)[: query.shape[2]]
+        place = divmod(head, key.shape[1])
+        grad_key[place], grad_value[place] = grad_k[: key.shape[2]], grad_v[: key.shape[2]]
+
+    run_side_by_side(differentiate, len(keys))
+    return grad_query, grad_key, grad_value
 
 
 def with_mean(grad: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,28 +141,28 @@ def with_mean(grad: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tens
     The difference is then rounded once. In bfloat16 the mean takes two columns: itself, and what its rounding left.
 
     Args:
-        grad: `(B, H, Lq, Dv)`, the output's gradient.
-        output: `(B, H, Lq, Dv)`.
-        value: `(B, Hkv, Lk, Dv)`.
+        grad: `(..., Lq, Dv)`, the output's gradient.
+        output: `(..., Lq, Dv)`.
+        value: `(..., Lk, Dv)`.
 
     Returns:
-        `(B, H, Lq, Dv + n)` and `(B, Hkv, Lk, Dv + n)`.
+        `(..., Lq, Dv + n)` and `(..., Lk, Dv + n)`.
     """
     mean = (grad.float() * output.float()).sum(-1, keepdim=True)
     columns = [mean.to(grad.dtype)]
     if grad.dtype != torch.float32:
         columns.append((mean - columns[0].float()).to(grad.dtype))
-    minus = value.new_full((1, 1, 1, 1), -1.0).expand(*value.shape[:3], len(columns))
+    minus = value.new_full((), -1.0).expand(*value.shape[:-1], len(columns))
     return torch.cat((grad, *columns), -1), torch.cat((value, minus), -1)
 
 
-def _padded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(B, H, L, D)` as new matrices `(B * H, L', D)`, with zeros from `L` on."""
-    length = tensor.shape[2]
-    padded = tensor.new_empty(*tensor.shape[:2], _round_up(length), tensor.shape[3], dtype=dtype)
-    padded[:, :, :length] = tensor
-    padded[:, :, length:] = 0
-    return padded.flatten(0, 1)
+def _padded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(L, D)` as a new matrix `(L', D)`, with zeros from `L` on."""
+    length = len(matrix)
+    padded = matrix.new_empty(_round_up(length), matrix.shape[1], dtype=dtype)
+    padded[:length] = matrix
+    padded[length:] = 0
+    return padded
 
 
 def _hidden(key: Tensor) -> Tensor | None:
