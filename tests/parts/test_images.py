@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as native_smart_resize
 
-from vlparts.parts.images import fit_to_grid, to_rgb
+from vlparts.parts.images import fit_to_grid, smart_resize, to_rgb
 
 
 def gradient() -> np.ndarray:
@@ -127,3 +128,31 @@ def test_extreme_aspect_ratios_are_refused_or_stretched() -> None:
 def test_impossible_sizes_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_to_grid(*arguments)
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000), st.integers(1, 40), st.integers(1, 10**6), st.integers(1, 10**7))
+def test_smart_resize_equals_the_native_one(height: int, width: int, factor: int, low: int, high: int) -> None:
+    assume(max(height, width) <= 200 * min(height, width))
+    low, high = min(low, high), max(low, high, factor**2)
+    assert smart_resize(height, width, factor, low, high) == native_smart_resize(height, width, factor, low, high)
+
+
+@given(st.integers(1, 150), st.integers(1, 150))
+def test_smart_resize_rounds_halves_to_even_blocks(rows: int, columns: int) -> None:
+    height, width = 28 * rows + 14, 28 * columns + 14
+    expected = tuple(28 * (blocks + blocks % 2) for blocks in (rows, columns))
+    assert smart_resize(height, width, 28, 1, 10**9) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 5, 28, 1, 10**6), "5 x 0 pixels"),
+        ((10, 2001, 28, 1, 10**6), "2001 x 10 pixels has an aspect ratio of 200.1; expected at most 200"),
+        ((50, 50, 28, 1, 783), "max_pixels.*28"),
+        ((50, 50, 28, 2000, 1000), "max_pixels.*min_pixels=2000"),
+    ],
+)
+def test_smart_resize_refuses_impossible_sizes(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        smart_resize(*arguments)

@@ -14,7 +14,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .images import fit_to_grid, to_rgb
+from .images import check_image_size, fit_to_grid, get_area_limits, read_image
+from .pixels import patchify
 
 
 class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -63,50 +64,24 @@ class NaViTImageProcessor(PilBackend):
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
         """Bring one image to `(C, H, W)`; Pillow images of any mode become 8-bit RGB (see `images.to_rgb`)."""
         if isinstance(image, Image.Image):
-            try:
-                image.load()
-            except (OSError, SyntaxError) as error:  # what Pillow raises where a file is cut off or damaged
-                raise ValueError(f"The image cannot be read: {error}") from None
-            if do_convert_rgb:
-                image = to_rgb(image)
+            image = read_image(image, bool(do_convert_rgb))
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        if array.size == 0:
-            raise ValueError(
-                f"The image has a size of {array.shape[-1]} x {array.shape[-2]} pixels (width x height); "
-                "expected at least 1 x 1."
-            )
+        check_image_size(*array.shape[-2:])
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise ValueError("The image holds values that are not finite (NaN or infinity).")
         return array
 
     def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
-        size, factor = options["size"], options["patch_size"] * options["merge_size"]
-        shortest, longest = size["shortest_edge"], size["longest_edge"]
-        if not shortest or not longest:
-            raise ValueError(f"`size` must have the keys 'shortest_edge' and 'longest_edge' (areas), got {size}.")
+        shortest, longest = get_area_limits(options["size"])
         return fit_to_grid(
             height,
             width,
-            factor,
+            options["patch_size"] * options["merge_size"],
             min_pixels=shortest,
             max_pixels=longest,
             max_aspect_ratio=options["max_aspect_ratio"],
             on_extreme_aspect=options["on_extreme_aspect"],
         )
-
-    def _patchify(self, image: np.ndarray, patch_size: int, merge_size: int) -> tuple[np.ndarray, int, int]:
-        channels, height, width = image.shape
-        factor = patch_size * merge_size
-        if height % factor or width % factor:
-            raise ValueError(
-                f"The image has a size of {width} x {height} pixels (width x height); without `do_resize` both sides "
-                f"must be multiples of {factor} (patch_size * merge_size)."
-            )
-        blocks = image.reshape(
-            channels, height // factor, merge_size, patch_size, width // factor, merge_size, patch_size
-        )
-        patches = blocks.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, channels * patch_size**2)
-        return patches.astype(np.float32, copy=False), height // patch_size, width // patch_size
 
     def _preprocess(
         self,
@@ -145,8 +120,8 @@ class NaViTImageProcessor(PilBackend):
                 image = self.rescale(image, rescale_factor)
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
-            patches, rows, columns = self._patchify(image, patch_size, merge_size)
-            packed.append(patches)
+            patches, rows, columns = patchify(image, patch_size, merge_size)
+            packed.append(patches.astype(np.float32, copy=False))
             grids.append((1, rows, columns))
         data = {
             "pixel_values": np.concatenate(packed),

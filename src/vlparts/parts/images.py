@@ -1,11 +1,68 @@
 """Images before they become patches: colour modes, and sizes that fit a patch grid."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
+from transformers.image_utils import SizeDict
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
+    """Read the pixels of a Pillow image, which may still lie in its file, and convert them to 8-bit RGB.
+
+    Args:
+        image: A Pillow image.
+        convert_rgb: Convert it, see [`to_rgb`].
+
+    Raises:
+        ValueError: If the file is cut off or damaged, or the mode has no known range.
+    """
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:  # what Pillow raises where a file is cut off or damaged
+        raise ValueError(f"The image cannot be read: {error}") from None
+    return to_rgb(image) if convert_rgb else image
+
+
+def check_image_size(height: int, width: int, max_aspect_ratio: float = math.inf) -> None:
+    """Refuse an image without pixels, or one that is too long and thin.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        max_aspect_ratio: Longest side over shortest side that is accepted.
+
+    Raises:
+        ValueError: If a side is not positive, or the aspect ratio is too extreme.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1."
+        )
+    ratio = max(height, width) / min(height, width)
+    if ratio > max_aspect_ratio:
+        raise ValueError(
+            f"The image of {width} x {height} pixels has an aspect ratio of {ratio:.1f}; expected at most "
+            f"{max_aspect_ratio:g}."
+        )
+
+
+def get_area_limits(size: SizeDict | Mapping[str, int]) -> tuple[int, int]:
+    """Smallest and largest area in pixels that the `size` of an image processor stands for.
+
+    Args:
+        size: Both areas, under the keys "shortest_edge" and "longest_edge", as in the Qwen-VL processors.
+
+    Raises:
+        ValueError: If a key is missing or its value is zero.
+    """
+    shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
+    if not shortest or not longest:
+        raise ValueError(f"`size` must have the keys 'shortest_edge' and 'longest_edge' (areas), got {size}.")
+    return shortest, longest
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -69,15 +126,8 @@ def fit_to_grid(
     Raises:
         ValueError: If a side is not positive, the limits make no sense, or the aspect ratio is too extreme.
     """
-    if height < 1 or width < 1:
-        raise ValueError(
-            f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1."
-        )
-    if not factor**2 <= max_pixels or not min_pixels <= max_pixels:
-        raise ValueError(
-            f"`max_pixels` must be at least {factor}**2 and at least `min_pixels`, got {max_pixels} "
-            f"with min_pixels={min_pixels}."
-        )
+    check_image_size(height, width)
+    _check_limits(factor, min_pixels, max_pixels)
     ratio = max(height, width) / min(height, width)
     exact_height, exact_width = float(height), float(width)
     if ratio > max_aspect_ratio:
@@ -101,3 +151,48 @@ def fit_to_grid(
         # Only when one side came up to a single block can the area still be too large.
         rows, columns = min(rows, blocks // columns or 1), min(columns, blocks // rows or 1)
     return rows * factor, columns * factor
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, max_aspect_ratio: float = 200.0
+) -> tuple[int, int]:
+    """Find the size that the Qwen2-VL family of image processors gives an image (`smart_resize` there).
+
+    Sides are rounded to multiples of `factor` (halves to even multiples, as Python's `round`). Where the area is then
+    outside the limits, the image is scaled to the limit as a whole and its sides are rounded inwards. The
+    result may still lie outside: where a short side came down to one block, or where the limits lie so close together
+    that no grid of whole blocks is found between them. [`fit_to_grid`] never exceeds `max_pixels`.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        factor: Side of a block of patches in pixels.
+        min_pixels: Smallest area in pixels.
+        max_pixels: Largest area in pixels; at least `factor ** 2`.
+        max_aspect_ratio: Longest side over shortest side that is accepted.
+
+    Returns:
+        New height and width in pixels, each a positive multiple of `factor`.
+
+    Raises:
+        ValueError: If a side is not positive, the limits make no sense, or the aspect ratio is too extreme.
+    """
+    check_image_size(height, width, max_aspect_ratio)
+    _check_limits(factor, min_pixels, max_pixels)
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / beta / factor))
+        columns = max(1, math.floor(width / beta / factor))
+    elif rows * columns * factor**2 < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * beta / factor), math.ceil(width * beta / factor)
+    return rows * factor, columns * factor
+
+
+def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
+    if not factor**2 <= max_pixels or not min_pixels <= max_pixels:
+        raise ValueError(
+            f"`max_pixels` must be at least {factor}**2 and at least `min_pixels`, got {max_pixels} "
+            f"with min_pixels={min_pixels}."
+        )

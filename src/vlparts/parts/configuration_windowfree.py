@@ -1,0 +1,204 @@
+"""Configuration of the window-free vision transformer."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "patch_size": 8,
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "window_free_600m": {},
+    "window_free_tiny": _SMALL,
+    "openpangu_vl_vit": {
+        "attention_pattern": {"window_size": 112, "full_attention_layers": [5, 12, 19, 25]},
+        "feature_layers": [-1, -3],
+    },
+    "hybrid_tiny": {
+        **_SMALL,
+        "attention_pattern": {"window_size": 64, "full_attention_layers": [1, 3]},
+        "feature_layers": [-1, -3],
+    },
+}
+
+
+@strict
+class WindowFreeViTConfig(PreTrainedConfig):
+    """Configuration of [`WindowFreeViTModel`], a native-resolution ViT whose shape suits matrix units.
+
+    It is wide and shallow, and the sizes of its matrix products are multiples of large powers of two. The defaults are
+    those of openPangu-VL-7B's vision encoder but for its windows: 26 layers of 1,536 channels, 615,624,192 parameters,
+    RMS normalisation, 2-D rotary positions, an MLP of two layers with the exact GELU. The released encoder itself is a
+    hybrid of 22 layers with windows and 4 without: preset "openpangu_vl_vit".
+
+    Args:
+        hidden_size: Width D of the residual stream.
+        intermediate_size: Width of the MLP.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads; divides `hidden_size`.
+        num_channels: Channels C of the images.
+        patch_size: Side P of a patch in pixels.
+        temporal_patch_size: Frames T that the patch embedding has weights for. Patches of one frame are repeated, as
+            the published models do.
+        spatial_merge_size: Side m of the block of patches that a projector will merge into one token; it sets the order
+            of the patches.
+        hidden_act: Activation of the MLP.
+        gated_mlp: Whether the MLP has a gate, `down(act(gate(x)) * up(x))` as in Qwen2.5-VL, or is
+            `down(act(up(x)))`.
+        rms_norm_eps: Epsilon of every normalisation.
+        qkv_bias: Whether the attention projections have biases.
+        mlp_bias: Whether the MLP has biases.
+        attention_dropout: Only 0.0: the packed kernels have no dropout.
+        rotary_theta: Base of the 2-D axial rotary positions.
+        attention_pattern: "full" where every layer attends over the whole frame; or a dictionary with "window_size",
+            the side of a window in pixels, and "full_attention_layers", the indices of the layers without windows.
+        feature_layers: The layers whose output, normalised by the shared final norm, a projector takes; -1 is the last.
+        pooling: One vector for each image: "mean" over its patches, or "none".
+        image_mean: Mean of each channel in [0, 1], for raw pixels.
+        image_std: Standard deviation of each channel in [0, 1], for raw pixels.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    model_type = "vlparts_windowfree"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1536
+    intermediate_size: int = 4608
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    hidden_act: str = "gelu"
+    gated_mlp: bool = False
+    rms_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: float = 0.0
+    rotary_theta: float = 10000.0
+    attention_pattern: Literal["full"] | dict[str, Any] = "full"
+    feature_layers: list[int] | tuple[int, ...] = (-1,)
+    pooling: Literal["none", "mean"] = "none"
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # JSON has lists only; what was saved shall equal what is loaded.
+        self.feature_layers, self.image_mean = list(self.feature_layers), list(self.image_mean)
+        self.image_std = list(self.image_std)
+        super().__post_init__(**kwargs)
+
+    @property
+    def window_cells(self) -> int | None:
+        """Side of a window in merged blocks of patches; None where there are no windows."""
+        if isinstance(self.attention_pattern, str):
+            return None
+        return self.attention_pattern["window_size"] // (self.patch_size * self.spatial_merge_size)
+
+    def has_windows(self, layer: int) -> bool:
+        """Whether a layer attends inside windows."""
+        pattern = self.attention_pattern
+        return not isinstance(pattern, str) and layer not in pattern["full_attention_layers"]
+
+    def validate_architecture(self) -> None:
+        """Check that the sizes fit together.
+
+        Raises:
+            ValueError: If a size is not positive, if heads or windows do not fit, or if a layer does not exist.
+        """
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_channels",
+            "patch_size",
+            "temporal_patch_size",
+            "spatial_merge_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` into heads of a multiple of 4 channels, got "
+                f"{self.num_attention_heads} heads for a width of {self.hidden_size}."
+            )
+        if self.rotary_theta <= 0:
+            raise ValueError(f"`rotary_theta` must be positive, got {self.rotary_theta}.")
+        if self.attention_dropout != 0.0:
+            raise ValueError(f"`attention_dropout` must be 0.0, got {self.attention_dropout}.")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.num_channels:
+                raise ValueError(
+                    f"`{name}` must have a value for each of {self.num_channels} channels, got {getattr(self, name)}."
+                )
+        if min(self.image_std) <= 0:
+            raise ValueError(f"`image_std` must be positive, got {self.image_std}.")
+
+    def validate_layers(self) -> None:
+        """Check what names layers: taps, and the pattern of attention.
+
+        Raises:
+            ValueError: If a layer does not exist, is named twice, or if the pattern is malformed.
+        """
+        layers = self.num_hidden_layers
+        taps = [tap % layers for tap in self.feature_layers if -layers <= tap < layers]
+        if not taps or len(taps) != len(self.feature_layers):
+            raise ValueError(
+                f"`feature_layers` must name layers from {-layers} to {layers - 1}, got {list(self.feature_layers)}."
+            )
+        if len(set(taps)) != len(taps):
+            raise ValueError(f"`feature_layers` must name each layer once, got {list(self.feature_layers)}.")
+        pattern = self.attention_pattern
+        if isinstance(pattern, str):
+            return
+        if set(pattern) != {"window_size", "full_attention_layers"}:
+            raise ValueError(
+                "`attention_pattern` must be 'full' or have the keys window_size and full_attention_layers, got "
+                f"{sorted(pattern)}."
+            )
+        window, block = pattern["window_size"], self.patch_size * self.spatial_merge_size
+        if not isinstance(window, int) or window < 1 or window % block:
+            raise ValueError(
+                f"`attention_pattern['window_size']` must be a positive multiple of {block} pixels (patch_size * "
+                f"spatial_merge_size), got {window!r}."
+            )
+        outside = [layer for layer in pattern["full_attention_layers"] if layer not in range(layers)]
+        if outside:
+            raise ValueError(
+                f"`attention_pattern['full_attention_layers']` must name layers from 0 to {layers - 1}, got {outside}."
+            )
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that [`from_preset`] takes."""
+        return tuple(_PRESETS)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "WindowFreeViTConfig":
+        """Build a named configuration, with some fields changed.
+
+        "window_free_600m" and "window_free_tiny" have no windows. "openpangu_vl_vit" and "hybrid_tiny" are hybrids:
+        most of their layers have windows.
+
+        Args:
+            name: One of [`presets`].
+            **changes: Fields that replace those of the preset.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"`name` must be one of {', '.join(_PRESETS)}, got {name!r}.")
+        return cls(**{**_PRESETS[name], **changes})
+
+
+__all__ = ["WindowFreeViTConfig"]

@@ -1,0 +1,85 @@
+"""Pre-norm transformer blocks over packed sequences, which vision parts share and complete.
+
+Shapes: L tokens of all segments, D width, H heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+from .attention import dense_attention_forward
+from .linear import Linear
+from .rotary import apply_rotary
+from .segments import Segments
+
+
+class PackedSelfAttention(nn.Module):
+    """Self-attention inside each segment.
+
+    Args:
+        config: A configuration with `hidden_size`, `num_attention_heads` and `qkv_bias`.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """What happens to queries and keys `(L, H, D / H)` before they are rotated: nothing here."""
+        return query, key
+
+    def forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend `(L, D)` tokens inside their segments; returns `(L, D)` and the weights, if any."""
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        query, key = self.normalize(query, key)
+        if segments.rotary is not None:
+            query, key = apply_rotary(query, *segments.rotary), apply_rotary(key, *segments.rotary)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
+        attended, weights = attend(
+            self,
+            query.transpose(0, 1).unsqueeze(0),
+            key.transpose(0, 1).unsqueeze(0),
+            value.transpose(0, 1).unsqueeze(0),
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=0.0,
+            is_causal=False,
+            cu_seq_lens_q=segments.cu_seqlens,
+            cu_seq_lens_k=segments.cu_seqlens,
+            max_length_q=segments.max_seqlen,
+            max_length_k=segments.max_seqlen,
+            **kwargs,
+        )
+        return self.o_proj(attended.squeeze(0).flatten(-2)), weights
+
+
+class PackedLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block: `norm1`, `self_attn`, `norm2` and `mlp`, which a part gives."""
+
+    def __init__(self, self_attn: PackedSelfAttention, mlp: nn.Module, norm1: nn.Module, norm2: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.self_attn = self_attn
+        self.norm2 = norm2
+        self.mlp = mlp
+
+    def forward(self, hidden_states: Tensor, passes: list[Segments], **kwargs: Any) -> Tensor:
+        """Map `(L, D)` to `(L, D)`, one group of segments after the other."""
+        parts = hidden_states.split([one.tokens for one in passes]) if len(passes) > 1 else (hidden_states,)
+        outputs = [self._forward(part, one, **kwargs) for part, one in zip(parts, passes, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.norm1(hidden_states), segments, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.norm2(hidden_states))
