@@ -1,0 +1,154 @@
+"""Configuration of the dense language model of openPangu-Embedded and openPangu-VL."""
+
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from .mrope import rotary_axes
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "pangu_embedded_7b": {},
+    "openpangu_vl_7b": {
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 64_000_000.0,
+            "mrope_section": [10, 27, 27],
+            "mrope_interleaved": True,
+        },
+    },
+    "tiny": _TINY,
+    "tiny_mrope": _TINY
+    | {"rope_parameters": _TINY["rope_parameters"] | {"mrope_section": [2, 3, 3], "mrope_interleaved": True}},
+}
+
+
+@strict
+class PanguEmbeddedConfig(LlamaConfig):
+    """Configuration of [`PanguEmbeddedModel`]: transformers' Llama with biases in all attention projections.
+
+    The defaults are openPangu-Embedded-7B. Fields that are not named here are those of `LlamaConfig`.
+
+    Args:
+        vocab_size: Number of tokens.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the gated MLP.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads; divides `num_attention_heads`.
+        head_dim: Channels D of a head, even.
+        max_position_embeddings: Tokens of the longest text.
+        rms_norm_eps: Epsilon of every normalisation.
+        attention_bias: Whether the query, key, value and output projections have biases; published as "bias".
+        pad_token_id: Id of padding, whose embedding is not trained.
+        bos_token_id: Id of the first token of a text.
+        eos_token_id: Id of the last token of an answer.
+        rope_parameters: "rope_type" and "rope_theta" as everywhere in transformers. With "mrope_section", the
+            frequencies of time, rows and columns, positions have three axes; "mrope_interleaved" spreads the axes over
+            the frequencies, otherwise they lie one after the other as in Qwen2-VL; see [`rotary_axes`]. The
+            `rope_scaling` and `rope_theta` of a published configuration are taken too.
+    """
+
+    model_type = "vlparts_pangu_embedded"
+    base_config_key = "text_config"
+    attribute_map = {"bias": "attention_bias"}
+    default_theta = 16_000_000.0
+    ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
+
+    vocab_size: int = 153376
+    hidden_size: int = 4096
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 34
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 45892
+    rope_parameters: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"`rope_scaling` must be a dictionary, got {parameters!r}.")
+        parameters = dict(parameters)  # transformers writes into it, and the caller's must stay
+        theta = kwargs.pop("rope_theta", None)
+        if theta is not None and parameters.setdefault("rope_theta", theta) != theta:
+            raise ValueError(
+                f"`rope_theta` must be that of `rope_parameters`, {parameters['rope_theta']}, if both are given, "
+                f"got {theta}."
+            )
+        kind = parameters.setdefault("rope_type", parameters.pop("type", "default"))
+        if kind == "mrope":
+            parameters["rope_type"] = "default"
+        self.rope_parameters = parameters
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self) -> None:
+        """Check that the sizes fit together.
+
+        Raises:
+            ValueError: If a size is not positive, the key and value heads do not divide the query heads, or `head_dim`
+                is odd.
+        """
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"`num_hidden_layers` must not be negative, got {self.num_hidden_layers}.")
+        if self.num_attention_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` must be a positive multiple of `num_key_value_heads`, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, got {self.head_dim}.")
+
+    def validate_mrope(self) -> None:
+        """Check the sections of multimodal rotary positions.
+
+        Raises:
+            ValueError: If "mrope_section" does not hold three counts that add up to half of `head_dim`, or if
+                "mrope_interleaved" is not a bool or stands without them.
+        """
+        rotary_axes(self.rope_parameters or {}, self.head_dim // 2)
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that [`from_preset`] takes."""
+        return tuple(_PRESETS)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "PanguEmbeddedConfig":
+        """Build a named configuration, with some fields changed.
+
+        Args:
+            name: One of [`presets`].
+            **changes: Fields that replace those of the preset.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"`name` must be one of {', '.join(_PRESETS)}, got {name!r}.")
+        return cls(**{**deepcopy(_PRESETS[name]), **changes})
+
+
+__all__ = ["PanguEmbeddedConfig"]
