@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 
-from vlparts import NaViTImageProcessor, show
+from vlparts import NaViTImageProcessor, WindowFreeViTConfig, WindowFreeViTModel, show
 from vlparts.parts.attention import packed_attention
 from vlparts.parts.coordinates import Region, decode, encode
 from vlparts.parts.packing import get_position_ids, plan_packing
@@ -207,6 +207,33 @@ def vlm(path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
+def windowfree(path: Path) -> None:
+    """Draw what one patch depends on after a layer with windows, and after one without."""
+    rows, columns, place = 24, 40, (9, 17)
+    grid = torch.tensor([[1, rows, columns]])
+    order = get_position_ids(grid, 2)
+    patch = int(((order[:, 0] == place[0]) & (order[:, 1] == place[1])).nonzero())
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
+    titles = ("a layer with windows", "a layer without")
+    for ax, title, full in zip(figure.subplots(1, 2), titles, ([], [0]), strict=True):
+        torch.manual_seed(0)
+        pattern = {"window_size": 64, "full_attention_layers": full}
+        config = WindowFreeViTConfig.from_preset("window_free_tiny", num_hidden_layers=1, attention_pattern=pattern)
+        pixels = torch.randn(rows * columns, 192, requires_grad=True)
+        WindowFreeViTModel(config)(pixels, grid).last_hidden_state[patch].pow(2).sum().backward()
+        sizes = torch.full((rows, columns), float("nan"))
+        sizes[order[:, 0], order[:, 1]] = pixels.grad.norm(dim=1)
+        sizes[place] = 0  # by far the largest
+        seen = torch.where(sizes > 0, sizes.log10(), float("nan"))
+        ax.imshow(seen, cmap="viridis")
+        ax.plot(place[1], place[0], "o", color="red", markersize=4)
+        ax.set_xticks(np.arange(0, columns + 1, 8) - 0.5, [])
+        ax.set_yticks(np.arange(0, rows + 1, 8) - 0.5, [])
+        ax.grid(color="0.7", linewidth=0.8)
+        ax.set_title(title)
+    figure.savefig(path, dpi=110)
+
+
 IMAGES: dict[str, Callable[[Path], None]] = {
     "attention": attention,
     "coordinates": coordinates,
@@ -216,6 +243,7 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "positions": positions,
     "sampling": sampling,
     "vlm": vlm,
+    "windowfree": windowfree,
 }
 
 

@@ -14,7 +14,7 @@ from transformers import (
     Siglip2VisionConfig,
 )
 
-from vlparts import NaViTConfig, NaViTModel
+from vlparts import NaViTConfig, NaViTModel, WindowFreeViTConfig, WindowFreeViTModel
 from vlparts.training.tokenizer import train_tokenizer
 
 TEXTS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -60,6 +60,19 @@ def order_one(model: nn.Module, seed: int = 0) -> nn.Module:
 def navit(seed: int = 0, **changes: object) -> NaViTModel:
     """A small NaViT with weights of order one, ready for evaluation."""
     return order_one(NaViTModel(navit_config(**changes)), seed).eval()
+
+
+WINDOWED = {"window_size": 16, "full_attention_layers": [1, 3]}  # windows of 2 x 2 cells of 2 x 2 patches
+
+
+def windowfree_config(**changes: object) -> WindowFreeViTConfig:
+    """A window-free ViT of width 32 with patches of 4 pixels."""
+    return WindowFreeViTConfig(**{**SIZES, "num_hidden_layers": 4, "patch_size": 4, **changes})
+
+
+def windowfree(seed: int = 0, **changes: object) -> WindowFreeViTModel:
+    """A small window-free ViT with weights of order one, ready for evaluation."""
+    return order_one(WindowFreeViTModel(windowfree_config(**changes)), seed).eval()
 
 
 def packed_images(

@@ -5,14 +5,21 @@ Importing the package registers every part with transformers' Auto classes.
 
 from .backends import load_backends
 from .composition import compose, compose_processor
+from .parts.cluster_discrimination import multi_label_cluster_loss, sample_negative_centers
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
+from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from .parts.configuration_vlm import VisionLanguageConfig
+from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.image_processing_navit import NaViTImageProcessor
+from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
+from .parts.modeling_pangu_embedded import PanguEmbeddedForCausalLM, PanguEmbeddedModel
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
+from .parts.modeling_windowfree import WindowFreeViTModel
 from .parts.processing_vlm import VisionLanguageProcessor
+from .parts.thinking import ThinkingAnswer, split_thinking, split_thinking_ids, with_thinking_mode
 from .registration import register_all
 
 __version__ = "0.1.0"
@@ -24,12 +31,24 @@ __all__ = [
     "NaViTForImageClassification",
     "NaViTImageProcessor",
     "NaViTModel",
+    "PanguEmbeddedConfig",
+    "PanguEmbeddedForCausalLM",
+    "PanguEmbeddedModel",
+    "ThinkingAnswer",
     "VisionLanguageConfig",
     "VisionLanguageForConditionalGeneration",
     "VisionLanguageModel",
     "VisionLanguageProcessor",
+    "WindowFreeViTConfig",
+    "WindowFreeViTImageProcessor",
+    "WindowFreeViTModel",
     "compose",
     "compose_processor",
+    "multi_label_cluster_loss",
+    "sample_negative_centers",
+    "split_thinking",
+    "split_thinking_ids",
+    "with_thinking_mode",
 ]
 
 register_all()

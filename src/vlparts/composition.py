@@ -10,11 +10,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .parts.configuration_vlm import VisionLanguageConfig
+from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
+from .parts.part_table import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.projectors import Projector, projector_names
 from .parts.vision_features import tower_kind
-from .parts.vision_parts import model_from_config
 
 PathLike = str | os.PathLike[str]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -26,6 +27,8 @@ def compose(
     projector: str = "mlp2_gelu",
     *,
     image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    projector_options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     **config_changes: Any,
 ) -> VisionLanguageForConditionalGeneration:
@@ -40,6 +43,8 @@ def compose(
         text: A decoder-only text model with or without its head, its configuration, or the folder of a checkpoint.
         projector: Name of a registered projector.
         image_token_id: Id of the placeholder token; [`compose_processor`] sets it too.
+        video_token_id: The same for videos.
+        projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         trust_remote_code: Passed on when a folder is loaded.
         **config_changes: Further fields of [`VisionLanguageConfig`].
 
@@ -60,7 +65,9 @@ def compose(
         vision_config=tower.config,
         text_config=language_model.config,
         projector_type=projector,
+        projector_options=projector_options,
         image_token_id=image_token_id,
+        video_token_id=video_token_id,
         dtype=language_model.dtype,
         **config_changes,
     )
@@ -75,6 +82,8 @@ def compose(
             tower.config.hidden_size,
             language_model.config.hidden_size,
             config.merge_size,
+            config.feature_taps,
+            **(config.projector_options or {}),
         ),
     )
     if head is None:
@@ -95,11 +104,15 @@ def compose_processor(
     *,
     chat_template: str | None = None,
     image_token: str = "<image>",
+    video_token: str | None = None,
+    vision_start_token: str | None = None,
+    vision_end_token: str | None = None,
 ) -> VisionLanguageProcessor:
     """Build the processor of a composed model.
 
-    Adds the placeholder to the tokenizer if it is missing, enlarges the model's embeddings if the vocabulary outgrew
-    them, and sets `config.image_token_id` and the end-of-sequence and padding ids of generation where they are unset.
+    Adds the tokens that are missing to the tokenizer, enlarges the model's embeddings if the vocabulary outgrew them,
+    and sets `config.image_token_id` and `config.video_token_id`, and the end-of-sequence and padding ids of generation
+    where they are unset.
 
     Args:
         model: The composed model.
@@ -107,17 +120,27 @@ def compose_processor(
         image_processor: An image processor; the default is the one that fits the vision tower.
         chat_template: Jinja template; the default is ChatML.
         image_token: The placeholder in the text.
+        video_token: The placeholder of a video; None for a model that takes none.
+        vision_start_token: Stands before the placeholder of a video; see [`VisionLanguageProcessor`].
+        vision_end_token: Stands after it. Both are given or none.
 
     Returns:
         The processor.
+
+    Raises:
+        ValueError: If the tokens contradict each other.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if image_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    vocabulary, tokens = tokenizer.get_vocab(), (image_token, video_token, vision_start_token, vision_end_token)
+    missing = [token for token in tokens if token is not None and token not in vocabulary]
+    if missing:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if len(tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer))
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    if video_token is not None:
+        model.config.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, name) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
@@ -131,6 +154,9 @@ def compose_processor(
         spatial_merge_size=model.config.merge_size,
         image_seq_length=_square_tokens(model) if kind == "square" else None,
         image_token=image_token,
+        video_token=video_token,
+        vision_start_token=vision_start_token,
+        vision_end_token=vision_end_token,
     )
 
 
@@ -169,6 +195,11 @@ def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
 
 
 def _image_processor(kind: str, vision: PreTrainedConfig) -> Any:
+    if vision.model_type == WindowFreeViTConfig.model_type:
+        from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
+
+        sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+        return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
     if kind == "packed":
         from .parts.image_processing_navit import NaViTImageProcessor
 

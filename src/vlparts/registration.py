@@ -12,11 +12,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
+from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from .parts.configuration_vlm import VisionLanguageConfig
+from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.image_processing_navit import NaViTImageProcessor
+from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
+from .parts.modeling_pangu_embedded import PanguEmbeddedForCausalLM, PanguEmbeddedModel
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
+from .parts.modeling_windowfree import WindowFreeViTModel
 from .parts.processing_vlm import VisionLanguageProcessor
 
 
@@ -47,6 +52,15 @@ PARTS: tuple[Part, ...] = (
         NaViTDualEncoderConfig,
         {"AutoModel": NaViTDualEncoder, "AutoModelForZeroShotImageClassification": NaViTDualEncoder},
         image_processor=NaViTImageProcessor,
+    ),
+    Part(
+        WindowFreeViTConfig,
+        {"AutoModel": WindowFreeViTModel},
+        image_processor=WindowFreeViTImageProcessor,
+    ),
+    Part(
+        PanguEmbeddedConfig,
+        {"AutoModel": PanguEmbeddedModel, "AutoModelForCausalLM": PanguEmbeddedForCausalLM},
     ),
     Part(
         VisionLanguageConfig,

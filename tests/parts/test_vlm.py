@@ -6,7 +6,7 @@ import torch
 import vlparts
 from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import VisionLanguageConfig, VisionLanguageForConditionalGeneration
-from vlparts.parts.modeling_vlm import check_placeholders
+from vlparts.parts.placeholders import check_placeholders
 
 GROUPS = [[picture(20, 9), picture(5, 13)], [], [picture(11, 11)]]
 

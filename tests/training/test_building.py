@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "model folder without a checkpoint": ({"model": "empty", "only": True}, "`model` empty cannot be loaded"),
     "tokenizer that is missing": ({"tokenizer": "none"}, "`tokenizer` none is no folder"),
     "tokenizer folder without one": ({"tokenizer": "empty"}, "`tokenizer` empty cannot be loaded"),
-    "projector": ({"projector": "none"}, "`projector`:? .*must be one of linear, mlp2_gelu, got 'none'"),
+    "projector": ({"projector": "none"}, "`projector`:? .*must be one of linear, mlp2_gelu, .*got 'none'"),
     "trainer field": ({"trainer": {"no_such_field": 1}}, "`trainer`.*no_such_field"),
     "field that has its own setting": ({"trainer": {"output_dir": "x"}}, "`trainer` must not hold 'output_dir'"),
     "batch size": ({"trainer": {"per_device_train_batch_size": 2}}, "`trainer` must not hold 'per_device_train_batch"),

@@ -7,8 +7,9 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_navit import NaViTConfig
-from .projectors import projector_names
-from .vision_parts import config_from_dict
+from .part_table import config_from_dict
+from .projectors import check_projector, projector_names
+from .vision_features import count_taps
 
 
 @strict
@@ -20,10 +21,13 @@ class VisionLanguageConfig(PreTrainedConfig):
             default is a NaViT without pooling.
         text_config: Configuration of the text model (native, decoder only). The default is transformers' Qwen3.
         projector_type: Name of a registered projector.
+        projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         spatial_merge_size: Side m of the block of patches that becomes one token. Taken from the vision configuration
             where that has the field, otherwise 1.
         image_token_id: Id of the placeholder token that each image token replaces.
-        vision_feature_layer: -1 for the tower's output, otherwise an index into its hidden states.
+        video_token_id: The same for videos.
+        vision_feature_layer: -1 for what the tower gives (all layers that its `feature_layers` name, where it has that
+            field), otherwise an index into its hidden states.
         tie_word_embeddings: Whether the language head shares the input embeddings. Taken from the text configuration
             if absent.
         initializer_range: Standard deviation of the projector's and a new head's initial weights.
@@ -38,8 +42,10 @@ class VisionLanguageConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     projector_type: str = "mlp2_gelu"
+    projector_options: dict | None = None
     spatial_merge_size: int | None = None
     image_token_id: int | None = None
+    video_token_id: int | None = None
     vision_feature_layer: int = -1
     tie_word_embeddings: bool | None = None
     initializer_range: float = 0.02
@@ -64,17 +70,23 @@ class VisionLanguageConfig(PreTrainedConfig):
         """`spatial_merge_size`, which is always set once the configuration is built."""
         return self.spatial_merge_size or 1
 
+    @property
+    def feature_taps(self) -> int:
+        """Number of layers of the vision tower that the projector takes."""
+        return count_taps(self.vision_config, self.vision_feature_layer)
+
     def validate_composition(self) -> None:
         """Check that the parts fit together.
 
         Raises:
-            ValueError: If the projector is unknown, the merge sizes disagree, or the placeholder is not in the
-                vocabulary.
+            ValueError: If the projector is unknown or does not take what the tower gives or the options, the merge
+                sizes disagree, or a placeholder is not in the vocabulary or stands for both images and videos.
         """
         if self.projector_type not in projector_names():
             raise ValueError(
                 f"`projector_type` must be one of {', '.join(projector_names())}, got {self.projector_type!r}."
             )
+        check_projector(self.projector_type, self.feature_taps, self.projector_options)
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
         own = getattr(self.vision_config, "spatial_merge_size", self.spatial_merge_size)
@@ -83,9 +95,13 @@ class VisionLanguageConfig(PreTrainedConfig):
                 f"`spatial_merge_size` is {self.spatial_merge_size}, but the vision configuration says {own}."
             )
         vocabulary = getattr(self.text_config, "vocab_size", None)
-        if self.image_token_id is not None and vocabulary and not 0 <= self.image_token_id < vocabulary:
+        for name in ("image_token_id", "video_token_id"):
+            token = getattr(self, name)
+            if token is not None and vocabulary and not 0 <= token < vocabulary:
+                raise ValueError(f"`{name}` must lie in the vocabulary of {vocabulary} tokens, got {token}.")
+        if self.image_token_id is not None and self.image_token_id == self.video_token_id:
             raise ValueError(
-                f"`image_token_id` must lie in the vocabulary of {vocabulary} tokens, got {self.image_token_id}."
+                f"`video_token_id` must differ from `image_token_id`, got {self.video_token_id} for both."
             )
 
 

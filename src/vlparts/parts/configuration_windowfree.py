@@ -46,8 +46,8 @@ class WindowFreeViTConfig(PreTrainedConfig):
         patch_size: Side P of a patch in pixels.
         temporal_patch_size: Frames T that the patch embedding has weights for. Patches of one frame are repeated, as
             the published models do.
-        spatial_merge_size: Side m of the block of patches that a projector will merge into one token; it sets the order
-            of the patches.
+        spatial_merge_size: Side m of the block of patches that a projector will merge into one token; it sets the
+            order of the patches.
         hidden_act: Activation of the MLP.
         gated_mlp: Whether the MLP has a gate, `down(act(gate(x)) * up(x))` as in Qwen2.5-VL, or is
             `down(act(up(x)))`.
@@ -58,7 +58,8 @@ class WindowFreeViTConfig(PreTrainedConfig):
         rotary_theta: Base of the 2-D axial rotary positions.
         attention_pattern: "full" where every layer attends over the whole frame; or a dictionary with "window_size",
             the side of a window in pixels, and "full_attention_layers", the indices of the layers without windows.
-        feature_layers: The layers whose output, normalised by the shared final norm, a projector takes; -1 is the last.
+        feature_layers: The layers whose output, normalised by the shared final norm, a projector takes; -1 is the
+            last.
         pooling: One vector for each image: "mean" over its patches, or "none".
         image_mean: Mean of each channel in [0, 1], for raw pixels.
         image_std: Standard deviation of each channel in [0, 1], for raw pixels.

@@ -1,8 +1,8 @@
 """Pieces of work side by side on CPU, each on one thread.
 
-PyTorch divides every operation among its threads, and lets them wait for each other after it. For many short operations
-in a row that costs more than it gains, most of all where other programs hold a core: a thread that is waited for may
-not be running. Here each thread works through pieces of its own, and they wait once.
+PyTorch divides every operation among its threads, and lets them wait for each other after it. For many short
+operations in a row that costs more than it gains, most of all where other programs hold a core: a thread that is
+waited for may not be running. Here each thread works through pieces of its own, and they wait once.
 """
 
 import os

@@ -1,15 +1,14 @@
 """The composed vision-language model: a vision tower, a projector, a text model.
 
-Shapes: B samples, S tokens of a sample, n images of the batch, T image tokens of the batch, E width of the text model.
+Shapes: B samples, S tokens of a sample, n images or videos of the batch, T tokens of all of them, E width of the text
+model.
 """
 
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -20,41 +19,14 @@ from transformers.utils.generic import can_return_tuple
 
 from .auto_classes import add_auto_classes
 from .configuration_vlm import VisionLanguageConfig
+from .generation_vlm import VisionLanguageGenerationMixin
+from .multimodal_inputs import MultimodalInputsMixin
+from .multimodal_positions import check_continued, has_multimodal_rotary
+from .part_table import model_from_config
+from .placeholders import fill_placeholders
 from .projectors import Projector
-from .vision_features import encode_images
-from .vision_parts import model_from_config
 
-
-def check_placeholders(image_mask: Tensor, tokens_per_image: list[int]) -> None:
-    """Match placeholders and image features sample by sample, image by image.
-
-    Args:
-        image_mask: `(B, S)` bool, true at the placeholders.
-        tokens_per_image: Tokens of each image of the batch, in order.
-
-    Raises:
-        ValueError: If the images of a sample do not have exactly as many tokens as the sample has placeholders (also
-            when the totals of the batch agree); names the sample, the placeholders and the features.
-    """
-    images = iter(tokens_per_image)
-    for sample, placeholders in enumerate(image_mask.sum(-1).tolist()):
-        taken: list[int] = []
-        while sum(taken) < placeholders:
-            following = next(images, None)
-            if following is None:
-                break
-            taken.append(following)
-        if sum(taken) != placeholders:
-            raise ValueError(
-                f"Image features and image tokens do not match: sample {sample} has {placeholders} image tokens, but "
-                f"its images have {' + '.join(map(str, taken)) or '0'} features. Was it truncated inside an image?"
-            )
-    left_over = list(images)
-    if left_over:
-        raise ValueError(
-            f"Image features and image tokens do not match: {len(left_over)} images with "
-            f"{sum(left_over)} features have no image tokens in any of the {len(image_mask)} samples."
-        )
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class VisionLanguagePreTrainedModel(PreTrainedModel):
@@ -62,7 +34,7 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
 
     config: VisionLanguageConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -70,7 +42,7 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
 
-class VisionLanguageModel(VisionLanguagePreTrainedModel):
+class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
     """A vision tower and a text model joined by a projector, without a language head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
@@ -83,6 +55,8 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             config.merge_size,
+            config.feature_taps,
+            **(config.projector_options or {}),
         )
         self.language_model = model_from_config(config.text_config)
         self.post_init()
@@ -96,56 +70,6 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_grid_thw: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Encode and project images.
-
-        Args:
-            pixel_values: What the vision tower takes: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or square
-                `(n, C, H, W)`.
-            image_grid_thw: `(n, 3)` int64 for packed towers.
-            pixel_attention_mask: `(n, patches)` for padded towers (Siglip2).
-            spatial_shapes: `(n, 2)` rows and columns for padded towers (Siglip2).
-            **kwargs: Precomputed inputs of packed towers, with the prefix "image_" (`image_cu_seqlens`,
-                `image_max_seqlen`, `image_position_ids`).
-
-        Returns:
-            The tower's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling it
-            holds one tensor `(T, E)`, since the lengths of the images are not known to the compiler.
-        """
-        outputs, features, patches = encode_images(
-            self.vision_tower,
-            pixel_values.to(self.vision_tower.dtype),
-            image_grid_thw,
-            pixel_attention_mask,
-            spatial_shapes,
-            layer=self.config.vision_feature_layer,
-            merge_size=self.config.merge_size,
-            **{name.removeprefix("image_"): value for name, value in kwargs.items() if name.startswith("image_")},
-        )
-        tokens = self.projector(features)
-        if torch.compiler.is_compiling():
-            outputs.pooler_output = (tokens,)
-        else:
-            outputs.pooler_output = tokens.split((patches // self.config.merge_size**2).tolist())
-        return outputs
-
-    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Find the placeholders `(B, S)`, in the ids if given, otherwise by comparing embeddings."""
-        if self.config.image_token_id is None:
-            raise ValueError("`config.image_token_id` must be set for inputs with images, got None.")
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -157,54 +81,74 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Put the images' features in place of their placeholders and run the text model.
+        """Put the features of images and videos in place of their placeholders and run the text model.
 
         Args:
             input_ids: `(B, S)` int64.
             attention_mask: `(B, S)`, 0 at padding.
-            position_ids: `(B, S)`.
+            position_ids: `(B, S)`; for a text model with multimodal rotary positions also what
+                [`get_multimodal_position_ids`] returns, which is computed here for images and videos, but not where
+                they go on from a cache.
             past_key_values: Cache of the text model.
             inputs_embeds: `(B, S, E)` in place of `input_ids`.
             pixel_values: See [`get_image_features`], as for the next three.
             image_grid_thw: As above.
             pixel_attention_mask: As above.
             spatial_shapes: As above.
-            mm_encoder_outputs: `{"image": output of get_image_features}` in place of `pixel_values`.
+            pixel_values_videos: See [`get_video_features`], as for the next.
+            video_grid_thw: As above.
+            mm_encoder_outputs: `{"image": output of get_image_features}` in place of `pixel_values`, and "video"
+                likewise.
             use_cache: Whether to return a cache.
             **kwargs: Passed to the text model (`cu_seq_lens_q` of packed samples, `output_hidden_states`, ...).
 
         Raises:
-            ValueError: If both or neither of ids and embeddings are given, if images are given twice, or if
-                placeholders and features do not match.
+            ValueError: If both or neither of ids and embeddings are given, if images or videos are given twice, if
+                placeholders and features do not match, or if multimodal positions cannot be known.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            raise ValueError("You cannot specify both `pixel_values` and `mm_encoder_outputs['image']`.")
+        media = dict(mm_encoder_outputs or {})
+        for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
+            if pixels is not None and media.get(kind) is not None:
+                raise ValueError(f"You cannot specify both `{_PIXELS[kind]}` and `mm_encoder_outputs['{kind}']`.")
+        image_kwargs, video_kwargs = (
+            {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(f"{kind}_")} for kind in _PIXELS
+        )
+        if pixel_values is not None:
+            media["image"] = self.get_image_features(
+                pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, return_dict=True, **image_kwargs
+            )
+        if pixel_values_videos is not None:
+            media["video"] = self.get_video_features(
+                pixel_values_videos, video_grid_thw, return_dict=True, **video_kwargs
+            )
+        media = {kind: media[kind] for kind in _PIXELS if media.get(kind) is not None}
+
+        if has_multimodal_rotary(self.config.text_config) and (position_ids is None or position_ids.ndim == 2):
+            check_continued(position_ids, past_key_values, bool(media))
+            if media:
+                position_ids = self.get_multimodal_position_ids(
+                    input_ids,
+                    inputs_embeds,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    image_grid_thw=image_grid_thw,
+                    video_grid_thw=video_grid_thw,
+                    pixel_values=pixel_values,
+                    spatial_shapes=spatial_shapes,
+                )
+        masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        image_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("image_")}
-        images = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            images = self.get_image_features(
-                pixel_values,
-                image_grid_thw,
-                pixel_attention_mask,
-                spatial_shapes,
-                return_dict=True,
-                **image_kwargs,
-            )
-        if images is not None:
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            if not torch.compiler.is_compiling():
-                check_placeholders(image_mask, [len(tokens) for tokens in images.pooler_output])
-            tokens = torch.cat(tuple(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), tokens)
+        for kind, outputs in media.items():
+            inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind)
 
         return self.language_model(
             attention_mask=attention_mask,
@@ -216,7 +160,7 @@ class VisionLanguageModel(VisionLanguagePreTrainedModel):
         )
 
 
-class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, GenerationMixin):
+class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, VisionLanguageGenerationMixin):
     """The composed model with a language head: `generate`, training, pipelines."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -251,26 +195,11 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
             pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **kwargs
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Inputs of one step of generation; images are in the cache after the first."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
-        # Newer transformers drop these themselves.
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        # Older transformers do not encode images beforehand, and would repeat packed patches one by one.
-        if kwargs.get("expand_size", 1) > 1 and kwargs.get("pixel_values") is not None:
-            raise ValueError(
-                "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
-            )
-        return super()._expand_inputs_for_generation(*args, **kwargs)
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode and project videos; see [`VisionLanguageModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
@@ -289,6 +218,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -307,6 +238,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
             image_grid_thw: As above.
             pixel_attention_mask: As above.
             spatial_shapes: As above.
+            pixel_values_videos: As above.
+            video_grid_thw: As above.
             mm_encoder_outputs: As above.
             use_cache: As above.
             labels: `(B, S)` int64, -100 where no loss is wanted; shifted by the loss.
@@ -328,6 +261,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Gene
             image_grid_thw=image_grid_thw,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             return_dict=True,

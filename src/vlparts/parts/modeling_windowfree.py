@@ -37,7 +37,8 @@ class WindowFreeViTOutput(BaseModelOutputWithPooling):
         pooler_output: `(n, D)`, the mean of each image; None if `pooling` is "none".
         hidden_states: With `output_hidden_states`, the input of each layer and the output of the last, `(L, D)` each,
             in the order of the windows; see `patch_index`.
-        attentions: With `output_attentions` ("eager" only), `(1, H, L, L)` for each layer, in the order of the windows.
+        attentions: With `output_attentions` ("eager" only), `(1, H, L, L)` for each layer, in the order of the
+            windows.
         feature_maps: For each of `config.feature_layers`, the layer's normalised output `(L, D)`.
         patch_index: `(L,)` int64 places of the patches in each of `hidden_states`, where windows reorder them.
     """
@@ -71,8 +72,8 @@ class WindowFreeViTPreTrainedModel(PreTrainedModel):
 class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
     """A vision transformer over images of any size, packed into one sequence.
 
-    Every layer attends over the whole image (over each frame of a video), or, where `attention_pattern` says so, inside
-    windows. An image's output does not depend on the images that it is packed with.
+    Every layer attends over the whole image (over each frame of a video), or, where `attention_pattern` says so,
+    inside windows. An image's output does not depend on the images that it is packed with.
     """
 
     def __init__(self, config: WindowFreeViTConfig) -> None:

@@ -1,38 +1,40 @@
-"""Text and images to the inputs of the composed vision-language model."""
+"""Text, images and videos to the inputs of the composed vision-language model."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-# ChatML with the tokenizer's own end-of-sequence token, so that generation stops where training said it should.
-DEFAULT_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}"
-    "{%- else -%}{%- for block in message['content'] -%}"
-    "{%- if block['type'] == 'image' -%}{{ '<image>\\n' }}"
-    "{%- elif block['type'] == 'text' -%}{{ block['text'] }}"
-    "{%- else -%}{{ raise_exception('A content block must have the type image or text, got ' + block['type']) }}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{ eos_token + '\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
+from .chat_templates import DEFAULT_CHAT_TEMPLATE, default_chat_template
+from .media_lists import flat_list_of_videos, images_by_sample, videos_by_sample
 
 
 class VisionLanguageProcessor(ProcessorMixin):
     """Tokenizer and image processor of a [`VisionLanguageForConditionalGeneration`] in one.
 
-    Each image token in the text is repeated as often as the model has features for that image.
+    Each image token in the text is repeated as often as the model has features for that image. Each video token
+    becomes one such group for each frame, with `vision_end_token` and `vision_start_token` between two groups; the
+    outermost ones stand in the text already (openPangu-VL's layout).
+
+    Videos are lists of frames or arrays with four axes; files are not decoded. They are given as `videos=...`, or in
+    the conversation as `{"type": "video", "video": frames}`.
 
     Args:
         image_processor: Any image processor: ours (packed patches), Siglip2's (padded), or a square one (CLIP, ...).
+            Videos need one with a method `preprocess_videos(videos, **options)` that returns `pixel_values_videos`
+            and `video_grid_thw`.
         tokenizer: Any tokenizer that has `image_token`.
         chat_template: Jinja template; the default is ChatML that ends turns with the tokenizer's `eos_token`.
         spatial_merge_size: Side m of the block of patches that becomes one token.
         image_seq_length: Tokens of an image where all images have the same number (square image processors).
         image_token: The placeholder in the text.
+        video_token: The placeholder of a video; None if the model takes none.
+        vision_start_token: Stands before the placeholder of a video, and in the default template also of an image.
+        vision_end_token: Stands after it. Both are given or none.
+
+    Raises:
+        ValueError: If the tokenizer lacks one of the tokens, two placeholders are the same, or one of start and end is
+            given alone.
     """
 
     def __init__(
@@ -43,40 +45,85 @@ class VisionLanguageProcessor(ProcessorMixin):
         spatial_merge_size: int = 1,
         image_seq_length: int | None = None,
         image_token: str = "<image>",
+        video_token: str | None = None,
+        vision_start_token: str | None = None,
+        vision_end_token: str | None = None,
     ) -> None:
-        token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if token_id is None or token_id == tokenizer.unk_token_id:
+        if (vision_start_token is None) != (vision_end_token is None):
             raise ValueError(
-                f"`tokenizer` has no token {image_token!r}; add it with "
-                f"tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}})."
+                "`vision_start_token` and `vision_end_token` must be given together, got "
+                f"{vision_start_token!r} and {vision_end_token!r}."
             )
-        self.image_token = image_token
-        self.image_token_id = token_id
+        if image_token == video_token:
+            raise ValueError(f"`image_token` and `video_token` must differ, got {image_token!r} for both.")
+        self.image_token, self.image_token_id = image_token, _token_id(tokenizer, image_token)
+        self.video_token = video_token
+        self.video_token_id = None if video_token is None else _token_id(tokenizer, video_token)
+        self.vision_start_token, self.vision_end_token = vision_start_token, vision_end_token
+        for token in (vision_start_token, vision_end_token):
+            if token is not None:
+                _token_id(tokenizer, token)
         self.spatial_merge_size = spatial_merge_size
         self.image_seq_length = image_seq_length
-        template = chat_template or DEFAULT_CHAT_TEMPLATE.replace("<image>", image_token)
+        template = chat_template or default_chat_template(
+            image_token, video_token, vision_start_token or "", vision_end_token or ""
+        )
         super().__init__(image_processor, tokenizer, chat_template=template)
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """Check placeholders against images, sample by sample where images are given as one list for each sample.
+    @property
+    def video_processor(self) -> Any:
+        """The image processor, where it takes videos too (the name by which transformers asks for it)."""
+        if not hasattr(self.image_processor, "preprocess_videos"):
+            raise AttributeError(f"{type(self.image_processor).__name__} has no method preprocess_videos.")
+        return self.image_processor
+
+    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
+        """Check placeholders against images and videos, sample by sample where they are given as one list for each.
 
         Raises:
-            ValueError: If a sample has more or fewer placeholders than images (names the sample), or the totals
-                differ.
+            ValueError: If a sample has more or fewer placeholders than images or videos (names the sample), the totals
+                differ, videos are given that cannot be processed, or a video's placeholder stands without start and
+                end.
         """
         samples = [text] if isinstance(text, str) else text
-        nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
-        if nested and samples is not None and len(images) == len(samples):
-            for index, (sample, group) in enumerate(zip(samples, images, strict=True)):
-                given, placeholders = (
-                    len(make_flat_list_of_images(group) if group else []),
-                    sample.count(self.image_token),
-                )
-                if given != placeholders:
-                    raise ValueError(
-                        f"Sample {index} has {placeholders} {self.image_token} tokens in `text`, but {given} images."
-                    )
-        super().validate_inputs(images=images, text=text, **kwargs)
+        if videos is not None:
+            self._check_videos(videos)
+        if isinstance(samples, (list, tuple)) and all(isinstance(sample, str) for sample in samples):
+            self._check_enclosed(samples)
+            _check_samples(self.image_token, "images", samples, images_by_sample(images))
+            if self.video_token is not None:
+                _check_samples(self.video_token, "videos", samples, videos_by_sample(videos))
+        super().validate_inputs(images=images, text=samples, videos=videos, **kwargs)
+
+    def _check_videos(self, videos: Any) -> None:
+        if self.video_token is None:
+            raise ValueError("`videos` were given, but this processor has no `video_token`; expected None.")
+        if not hasattr(self, "video_processor"):
+            raise ValueError(
+                f"`videos` were given, but the image processor {type(self.image_processor).__name__} has no method "
+                "preprocess_videos."
+            )
+        if not flat_list_of_videos(videos):
+            raise ValueError("`videos` is empty; expected None where there are no videos.")
+
+    def _check_enclosed(self, samples: Sequence[str]) -> None:
+        if self.video_token is None or self.vision_start_token is None or self.vision_end_token is None:
+            return
+        whole = self.vision_start_token + self.video_token + self.vision_end_token
+        for index, sample in enumerate(samples):
+            if sample.count(whole) != sample.count(self.video_token):
+                raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {whole}.")
+
+    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        videos = flat_list_of_videos(videos)
+        processed = self.video_processor.preprocess_videos(videos, **kwargs)
+        return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """The text that takes the place of the placeholder of video `video_idx`."""
+        frames, rows, columns = (int(side) for side in video_inputs["video_grid_thw"][video_idx])
+        frame = str(self.video_token) * (rows * columns // self.spatial_merge_size**2)
+        return f"{self.vision_end_token or ''}{self.vision_start_token or ''}".join([frame] * frames)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that takes the place of the placeholder of image `image_idx`."""
@@ -110,4 +157,25 @@ class VisionLanguageProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
 
-__all__ = ["VisionLanguageProcessor"]
+def _token_id(tokenizer: Any, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(
+            f"`tokenizer` has no token {token!r}; add it with "
+            f"tokenizer.add_special_tokens({{'extra_special_tokens': [{token!r}]}})."
+        )
+    return token_id
+
+
+def _check_samples(token: str, name: str, samples: Sequence[str], groups: list[list[Any]] | None) -> None:
+    """Compare counts where there is one list for each sample."""
+    if groups is None or len(groups) != len(samples):
+        return
+    for index, (sample, group) in enumerate(zip(samples, groups, strict=True)):
+        if len(group) != sample.count(token):
+            raise ValueError(
+                f"Sample {index} has {sample.count(token)} {token} tokens in `text`, but {len(group)} {name}."
+            )
+
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "VisionLanguageProcessor"]

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation (arXiv 1910.07467, equation 4): the torch operation `vlparts::rms_norm`.
 
-PyTorch's dispatcher picks the kernel. Another package gives a device its own by registering one at the device's key and
-at its Autograd key.
+PyTorch's dispatcher picks the kernel. Another package gives a device its own by registering one at the device's key
+and at its Autograd key.
 
 Shapes: D channels.
 """

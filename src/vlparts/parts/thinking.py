@@ -142,7 +142,8 @@ def with_thinking_mode(messages: Sequence[Mapping[str, Any]], mode: str) -> list
 
     Returns:
         A new list; the messages that are given stay as they are. The switch is added to the last block if that is a
-        text, otherwise as a new text block. A turn that ends with this switch already gets no second one.
+        text, after a space, otherwise as a new text block. A turn that ends with this switch already gets no
+        second one.
 
     Raises:
         ValueError: If the mode is unknown, no message is a user's, its content is neither a string nor a list of
@@ -164,11 +165,13 @@ def with_thinking_mode(messages: Sequence[Mapping[str, Any]], mode: str) -> list
     return changed
 
 
-def _switched(text: str, mode: str) -> str:
+def _switched(text: str, mode: str, follows: bool = False) -> str:
+    """A text that ends with the mode's switch; `follows` says that other blocks stand before it."""
     ending = text.rstrip()
     present = next((switch for switch in THINKING_SWITCHES.values() if switch and ending.endswith(switch)), None)
     if present is None:
-        return text + THINKING_SWITCHES[mode]
+        is_apart = text[-1].isspace() if text else not follows
+        return text + ("" if is_apart or not THINKING_SWITCHES[mode] else " ") + THINKING_SWITCHES[mode]
     if present != THINKING_SWITCHES[mode]:
         raise ValueError(f"`mode` is {mode!r}, but the last user turn ends with {present!r}.")
     return text
@@ -177,6 +180,6 @@ def _switched(text: str, mode: str) -> str:
 def _switched_blocks(blocks: list[Any], mode: str) -> list[Any]:
     last = blocks[-1] if blocks else {}
     if last.get("type") == "text":
-        return [*blocks[:-1], {**last, "text": _switched(last["text"], mode)}]
-    switch = THINKING_SWITCHES[mode]
+        return [*blocks[:-1], {**last, "text": _switched(last["text"], mode, len(blocks) > 1)}]
+    switch = _switched("", mode, bool(blocks))
     return [*blocks, {"type": "text", "text": switch}] if switch else blocks

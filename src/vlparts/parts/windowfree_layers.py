@@ -44,11 +44,11 @@ class WindowFreeViTMLP(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        sizes = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(*sizes, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = Linear(*sizes, bias=config.mlp_bias)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = Linear(width, inner, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = Linear(*reversed(sizes), bias=config.mlp_bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(L, D)` to `(L, D)`."""

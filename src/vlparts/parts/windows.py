@@ -16,12 +16,12 @@ class Windows(NamedTuple):
     """The windows of packed images.
 
     Attributes:
-        index: `(C,)` int64: cell `index[i]` of the packed sequence stands at place i when windows stand together.
+        order: `(C,)` int64: cell `order[i]` of the packed sequence stands at place i when windows stand together.
         inverse: `(C,)` int64, which brings cells back: that at place `inverse[i]` is cell i of the packed sequence.
         cu_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
     """
 
-    index: Tensor
+    order: Tensor
     inverse: Tensor
     cu_seqlens: Tensor
 
@@ -48,8 +48,8 @@ def get_windows(image_grid_thw: Tensor, window_cells: int, spatial_merge_size: i
     place = _places(frame_height, frame_width, window)
     lengths = _lengths(frame_height, frame_width, window) * merge_size**2
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    index = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=place.device))
-    return Windows(index, place, cu_seqlens)
+    order = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=place.device))
+    return Windows(order, place, cu_seqlens)
 
 
 def _places(height: Tensor, width: Tensor, window: int) -> Tensor:

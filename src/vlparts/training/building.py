@@ -14,9 +14,9 @@ from ..composition import compose, compose_processor
 from ..parts.configuration_navit import NaViTConfig
 from ..parts.coordinates import encode
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
+from ..parts.part_table import OWN_PARTS, config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.regions import Region
-from ..parts.vision_parts import VISION_PARTS, config_from_dict
 from .config import TrainConfig
 from .records import RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
@@ -140,7 +140,7 @@ def _configuration(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
         if argument == "text" or preset is None:
             return config_from_dict(fields, argument)
         part, _, name = str(preset).partition(":")
-        config = VISION_PARTS.get(f"vlparts_{part}", (None,))[0]
+        config = OWN_PARTS.get(f"vlparts_{part}", (None,))[0]
         if config is None:
             raise ValueError(f"`vision` preset must start with a part's name, as in 'navit:tiny', got {preset!r}.")
         return config.from_preset(name, **fields)

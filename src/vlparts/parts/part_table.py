@@ -1,4 +1,4 @@
-"""The one table of vision parts that a composed model can hold without the Auto classes knowing them.
+"""The one table of our parts that a composed model can hold without the Auto classes knowing them.
 
 As remote code, a part's configuration is not registered with `AutoConfig`; this table finds it by its model_type.
 """
@@ -9,10 +9,16 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_navit import NaViTConfig
+from .configuration_pangu_embedded import PanguEmbeddedConfig
+from .configuration_windowfree import WindowFreeViTConfig
 from .modeling_navit import NaViTModel
+from .modeling_pangu_embedded import PanguEmbeddedModel
+from .modeling_windowfree import WindowFreeViTModel
 
-VISION_PARTS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+OWN_PARTS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     NaViTConfig.model_type: (NaViTConfig, NaViTModel),
+    WindowFreeViTConfig.model_type: (WindowFreeViTConfig, WindowFreeViTModel),
+    PanguEmbeddedConfig.model_type: (PanguEmbeddedConfig, PanguEmbeddedModel),
 }
 
 
@@ -27,8 +33,8 @@ def config_from_dict(fields: dict, argument: str) -> PreTrainedConfig:
         ValueError: If the dictionary has no "model_type", or an unknown one.
     """
     model_type = fields.get("model_type")
-    if model_type in VISION_PARTS:
-        return VISION_PARTS[model_type][0](**fields)
+    if model_type in OWN_PARTS:
+        return OWN_PARTS[model_type][0](**fields)
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type](**fields)
     raise ValueError(f"`{argument}` must have a 'model_type' that transformers or vlparts knows, got {model_type!r}.")
@@ -36,6 +42,6 @@ def config_from_dict(fields: dict, argument: str) -> PreTrainedConfig:
 
 def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model with new weights: one of our parts by its model_type, anything else through `AutoModel`."""
-    if config.model_type in VISION_PARTS:
-        return VISION_PARTS[config.model_type][1]._from_config(config)
+    if config.model_type in OWN_PARTS:
+        return OWN_PARTS[config.model_type][1]._from_config(config)
     return AutoModel.from_config(config)

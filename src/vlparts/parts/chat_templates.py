@@ -1,0 +1,119 @@
+"""Chat templates of composed models: ChatML, and openPangu's.
+
+A template is the Jinja text that transformers keeps beside a processor. It knows `raise_exception`, `messages`,
+`add_generation_prompt`, the tokenizer's special tokens, and what a user passes to `apply_chat_template` by name.
+"""
+
+from .thinking import THINKING_SWITCHES
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "OPENPANGU_CHAT_TEMPLATE",
+    "OPENPANGU_VISION_TOKENS",
+    "default_chat_template",
+]
+
+# ChatML with the tokenizer's own end-of-sequence token, so that generation stops where training said it should.
+DEFAULT_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}"
+    "{%- else -%}{%- for block in message['content'] -%}"
+    "{%- if block['type'] == 'image' -%}{{ '<image>\\n' }}"
+    "{%- elif block['type'] == 'text' -%}{{ block['text'] }}"
+    "{%- else -%}{{ raise_exception('A content block must have the type image or text, got ' + block['type']) }}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ eos_token + '\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+# Arguments of `VisionLanguageProcessor` that belong to openPangu's template.
+OPENPANGU_VISION_TOKENS = {
+    "image_token": "[unused19]",
+    "video_token": "[unused32]",
+    "vision_start_token": "[unused18]",
+    "vision_end_token": "[unused20]",
+}
+
+# openPangu-VL-7B's turns: `[unused9]` role `：` content `[unused10]`, after one `<s>` and a system turn that may be
+# empty. Options: `add_vision_id` counts images and videos through the conversation; `thinking_mode` is ours, and does
+# what `with_thinking_mode` does to the messages.
+OPENPANGU_CHAT_TEMPLATE = (
+    "{%- set names = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具', 'function': '方法'} -%}"
+    f"{{%- set switches = {THINKING_SWITCHES} -%}}"
+    "{%- set mode = thinking_mode if thinking_mode is defined else none -%}"
+    "{%- if mode is not none and mode not in switches -%}"
+    "{{ raise_exception('thinking_mode must be one of ' + switches | join(', ') + ', got ' + mode | string) }}"
+    "{%- endif -%}"
+    "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
+    "{%- if mode is not none and not users -%}"
+    "{{ raise_exception('thinking_mode needs a message with the role user, got none') }}"
+    "{%- endif -%}"
+    "{%- set count = namespace(image=0, video=0, user=0) -%}"
+    # One block of a turn.
+    "{%- macro piece(block) -%}"
+    "{%- if block['type'] == 'text' -%}{{ block['text'] }}"
+    "{%- elif block['type'] == 'image' -%}{%- set count.image = count.image + 1 -%}"
+    "{{ ('图片 ' ~ count.image ~ ': ' if add_vision_id else '') + '[unused18][unused19][unused20]' }}"
+    "{%- elif block['type'] == 'video' -%}{%- set count.video = count.video + 1 -%}"
+    "{{ ('视频 ' ~ count.video ~ ': ' if add_vision_id else '') + '[unused18][unused32][unused20]' }}"
+    "{%- else -%}"
+    "{{ raise_exception('A content block must have the type image, video or text, got ' + block['type']) }}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    # A turn's content.
+    "{%- macro body(message) -%}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}"
+    "{%- elif message['content'] is defined -%}"
+    "{%- for block in message['content'] -%}{{ piece(block) }}{%- endfor -%}"
+    "{%- else -%}{{ raise_exception('A message must have a content, got none from ' + message['role']) }}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{{ '<s>' }}"
+    "{%- if not messages or messages[0]['role'] != 'system' -%}{{ '[unused9]系统：[unused10]' }}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in names -%}"
+    "{{ raise_exception('A role must be one of ' + names | join(', ') + ', got ' + message['role']) }}"
+    "{%- endif -%}"
+    "{%- set text = body(message) -%}"
+    "{{ '[unused9]' + names[message['role']] + '：' + text }}"
+    "{%- if message['role'] == 'user' -%}"
+    "{%- set count.user = count.user + 1 -%}"
+    "{%- if mode is not none and count.user == users | length -%}"
+    "{%- for switch in switches.values() if switch and switch != switches[mode] and (text | trim).endswith(switch) -%}"
+    "{{ raise_exception('thinking_mode is ' + mode + ', but the last user turn ends with ' + switch) }}"
+    "{%- endfor -%}"
+    "{%- if not (text | trim).endswith(switches[mode]) -%}"
+    "{{ (' ' if text[-1:] | trim and switches[mode] else '') + switches[mode] }}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+    "{{ '[unused10]' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '[unused9]助手：' }}{%- endif -%}"
+)
+
+
+def default_chat_template(
+    image_token: str, video_token: str | None = None, vision_start_token: str = "", vision_end_token: str = ""
+) -> str:
+    """`DEFAULT_CHAT_TEMPLATE` with the placeholders of a processor.
+
+    Args:
+        image_token: Placeholder of an image.
+        video_token: Placeholder of a video; None to refuse videos.
+        vision_start_token: Stands before each placeholder.
+        vision_end_token: Stands after each placeholder.
+
+    Returns:
+        The Jinja template.
+    """
+    image = vision_start_token + image_token + vision_end_token
+    template = DEFAULT_CHAT_TEMPLATE.replace("<image>", image)
+    if video_token is None:
+        return template
+    video = vision_start_token + video_token + vision_end_token
+    branch = f"{{%- elif block['type'] == 'video' -%}}{{{{ '{video}\\n' }}}}"
+    text_branch = "{%- elif block['type'] == 'text' -%}"
+    template = template.replace(text_branch, branch + text_branch)
+    return template.replace("the type image or text", "the type image, video or text")

@@ -1,0 +1,37 @@
+"""The life of a window-free encoder without us: saved, loaded from its bare folder, saved again, loaded again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from tests.remote.test_life import ENCODER
+from tests.tiny import WINDOWED, picture, windowfree
+from vlparts import WindowFreeViTImageProcessor
+from vlparts.isolation import run_without
+
+OUTPUTS = ENCODER.replace('"pooled": found.pooler_output', '"taps": torch.stack(found.feature_maps)')
+
+
+@pytest.mark.parametrize("pattern", ["full", WINDOWED], ids=["full", "hybrid"])
+def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path, pattern: str | dict) -> None:
+    model = windowfree(attention_pattern=pattern, feature_layers=[-1, -3])
+    processor = WindowFreeViTImageProcessor(patch_size=4, size={"shortest_edge": 256, "longest_edge": 4096})
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    grids = torch.tensor([[1, 4, 6], [2, 2, 2]])
+    pixels = torch.randint(0, 256, (32, 48), dtype=torch.uint8)
+    save_file({"pixel_values": pixels, "image_grid_thw": grids}, tmp_path / "inputs.safetensors")
+    picture(41, 60).save(tmp_path / "picture.png")
+    run_without(bare_python, OUTPUTS, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
+    # Loaded like there: where weights lie in memory decides the order of sums.
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(tmp_path / "model").eval()(pixels, grids)
+    found = load_file(tmp_path / "outputs.safetensors")
+    assert torch.equal(found["taps"], torch.stack(expected.feature_maps))
+    again = processor(picture(41, 60), return_tensors="pt")
+    assert found["pixel_values"].dtype == torch.uint8
+    assert torch.equal(found["pixel_values"], again["pixel_values"])
+    assert torch.equal(found["image_grid_thw"], again["image_grid_thw"])
