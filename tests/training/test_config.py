@@ -18,6 +18,7 @@ VALUES: dict[str, Any] = {
     "model": "composed",
     "tokenizer": "words",
     "projector": "linear",
+    "projector_options": {},
     "freeze": ["vision"],
     "image_processor": {"size": {"shortest_edge": 4}},
     "coordinate_format": "padded",

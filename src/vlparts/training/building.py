@@ -11,30 +11,17 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..composition import compose, compose_processor
-from ..parts.configuration_navit import NaViTConfig
 from ..parts.coordinates import encode
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from ..parts.part_table import OWN_PARTS, config_from_dict
+from ..parts.part_table import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.regions import Region
 from .config import TrainConfig
+from .presets import config_from_preset, preset_names
 from .records import RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
-_TEXT_PRESETS: dict[str, dict[str, Any]] = {
-    "qwen3:tiny": {
-        "model_type": "qwen3",
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    },
-}
-_PARTS_OF_A_MODEL = ("vision", "text", "projector", "tokenizer")
+_PARTS_OF_A_MODEL = ("vision", "text", "projector", "projector_options", "tokenizer")
 
 
 def build(
@@ -103,7 +90,9 @@ def _composed(
     else:
         text = _load(AutoModelForCausalLM, text, "text", options)
     with _named("projector"):
-        model = compose(vision=vision, text=text, projector=config.projector)
+        model = compose(
+            vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
+        )
     return model, compose_processor(model, tokenizer)
 
 
@@ -111,10 +100,8 @@ def _described(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Pa
     """Fields of a configuration with their presets filled in, or the folder of a checkpoint."""
     if isinstance(spec, dict):
         return dict(spec)
-    if argument == "text" and spec in _TEXT_PRESETS:
+    if spec in preset_names(argument):
         return {"preset": spec}
-    if argument == "vision" and spec.removeprefix("navit:") in NaViTConfig.presets():
-        return {"preset": f"navit:{spec.removeprefix('navit:')}"}
     path = Path(spec)
     if path.is_dir():
         return path
@@ -126,24 +113,16 @@ def _described(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Pa
         if not isinstance(fields, dict):
             raise ValueError(f"`{argument}` {spec} must hold a mapping, got {type(fields).__name__}.")
         return fields
-    presets = _TEXT_PRESETS if argument == "text" else [f"navit:{name}" for name in NaViTConfig.presets()]
-    raise ValueError(f"`{argument}` must be one of {', '.join(presets)}, a folder or a JSON file, got {spec!r}.")
+    presets = ", ".join(preset_names(argument))
+    raise ValueError(f"`{argument}` must be one of {presets}, a folder or a JSON file, got {spec!r}.")
 
 
 def _configuration(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
     preset = fields.pop("preset", None)
-    if argument == "text" and preset is not None:
-        if preset not in _TEXT_PRESETS:
-            raise ValueError(f"`text` preset must be one of {', '.join(_TEXT_PRESETS)}, got {preset!r}.")
-        fields = {**_TEXT_PRESETS[preset], **fields}
     with _named(argument):
-        if argument == "text" or preset is None:
+        if preset is None:
             return config_from_dict(fields, argument)
-        part, _, name = str(preset).partition(":")
-        config = OWN_PARTS.get(f"vlparts_{part}", (None,))[0]
-        if config is None:
-            raise ValueError(f"`vision` preset must start with a part's name, as in 'navit:tiny', got {preset!r}.")
-        return config.from_preset(name, **fields)
+        return config_from_preset(str(preset), fields, argument)
 
 
 @contextmanager

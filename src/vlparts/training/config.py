@@ -15,13 +15,14 @@ class TrainConfig(BaseModel):
         data: JSON Lines file of training records.
         output: Folder for checkpoints and the trained model.
         eval_data: JSON Lines file of evaluation records, if any.
-        vision: Vision tower: a preset such as "navit:tiny", the folder of a checkpoint, a JSON file of a
-            configuration, or a mapping of its fields with a "model_type" (and a "preset", if wanted).
+        vision: Vision tower: a preset such as "navit:tiny" (a part and its preset), the folder of a checkpoint, a JSON
+            file of a configuration, or a mapping of its fields with a "model_type" (and a "preset", if wanted).
         text: Text model: a preset such as "qwen3:tiny", a folder, a JSON file or a mapping, as above.
         model: Folder of a composed model to train further, in place of `vision` and `text`.
         tokenizer: Folder of a tokenizer. By default the text model's own; with a new text model, one is trained on the
             texts of `data`.
         projector: Name of a projector.
+        projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         freeze: Parts whose weights stay as they are: "vision", "text" (its language head included), "projector".
         image_processor: Options that replace the image processor's own, such as `{"size": {...}}`.
         coordinate_format: Name of a coordinate format; None for the default.
@@ -58,6 +59,7 @@ class TrainConfig(BaseModel):
     model: Path | None = None
     tokenizer: Path | None = None
     projector: str = "mlp2_gelu"
+    projector_options: dict[str, Any] | None = None
     freeze: list[Literal["vision", "text", "projector"]] = []
     image_processor: dict[str, Any] = {}
     coordinate_format: str | None = None

@@ -1,0 +1,54 @@
+"""Named configurations for training: those of our parts, and small native text models."""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..parts.part_table import OWN_PARTS, config_from_dict
+
+_NATIVE_TEXTS: dict[str, dict[str, Any]] = {
+    "qwen3:tiny": {
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def preset_names(argument: str) -> list[str]:
+    """Names such as "navit:tiny", a part and its preset.
+
+    Args:
+        argument: "vision" or "text".
+    """
+    names = list(_NATIVE_TEXTS) if argument == "text" else []
+    for model_type, (config, _) in OWN_PARTS.items():
+        is_vision = getattr(config, "base_config_key", "") == "vision_config"
+        if is_vision == (argument == "vision"):
+            names += [f"{model_type.removeprefix('vlparts_')}:{name}" for name in config.presets()]
+    return names
+
+
+def config_from_preset(name: str, fields: dict[str, Any], argument: str) -> PreTrainedConfig:
+    """Build a named configuration with some fields changed.
+
+    Args:
+        name: One of [`preset_names`].
+        fields: Fields that replace those of the preset.
+        argument: "vision" or "text", the setting that holds the name.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if name not in preset_names(argument):
+        raise ValueError(f"`{argument}` preset must be one of {', '.join(preset_names(argument))}, got {name!r}.")
+    if name in _NATIVE_TEXTS:
+        return config_from_dict({**_NATIVE_TEXTS[name], **fields}, argument)
+    part, _, preset = name.partition(":")
+    return OWN_PARTS[f"vlparts_{part}"][0].from_preset(preset, **fields)
