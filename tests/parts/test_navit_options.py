@@ -162,6 +162,6 @@ def test_hidden_states_of_patches_can_be_told_from_prefix_tokens() -> None:
     patches, grids = packed_images([(2, 2), (3, 1)])
     outputs = model(patches, grids, output_hidden_states=True)
     torch.testing.assert_close(model.norm(outputs.hidden_states[-1][outputs.patch_index]), outputs.last_hidden_state)
-    _, features, counts = encode_images(model, patches, grids, None, None, layer=-2, merge_size=1)
+    _, (features,), counts = encode_images(model, patches, grids, None, None, layer=-2, merge_size=1)
     assert torch.equal(features, outputs.hidden_states[-2][outputs.patch_index])
     assert counts.tolist() == [4, 3]

@@ -18,6 +18,7 @@ def test_passes_cover_the_sequence(lengths: list[int], rotated: bool) -> None:
     passes = split_passes(Segments(cu_seqlens, max(lengths), rotary), hidden_states, WIDTH)
     if total <= 100:
         assert len(passes) == 1
+    assert all(one.rows == (100 if total > 100 else 0) for one in passes)
     assert [n for one in passes for n in one.cu_seqlens.diff().tolist()] == lengths
     assert all(one.cu_seqlens[0] == 0 and one.cu_seqlens.dtype == torch.int32 for one in passes)
     assert all(one.cu_seqlens[-1] <= 100 or (one.cu_seqlens.diff() > 0).sum() == 1 for one in passes)

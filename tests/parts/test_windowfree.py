@@ -11,6 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from tests.parts.windowfree_oracle import oracle
 from tests.tiny import WINDOWED, order_one, packed_images, windowfree, windowfree_config
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
+from vlparts.parts import segments
 from vlparts.parts.packing import get_cu_seqlens, get_max_seqlen, get_position_ids
 from vlparts.parts.pixels import normalize_raw_pixels
 from vlparts.parts.windows import get_windows, permute_cells
@@ -153,6 +154,19 @@ def test_what_is_computed_beforehand_changes_nothing(pattern: str) -> None:
         cu_window_seqlens=windows.cu_seqlens,
     )
     assert torch.equal(found.last_hidden_state, model(pixels, grids).last_hidden_state)
+
+
+@every_pattern
+def test_passes_and_pieces_of_the_mlp_change_nothing(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (pixels, grids) = windowfree(**PATTERNS[pattern]), packed_images(GRIDS)
+    outcomes = []
+    for size in (10**9, 7 * 48 * 4):  # all at once; seven tokens at a time
+        monkeypatch.setattr(segments, "CPU_ACTIVATION_BYTES", size)
+        model.zero_grad()
+        hidden = model(pixels, grids).last_hidden_state
+        hidden.pow(2).mean().backward()
+        outcomes.append([hidden.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(*outcomes, atol=1e-5, rtol=1e-4)
 
 
 def test_mean_pooling() -> None:

@@ -53,7 +53,7 @@ def onednn_is_faster(rows: int, inner: int, columns: int) -> bool:
     """
     return (
         rows * inner * columns >= MULTIPLICATIONS_FROM * torch.get_num_threads()
-        and rows >= 4
+        and rows >= 2
         and columns >= 8
         and mkl_is_slow()
         and bool(torch.backends.mkldnn.enabled)
@@ -146,22 +146,36 @@ class _Linear(torch.autograd.Function):
             grad_x = linear_cpu_autograd(grad, weight.t())
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(x.reshape(-1, x.shape[-1]), rows)
+            grad_weight = weight_gradient(x.reshape(-1, x.shape[-1]), rows)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias
 
 
-def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """`grad.T @ x` of `(M, K)` and `(M, N)`."""
+def weight_gradient(x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
+    """`grad.T @ x`, the gradient of a weight.
+
+    Args:
+        x: `(M, K)`, the layer's input.
+        grad: `(M, N)`, the gradient of its output.
+        out: `(N, K)` to write to, where no gradients are recorded; None for a new tensor.
+
+    Returns:
+        `(N, K)`.
+    """
     columns, inner = grad.shape[1], x.shape[1]
     whole = len(x) - len(x) % ROWS_IN_STEPS_OF
-    if torch.is_grad_enabled() or not onednn_is_faster(columns, min(whole, ROWS_AT_A_TIME), inner):
-        return grad.t() @ x
+    if (
+        torch.is_grad_enabled()
+        or x.dtype != torch.float32
+        or not onednn_is_faster(columns, min(whole, ROWS_AT_A_TIME), inner)
+    ):
+        return grad.t() @ x if out is None else torch.mm(grad.t(), x, out=out)
     # oneDNN must have one of the factors turned over, so that is the narrower one.
     turned, other = (grad, x.contiguous()) if columns <= inner else (x, grad.contiguous())
     total = turned[whole:].t() @ other[whole:]
     for start in range(0, whole, ROWS_AT_A_TIME):
         rows = slice(start, min(start + ROWS_AT_A_TIME, whole))
         total += product(turned[rows].t(), other[rows].t())
-    return total if columns <= inner else total.t()
+    result = total if columns <= inner else total.t()
+    return result if out is None else out.copy_(result)

@@ -82,4 +82,6 @@ class PackedLayer(GradientCheckpointingLayer):
     def _forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(self.norm1(hidden_states), segments, **kwargs)
         hidden_states = hidden_states + attended
+        if 0 < segments.rows < segments.tokens:
+            return torch.cat([rows + self.mlp(self.norm2(rows)) for rows in hidden_states.split(segments.rows)])
         return hidden_states + self.mlp(self.norm2(hidden_states))

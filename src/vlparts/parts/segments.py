@@ -22,12 +22,14 @@ class Segments(NamedTuple):
         max_seqlen: Longest segment, or a bound on it.
         rotary: Cosines and sines, `(L, d)` float32 each, or None.
         tokens: L as a host integer, where a sequence was split.
+        rows: Tokens that what works token by token takes at a time; 0 for all.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     rotary: tuple[Tensor, Tensor] | None = None
     tokens: int = 0
+    rows: int = 0
 
 
 def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[Segments]:
@@ -42,7 +44,8 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
         width: Channels of the widest activation of a layer.
 
     Returns:
-        One or more groups of neighbouring segments. A segment is never divided.
+        One or more groups of neighbouring segments. A segment is never divided; where one is longer than a pass
+        should be, `rows` says how many tokens the MLP takes at a time.
     """
     if torch.compiler.is_compiling():
         return [segments]
@@ -65,6 +68,7 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
                 max(bounds[i + 1] - bounds[i] for i in range(first, last)),
                 None if rotary is None else (rotary[0][start:end], rotary[1][start:end]),
                 end - start,
+                limit,
             )
         )
     return passes
