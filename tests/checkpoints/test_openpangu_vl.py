@@ -212,6 +212,32 @@ def test_visual_stack_computes_what_is_published(tmp_path: Path, hidden_act: str
     assert_same_bytes(read_folder(tmp_path / "out"), tensors)
 
 
+def test_a_model_that_was_read_trains_and_generates(whole: Path) -> None:
+    model = model_from_openpangu_vl(whole, dtype=torch.float32)
+    start, end = model.config.vision_start_token_id, model.config.vision_end_token_id
+    frame = [start, *[model.config.video_token_id] * 2, end]
+    image = [start, *[model.config.image_token_id] * 6, end]
+    ids = torch.tensor([[1, *image, *frame, *frame, 17, 18, 19]])
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randint(0, 256, (24, PATCH_WIDTH), dtype=torch.uint8),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+        "pixel_values_videos": torch.randn(16, PATCH_WIDTH),
+        "video_grid_thw": torch.tensor([[2, 2, 4]]),
+    }
+    before = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert before.shape[1] > ids.shape[1]
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(4):
+        loss = model.train()(**inputs, labels=ids).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_encoder_alone_gives_the_features_of_the_whole(whole: Path) -> None:
     encoder = encoder_from_openpangu_vl(whole, dtype=torch.float64)
     model = model_from_openpangu_vl(whole, dtype=torch.float64)
