@@ -5,6 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .named_presets import NamedPresets
 from .position_options import check_position_options
 
 # "b32", "b16" and "l16" are the encoders that the paper trains (Table 2): 94.5, 92.8 and 315.7 million parameters, of
@@ -24,7 +25,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @strict
-class NaViTConfig(PreTrainedConfig):
+class NaViTConfig(NamedPresets, PreTrainedConfig):
     """Configuration of [`NaViTModel`], a ViT over packed images of any size (NaViT, arXiv 2307.06304).
 
     The defaults are ViT-B/16 with the paper's three changes (section 3): query-key normalisation, no biases in the
@@ -74,6 +75,7 @@ class NaViTConfig(PreTrainedConfig):
     """
 
     model_type = "vlparts_navit"
+    named_presets = _PRESETS
     base_config_key = "vision_config"
 
     hidden_size: int = 768
@@ -156,26 +158,6 @@ class NaViTConfig(PreTrainedConfig):
                 overflow=self.position_overflow,
                 prefix="position_",
             )
-
-    @classmethod
-    def presets(cls) -> tuple[str, ...]:
-        """Names that [`from_preset`] takes."""
-        return tuple(_PRESETS)
-
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "NaViTConfig":
-        """Build a named configuration, with some fields changed.
-
-        Args:
-            name: One of [`presets`].
-            **changes: Fields that replace those of the preset.
-
-        Raises:
-            ValueError: If there is no such preset.
-        """
-        if name not in _PRESETS:
-            raise ValueError(f"`name` must be one of {', '.join(_PRESETS)}, got {name!r}.")
-        return cls(**{**_PRESETS[name], **changes})
 
 
 __all__ = ["NaViTConfig"]

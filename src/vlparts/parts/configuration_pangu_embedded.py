@@ -1,12 +1,12 @@
 """Configuration of the dense language model of openPangu-Embedded and openPangu-VL."""
 
-from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from .mrope import rotary_axes
+from .named_presets import NamedPresets
 
 _TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -38,7 +38,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @strict
-class PanguEmbeddedConfig(LlamaConfig):
+class PanguEmbeddedConfig(NamedPresets, LlamaConfig):
     """Configuration of [`PanguEmbeddedModel`]: transformers' Llama with biases in all attention projections.
 
     The defaults are openPangu-Embedded-7B. Fields that are not named here are those of `LlamaConfig`.
@@ -64,6 +64,7 @@ class PanguEmbeddedConfig(LlamaConfig):
     """
 
     model_type = "vlparts_pangu_embedded"
+    named_presets = _PRESETS
     base_config_key = "text_config"
     attribute_map = {"bias": "attention_bias"}
     default_theta = 16_000_000.0
@@ -129,26 +130,6 @@ class PanguEmbeddedConfig(LlamaConfig):
                 "mrope_interleaved" is not a bool or stands without them.
         """
         rotary_axes(self.rope_parameters or {}, self.head_dim // 2)
-
-    @classmethod
-    def presets(cls) -> tuple[str, ...]:
-        """Names that [`from_preset`] takes."""
-        return tuple(_PRESETS)
-
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "PanguEmbeddedConfig":
-        """Build a named configuration, with some fields changed.
-
-        Args:
-            name: One of [`presets`].
-            **changes: Fields that replace those of the preset.
-
-        Raises:
-            ValueError: If there is no such preset.
-        """
-        if name not in _PRESETS:
-            raise ValueError(f"`name` must be one of {', '.join(_PRESETS)}, got {name!r}.")
-        return cls(**{**deepcopy(_PRESETS[name]), **changes})
 
 
 __all__ = ["PanguEmbeddedConfig"]

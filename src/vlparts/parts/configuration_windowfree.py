@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from .named_presets import NamedPresets
+
 _SMALL: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -29,13 +31,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @strict
-class WindowFreeViTConfig(PreTrainedConfig):
+class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
     """Configuration of [`WindowFreeViTModel`], a native-resolution ViT whose shape suits matrix units.
 
     It is wide and shallow, and the sizes of its matrix products are multiples of large powers of two. The defaults are
     those of openPangu-VL-7B's vision encoder but for its windows: 26 layers of 1,536 channels, 615,624,192 parameters,
     RMS normalisation, 2-D rotary positions, an MLP of two layers with the exact GELU. The released encoder itself is a
-    hybrid of 22 layers with windows and 4 without: preset "openpangu_vl_vit".
+    hybrid of 22 layers with windows and 4 without: preset "openpangu_vl_vit". "window_free_tiny" and "hybrid_tiny" are
+    small ones of either kind.
 
     Args:
         hidden_size: Width D of the residual stream.
@@ -67,6 +70,7 @@ class WindowFreeViTConfig(PreTrainedConfig):
     """
 
     model_type = "vlparts_windowfree"
+    named_presets = _PRESETS
     base_config_key = "vision_config"
 
     hidden_size: int = 1536
@@ -177,29 +181,6 @@ class WindowFreeViTConfig(PreTrainedConfig):
             raise ValueError(
                 f"`attention_pattern['full_attention_layers']` must name layers from 0 to {layers - 1}, got {outside}."
             )
-
-    @classmethod
-    def presets(cls) -> tuple[str, ...]:
-        """Names that [`from_preset`] takes."""
-        return tuple(_PRESETS)
-
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "WindowFreeViTConfig":
-        """Build a named configuration, with some fields changed.
-
-        "window_free_600m" and "window_free_tiny" have no windows. "openpangu_vl_vit" and "hybrid_tiny" are hybrids:
-        most of their layers have windows.
-
-        Args:
-            name: One of [`presets`].
-            **changes: Fields that replace those of the preset.
-
-        Raises:
-            ValueError: If there is no such preset.
-        """
-        if name not in _PRESETS:
-            raise ValueError(f"`name` must be one of {', '.join(_PRESETS)}, got {name!r}.")
-        return cls(**{**_PRESETS[name], **changes})
 
 
 __all__ = ["WindowFreeViTConfig"]
