@@ -243,9 +243,18 @@ def test_the_demo_takes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     (arguments, options) = seen[0]
     assert arguments == (Path("here"),)
     assert {key: options[key] for key in ("minutes", "seed", "steps")} == {"minutes": 2.0, "seed": 4, "steps": 7}
+    assert run("demo", "--text", "moge:small").exit_code == 0
+    assert [options["text"] for _, options in seen] == ["qwen3:tiny", "moge:small"]
 
 
 def test_a_demo_without_steps_is_refused(tmp_path: Path) -> None:
     result = run("demo", "--out", tmp_path, "--steps", "0")
     assert result.exit_code == 2
     assert "`steps` must be at least 1, got 0" in result.stderr
+
+
+def test_a_demo_of_an_unknown_text_model_is_refused(tmp_path: Path) -> None:
+    result = run("demo", "--out", tmp_path / "out", "--text", "moge:huge")
+    assert result.exit_code == 2
+    assert re.search(r"`text` must be one of qwen3:tiny, .*, got 'moge:huge'", result.stderr)
+    assert not (tmp_path / "out").exists()

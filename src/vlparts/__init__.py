@@ -5,7 +5,9 @@ Importing the package registers every part with transformers' Auto classes.
 
 from .backends import load_backends
 from .composition import compose, compose_processor
+from .experts import set_experts_implementation
 from .parts.cluster_discrimination import multi_label_cluster_loss, sample_negative_centers
+from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
@@ -13,18 +15,26 @@ from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
+from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from .parts.modeling_pangu_embedded import PanguEmbeddedForCausalLM, PanguEmbeddedModel
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
 from .parts.modeling_windowfree import WindowFreeViTModel
 from .parts.processing_vlm import VisionLanguageProcessor
+from .parts.router import GroupedTopKRouter
+from .parts.router_losses import balance_loss, router_z_loss
+from .parts.router_statistics import RouterStatistics
 from .parts.thinking import ThinkingAnswer, split_thinking, split_thinking_ids, with_thinking_mode
 from .registration import register_all
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupedTopKRouter",
+    "MoGEConfig",
+    "MoGEForCausalLM",
+    "MoGEModel",
     "NaViTConfig",
     "NaViTDualEncoder",
     "NaViTDualEncoderConfig",
@@ -34,6 +44,7 @@ __all__ = [
     "PanguEmbeddedConfig",
     "PanguEmbeddedForCausalLM",
     "PanguEmbeddedModel",
+    "RouterStatistics",
     "ThinkingAnswer",
     "VisionLanguageConfig",
     "VisionLanguageForConditionalGeneration",
@@ -42,10 +53,13 @@ __all__ = [
     "WindowFreeViTConfig",
     "WindowFreeViTImageProcessor",
     "WindowFreeViTModel",
+    "balance_loss",
     "compose",
     "compose_processor",
     "multi_label_cluster_loss",
+    "router_z_loss",
     "sample_negative_centers",
+    "set_experts_implementation",
     "split_thinking",
     "split_thinking_ids",
     "with_thinking_mode",

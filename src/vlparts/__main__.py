@@ -36,13 +36,15 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,
     digits: Annotated[int, typer.Option(help="Digits in an image; more than one makes the task harder.")] = 1,
+    text: Annotated[str, typer.Option(help="Preset of the text model, such as moge:small.")] = "qwen3:tiny",
 ) -> None:
     """Compose a model, train it to find digits in photographs, save it, and ask it without vlparts."""
     from .demo.data import Task
     from .demo.run import run_demo
 
     with _mistakes():
-        run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console, task=Task(digits=digits))
+        task = Task(digits=digits)
+        run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console, task=task, text=text)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
@@ -17,6 +18,7 @@ from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
+from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from .parts.modeling_pangu_embedded import PanguEmbeddedForCausalLM, PanguEmbeddedModel
@@ -61,6 +63,10 @@ PARTS: tuple[Part, ...] = (
     Part(
         PanguEmbeddedConfig,
         {"AutoModel": PanguEmbeddedModel, "AutoModelForCausalLM": PanguEmbeddedForCausalLM},
+    ),
+    Part(
+        MoGEConfig,
+        {"AutoModel": MoGEModel, "AutoModelForCausalLM": MoGEForCausalLM},
     ),
     Part(
         VisionLanguageConfig,

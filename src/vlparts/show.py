@@ -1,4 +1,4 @@
-"""Pictures: regions on an image, and a packing plan.
+"""Pictures: regions on an image, a packing plan, and the load of routers.
 
 Figures are made with Matplotlib's object interface and an Agg canvas: nothing global is touched, no display
 is needed, and a figure is freed with its last reference. Matplotlib is imported with the first picture.
@@ -6,7 +6,6 @@ is needed, and a figure is freed with its last reference. Matplotlib is imported
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,43 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlparts.figures import import_matplotlib as _matplotlib
+from vlparts.figures import new_figure as _figure
+from vlparts.figures import save_figure as _save
 from vlparts.parts.regions import Region
+from vlparts.router_pictures import router_load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["box_grid", "boxes", "packing_plan"]
+__all__ = ["box_grid", "boxes", "packing_plan", "router_load"]
 
 # A pair that people with colour-blindness tell apart, dark enough for white letters.
 PREDICTED, TRUTH = "#b84a00", "#0067a5"
 ITEM_KEYS = ("image", "predicted", "truth", "title")
-DPI = 150
 BAR = 0.82  # height of a bar, in rows
 MARGIN = 0.06  # part of a picture's height that a label needs
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
-
-
-def _matplotlib(module: str) -> Any:
-    """Import one of Matplotlib's modules, such as "figure"."""
-    try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ImportError as error:
-        raise ImportError("vlparts.show needs Matplotlib: pip install 'vlparts[show]'") from error
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Make a figure of a size in inches, with a canvas of its own."""
-    figure: Figure = _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
-    _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: str | Path | None) -> Figure:
-    """Write the figure where a path is given."""
-    if path is not None:
-        figure.savefig(path, dpi=DPI)
-    return figure
 
 
 def _pixels(image: Any) -> NDArray[Any]:

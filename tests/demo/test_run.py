@@ -23,6 +23,15 @@ def test_the_whole_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_text_model(tmp_path: Path) -> None:
+    metrics = run_demo(tmp_path, steps=2, images=(24, 2), text="moge:small")
+    assert (metrics["text"], metrics["steps"], metrics["count"]) == ("moge:small", 2, 2)
+    saved = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert saved["text_config"]["model_type"] == "vlparts_moge"
+    assert (tmp_path / "model" / "modeling_moge.py").is_file()
+
+
+@pytest.mark.slow
 def test_a_time_is_turned_into_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial gives seconds for a step; at 3 seconds for a step, the ten seconds that are left give 1 to 3 steps."""
     trial, measured = run._seconds_per_step, []
@@ -37,7 +46,14 @@ def test_more_digits_than_fit_are_refused() -> None:
         Task(digits=5)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "`steps`.*0"), ({"minutes": 0.1}, "`minutes`.*0.1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps`.*0"),
+        ({"minutes": 0.1}, "`minutes`.*0.1"),
+        ({"text": "none"}, "`text` must be one of qwen3:tiny, .*'none'"),
+    ],
+)
 def test_impossible_settings(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_demo(tmp_path, **options)

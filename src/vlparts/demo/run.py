@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..isolation import environment_without, run_without
 from ..training.config import TrainConfig
+from ..training.presets import preset_names
 from ..training.train import train
 from . import ask
 from .data import Task, write_dataset
@@ -23,9 +24,9 @@ from .score import Score, read_answers, score
 
 TRAINING_IMAGES = 10000
 HELD_OUT_IMAGES = 200
+TEXT = "qwen3:tiny"
 SETTINGS: dict[str, Any] = {
     "vision": {"preset": "navit:tiny", "max_grid_size": 8, "position_initializer_range": 0.3},
-    "text": "qwen3:tiny",
     "optimizer": "muon",
     "learning_rate": 2e-3,
     "capacity": 4096,
@@ -47,6 +48,7 @@ def run_demo(
     console: Console | None = None,
     task: Task | None = None,
     images: tuple[int, int] = (TRAINING_IMAGES, HELD_OUT_IMAGES),
+    text: str = TEXT,
 ) -> dict[str, Any]:
     """Train a composed model to find digits in photographs, save it, and ask it in a process without vlparts.
 
@@ -59,13 +61,16 @@ def run_demo(
         console: Where to report.
         task: What the images look like; one digit in each by default.
         images: Number of training and of held-out images.
+        text: Preset of the text model, such as "moge:small".
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        ValueError: If `minutes` leaves no time for training, or `steps` is not positive.
+        ValueError: If `minutes` leaves no time for training, `steps` is not positive, or there is no such preset.
     """
+    if text not in preset_names("text"):
+        raise ValueError(f"`text` must be one of {', '.join(preset_names('text'))}, got {text!r}.")
     if steps is not None and steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     if steps is None and minutes * 60 <= _RESERVE:
@@ -78,7 +83,7 @@ def run_demo(
     training = write_dataset(out / "data", "train", images[0], task, held_out=False, seed=seed)
     held_out = write_dataset(out / "data", "held_out", images[1], task, held_out=True, seed=seed)
 
-    base = TrainConfig(data=training, output=out / "model", seed=seed, **SETTINGS)
+    base = TrainConfig(data=training, output=out / "model", seed=seed, text=text, **SETTINGS)
     if steps is None:
         left = minutes * 60 - _RESERVE - (time.perf_counter() - began)
         steps = max(1, int(left / _seconds_per_step(base)))
@@ -94,6 +99,7 @@ def run_demo(
     _draw(items, out / "predictions.png")
     metrics = {
         **figures.to_dict(),
+        "text": text,
         "digits": task.digits,
         "steps": steps,
         "seed": seed,

@@ -37,7 +37,7 @@ class VisionLanguageConfig(PreTrainedConfig):
     # A plain attribute and `__post_init__`, not `sub_configs_defaults`: that resolves a dictionary through AutoConfig
     # alone, which does not know our vision parts where they run as remote code.
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

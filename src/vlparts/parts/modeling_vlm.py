@@ -13,18 +13,21 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .auto_classes import add_auto_classes
 from .configuration_vlm import VisionLanguageConfig
+from .expert_parallel import check_whole_groups
 from .generation_vlm import VisionLanguageGenerationMixin
 from .multimodal_inputs import MultimodalInputsMixin
 from .multimodal_positions import check_continued, has_multimodal_rotary
 from .part_table import model_from_config
 from .placeholders import fill_placeholders
 from .projectors import Projector
+from .text_balance import asks_for_router_logits, balances_every_loss, text_balance_loss
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -40,6 +43,14 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: "VisionLanguagePreTrainedModel", distributed_config: Any, mesh_manager: Any
+    ) -> "VisionLanguagePreTrainedModel":
+        """Spread a model over processes, as transformers does when it loads one, but no group of experts."""
+        check_whole_groups(model.config, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
 
 class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
@@ -223,9 +234,10 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Run the model and, with `labels`, compute the loss.
 
         Args:
@@ -243,13 +255,24 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             mm_encoder_outputs: As above.
             use_cache: As above.
             labels: `(B, S)` int64, -100 where no loss is wanted; shifted by the loss.
+            output_router_logits: Whether to return `router_logits` and `aux_loss` of a text model with experts.
             logits_to_keep: Logits of the last so many positions only, or of the positions in a tensor; 0 for all.
             **kwargs: As above.
 
         Returns:
             `loss` (if `labels` are given), `logits` `(B, S, vocabulary)`, `past_key_values`, `hidden_states`,
-            `attentions`.
+            `attentions`. With experts, `loss` holds `router_aux_loss_coef` times `aux_loss`, the balance loss, where
+            the text model's own head adds it: [`MoGEForCausalLM`]'s at every loss, transformers' own with
+            `output_router_logits` only.
+
+        Raises:
+            ValueError: If router logits are asked for, and the text model has no balance loss that is known.
         """
+        text_model = self.model.language_model
+        asked = asks_for_router_logits(text_model, output_router_logits)
+        balanced = asked or (labels is not None and balances_every_loss(text_model))
+        if balanced:
+            kwargs["output_router_logits"] = True
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -275,13 +298,19 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_kwargs
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        fields = {
+            "logits": logits,
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if not balanced:
+            return CausalLMOutputWithPast(loss=loss, **fields)
+        aux_loss = text_balance_loss(text_model, outputs.router_logits, attention_mask)
+        if loss is not None:
+            loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        router_logits = outputs.router_logits if asked else None
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, router_logits=router_logits, **fields)
 
 
 __all__ = ["VisionLanguageForConditionalGeneration", "VisionLanguageModel", "VisionLanguagePreTrainedModel"]

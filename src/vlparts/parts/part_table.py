@@ -8,9 +8,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .configuration_moge import MoGEConfig
 from .configuration_navit import NaViTConfig
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .configuration_windowfree import WindowFreeViTConfig
+from .modeling_moge import MoGEModel
 from .modeling_navit import NaViTModel
 from .modeling_pangu_embedded import PanguEmbeddedModel
 from .modeling_windowfree import WindowFreeViTModel
@@ -19,6 +21,7 @@ OWN_PARTS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     NaViTConfig.model_type: (NaViTConfig, NaViTModel),
     WindowFreeViTConfig.model_type: (WindowFreeViTConfig, WindowFreeViTModel),
     PanguEmbeddedConfig.model_type: (PanguEmbeddedConfig, PanguEmbeddedModel),
+    MoGEConfig.model_type: (MoGEConfig, MoGEModel),
 }
 
 

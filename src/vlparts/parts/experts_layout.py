@@ -1,0 +1,93 @@
+"""What the experts implementations here read from any transformers experts module.
+
+Shapes: T tokens, K experts of a token, E experts, H width, I inner width of an expert, N = 2 I with a gate, else I.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of all experts, each matrix as in `torch.nn.functional.linear`.
+
+    Attributes:
+        up: `(E, N, H)`, of gate and input together where there is a gate.
+        up_bias: `(E, N)` or None.
+        down: `(E, H, I)`.
+        down_bias: `(E, H)` or None.
+        activate: From `(rows, N)` to `(rows, I)`.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    activate: Callable[[Tensor], Tensor]
+
+
+def get_expert_weights(module: Any, name: str) -> ExpertWeights:
+    """Read the weights of an experts module in transformers' layout, transposed or not, with or without biases.
+
+    Args:
+        module: A module under `use_experts_implementation`.
+        name: The implementation that asks, for the error message.
+
+    Raises:
+        ValueError: If the experts have a part that the implementations here have not (a norm after each expert), or
+            another layout.
+    """
+    if getattr(module, "has_post_expert_norm", False):
+        raise ValueError(
+            f"experts_implementation={name!r} has no norm after each expert, which {type(module).__name__} needs; "
+            "choose 'eager' or 'grouped_mm'."
+        )
+    has_gate = getattr(module, "has_gate", True)
+    first = "gate_up_proj" if has_gate else "up_proj"
+    up: Any = getattr(module, first, None)
+    down: Any = getattr(module, "down_proj", None)
+    if not all(isinstance(weight, Tensor) and weight.ndim == 3 for weight in (up, down)):
+        raise ValueError(
+            f"experts_implementation={name!r} takes experts with `{first}` and `down_proj` of three axes, which "
+            f"{type(module).__name__} has not."
+        )
+    if getattr(module, "is_transposed", False):
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    has_bias = getattr(module, "has_bias", False)
+    return ExpertWeights(
+        up,
+        getattr(module, f"{first}_bias") if has_bias else None,
+        down,
+        module.down_proj_bias if has_bias else None,
+        module._apply_gate if has_gate else module.act_fn,
+    )
+
+
+def check_routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> None:
+    """Check the shapes of a routing, and on CPU the indices too.
+
+    Args:
+        hidden_states: `(T, H)`.
+        top_k_index: `(T, K)` integers from 0 to E; E stands for an expert of another process.
+        top_k_weights: `(T, K)`.
+        num_experts: E.
+
+    Raises:
+        ValueError: If shapes do not fit together, or an index is out of range.
+    """
+    if hidden_states.ndim != 2 or top_k_index.shape != top_k_weights.shape or top_k_index.ndim != 2:
+        raise ValueError(
+            "`hidden_states`, `top_k_index` and `top_k_weights` must have shapes (tokens, width), (tokens, k) and "
+            f"(tokens, k), got {tuple(hidden_states.shape)}, {tuple(top_k_index.shape)} and "
+            f"{tuple(top_k_weights.shape)}."
+        )
+    if len(top_k_index) != len(hidden_states):
+        raise ValueError(
+            f"`top_k_index` must have a row for each of {len(hidden_states)} tokens, got {len(top_k_index)}."
+        )
+    if top_k_index.device.type == "cpu" and top_k_index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(top_k_index))
+        if low < 0 or high > num_experts:
+            raise ValueError(f"`top_k_index` must lie from 0 to {num_experts - 1}, got {low if low < 0 else high}.")

@@ -1,0 +1,162 @@
+"""Experts implementations on one MoE layer: ours against transformers'.
+
+`python tests/benchmarks/bench_experts.py` prints, for each layer, type, pass and number of tokens, the time of each
+implementation as a multiple of the fastest of transformers', and the time that it takes to read (in training: and to
+write the gradients of) the weights of the experts that were hit, at the speed at which this machine copies memory.
+`--launches` prints the operations of a call instead.
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from timing import compare, machine_line, print_table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import vlparts.experts  # noqa: F401  registers the implementations
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Width, experts, experts of a token, inner width, groups of which each gives equally many experts.
+LAYERS = {"DeepSeek-OCR": (1280, 64, 6, 896, 1), "Pangu Pro MoE / 8": (640, 64, 8, 168, 8)}
+THEIRS = ("eager", "grouped_mm", "batched_mm")
+OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
+MOST_COPIES = 2**31  # bytes that `batched_mm` may copy
+MOST_MERGED = 512  # tokens that `vlparts_merged` is timed with
+
+
+def layer(name: str, dtype: torch.dtype) -> nn.Module:
+    """The experts of one layer in transformers' layout."""
+    width, experts, k, inner, _ = LAYERS[name]
+    config = Qwen3MoeConfig(hidden_size=width, moe_intermediate_size=inner, num_experts=experts, num_experts_per_tok=k)
+    module = Qwen3MoeExperts(config).to(dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return module
+
+
+def routing(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens, their experts, and the weights of these."""
+    width, experts, k, _, groups = LAYERS[name]
+    scores = torch.rand(tokens, groups, experts // groups)
+    index = scores.topk(k // groups, -1).indices + torch.arange(groups)[:, None] * (experts // groups)
+    return torch.randn(tokens, width).to(dtype), index.flatten(1), torch.rand(tokens, k).to(dtype)
+
+
+def run_of(
+    module: nn.Module, implementation: str, arguments: tuple[Tensor, ...], trains: bool
+) -> Callable[[], Tensor]:
+    """A call, or a call and its backward pass."""
+    hidden, index, weights = arguments
+
+    def forward() -> Tensor:
+        module.config._experts_implementation = implementation
+        with torch.no_grad():
+            return module(hidden, index, weights)
+
+    def training() -> Tensor:
+        module.config._experts_implementation = implementation
+        inputs = hidden.clone().requires_grad_()
+        output = module(inputs, index, weights)
+        torch.autograd.grad(output, [inputs, *module.parameters()], torch.ones_like(output))
+        return output
+
+    return training if trains else forward
+
+
+def copy_speed() -> float:
+    """Bytes a second that this machine reads and writes in large copies."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    seconds = compare({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2 * source.numel() * source.element_size() / seconds
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Print a row for each setting as soon as it is known."""
+    names = [*THEIRS, *OURS]
+    for name, dtype, trains in product(arguments.layers, arguments.types, (False, True)):
+        module = layer(name, DTYPES[dtype])
+        bytes_of_expert = sum(one[0].numel() * one.element_size() for one in module.parameters())
+        for tokens in arguments.tokens:
+            inputs = routing(name, tokens, DTYPES[dtype])
+            hit = len(inputs[1].unique())
+            runs = {one: run_of(module, one, inputs, trains) for one in names}
+            if inputs[1].numel() * bytes_of_expert > MOST_COPIES:
+                del runs["batched_mm"]
+            if tokens > MOST_MERGED:
+                del runs["vlparts_merged"]
+            check(runs)
+            speed = copy_speed()
+            seconds = compare(runs, arguments.repeats)
+            best = min(seconds[one] for one in THEIRS if one in seconds)
+            moved = (
+                hit * bytes_of_expert * (2 if trains else 1) + (len(module.gate_up_proj) * bytes_of_expert) * trains
+            )
+            label = f"{name}, {'training' if trains else 'inference'}, {dtype}, {tokens} tokens"
+            cells = [seconds[one] / best if one in seconds else "" for one in names]
+            print_table(
+                ["setting", "experts hit", "limit, ms", "best of transformers', ms", *names],
+                [[label, hit, moved / speed * 1e3, best * 1e3, *cells]],
+            )
+
+
+def check(runs: dict[str, Callable[[], Tensor]]) -> None:
+    """All give the same."""
+    outputs = {name: run().detach().float() for name, run in runs.items()}
+    for output in outputs.values():
+        torch.testing.assert_close(output, outputs["eager"], atol=0.1, rtol=0.1)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        """Run and count."""
+        result = operation(*arguments, **(options or {}))
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if not (isinstance(first, Tensor) and first._is_view()):
+            self.count += 1
+        return result
+
+
+def launches(arguments: argparse.Namespace) -> None:
+    """Operations of one call, which on an accelerator start a kernel each."""
+    rows = []
+    for name in arguments.layers:
+        module = layer(name, torch.bfloat16)
+        for tokens in (1, 64):
+            counts = []
+            for one in ("eager", "grouped_mm", "vlparts_merged"):
+                run = run_of(module, one, routing(name, tokens, torch.bfloat16), False)
+                with Launches() as counter:
+                    run()
+                counts.append(counter.count)
+            rows.append([f"{name}, {tokens} tokens", *counts])
+    print_table(["layer", "eager", "grouped_mm", "vlparts_merged"], rows)
+
+
+def main() -> None:
+    """Print the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="LAYER")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512, 4096])
+    parser.add_argument("--launches", action="store_true", help="only operations of a call")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print(machine_line())
+    launches(arguments) if arguments.launches else measure(arguments)
+
+
+if __name__ == "__main__":
+    main()
