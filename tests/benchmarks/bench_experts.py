@@ -27,6 +27,7 @@ THEIRS = ("eager", "grouped_mm", "batched_mm")
 OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
 MOST_COPIES = 2**31  # bytes that `batched_mm` may copy
 MOST_MERGED = 512  # tokens that `vlparts_merged` is timed with
+MOST_EAGER = 1  # tokens that "eager" is timed with in training, where it takes 30 times as long as the others
 
 
 def layer(name: str, dtype: torch.dtype) -> nn.Module:
@@ -90,6 +91,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 del runs["batched_mm"]
             if tokens > MOST_MERGED:
                 del runs["vlparts_merged"]
+            if trains and tokens > MOST_EAGER:
+                del runs["eager"]
             check(runs)
             speed = copy_speed()
             seconds = compare(runs, arguments.repeats)
@@ -109,7 +112,7 @@ def check(runs: dict[str, Callable[[], Tensor]]) -> None:
     """All give the same."""
     outputs = {name: run().detach().float() for name, run in runs.items()}
     for output in outputs.values():
-        torch.testing.assert_close(output, outputs["eager"], atol=0.1, rtol=0.1)
+        torch.testing.assert_close(output, outputs["grouped_mm"], atol=0.1, rtol=0.1)
 
 
 class Launches(TorchDispatchMode):

@@ -45,13 +45,15 @@ class _Plan(NamedTuple):
         slots: `(P,)` int64, place of each pair among the T * K of the routing.
         tokens: `(P,)` int64, its token.
         places: `(T, K)` int64, where the pairs of the routing stand among the sorted; P for those that were left out.
-        ends: Where each expert's pairs end.
+        ends: `(E,)` int32, where each expert's pairs end.
+        groups: Experts that have pairs, some at a time.
     """
 
     slots: Tensor
     tokens: Tensor
     places: Tensor
-    ends: list[int]
+    ends: Tensor
+    groups: list[list[_Piece]]
 
 
 def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     """
     weights = get_expert_weights(module, SORTED_EXPERTS_NAME)
     check_routing(hidden_states, top_k_index, top_k_weights, len(weights.up))
-    if torch.compiler.is_compiling() or not torch.ops.vlparts.experts_side_by_side(hidden_states):
+    if torch.compiler.is_compiling() or not torch.ops.vlparts.experts_one_by_one(hidden_states):
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(weights.up.dtype)
     tensors = (inputs, top_k_weights, *weights[:4])
@@ -85,19 +87,19 @@ def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
 
 def _plan(top_k_index: Tensor, num_experts: int) -> _Plan:
     experts, slots = torch.sort(top_k_index.flatten(), stable=True)
-    ends = torch.searchsorted(experts, torch.arange(num_experts, dtype=experts.dtype), right=True).tolist()
-    used = ends[-1] if ends else 0
+    ends = torch.searchsorted(experts, torch.arange(num_experts, dtype=experts.dtype), right=True, out_int32=True)
+    groups = _groups(ends.tolist())
+    used = groups[-1][-1].end if groups else 0
     slots = slots[:used]
     places = torch.full_like(top_k_index, used, dtype=torch.int64)
     places.view(-1)[slots] = torch.arange(used)
-    return _Plan(slots, slots // max(top_k_index.shape[1], 1), places, ends)
+    return _Plan(slots, slots // max(top_k_index.shape[1], 1), places, ends, groups)
 
 
-def _groups(plan: _Plan) -> list[list[_Piece]]:
-    """Experts that have pairs, some at a time."""
+def _groups(ends: list[int]) -> list[list[_Piece]]:
     groups: list[list[_Piece]] = []
     start = 0
-    for expert, end in enumerate(plan.ends):
+    for expert, end in enumerate(ends):
         if start < end:
             if not groups or end - groups[-1][0].start > PAIRS_AT_A_TIME:
                 groups.append([])
@@ -111,19 +113,12 @@ def _takes_grouped(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and weight.shape[1] % 8 == weight.shape[2] % 8 == 0
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, group: list[_Piece]) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, group: list[_Piece], ends: Tensor) -> Tensor:
     """The pairs of a group `(pairs, inner)`, each times its expert's `(outer, inner)` of `(E, outer, inner)`."""
     first = group[0].start
     if len(group) >= GROUPED_FROM and bias is None and _takes_grouped(x, weight):
-        ends = torch.tensor([end - first for _, _, end in group], dtype=torch.int32)
-        chosen = weight[group[0].expert : group[-1].expert + 1]
-        if len(chosen) > len(group):  # experts between them have no pairs
-            counts = torch.zeros(len(chosen), dtype=torch.int32)
-            counts[[one.expert - group[0].expert for one in group]] = torch.tensor(
-                [end - start for _, start, end in group], dtype=torch.int32
-            )
-            ends = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(x, chosen.transpose(1, 2), offs=ends)
+        experts = slice(group[0].expert, group[-1].expert + 1)
+        return F.grouped_mm(x, weight[experts].transpose(1, 2), offs=ends[experts] - first)
     if len(group) == 1:
         return linear_cpu(x, weight[group[0].expert], None if bias is None else bias[group[0].expert])
     output = x.new_empty(len(x), weight.shape[1])
@@ -150,17 +145,17 @@ def _forward(
     inputs: Tensor, top_k_weights: Tensor, weights: ExpertWeights, plan: _Plan, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The output `(T, H)`; and with `keep` what came before the activation, `(P, N)`."""
-    factors = top_k_weights.detach().flatten()[plan.slots].to(inputs.dtype)
+    factors = top_k_weights.detach().flatten()[plan.slots]
     results = inputs.new_empty(len(plan.slots) + 1, weights.down.shape[1])
     kept = inputs.new_empty(len(plan.slots), weights.up.shape[1]) if keep else None
     with torch.no_grad():
-        for group in _groups(plan):
+        for group in plan.groups:
             pairs = slice(group[0].start, group[-1].end)
             tokens = inputs.index_select(0, plan.tokens[pairs])
-            inner = _multiply(tokens, weights.up, weights.up_bias, group)
+            inner = _multiply(tokens, weights.up, weights.up_bias, group, plan.ends)
             if kept is not None:
                 kept[pairs] = inner
-            result = _multiply(weights.activate(inner), weights.down, weights.down_bias, group)
+            result = _multiply(weights.activate(inner), weights.down, weights.down_bias, group, plan.ends)
             torch.mul(result, factors[pairs].unsqueeze(1), out=results[pairs])
         return _sum_of_pairs(results, plan), kept
 
@@ -205,25 +200,25 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the first six inputs of [`_SortedExperts`], as far as they are needed."""
     needs_inputs, needs_factors, *needs_weights = needed[:6]
-    factors = top_k_weights.flatten()[plan.slots].to(grad.dtype)
+    factors = top_k_weights.flatten()[plan.slots]
     rows = inputs.new_empty(len(plan.slots) + 1, inputs.shape[1]) if needs_inputs else None
     grad_factors = torch.zeros_like(top_k_weights).view(-1) if needs_factors else None
     wanted = zip(weights[:4], needs_weights, strict=True)
-    grads = [_room(weight, plan.ends) if weight is not None and need else None for weight, need in wanted]
-    for group in _groups(plan):
+    grads = [_room(weight, plan.groups) if weight is not None and need else None for weight, need in wanted]
+    for group in plan.groups:
         pairs = slice(group[0].start, group[-1].end)
         slots, tokens = plan.slots[pairs], plan.tokens[pairs]
         of_output, factor = grad.index_select(0, tokens), factors[pairs].unsqueeze(1)
         with torch.enable_grad():
             inner = kept[pairs].detach().requires_grad_()
             active = weights.activate(inner)
-        before = _multiply(of_output, weights.down.transpose(1, 2), None, group)
+        before = _multiply(of_output, weights.down.transpose(1, 2), None, group, plan.ends)
         if grad_factors is not None:
             grad_factors[slots] = (active.detach() * before).sum(-1).to(grad_factors.dtype)
-        (of_inner,) = torch.autograd.grad(active, inner, before * factor)
+        (of_inner,) = torch.autograd.grad(active, inner, (before * factor).to(grad.dtype))
         if rows is not None:
-            rows[pairs] = _multiply(of_inner, weights.up.transpose(1, 2), None, group)
-        weighted = of_output * factor
+            rows[pairs] = _multiply(of_inner, weights.up.transpose(1, 2), None, group, plan.ends)
+        weighted = (of_output * factor).to(grad.dtype)
         _weight_gradients(inputs.index_select(0, tokens), of_inner, active.detach(), weighted, group, grads)
         if grad_factors is not None and weights.down_bias is not None:
             biases = torch.cat([weights.down_bias[[one.expert]].expand(one.end - one.start, -1) for one in group])
@@ -251,21 +246,18 @@ def _weight_gradients(
                 bias[expert] = grad[pairs].sum(0)
 
 
-def _room(weight: Tensor, ends: list[int]) -> Tensor:
-    """Room for the gradient of all experts' weights, with zeros for experts without tokens."""
+def _room(weight: Tensor, groups: list[list[_Piece]]) -> Tensor:
+    """Room for the gradient of all experts' weights, with zeros for experts without pairs."""
     room = torch.empty_like(weight)
-    start = 0
-    for expert, end in enumerate(ends):
-        if start == end:
-            room[expert] = 0
-        start = end
+    for expert in set(range(len(weight))).difference(piece.expert for group in groups for piece in group):
+        room[expert] = 0
     return room
 
 
 def _define_operation() -> None:
     """Register once per process, also where several copies of this file are imported."""
-    if not hasattr(torch.ops.vlparts, "experts_side_by_side"):
-        name = "vlparts::experts_side_by_side"
+    if not hasattr(torch.ops.vlparts, "experts_one_by_one"):
+        name = "vlparts::experts_one_by_one"
         torch.library.define(name, "(Tensor hidden_states) -> bool")
         torch.library.impl(name, "CompositeImplicitAutograd", lambda hidden_states: False)
         torch.library.impl(name, ("CPU", "AutogradCPU"), lambda hidden_states: True)

@@ -53,7 +53,6 @@ def onednn_is_faster(rows: int, inner: int, columns: int) -> bool:
     """
     return (
         rows * inner * columns >= MULTIPLICATIONS_FROM * torch.get_num_threads()
-        and rows >= 2
         and columns >= 8
         and mkl_is_slow()
         and bool(torch.backends.mkldnn.enabled)
