@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from .experts_layout import ExpertWeights, check_routing, get_expert_weights
-from .linear_cpu import linear_cpu, weight_gradient
+from .linear_cpu import linear_cpu, onednn_is_faster, weight_gradient
 
 SORTED_EXPERTS_NAME = "vlparts_sorted"
 
@@ -26,7 +26,7 @@ SORTED_EXPERTS_NAME = "vlparts_sorted"
 PAIRS_AT_A_TIME = 2048
 
 
-# From so many experts on PyTorch's grouped product is taken in bfloat16, whose loop costs less than one in Python.
+# From so many experts on PyTorch's grouped product is taken, whose loop costs less than one in Python.
 GROUPED_FROM = 9
 
 
@@ -108,15 +108,23 @@ def _groups(ends: list[int]) -> list[list[_Piece]]:
     return groups
 
 
-def _takes_grouped(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's own loop over experts takes these and is no slower: bfloat16, rows of whole 16 bytes."""
-    return x.dtype == torch.bfloat16 and weight.shape[1] % 8 == weight.shape[2] % 8 == 0
+def _takes_grouped(x: Tensor, weight: Tensor, group: list[_Piece]) -> bool:
+    """Whether PyTorch's own loop over experts takes these, and is no slower.
+
+    It takes rows of whole 16 bytes, and is no slower for many experts where there is no faster product.
+    """
+    outer, inner = weight.shape[1:]
+    if len(group) < GROUPED_FROM or (outer | inner) * x.element_size() % 16:
+        return False
+    if x.dtype == torch.float32:
+        return not onednn_is_faster(len(x) // len(group), inner, outer)
+    return x.dtype == torch.bfloat16
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, group: list[_Piece], ends: Tensor) -> Tensor:
     """The pairs of a group `(pairs, inner)`, each times its expert's `(outer, inner)` of `(E, outer, inner)`."""
     first = group[0].start
-    if len(group) >= GROUPED_FROM and bias is None and _takes_grouped(x, weight):
+    if bias is None and _takes_grouped(x, weight, group):
         experts = slice(group[0].expert, group[-1].expert + 1)
         return F.grouped_mm(x, weight[experts].transpose(1, 2), offs=ends[experts] - first)
     if len(group) == 1:
