@@ -9,11 +9,19 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 
-from vlparts import NaViTImageProcessor, WindowFreeViTConfig, WindowFreeViTModel, show
+from vlparts import (
+    NaViTImageProcessor,
+    RouterStatistics,
+    WindowFreeViTConfig,
+    WindowFreeViTModel,
+    show,
+)
 from vlparts.parts.attention import packed_attention
 from vlparts.parts.coordinates import Region, decode, encode
 from vlparts.parts.packing import get_position_ids, plan_packing
 from vlparts.parts.positions import PositionEmbedding
+from vlparts.parts.routing import route
+from vlparts.parts.routing_options import RoutingOptions
 from vlparts.training.image_collator import PackedImageCollator
 from vlparts.training.image_packing import PackedImageDataset
 from vlparts.training.image_sampler import PackedImageSampler
@@ -207,6 +215,19 @@ def vlm(path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
+def router_load(path: Path) -> None:
+    """Draw the load of a free and of a grouped choice with the same scores, which prefer the last experts."""
+    torch.manual_seed(0)
+    logits = torch.randn(512, 64) + torch.linspace(-1, 1, 64)
+    loads = []
+    for grouping in ({"grouping": "none"}, {"grouping": "equal", "num_expert_groups": 8}):
+        statistics = RouterStatistics(64, num_groups=8)
+        _, indices = route(logits, RoutingOptions(64, 8, **grouping))
+        statistics.update(indices, logits.softmax(-1))
+        loads.append(statistics.compute())
+    show.router_load(loads, path)
+
+
 def windowfree(path: Path) -> None:
     """Draw what one patch depends on after a layer with windows, and after one without."""
     rows, columns, place = 24, 40, (9, 17)
@@ -241,6 +262,7 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "navit": navit,
     "packing_plan": packing_plan,
     "positions": positions,
+    "router_load": router_load,
     "sampling": sampling,
     "vlm": vlm,
     "windowfree": windowfree,
