@@ -14,6 +14,7 @@ from ..parts.configuration_windowfree import WindowFreeViTConfig
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.modeling_windowfree import WindowFreeViTModel
 from ..parts.processing_vlm import VisionLanguageProcessor
+from .filling import new_folder
 from .openpangu_vl_config import get_composed_config, get_vision_config, read_config
 from .openpangu_vl_export import published_config
 from .openpangu_vl_keys import BESIDE_THE_ENCODER
@@ -125,14 +126,12 @@ def to_openpangu_vl(
     Raises:
         ValueError: If the folder is not empty, or if the model is another or has an option that openPangu-VL has not.
     """
-    path = Path(folder)
     if not isinstance(model, (VisionLanguageForConditionalGeneration, WindowFreeViTModel)):
         raise ValueError(
             "`model` must be a VisionLanguageForConditionalGeneration or a WindowFreeViTModel, got "
             f"{type(model).__name__}."
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"`folder` must be new or empty, got {str(path)!r}.")
+    path = new_folder(folder)
     fields = published_config(model.config)
     vision = cast(WindowFreeViTConfig, getattr(model.config, "vision_config", model.config))
     path.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ Shapes: D width, C channels, T frames and P side of a patch.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from ..parts.modeling_windowfree import WindowFreeViTModel
-from .sharded import Stored
+from .filling import own_tensors
 
 TOWER = "model.vision_tower."
 PATCHES = f"{TOWER}patch_embedding.projection.weight"
@@ -99,14 +99,6 @@ def get_targets(model: PreTrainedModel, is_split: Callable[[str], bool]) -> list
     return targets
 
 
-def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of a model by name, without a head that shares the embeddings."""
-    tensors = model.state_dict()
-    if getattr(model.config, "tie_word_embeddings", False):
-        tensors.pop("lm_head.weight", None)
-    return tensors
-
-
 def split_names(name: str) -> tuple[str, ...]:
     """The names of queries, keys and values that are split; other tensors keep theirs."""
     match = _QKV.fullmatch(name)
@@ -117,29 +109,3 @@ def join_sources(parts: list[Tensor], name: str) -> Tensor:
     """Make one of our tensors from its sources; `(D, C, T, P, P)` patch weights become `(D, C*T*P*P)`."""
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return tensor.flatten(1) if PATCHES.endswith(name) else tensor
-
-
-def check_tensors(
-    targets: list[Target], found: dict[str, Stored], absent: Iterable[str], beside: tuple[str, ...]
-) -> None:
-    """Compare what a model needs with what a folder holds.
-
-    Args:
-        targets: What the model's tensors are made of.
-        found: The folder's tensors by flat name.
-        absent: Flat names in the folder's index that none of its files holds.
-        beside: Beginnings of the names of tensors that are left alone.
-
-    Raises:
-        ValueError: If tensors are missing, unexpected, of another shape or no floating-point numbers; names all.
-    """
-    wanted = {source: target.shape for target in targets for source in target.sources}
-    missing = (wanted.keys() - found.keys()) | {name for name in absent if not name.startswith(beside)}
-    unexpected = [name for name in found.keys() - wanted.keys() if not name.startswith(beside)]
-    here = {name: found[name] for name in wanted.keys() & found.keys()}
-    misshapen = [f"{name} {one.shape} for {wanted[name]}" for name, one in here.items() if one.shape != wanted[name]]
-    mistyped = [f"{name} {one.dtype}" for name, one in here.items() if one.dtype not in ("F64", "F32", "F16", "BF16")]
-    lists = {"Missing": missing, "Unexpected": unexpected, "Of another shape": misshapen, "Of another type": mistyped}
-    if any(lists.values()):
-        said = " ".join(f"{what}: {', '.join(sorted(names)) or 'none'}." for what, names in lists.items())
-        raise ValueError(f"`folder` must have the tensors that its config.json describes and no others. {said}")

@@ -1,13 +1,14 @@
 """Weights of openPangu-VL: from files into a model, and from a model into files."""
 
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .openpangu_vl_keys import check_tensors, flat_name, get_targets, join_sources, own_tensors, split_names
+from .filling import check_dtype, check_tensors, fill_buffers, own_tensors
+from .openpangu_vl_keys import flat_name, get_targets, join_sources, split_names
 from .sharded import Stored, read_tensors, stored_tensors, write_tensors
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -50,13 +51,13 @@ def fill_from(model: ModelT, folder: Path, dtype: torch.dtype | None, beside: tu
         ValueError: If the folder's tensors are not those of the model (names all), or if `dtype` is none of
             floating-point numbers.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`dtype` must be a floating-point torch.dtype or None, got {dtype!r}.")
+    check_dtype(dtype)
     stored, absent = stored_tensors(folder)
     names = _flat(stored)
     found = {flat: stored[name] for flat, name in names.items()}
     targets = get_targets(model, lambda name: name not in names and not names.keys().isdisjoint(split_names(name)))
-    check_tensors(targets, found, map(flat_name, absent), beside)
+    shapes = {source: target.shape for target in targets for source in target.sources}
+    check_tensors(shapes, found, map(flat_name, absent), beside)
 
     by_source = {source: target for target in targets for source in target.sources}
     waiting: dict[str, dict[str, Tensor]] = {}
@@ -70,7 +71,7 @@ def fill_from(model: ModelT, folder: Path, dtype: torch.dtype | None, beside: tu
             whole = join_sources([parts[source] for source in target.sources], target.name)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(whole))
     model.tie_weights()
-    _fill_buffers(model)
+    fill_buffers(model)
     return model.eval()
 
 
@@ -83,14 +84,3 @@ def _flat(stored: dict[str, Stored]) -> dict[str, str]:
             raise ValueError(f"`folder` must have each tensor once, got {names[flat]} and {name}.")
         names[flat] = name
     return names
-
-
-def _fill_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no file holds, and note the type of the weights in the configurations."""
-    models = [cast(PreTrainedModel, module) for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for owner in reversed(models):  # a part before what holds it, since it knows its own buffers
-        for module in owner.modules():
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                module.to_empty(device="cpu", recurse=False)
-                owner._init_weights(module)
-        owner.config.dtype = owner.dtype

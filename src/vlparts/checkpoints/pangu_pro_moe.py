@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..parts.modeling_moge import MoGEForCausalLM
+from .filling import check_dtype, check_tensors, fill_buffers, new_folder, own_tensors
 from .pangu_pro_moe_config import published_config, read_config
-from .pangu_pro_moe_keys import check_tensors, get_places, own_tensors, stored_types
+from .pangu_pro_moe_keys import get_places, stored_types
 from .sharded import read_tensors, stored_tensors, write_tensors
 
 PathLike = str | os.PathLike[str]
@@ -32,8 +33,7 @@ def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = No
             does not fit, if there are pickled weights only, if the index names a file that does not exist, or if
             tensors are missing, unexpected or of another shape or type (names all of them).
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`dtype` must be a floating-point torch.dtype or None, got {dtype!r}.")
+    check_dtype(dtype)
     path = Path(folder)
     config = read_config(path)
     stored, absent = stored_tensors(path)
@@ -50,7 +50,7 @@ def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = No
             filled[place.name] = _allocate(model, place.name, types[place.name])
         place.view(filled[place.name]).copy_(tensor)
     model.tie_weights()
-    _fill_buffers(model)
+    fill_buffers(model)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model.eval()
@@ -63,15 +63,6 @@ def _allocate(model: MoGEForCausalLM, name: str, dtype: torch.dtype) -> Tensor:
     parameter = nn.Parameter(torch.empty_like(getattr(module, leaf), dtype=dtype, device="cpu"))
     setattr(module, leaf, parameter)
     return parameter.data
-
-
-def _fill_buffers(model: MoGEForCausalLM) -> None:
-    """Compute the buffers that no file holds, and note the type of the weights."""
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            module.to_empty(device="cpu", recurse=False)
-            model._init_weights(module)
-    model.config.dtype = model.dtype
 
 
 @torch.no_grad()
@@ -91,9 +82,7 @@ def to_pangu_pro_moe(model: MoGEForCausalLM, folder: PathLike, *, max_shard_size
     """
     if not isinstance(model, MoGEForCausalLM):
         raise ValueError(f"`model` must be a MoGEForCausalLM, got {type(model).__name__}.")
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"`folder` must be new or empty, got {str(path)!r}.")
+    path = new_folder(folder)
     fields = published_config(model.config)
     own, places = own_tensors(model), get_places(model)
     empty = {name: place.view(own[place.name].to("meta")) for name, place in places.items()}

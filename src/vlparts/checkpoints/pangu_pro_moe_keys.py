@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..parts.modeling_moge import MoGEForCausalLM
+from .filling import FLOATING, own_tensors
 from .sharded import Stored
 
 _EXPERTS = re.compile(r"(.+\.mlp\.experts\.)(gate_up_proj|down_proj)")
 _ROUTER_SCALE = ".mlp.gate.router_scale"
-_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Place(NamedTuple):
@@ -38,14 +38,6 @@ class Place(NamedTuple):
         return rows if self.half is None else rows.chunk(2)[self.half]
 
 
-def own_tensors(model: MoGEForCausalLM) -> dict[str, Tensor]:
-    """The tensors of a model by name, without a head that shares the embeddings."""
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
-
-
 def get_places(model: MoGEForCausalLM) -> dict[str, Place]:
     """Where each published tensor stands in those of a model, which may be on the meta device."""
     places: dict[str, Place] = {}
@@ -59,31 +51,6 @@ def get_places(model: MoGEForCausalLM) -> dict[str, Place]:
             for projection, half in projections.items():
                 places[f"{match[1]}{expert}.{projection}.weight"] = Place(name, expert, half)
     return places
-
-
-def check_tensors(shapes: dict[str, tuple[int, ...]], found: dict[str, Stored], absent: list[str]) -> None:
-    """Compare what a model needs with what a folder holds.
-
-    Args:
-        shapes: The shapes of the tensors by published name.
-        found: The folder's tensors.
-        absent: Names in the folder's index that none of its files holds.
-
-    Raises:
-        ValueError: If tensors are missing, unexpected, of another shape or no floating-point numbers; names all.
-    """
-    here = {name: found[name] for name in shapes.keys() & found.keys()}
-    lists = {
-        "Missing": (shapes.keys() - found.keys()) | set(absent),
-        "Unexpected": found.keys() - shapes.keys(),
-        "Of another shape": [
-            f"{name} {one.shape} for {shapes[name]}" for name, one in here.items() if one.shape != shapes[name]
-        ],
-        "Of another type": [f"{name} {one.dtype}" for name, one in here.items() if one.dtype not in _FLOATING],
-    }
-    if any(lists.values()):
-        said = " ".join(f"{what}: {', '.join(sorted(names)) or 'none'}." for what, names in lists.items())
-        raise ValueError(f"`folder` must have the tensors that its config.json describes and no others. {said}")
 
 
 def stored_types(places: dict[str, Place], found: dict[str, Stored]) -> dict[str, torch.dtype]:
@@ -101,4 +68,4 @@ def stored_types(places: dict[str, Place], found: dict[str, Stored]) -> dict[str
             "`folder` must have experts of one type in each layer, or be read with a `dtype`, got "
             f"{'; '.join(sorted(mixed))}."
         )
-    return {name: _FLOATING[kinds.pop()] for name, kinds in types.items()}
+    return {name: FLOATING[kinds.pop()] for name, kinds in types.items()}
