@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,12 +11,18 @@ from vlparts.parts import cpu_threads
 from vlparts.parts.cpu_threads import run_side_by_side
 
 
+@pytest.fixture(autouse=True)
+def number_kept() -> Iterator[None]:
+    """Other tests keep their number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> int:
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 2, 7])

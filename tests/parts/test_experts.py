@@ -204,11 +204,20 @@ def test_the_automatic_choice_is_measured_once_for_each_kind() -> None:
         assert kind["tokens"] <= tokens <= 1.25 * kind["tokens"]
         assert kind["chosen"] == min(kind["seconds"], key=kind["seconds"].get)
         assert "vlparts_sorted" in kind["seconds"]
+        assert kind["seconds"].keys().isdisjoint(kind["refused"])
         assert kind["trains"] is False
     assert "vlparts_merged" not in kinds[-1]["seconds"]
     run(module, "vlparts_auto", *routing(7)).sum().backward()
     assert [kind["trains"] for kind in expert_costs()] == [False] * 5 + [True]
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_what_refuses_a_call_is_named_with_its_reason() -> None:
+    """Grouped products take no float64 on CPU."""
+    run(experts("plain"), "vlparts_auto", *routing(7))
+    (kind,) = expert_costs()
+    assert set(kind["refused"]) == {"grouped_mm"}
+    assert kind["refused"]["grouped_mm"].startswith("RuntimeError: ")
 
 
 def test_measuring_leaves_no_gradient() -> None:

@@ -35,6 +35,7 @@ MOST_EXTRA_TOKENS = 8
 Forward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 _chosen: dict[tuple[Any, ...], str] = {}
 _costs: dict[tuple[Any, ...], dict[str, float]] = {}
+_refused: dict[tuple[Any, ...], dict[str, str]] = {}
 
 
 def auto_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def auto_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor
     )
     key = _kind(*arguments, weights.up, trains)
     if key not in _chosen:
-        _costs[key] = _measure(_candidates(*arguments, weights.up), arguments, trains)
+        _costs[key], _refused[key] = _measure(_candidates(*arguments, weights.up), arguments, trains)
         _chosen[key] = min(_costs[key], key=_costs[key].__getitem__)
     return _implementations(module)[_chosen[key]](*arguments)
 
@@ -71,8 +72,9 @@ def expert_costs() -> list[dict[str, Any]]:
     """What was measured so far.
 
     Returns:
-        For each kind of call: "device", "dtype", "tokens" (the smallest number of the kind), "experts", "chosen", and
-        "seconds" of every implementation that was timed.
+        For each kind of call: "device", "dtype", "tokens" (the smallest number of the kind), "experts", "trains",
+        "chosen", "seconds" of every implementation that was timed, and "refused", the errors of those that did not
+        take the call.
     """
     return [
         {
@@ -83,6 +85,7 @@ def expert_costs() -> list[dict[str, Any]]:
             "trains": key[-1],
             "chosen": _chosen[key],
             "seconds": dict(costs),
+            "refused": dict(_refused[key]),
         }
         for key, costs in _costs.items()
     ]
@@ -90,8 +93,8 @@ def expert_costs() -> list[dict[str, Any]]:
 
 def forget_expert_costs() -> None:
     """Measure anew from now on, as after a change of the number of threads."""
-    _chosen.clear()
-    _costs.clear()
+    for table in (_chosen, _costs, _refused):
+        table.clear()
 
 
 def _kind(
@@ -135,16 +138,20 @@ def _candidates(
     return found
 
 
-def _measure(candidates: dict[str, Forward], arguments: tuple[Any, ...], trains: bool) -> dict[str, float]:
-    """Median seconds of each candidate, in turn; those that refuse the call are left out."""
+def _measure(
+    candidates: dict[str, Forward], arguments: tuple[Any, ...], trains: bool
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median seconds of each candidate, in turn; and the errors of those that refuse the call."""
     runs: dict[str, Callable[[], None]] = {}
+    refused: dict[str, str] = {}
     for name, forward in candidates.items():
         run = _with_gradients(forward, arguments) if trains else _without(forward, arguments)
         try:
             run()
-        except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        except (RuntimeError, ValueError) as error:  # grouped_mm: widths, float64 on CPU, strides of gradients
             if name == SORTED_EXPERTS_NAME:  # which takes what any does
                 raise
+            refused[name] = f"{type(error).__name__}: {error}"
             continue
         runs[name] = run
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -153,7 +160,7 @@ def _measure(candidates: dict[str, Forward], arguments: tuple[Any, ...], trains:
         for name, run in runs.items():
             if not seconds[name] or min(seconds[name]) < HOPELESS * best:
                 seconds[name].append(_time(run, arguments[1].device))
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}, refused
 
 
 def _without(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], None]:

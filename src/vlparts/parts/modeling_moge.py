@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .auto_classes import add_auto_classes
 from .configuration_moge import MoGEConfig
+from .decoder_inputs import kept_states, prepare_decoder_inputs
 from .expert_parallel import check_whole_groups
 from .experts import RoutedExperts
 from .router import GroupedTopKRouter
@@ -248,15 +249,9 @@ class MoGEModel(MoGEPreTrainedModel):
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
+            self.embed_tokens, self.config, input_ids, inputs_embeds, position_ids, past_key_values, use_cache
+        )
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -362,8 +357,7 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
             output_router_logits=balanced,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         aux_loss = None
         if balanced:
             aux_loss = self.get_balance_loss(outputs.router_logits, attention_mask).to(logits.device)

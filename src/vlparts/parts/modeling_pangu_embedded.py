@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .auto_classes import add_auto_classes
 from .configuration_pangu_embedded import PanguEmbeddedConfig
+from .decoder_inputs import kept_states, prepare_decoder_inputs
 from .mrope import AXES, multimodal_rotary, rotary_axes
 
 
@@ -119,15 +120,9 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if `position_ids` have
                 another shape, or three axes where the configuration has no "mrope_section".
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
+            self.embed_tokens, self.config, input_ids, inputs_embeds, position_ids, past_key_values, use_cache
+        )
         rotary_positions, text_positions = self._split_positions(position_ids, inputs_embeds.shape[1])
 
         mask = create_causal_mask(
@@ -245,8 +240,7 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

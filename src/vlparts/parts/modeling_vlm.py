@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .auto_classes import add_auto_classes
 from .configuration_vlm import VisionLanguageConfig
+from .decoder_inputs import kept_states
 from .expert_parallel import check_whole_groups
 from .generation_vlm import VisionLanguageGenerationMixin
 from .multimodal_inputs import MultimodalInputsMixin
@@ -291,8 +292,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(
