@@ -257,8 +257,11 @@ def _weight_gradients(
 def _room(weight: Tensor, groups: list[list[_Piece]]) -> Tensor:
     """Room for the gradient of all experts' weights, with zeros for experts without pairs."""
     room = torch.empty_like(weight)
-    for expert in set(range(len(weight))).difference(piece.expert for group in groups for piece in group):
-        room[expert] = 0
+    start = 0
+    for expert in [*(piece.expert for group in groups for piece in group), len(weight)]:
+        if start < expert:
+            room[start:expert].zero_()
+        start = expert + 1
     return room
 
 
