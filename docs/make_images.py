@@ -16,8 +16,8 @@ from vlparts import (
     WindowFreeViTModel,
     show,
 )
+from vlparts.coordinates import Region, decode, encode
 from vlparts.parts.attention import packed_attention
-from vlparts.parts.coordinates import Region, decode, encode
 from vlparts.parts.packing import get_position_ids, plan_packing
 from vlparts.parts.positions import PositionEmbedding
 from vlparts.parts.routing import route

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 from PIL import Image
 
 from vlparts import show
-from vlparts.parts.regions import Region
+from vlparts.coordinates.regions import Region
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 BOX = Region.box(5, 10, 30, 35, "cat", score=0.5)
@@ -43,6 +43,37 @@ def test_boxes_are_drawn_where_they_are() -> None:
     legend = ax.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["predicted", "truth"]
+
+
+CORNERS = [(5.0, 30.0), (20.0, 6.0), (50.0, 12.0), (40.0, 34.0)]
+
+
+@pytest.mark.parametrize("kind", ["quad", "polygon"])
+def test_outlines_are_closed(kind: str) -> None:
+    ax = show.boxes(IMAGE, [Region(kind, tuple(CORNERS), "sign")])
+    (outline,) = ax.patches
+    assert isinstance(outline, Polygon)
+    assert outline.get_xy().tolist() == [list(corner) for corner in [*CORNERS, CORNERS[0]]]
+    assert not outline.get_fill()
+    assert [text.get_text() for text in ax.texts] == ["sign"]
+
+
+def test_a_line_runs_through_its_points() -> None:
+    ax = show.boxes(IMAGE, [], truth=[Region.line(CORNERS, "road")])
+    (line,) = ax.lines
+    assert line.get_xydata().tolist() == [list(point) for point in CORNERS]
+    assert (line.get_linestyle(), line.get_marker()) == ("--", "None")
+
+
+def test_a_track_ends_in_a_dot(tmp_path: Path) -> None:
+    ax = show.boxes(IMAGE, [Region.track(CORNERS, [0, 1, 2, 3]), Region.track(CORNERS[:1], [0])])
+    line, end, lone = ax.lines
+    assert line.get_xydata().tolist() == [list(point) for point in CORNERS]
+    assert end.get_xydata().tolist() == [list(CORNERS[-1])]
+    assert lone.get_xydata().tolist() == [list(CORNERS[0])]
+    assert line.get_markersize() < end.get_markersize() == lone.get_markersize()
+    ax.figure.savefig(tmp_path / "track.png")
+    assert_readable(tmp_path / "track.png")
 
 
 def test_pixel_edges_are_whole_numbers() -> None:

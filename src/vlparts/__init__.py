@@ -13,6 +13,8 @@ from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
+from .parts.coordinate_constraint import CoordinateLogitsProcessor
+from .parts.coordinate_tokens import CoordinateTokenIds, LocationTokens
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
@@ -26,12 +28,16 @@ from .parts.router import GroupedTopKRouter
 from .parts.router_losses import balance_loss, router_z_loss
 from .parts.router_statistics import RouterStatistics
 from .parts.thinking import ThinkingAnswer, split_thinking, split_thinking_ids, with_thinking_mode
+from .parts.tokenization_coordinates import PaddedCoordinateTokenizer
 from .registration import register_all
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoordinateLogitsProcessor",
+    "CoordinateTokenIds",
     "GroupedTopKRouter",
+    "LocationTokens",
     "MoGEConfig",
     "MoGEForCausalLM",
     "MoGEModel",
@@ -41,6 +47,7 @@ __all__ = [
     "NaViTForImageClassification",
     "NaViTImageProcessor",
     "NaViTModel",
+    "PaddedCoordinateTokenizer",
     "PanguEmbeddedConfig",
     "PanguEmbeddedForCausalLM",
     "PanguEmbeddedModel",

@@ -1,9 +1,7 @@
-"""The command line: `python -m vlparts demo | train | info`."""
+"""The command line: `python -m vlparts demo | train | coordinates | info`."""
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,19 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlparts.coordinates_command import app as coordinates_app
+from vlparts.mistakes import mistakes
+
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(coordinates_app, name="coordinates")
 console = Console()
-
-
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """End with the message alone where the user is to mend something."""
-    try:
-        yield
-    except ValueError as error:
-        message = Text.assemble(("error: ", "bold red"), str(error))
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -42,7 +33,7 @@ def demo(
     from .demo.data import Task
     from .demo.run import run_demo
 
-    with _mistakes():
+    with mistakes():
         task = Task(digits=digits)
         run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console, task=task, text=text)
 
@@ -77,7 +68,7 @@ def train(
     from .training.config import load_config
     from .training.train import train as run
 
-    with _mistakes():
+    with mistakes():
         result = run(load_config(config, changes))
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes one reports
         for reason in result.skipped:

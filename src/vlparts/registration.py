@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
@@ -25,6 +25,7 @@ from .parts.modeling_pangu_embedded import PanguEmbeddedForCausalLM, PanguEmbedd
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
 from .parts.modeling_windowfree import WindowFreeViTModel
 from .parts.processing_vlm import VisionLanguageProcessor
+from .parts.tokenization_coordinates import PaddedCoordinateTokenizer
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,20 @@ def register_part(part: Part) -> None:
         part.processor.register_for_auto_class()
 
 
+class _TokenizerConfig(PreTrainedConfig):
+    """A key for a tokenizer that belongs to no model: AutoTokenizer files classes by configuration and by name."""
+
+    model_type = "vlparts_padded_coordinates"
+
+
+def register_tokenizers() -> None:
+    """Register the tokenizer, for loading here by the name of its class and for travelling as remote code."""
+    AutoTokenizer.register(_TokenizerConfig, tokenizer_class=PaddedCoordinateTokenizer, exist_ok=True)
+    PaddedCoordinateTokenizer.register_for_auto_class()
+
+
 def register_all() -> None:
-    """Register every part of the table."""
+    """Register every part of the table, and the tokenizer."""
     for part in PARTS:
         register_part(part)
+    register_tokenizers()

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlparts.coordinates.regions import Region
 from vlparts.figures import import_matplotlib as _matplotlib
 from vlparts.figures import new_figure as _figure
 from vlparts.figures import save_figure as _save
-from vlparts.parts.regions import Region
 from vlparts.router_pictures import router_load
 
 if TYPE_CHECKING:
@@ -61,19 +61,39 @@ def _regions(regions: Iterable[Region] | None, name: str) -> list[Region]:
 def _draw_region(ax: Axes, region: Region, colour: str, line: str, above: bool) -> None:
     """Draw one region and its label, above its top left or below its bottom left corner."""
     halo = [_matplotlib("patheffects").withStroke(linewidth=3.5, foreground="white")]
-    x1, y1, x2, y2 = region.xyxy
-    if region.kind == "point":
-        (dot,) = ax.plot([x1], [y1], marker="o", markersize=7, color=colour, path_effects=halo)
-        dot.set(markeredgewidth=1.6, markerfacecolor="none" if line == "--" else colour)
+    if region.kind in ("point", "line", "track"):
+        _draw_open(ax, region, colour, line, halo)
     else:
-        patch = _matplotlib("patches").Rectangle
-        box = patch((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8, linestyle=line)
-        box.set_path_effects(halo)
-        ax.add_patch(box)
+        _draw_outline(ax, region, colour, line, halo)
     words = [region.label, None if region.score is None else f"{region.score:.2f}"]
     text = " ".join(word for word in words if word)
     if text:
         _draw_label(ax, region, text, colour, above)
+
+
+def _draw_open(ax: Axes, region: Region, colour: str, line: str, halo: list[Any]) -> None:
+    """Draw a point as a dot, a line, and a track with a small dot at each time and a large one at the end."""
+    xs, ys = ([point[axis] for point in region.points] for axis in (0, 1))
+    style: dict[str, Any] = dict(color=colour, path_effects=halo, markeredgewidth=1.6)
+    if len(xs) > 1:
+        small: dict[str, Any] = dict(marker="o", markersize=3) if region.kind == "track" else {}
+        ax.plot(xs, ys, linestyle=line, linewidth=1.8, **style, **small)
+    if region.kind != "line":
+        (dot,) = ax.plot(xs[-1:], ys[-1:], marker="o", markersize=7, **style)
+        dot.set(markerfacecolor="none" if line == "--" else colour)
+
+
+def _draw_outline(ax: Axes, region: Region, colour: str, line: str, halo: list[Any]) -> None:
+    """Draw the edges of a box, quad or polygon."""
+    patches = _matplotlib("patches")
+    style = dict(fill=False, edgecolor=colour, linewidth=1.8, linestyle=line)
+    x1, y1, x2, y2 = region.xyxy
+    if region.kind == "box":
+        patch = patches.Rectangle((x1, y1), x2 - x1, y2 - y1, **style)
+    else:
+        patch = patches.Polygon(region.points, closed=True, **style)
+    patch.set_path_effects(halo)
+    ax.add_patch(patch)
 
 
 def _draw_label(ax: Axes, region: Region, text: str, colour: str, above: bool) -> None:
@@ -83,7 +103,7 @@ def _draw_label(ax: Axes, region: Region, text: str, colour: str, above: bool) -
     inwards = y1 < MARGIN * height if above else y2 > (1 - MARGIN) * height
     upwards = above != inwards
     right = x1 > 0.75 * width
-    aside = 0 if region.kind == "box" else 7
+    aside = 7 if region.kind == "point" else 0
     ax.annotate(
         text,
         (min(x2, width) if right else max(x1, 0.0), y1 if above else y2),
@@ -135,7 +155,7 @@ def boxes(
 
     Args:
         image: A PIL image, or an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8 or of floats in [0, 1].
-        regions: Predicted regions in pixels of this image; points, boxes, labels and scores are drawn.
+        regions: Predicted regions in pixels of this image; all kinds, labels and scores are drawn.
         truth: True regions; with them comes a legend.
         title: Text above the picture.
         ax: Axes to draw into; a new figure where None.

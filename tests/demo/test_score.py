@@ -23,7 +23,8 @@ def items(tmp_path: Path, *answers: str) -> list[dict]:
 
 
 def test_a_right_answer() -> None:
-    from vlparts.parts.coordinates import Region, encode
+    from vlparts.coordinates.codec import encode
+    from vlparts.coordinates.regions import Region
 
     assert encode([Region.box(*BOX, "7")], (100, 200)) == "7 (100,100),(300,300)"
 

@@ -1,156 +1,353 @@
 """What holds for every region, image size, format and text."""
 
 import copy
+import dataclasses
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tests.coordinates.tagged_examples import FORMATS as EXAMPLES
 
-from vlparts.parts.coordinates import (
-    PADDED,
-    CoordinateError,
-    CoordinateFormat,
-    Region,
-    box_iou,
-    decode,
-    decode_array,
-    dequantize,
-    encode,
-    encode_array,
-    quantize,
-)
+import vlparts.coordinates  # noqa: F401  registers the published formats
+from vlparts.coordinates.arrays import decode_array, dequantize, encode_array, quantize
+from vlparts.coordinates.codec import CoordinateError, decode, encode
+from vlparts.coordinates.converting import convert
+from vlparts.coordinates.formats import FORMATS, CoordinateFormat
+from vlparts.coordinates.numbers import NumberRule
+from vlparts.coordinates.padded import padded_format
+from vlparts.coordinates.regions import KINDS, Region
+from vlparts.coordinates.streaming import StreamDecoder
 
-TAGGED = CoordinateFormat(label_open="<ref>", label_close="</ref>", separator=";")
-BINS = CoordinateFormat(denominator=1000, rounding="floor", separator=" | ")
-FORMATS = [
-    PADDED,
-    BINS,
-    TAGGED,
-    CoordinateFormat(levels=1024, digits=4, denominator=1023, separator=", "),
-    CoordinateFormat(levels=2, digits=1, denominator=1),
-    CoordinateFormat(denominator=1000, label_close=": "),
+PAIRS = [
+    padded_format("bins", denominator=1000, rounding="bins", separator=" | "),
+    padded_format("tagged_pairs", label_open="<ref>", label_close="</ref>", separator=";"),
+    padded_format("four_digits", levels=1024, digits=4, denominator=1023, separator=", "),
+    padded_format("two_levels", levels=2, digits=1, denominator=1),
+    padded_format("colon", denominator=1000, label_close=": "),
 ]
-formats = st.sampled_from(FORMATS)
-sides = st.integers(1, 20_000) | st.sampled_from([1, 2, 3, 997, 999, 1000, 1001, 1998, 4096])
-sizes = st.tuples(sides, sides)
+ALL: list[CoordinateFormat] = [*FORMATS.values(), *PAIRS, *EXAMPLES.values()]
+every_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
+few = settings(max_examples=25)
+
 unit = st.floats(0, 1)
-# Characters of the grammar, their look-alikes, and others.
-hostile = st.text(st.sampled_from("(),0123456789 \n;-.a<ref>/\uff08\uff09\uff0c\uff11\u0661\u3001\u2028"), max_size=60)
-unlabelled = st.none()
-labels = st.none() | hostile | st.text(max_size=12)
+# Characters of the grammars, their look-alikes, and others.
+hostile = st.text(
+    st.sampled_from(
+        "()[]{}<>/|\"':=,0123456789 \n\t;-+.eE_abclnopqstrx\uff08\uff09\uff0c\uff11\u0661\u3001\u2028\uff1c"
+    ),
+    max_size=60,
+)
+labels = st.none() | st.just("cat") | hostile | st.text(max_size=12)
 
 
 @st.composite
-def region_lists(draw: st.DrawFn, label: st.SearchStrategy[Any] = unlabelled) -> tuple[list[Region], Any]:
-    """An image size and regions inside the image."""
-    width, height = draw(sizes)
+def image_sizes(draw: st.DrawFn) -> tuple[int, int]:
+    """Sides from 1 to 100,000 with an aspect of up to 1000:1."""
+    side = draw(
+        st.integers(1, 100_000) | st.sampled_from([1, 2, 3, 27, 28, 997, 999, 1000, 1001, 1998, 4096, 100_000])
+    )
+    other = draw(st.integers(-(-side // 1000), side) | st.just(-(-side // 1000)))
+    return (side, other) if draw(st.booleans()) else (other, side)
+
+
+def known(fmt: CoordinateFormat, size: tuple[int, int]) -> bool:
+    """Whether the format has a frame for images of this size; where not, both ways say so."""
+    try:
+        fmt.frame(size)
+    except ValueError:
+        with pytest.raises(CoordinateError, match=r"has no frame for image_size"):
+            encode([sample(fmt, fmt.kinds[0])], size, fmt, on_outside="clamp")
+        return False
+    return True
+
+
+def sample(fmt: CoordinateFormat, kind: str, label: str | None = None) -> Region:
+    """A region of this kind inside an image of 1000 pixels."""
+    points = [(100.0 + 37 * index, 120.0 + 59 * index) for index in range(KINDS[kind][0])]
+    return Region(kind, tuple(points), label, times=(0.5,) if kind == "track" else ())
+
+
+@cache
+def writable_label(fmt: CoordinateFormat, kind: str) -> str | None:
+    """A label with which the format can write this kind: none, where it may be left out."""
+    try:
+        encode([sample(fmt, kind)], (1000, 1000), fmt)
+    except CoordinateError:
+        encode([sample(fmt, kind, "cat")], (1000, 1000), fmt)
+        return "cat"
+    return None
+
+
+@st.composite
+def region_lists(draw: st.DrawFn, fmt: CoordinateFormat, size: tuple[int, int], most: int = 4) -> list[Region]:
+    """Regions of one kind inside an image, in a form that the format can write."""
+    kind = draw(st.sampled_from(fmt.kinds))
+    label = writable_label(fmt, kind)
     regions = []
-    for _ in range(draw(st.integers(0, 5))):
-        xs = sorted(min(draw(unit) * width, width) for _ in range(2))
-        ys = sorted(min(draw(unit) * height, height) for _ in range(2))
-        if draw(st.booleans()):
-            regions.append(Region.box(xs[0], ys[0], xs[1], ys[1], draw(label)))
-        else:
-            regions.append(Region.point(xs[0], ys[0], draw(label)))
-    return regions, (width, height)
+    for _ in range(draw(st.integers(0, most))):
+        least, upper = KINDS[kind]
+        count = draw(st.integers(least, upper or least + 3))
+        xs, ys = ([min(draw(unit) * side, side) for _ in range(count)] for side in size)
+        if kind == "box":
+            xs, ys = sorted(xs), sorted(ys)
+        times = tuple(0.5 * index for index in range(count)) if kind == "track" else ()
+        regions.append(Region(kind, tuple(zip(xs, ys, strict=True)), label, times=times))
+    return regions
 
 
-def quantum(fmt: CoordinateFormat, side: int) -> float:
-    """The documented bound of the error on one side, in pixels."""
-    at_the_edge = fmt.rounding == "round" and fmt.denominator >= fmt.levels
-    return side / fmt.denominator * (1.0 if at_the_edge else 0.5) * (1 + 1e-9)
+def written(regions: list[Region], size: tuple[int, int], fmt: CoordinateFormat) -> str:
+    """Encode regions; those that the format refuses to write in a row are written alone."""
+    try:
+        return encode(regions, size, fmt)
+    except CoordinateError:
+        assert len(regions) > 1
+        return encode(regions[:1], size, fmt)
 
 
-@given(side=sides, fmt=formats)
-def test_codes_survive(side: int, fmt: CoordinateFormat) -> None:
-    codes = np.arange(fmt.levels)
-    pixels = dequantize(codes, side, fmt)
-    assert (pixels >= 0).all()
-    assert (pixels <= side).all()
-    np.testing.assert_array_equal(quantize(pixels, side, fmt), codes)
+def quanta(fmt: CoordinateFormat, size: tuple[int, int]) -> np.ndarray:
+    """The documented bound of the error of x and y, in pixels of the original image."""
+    frame = fmt.frame(size)
+    bounds = fmt.numbers.error_bound(frame.size)
+    return (
+        np.array([float(bound / scale) for bound, scale in zip(bounds, frame.scale, strict=True)]) * (1 + 1e-6) + 1e-9
+    )
 
 
-@given(side=sides, fmt=formats, values=st.lists(unit, min_size=2, max_size=20))
-def test_pixels_move_by_half_a_step_at_most_and_keep_their_order(
-    side: int, fmt: CoordinateFormat, values: list[float]
-) -> None:
+@every_format
+@given(data=st.data(), size=image_sizes())
+@few
+def test_regions_come_back_close_and_their_codes_exactly(fmt: CoordinateFormat, data: Any, size: Any) -> None:
+    """P1, P2, P3 and P4: codes stay, pixels move by the bound at most, boxes stay in order, text is read back."""
+    if not known(fmt, size):
+        return
+    regions = data.draw(region_lists(fmt, size))
+    text = written(regions, size, fmt)
+    result = decode(text, size, fmt)
+    assert len(result.regions) in (len(regions), 1)
+    for got, region in zip(result.regions, regions, strict=False):
+        assert (got.kind, got.label) == (region.kind, region.label)
+        assert (np.abs(np.array(got.points) - np.array(region.points)) <= quanta(fmt, size)).all()
+        assert (np.array(got.points) >= 0).all()
+        assert (np.array(got.points) <= size).all()
+    assert written(list(result.regions), size, fmt) == text
+
+
+rules = pytest.mark.parametrize(
+    "fmt", [fmt for fmt in ALL if isinstance(fmt.numbers, NumberRule)], ids=lambda fmt: fmt.name
+)
+
+
+@rules
+@given(side=st.integers(1, 100_000), values=st.lists(unit, min_size=2, max_size=20))
+@few
+def test_order_is_kept_and_codes_are_fixed_points(fmt: CoordinateFormat, side: int, values: list[float]) -> None:
     pixels = np.sort(np.minimum(np.array(values) * side, side))
     codes = quantize(pixels, side, fmt)
     assert (np.diff(codes) >= 0).all()
-    assert (np.abs(dequantize(codes, side, fmt) - pixels) <= quantum(fmt, side)).all()
+    read = dequantize(codes, side, fmt)
+    assert ((read >= 0) & (read <= side)).all()
+    np.testing.assert_array_equal(quantize(read, side, fmt), codes)
+    assert isinstance(fmt.numbers, NumberRule)
+    every = np.arange(fmt.numbers.last(side) + 1)
+    np.testing.assert_array_equal(quantize(dequantize(every, side, fmt), side, fmt), every)
 
 
-@given(drawn=region_lists(), fmt=formats)
-def test_regions_come_back_close_and_in_order(
-    drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat
-) -> None:
-    regions, size = drawn
-    text = encode(regions, size, fmt)
-    result = decode(text, size, fmt)
-    assert [region.kind for region in result.regions] == [region.kind for region in regions]
-    for got, region in zip(result.regions, regions, strict=True):
-        distance = np.abs(np.array(got.points) - np.array(region.points))
-        assert (distance <= [quantum(fmt, side) for side in size]).all()
-    assert encode(result.regions, size, fmt) == text
+@rules
+@given(bad=st.sampled_from([np.nan, np.inf, -np.inf, -0.5, True]), side=st.integers(1, 100_000))
+@few
+def test_what_is_no_place_is_refused(fmt: CoordinateFormat, bad: Any, side: int) -> None:
+    with pytest.raises(ValueError, match="values must"):
+        quantize([bad], side, fmt)
 
 
-@given(drawn=region_lists(labels), fmt=formats)
-def test_a_label_comes_back_or_is_refused(drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat) -> None:
-    regions, size = drawn
+@every_format
+@given(data=st.data(), label=labels)
+@few
+def test_a_label_comes_back_or_is_refused(fmt: CoordinateFormat, data: Any, label: str | None) -> None:
+    regions = [dataclasses.replace(one, label=label) for one in data.draw(region_lists(fmt, (640, 480)))]
     try:
-        text = encode(regions, size, fmt)
-    except CoordinateError as error:
-        refused = str(error)
-    else:
-        refused = ""
-    if refused:
-        assert any(region.label is not None for region in regions)
-        assert "might be read back as" in refused
+        text = encode(regions, (640, 480), fmt)
+    except CoordinateError:
+        assert regions
         return
-    result = decode(text, size, fmt)
-    assert [region.label for region in result.regions] == [region.label for region in regions]
-    assert [region.kind for region in result.regions] == [region.kind for region in regions]
-    assert encode(result.regions, size, fmt) == text
+    result = decode(text, (640, 480), fmt)
+    assert [(one.kind, one.label) for one in result.regions] == [(one.kind, one.label) for one in regions]
 
 
-@given(text=hostile | st.text(), fmt=formats, size=sizes)
-def test_any_text_gives_regions_or_the_error(text: str, fmt: CoordinateFormat, size: tuple[int, int]) -> None:
+@st.composite
+def broken(draw: st.DrawFn, fmt: CoordinateFormat) -> str:
+    """A valid text with pieces cut out, doubled or put in."""
+    text = written(draw(region_lists(fmt, (640, 480))), (640, 480), fmt)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(text)))
+        end = draw(st.integers(start, min(len(text), start + 30)))
+        piece = draw(hostile.map(lambda value: value[:8]) | st.just("") | st.just(text[start:end] * 2))
+        text = text[:start] + piece + text[end:]
+    return text
+
+
+@every_format
+@given(data=st.data())
+@settings(max_examples=60)
+def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -> None:
+    """P7."""
+    text = data.draw(hostile | st.text() | broken(fmt) | broken(fmt))
+    size = data.draw(st.sampled_from([(640, 480), (1, 1), (56, 5600)]))
     collected = decode(text, size, fmt, on_error="collect")
     assert decode(text, size, fmt, on_error="skip").regions == collected.regions
     positions = [error.position for error in collected.errors]
-    assert positions == sorted(set(positions))
-    assert all(text[position] in "(\uff08" for position in positions)
+    assert positions == sorted(positions)
+    assert all(0 <= position <= len(text) for position in positions)
+    assert list(collected.spans) == sorted(collected.spans)
+    for region, (start, end) in zip(collected.regions, collected.spans, strict=True):
+        assert 0 <= start < end <= len(text)
+        assert (
+            Region(region.kind, region.points, region.label, None, region.image, region.identity, region.times)
+            == region
+        )
     if positions:
         with pytest.raises(CoordinateError) as caught:
             decode(text, size, fmt)
         assert caught.value.position == positions[0]
     else:
         assert decode(text, size, fmt) == collected
+    clamped = decode(text, size, fmt, on_error="collect", on_outside="clamp")
+    assert len(clamped.errors) <= len(positions)
+    assert len(clamped.regions) >= len(collected.regions)
 
 
-@given(text=hostile, fmt=formats, size=sizes)
-def test_spans_hold_the_regions(text: str, fmt: CoordinateFormat, size: tuple[int, int]) -> None:
-    text = f"{text} (000,000) {text}{fmt.separator}(0,0)\n(001,001),(001,001)"
-    result = decode(text, size, fmt, on_error="collect")
-    assert list(result.spans) == sorted(result.spans)
-    for region, (start, end) in zip(result.regions, result.spans, strict=True):
-        (alone,) = decode(text[start:end], size, fmt).regions
-        assert (alone.kind, alone.points) == (region.kind, region.points)
+@every_format
+@given(data=st.data())
+@few
+def test_a_stream_gives_what_the_whole_gives(fmt: CoordinateFormat, data: Any) -> None:
+    text = data.draw(
+        broken(fmt) | region_lists(fmt, (640, 480)).map(lambda regions: written(regions, (640, 480), fmt))
+    )
+    whole = decode(text, (640, 480), fmt, on_error="collect")
+    decoder, regions, start = StreamDecoder((640, 480), fmt), [], 0
+    while start < len(text):
+        end = start + data.draw(st.integers(1, 12))
+        regions += decoder.feed(text[start:end])
+        assert tuple(regions) == whole.regions[: len(regions)]
+        start = end
+    regions += decoder.close()
+    assert (tuple(regions), decoder.errors) == (whole.regions, whole.errors)
 
 
-@given(
-    drawn=region_lists(st.none() | st.just("cat")),
-    # A cut after the comma of a separator ", " cannot be told from a cut inside a box.
-    fmt=st.sampled_from([fmt for fmt in FORMATS if not fmt.separator.startswith(",")]),
-    data=st.data(),
-)
-def test_a_cut_text_gives_the_regions_before_the_cut(
-    drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat, data: st.DataObject
+@every_format
+@given(data=st.data(), size=image_sizes())
+@few
+def test_from_one_format_to_another_and_back(fmt: CoordinateFormat, data: Any, size: tuple[int, int]) -> None:
+    """P5."""
+    other = data.draw(st.sampled_from([one for one in ALL if set(one.kinds) & set(fmt.kinds)]))
+    assume(known(fmt, size) and known(other, size))
+    read = decode(written(data.draw(region_lists(fmt, size, 1)), size, fmt), size, fmt).regions
+    start = tuple(dataclasses.replace(one, identity=None) for one in read)
+    assume(all(region.kind in other.kinds for region in start))
+    try:
+        text = encode(start, size, other)
+    except CoordinateError:  # a label where the other takes none, or none where it needs one
+        start = tuple(dataclasses.replace(one, label=writable_label(other, one.kind)) for one in start)
+        text = encode(start, size, other)
+    there = decode(text, size, other).regions
+    for got, region in zip(there, start, strict=True):
+        distance = np.abs(np.array(got.points) - np.array(region.points))
+        assert (distance <= quanta(other, size)).all()
+    back = [dataclasses.replace(one, label=writable_label(fmt, one.kind), identity=None) for one in there]
+    for got, region in zip(decode(encode(back, size, fmt), size, fmt).regions, start, strict=True):
+        distance = np.abs(np.array(got.points) - np.array(region.points))
+        assert (distance <= quanta(fmt, size) + quanta(other, size)).all()
+
+
+@every_format
+@given(data=st.data(), before=hostile, after=hostile)
+@few
+def test_converting_to_the_same_format_changes_no_region(
+    fmt: CoordinateFormat, data: Any, before: str, after: str
 ) -> None:
-    regions, size = drawn
-    text = encode(regions, size, fmt)
+    size = (640, 480)
+    text = written(data.draw(region_lists(fmt, size)), size, fmt)
+    assert decode(convert(text, fmt, fmt, size), size, fmt).regions == decode(text, size, fmt).regions
+    whole = f"{before}\n{text}\n{after}"
+    try:
+        changed = convert(whole, fmt, fmt, size, on_error="keep")
+    except CoordinateError:  # what stands around made a label that cannot be written
+        return
+    assert bool(changed) == bool(whole)
+
+
+@every_format
+@given(data=st.data())
+@few
+def test_one_by_one_equals_together(fmt: CoordinateFormat, data: Any) -> None:
+    """P10."""
+    size = (640, 480)
+    regions = data.draw(region_lists(fmt, size))
+    together = decode(written(regions, size, fmt), size, fmt).regions
+    alone = [decode(encode([region], size, fmt), size, fmt).regions[0] for region in regions[: len(together)]]
+    strip = [dataclasses.replace(one, identity=None) for one in together]
+    assert strip == [dataclasses.replace(one, identity=None) for one in alone]
+    boxes = [region.xyxy for region in regions if region.kind == "box" and region.label is None]
+    if boxes:
+        texts = [encode([Region.box(*box)], size, fmt) for box in boxes]
+        assert encode_array(boxes, size, fmt).tolist() == [text.encode() for text in texts]
+        expected = [list(decode(text, size, fmt).regions[0].xyxy) for text in texts]
+        assert decode_array(texts, size, fmt).tolist() == expected
+
+
+@every_format
+@given(data=st.data(), shift=st.floats(-1e6, 1e6))
+@few
+def test_clamp_and_skip_need_no_more_room(fmt: CoordinateFormat, data: Any, shift: float) -> None:
+    size = (640, 480)
+    moved = [
+        dataclasses.replace(one, points=tuple((x + shift, y) for x, y in one.points))
+        for one in data.draw(region_lists(fmt, size, 1))
+    ]
+    inside = [region for region in moved if region.xyxy[0] >= 0 and region.xyxy[2] <= size[0]]
+    assert encode(moved, size, fmt, on_outside="skip") == encode(inside, size, fmt)
+    clamped = decode(encode(moved, size, fmt, on_outside="clamp"), size, fmt).regions
+    for got, region in zip(clamped, moved, strict=True):
+        expected = np.clip(np.array(region.points), 0, size)
+        assert (np.abs(np.array(got.points) - expected) <= quanta(fmt, size)).all()
+    if len(inside) < len(moved):
+        with pytest.raises(CoordinateError, match="leaves the image"):
+            encode(moved, size, fmt)
+
+
+@every_format
+@given(data=st.data())
+@few
+def test_inputs_are_left_alone(fmt: CoordinateFormat, data: Any) -> None:
+    """P9."""
+    size = (640, 480)
+    regions = data.draw(region_lists(fmt, size, 1))
+    kept = copy.deepcopy(regions)
+    written(regions, size, fmt)
+    assert regions == kept
+    boxes = np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 640.0, 480.0]])
+    before = boxes.copy()
+    boxes.flags.writeable = False
+    if isinstance(fmt.numbers, NumberRule):
+        codes = quantize(boxes.reshape(-1, 2, 2), size, fmt)
+        codes.flags.writeable = False
+        dequantize(codes, size, fmt)
+    if "box" in fmt.kinds and writable_label(fmt, "box") is None:
+        decode_array(encode_array(boxes, size, fmt), size, fmt)
+    np.testing.assert_array_equal(boxes, before)
+
+
+padded = pytest.mark.parametrize("fmt", [FORMATS["openpangu"], *PAIRS[:2], *PAIRS[3:]], ids=lambda fmt: fmt.name)
+
+
+@padded
+@given(data=st.data(), size=image_sizes())
+def test_a_cut_text_gives_the_regions_before_the_cut(fmt: CoordinateFormat, data: Any, size: tuple[int, int]) -> None:
+    # A cut after the comma of a separator ", " cannot be told from a cut inside a box: such a format is left out.
+    text = encode(data.draw(region_lists(fmt, size)), size, fmt)
     whole = decode(text, size, fmt)
     cut = data.draw(st.integers(0, len(text)))
     result = decode(text[:cut], size, fmt, on_error="collect")
@@ -166,69 +363,13 @@ def test_a_cut_text_gives_the_regions_before_the_cut(
         assert [error.position for error in result.errors] == [start for start, _ in begun]
 
 
-@given(drawn=region_lists(), fmt=formats)
-def test_one_by_one_equals_together(drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat) -> None:
-    regions, size = drawn
-    assert encode(regions, size, fmt) == fmt.separator.join(encode([region], size, fmt) for region in regions)
-    boxes = [region.xyxy for region in regions if region.kind == "box"]
-    texts = [encode([Region.box(*box)], size, fmt) for box in boxes]
-    assert encode_array(boxes, size, fmt) == texts
-    expected = [list(decode(text, size, fmt).regions[0].xyxy) for text in texts]
-    assert decode_array(texts, size, fmt).tolist() == expected
-
-
-@given(drawn=region_lists(), fmt=formats, shift=st.floats(-1e6, 1e6))
-def test_clamp_and_skip_need_no_more_room(
-    drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat, shift: float
-) -> None:
-    regions, size = drawn
-    moved = [Region(region.kind, tuple((x + shift, y) for x, y in region.points)) for region in regions]
-    inside = [region for region in moved if region.xyxy[0] >= 0 and region.xyxy[2] <= size[0]]
-    assert encode(moved, size, fmt, on_outside="skip") == encode(inside, size, fmt)
-    clamped = decode(encode(moved, size, fmt, on_outside="clamp"), size, fmt).regions
-    for got, region in zip(clamped, moved, strict=True):
-        expected = np.clip(np.array(region.points), 0, size)
-        assert (np.abs(np.array(got.points) - expected) <= [quantum(fmt, side) for side in size]).all()
-    if len(inside) < len(moved):
-        with pytest.raises(CoordinateError, match="leaves the image"):
-            encode(moved, size, fmt)
-
-
-@given(drawn=region_lists(), first=st.sampled_from(FORMATS[:3]), second=st.sampled_from(FORMATS[:3]))
-def test_from_one_format_to_another_and_back(
-    drawn: tuple[list[Region], tuple[int, int]], first: CoordinateFormat, second: CoordinateFormat
-) -> None:
-    regions, size = drawn
-    start = decode(encode(regions, size, first), size, first).regions
-    there = decode(encode(start, size, second), size, second).regions
-    back = decode(encode(there, size, first), size, first).regions
-    for got, region in zip(back, start, strict=True):
-        room = [quantum(first, side) + quantum(second, side) for side in size]
-        assert (np.abs(np.array(got.points) - np.array(region.points)) <= room).all()
-
-
-@given(drawn=region_lists(), fmt=formats)
-def test_inputs_are_left_alone(drawn: tuple[list[Region], tuple[int, int]], fmt: CoordinateFormat) -> None:
-    regions, size = drawn
-    kept = copy.deepcopy(regions)
-    boxes = np.array([region.xyxy for region in regions], dtype=np.float64).reshape(-1, 4)
-    before = boxes.copy()
-    boxes.flags.writeable = False
-    encode(regions, size, fmt, on_outside="clamp")
-    codes = quantize(boxes.reshape(-1, 2, 2), size, fmt)
-    codes.flags.writeable = False
-    dequantize(codes, size, fmt)
-    decode_array(encode_array(boxes, size, fmt), size, fmt)
-    box_iou(boxes, boxes)
-    assert regions == kept
-    np.testing.assert_array_equal(boxes, before)
-
-
-@given(drawn=region_lists())
-def test_iou_is_symmetric_bounded_and_one_with_itself(drawn: tuple[list[Region], tuple[int, int]]) -> None:
-    boxes = np.array([region.xyxy for region in drawn[0]]).reshape(-1, 4)
-    iou = box_iou(boxes, boxes)
-    np.testing.assert_allclose(iou, iou.T, rtol=1e-12)
-    assert ((iou >= 0) & (iou <= 1 + 1e-12)).all()
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    np.testing.assert_array_equal(np.diag(iou), (area > 0).astype(float))
+@padded
+@given(text=hostile, size=image_sizes())
+@example(text=" (001,", size=(1, 1))
+def test_spans_hold_the_regions(fmt: CoordinateFormat, text: str, size: tuple[int, int]) -> None:
+    text = f"{text} (000,000) {text}{fmt.separator}(0,0)\n(001,001),(001,001)"
+    result = decode(text, size, fmt, on_error="collect")
+    for region, (start, end) in zip(result.regions, result.spans, strict=True):
+        (alone,) = decode(text[start:end], size, fmt).regions
+        assert (alone.kind, alone.points) == (region.kind, region.points)
+    assert all(text[error.position] in "(\uff08" for error in result.errors)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.tiny import picture
 from tests.training.making import TOKENIZERS, processor_for, save
-from vlparts.parts.coordinates import decode
+from vlparts.coordinates.codec import decode
 from vlparts.training.encoding import IGNORE, Sample, SampleEncoder, load_image
 from vlparts.training.records import Record
 

@@ -140,7 +140,8 @@ def test_it_learns_one_small_batch_by_heart_and_answers(tmp_path: Path) -> None:
 
 def answer_of(row: dict[str, Any]) -> str:
     """The answer of a record, its region written by the format itself."""
-    from vlparts.parts.coordinates import Region, encode
+    from vlparts.coordinates.codec import encode
+    from vlparts.coordinates.regions import Region
 
     content = row["messages"][1]["content"]
     if isinstance(content, str):

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..parts.coordinates import decode, encode
-from ..parts.regions import Region, box_iou
+from ..coordinates.codec import decode, encode
+from ..coordinates.overlap import box_iou
+from ..coordinates.regions import Region
 
 
 @dataclass(frozen=True)

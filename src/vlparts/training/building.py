@@ -11,11 +11,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..composition import compose, compose_processor
-from ..parts.coordinates import encode
+from ..coordinates.codec import encode
+from ..coordinates.regions import Region
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.part_table import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
-from ..parts.regions import Region
 from .config import TrainConfig
 from .presets import config_from_preset, preset_names
 from .records import RecordFile, RegionBlock, TextBlock

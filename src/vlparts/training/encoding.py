@@ -12,8 +12,8 @@ from jinja2.exceptions import TemplateError
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..parts.coordinate_formats import get_format
-from ..parts.coordinates import encode
+from ..coordinates.codec import encode
+from ..coordinates.formats import get_format
 from ..parts.images import to_rgb
 from ..parts.processing_vlm import VisionLanguageProcessor
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..parts.regions import Region
+from ..coordinates.regions import Region
 
 
 class RecordError(ValueError):

@@ -1,4 +1,4 @@
-"""Regions and the overlap of boxes."""
+"""Regions: what they hold and what they refuse."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlparts.parts.regions import Region, box_iou
+from vlparts.coordinates.regions import KINDS, Region, check_boxes
 
 
 def test_a_box_holds_floats_in_order() -> None:
@@ -17,7 +17,7 @@ def test_a_box_holds_floats_in_order() -> None:
     assert box.points == ((1.0, 2.0), (3.5, 4.0))
     assert all(type(value) is float for point in box.points for value in point)
     assert box.xyxy == (1.0, 2.0, 3.5, 4.0)
-    assert (box.label, box.score) == ("cat", 0.5)
+    assert (box.label, box.score, box.image, box.identity, box.times) == ("cat", 0.5, 0, None, ())
 
 
 def test_a_point_is_its_own_bounds() -> None:
@@ -58,10 +58,23 @@ def test_a_box_of_zero_area_is_allowed() -> None:
         (lambda: Region("point", ((1.0, 2.0, 3.0),)), "got 3 values"),  # type: ignore[arg-type]
         (lambda: Region("point", (1.0, 2.0)), r"points\[0\] must be an \(x, y\) pair"),  # type: ignore[arg-type]
         (lambda: Region("point", "ab"), "points must be a sequence"),  # type: ignore[arg-type]
-        (lambda: Region("line", ((1.0, 2.0),)), r"kind must be one of \['box', 'point'\], got 'line'"),
+        (lambda: Region("blob", ((1.0, 2.0),)), r"kind must be one of \['box', 'line', .*\], got 'blob'"),
         (lambda: Region(["box"], ((1.0, 2.0),)), "kind must be one of"),  # type: ignore[arg-type]
         (lambda: Region.point(1, 2, label=3), "label must be a str or None, got 3"),  # type: ignore[arg-type]
         (lambda: Region.point(1, 2, score=math.nan), "score must be finite"),
+        (lambda: Region.quad([(0, 0)] * 3), r"a quad has 4 point\(s\), got 3"),
+        (lambda: Region.quad([(0, 0)] * 5), r"a quad has 4 point\(s\), got 5"),
+        (lambda: Region.polygon([(0, 0)] * 2), r"a polygon has at least 3 point\(s\), got 2"),
+        (lambda: Region.line([(0, 0)]), r"a line has at least 2 point\(s\), got 1"),
+        (lambda: Region.track([], []), r"a track has at least 1 point\(s\), got 0"),
+        (lambda: Region.track([(0, 0)], []), r"got 0 times for 1 point\(s\)"),
+        (lambda: Region.track([(0, 0)], [math.inf]), r"times\[0\] must be finite"),
+        (lambda: Region.track([(0, 0), (1, 1)], [2, 1.5]), r"times must not fall: times\[1\] \(1.5\) follows 2"),
+        (lambda: Region("box", ((0, 0), (1, 1)), times=(1.0, 2.0)), "times belong to a track, got 2 with a box"),
+        (lambda: Region("point", ((0, 0),), times=1.0), "times must be a sequence"),  # type: ignore[arg-type]
+        (lambda: Region.point(1, 2, image=-1), "image must be an integer of at least 0, got -1"),
+        (lambda: Region.point(1, 2, image=True), "image must be an integer of at least 0, got True"),
+        (lambda: Region.point(1, 2, identity=1.5), "identity must be an integer"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_regions_are_refused(make: Any, message: str) -> None:
@@ -69,47 +82,37 @@ def test_bad_regions_are_refused(make: Any, message: str) -> None:
         make()
 
 
-def iou_of_pixels(a: list[int], b: list[int]) -> float:
-    """Count unit pixels: slow and obvious, for small integer boxes."""
-    cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]
-    union = len(cells[0] | cells[1])
-    return len(cells[0] & cells[1]) / union if union else 0.0
+CORNERS = [(1, 2), (5, 0), (6, 4), (2, 7)]
 
 
-def test_iou_counts_pixels() -> None:
-    corners = np.sort(np.random.default_rng(0).integers(0, 12, (40, 2, 2)), axis=1).reshape(-1, 4)
-    a, b = corners[:25], corners[25:]
-    expected = [[iou_of_pixels(first, second) for second in b.tolist()] for first in a.tolist()]
-    got = box_iou(a, b)
-    assert got.shape == (25, 15)
-    assert got.dtype == np.float64
-    np.testing.assert_allclose(got, expected, rtol=1e-15)
-    assert 0 < np.count_nonzero(got) < got.size
+@pytest.mark.parametrize("kind", ["quad", "polygon", "line"])
+def test_many_points(kind: str) -> None:
+    region = getattr(Region, kind)(CORNERS, "sign", 0.25, image=np.int64(2), identity=7)
+    assert region == Region(kind, tuple(CORNERS), "sign", 0.25, 2, 7)
+    assert region.xyxy == (1.0, 0.0, 6.0, 7.0)
+    assert type(region.image) is int
 
 
-def test_iou_of_empty_boxes_is_zero() -> None:
-    assert box_iou([[1, 1, 1, 5]], [[1, 1, 1, 5], [0, 0, 9, 9]]).tolist() == [[0.0, 0.0]]
+def test_a_track_has_times_that_may_stand_still() -> None:
+    track = Region.track(CORNERS[:3], [0, 0.5, 0.5], identity=3)
+    assert track.times == (0.0, 0.5, 0.5)
+    assert track.points == ((1.0, 2.0), (5.0, 0.0), (6.0, 4.0))
+    assert track.identity == 3
 
 
-@pytest.mark.parametrize("nothing", [[], np.zeros((0, 4))])
-def test_iou_with_no_boxes(nothing: Any) -> None:
-    assert box_iou(nothing, [[0, 0, 1, 1]]).shape == (0, 1)
-    assert box_iou([[0, 0, 1, 1]], nothing).shape == (1, 0)
+def test_every_kind_has_a_constructor() -> None:
+    assert all(hasattr(Region, kind) for kind in KINDS)
 
 
-@pytest.mark.parametrize(
-    ("a", "message"),
-    [
-        ([0, 0, 1, 1], r"a must be an \(n, 4\) array of numbers, got shape \(4,\)"),
-        ([[0, 0, 1]], r"got shape \(1, 3\)"),
-        (np.zeros((0, 3)), r"got shape \(0, 3\)"),
-        ([[0, 0, 1, 1], [0, 0, 1]], r"a must be an \(n, 4\) array of numbers"),
-        ([["0", "0", "1", "1"]], "a must be an .* dtype"),
-        (np.zeros((1, 4), dtype=bool), "dtype bool"),
-        ([[0, 0, 1, 1], [0, 0, math.nan, 1]], r"a\[1\] must be finite"),
-        ([[0, 0, 1, 1], [2, 0, 1, 1]], r"a\[1\] must have x1 <= x2 and y1 <= y2"),
-    ],
-)
-def test_bad_boxes_are_refused(a: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        box_iou(a, [[0, 0, 1, 1]])
+def test_an_unchecked_region_is_the_same() -> None:
+    made = Region._unchecked("track", ((1.0, 2.0),), "x", 1, 2, (3.0,))
+    assert made == Region.track([(1, 2)], [3], "x", image=1, identity=2)
+    assert hash(made) == hash(Region.track([(1, 2)], [3], "x", image=1, identity=2))
+    assert repr(made).startswith("Region(kind='track'")
+
+
+def test_checked_boxes_are_a_copy() -> None:
+    given = np.array([[0.0, 1.0, 2.0, 3.0]])
+    checked = check_boxes(given, "given")
+    checked += 1
+    assert given.tolist() == [[0, 1, 2, 3]]

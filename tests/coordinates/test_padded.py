@@ -1,28 +1,17 @@
-"""Regions to text and back."""
+"""Zero-padded pairs: every old behaviour of the default format."""
 
-import importlib.util
-import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vlparts.parts import coordinates
-from vlparts.parts.coordinates import (
-    PADDED,
-    CoordinateError,
-    CoordinateFormat,
-    Region,
-    decode,
-    decode_array,
-    encode,
-    encode_array,
-)
+from vlparts.coordinates.codec import CoordinateError, DecodeResult, decode, encode
+from vlparts.coordinates.grammar import Coded
+from vlparts.coordinates.padded import PADDED, PairGrammar, padded_format
+from vlparts.coordinates.regions import Region
 
 SIZE = (999, 999)  # one code per pixel
-TAGGED = CoordinateFormat(label_open="<ref>", label_close="</ref>", separator=";")
+TAGGED = padded_format(label_open="<ref>", label_close="</ref>", separator=";")
 
 
 def read(text: str, **options: Any) -> list[tuple[str, tuple[float, ...], str | None]]:
@@ -46,7 +35,7 @@ def test_other_formats_write_their_own_pieces() -> None:
     text = encode(regions, SIZE, TAGGED)
     assert text == "<ref>a, b</ref>(001,002),(003,004);(005,006)"
     assert decode(text, SIZE, TAGGED).regions == tuple(regions)
-    four = CoordinateFormat(levels=1024, digits=4, denominator=1023)
+    four = padded_format(levels=1024, digits=4, denominator=1023)
     assert encode([Region.point(1023, 3)], (1023, 1023), four) == "(1023,0003)"
 
 
@@ -57,26 +46,6 @@ def test_no_regions_are_no_text() -> None:
 
 def test_regions_may_be_an_iterator() -> None:
     assert encode(iter([Region.point(1, 2)]), SIZE) == "(001,002)"
-
-
-OUTSIDE = [Region.point(1, 2, "in"), Region.box(-5, 10, 20, 2000, "out"), Region.box(-9, -9, -1, -1)]
-
-
-def test_a_region_outside_is_an_error() -> None:
-    message = r"regions\[1\] .* leaves the image of size \(999, 999\); on_outside='clamp'"
-    with pytest.raises(CoordinateError, match=message) as caught:
-        encode(OUTSIDE, SIZE)
-    assert caught.value.position is None
-
-
-def test_clamp_moves_to_the_edge() -> None:
-    text = encode(OUTSIDE, SIZE, on_outside="clamp")
-    assert text == "in (001,002)\nout (000,010),(020,999)\n(000,000),(000,000)"
-
-
-def test_skip_leaves_out() -> None:
-    assert encode(OUTSIDE, SIZE, on_outside="skip") == "in (001,002)"
-    assert encode(OUTSIDE[1:], SIZE, on_outside="skip") == ""
 
 
 @pytest.mark.parametrize(
@@ -136,7 +105,7 @@ def test_a_label_needs_its_marks() -> None:
 
 
 def test_a_separator_may_begin_with_a_comma() -> None:
-    listed = CoordinateFormat(separator=", ")
+    listed = padded_format(separator=", ")
     text = encode([Region.point(1, 2), Region.box(3, 4, 5, 6), Region.point(7, 8, "x")], SIZE, listed)
     assert text == "(001,002), (003,004),(005,006), x (007,008)"
     assert [kind for kind, *_ in read(text, format=listed)] == ["point", "box", "point"]
@@ -189,7 +158,7 @@ def test_broken_coordinates_are_errors(text: str, position: int, reason: str) ->
         decode(text, SIZE)
     assert caught.value.position == position
     assert f"position {position}: " in str(caught.value)
-    assert decode(text, SIZE, on_error="skip") == coordinates.DecodeResult((), ())
+    assert decode(text, SIZE, on_error="skip") == DecodeResult((), ())
     result = decode(text, SIZE, on_error="collect")
     assert result.regions == ()
     assert [error.position for error in result.errors] == [position]
@@ -209,7 +178,7 @@ def test_good_regions_around_an_error_are_kept() -> None:
 
 
 def test_codes_above_the_levels_are_errors() -> None:
-    percent = CoordinateFormat(levels=101, denominator=100)
+    percent = padded_format(levels=101, denominator=100)
     assert decode("(100,000)", SIZE, percent).regions == (Region.point(999, 0),)
     with pytest.raises(CoordinateError, match=r"'\(101,000\)' holds a code above 100"):
         decode("(101,000)", SIZE, percent)
@@ -249,91 +218,56 @@ def test_reading_is_linear(piece: str) -> None:
         assert decode(text, SIZE, fmt, on_error="skip").regions in ((), (Region.point(1, 2),))
 
 
-def test_arrays_give_the_texts_of_single_boxes() -> None:
-    size = (640, 427)
-    corners = np.sort(np.random.default_rng(0).uniform(0, 1, (50, 2, 2)) * size, axis=1)
-    boxes = corners.reshape(-1, 4)
-    texts = encode_array(boxes, size)
-    assert texts == [encode([Region.box(*box)], size) for box in boxes.tolist()]
-    read_back = [decode(text, size).regions[0].xyxy for text in texts]
-    assert decode_array(texts, size).tolist() == [list(box) for box in read_back]
-
-
-def test_arrays_may_be_empty() -> None:
-    assert encode_array([], SIZE) == []
-    assert decode_array([], SIZE).shape == (0, 4)
-
-
 @pytest.mark.parametrize(
-    "bad",
+    ("changes", "message"),
     [
-        "(001,002)",
-        "(001,002),(003,004)\n",
-        "(001,002).(003,004)",
-        "(001,002),(00\u0663,004)",
-        "(001,002),(00x,004)",
-        "(009,002),(003,004)",
-        "(001,009),(003,004)",
-        " 001,002),(003,004)",
+        ({"digits": 0}, r"digits must lie in 1..9, got 0"),
+        ({"digits": 3.0}, "digits must be an integer, got 3.0"),
+        ({"levels": True}, "levels must be an integer, got True"),
+        ({"levels": 1001}, r"levels must lie in 2..1000 for 3 digits, got 1001"),
+        ({"levels": 1}, "levels must lie in"),
+        (
+            {"denominator": 998},
+            "denominator must be at least 999 for 1000 levels and rounding 'round', got 998",
+        ),
+        ({"rounding": "bins"}, "denominator must be at least 1000 .* 'bins', got 999"),
+        ({"rounding": "ceil"}, "rounding must be 'round', 'floor' or 'bins', got 'ceil'"),
+        ({"separator": ""}, "separator must not be empty"),
+        ({"separator": ","}, "which joins a box"),
+        ({"separator": " "}, "separator ' ' must not occur in label_close ' '"),
+        ({"separator": "("}, r"separator must be a str without parentheses, got '\('"),
+        ({"label_open": "\uff08"}, "label_open must be a str without parentheses"),
+        ({"label_close": None}, "label_close must be a str"),
+        ({"name": 3}, "name must be a str"),
     ],
 )
-def test_arrays_refuse_what_is_not_one_box(bad: str) -> None:
-    with pytest.raises(CoordinateError, match=r"texts\[1\] must"):
-        decode_array(["(001,002),(003,004)", bad], SIZE)
-
-
-def test_arrays_refuse_codes_above_the_levels() -> None:
-    with pytest.raises(CoordinateError, match=r"texts\[0\] must be one box"):
-        decode_array(["(000,000),(101,000)"], SIZE, CoordinateFormat(levels=101, denominator=100))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: encode([Region.point(1, 2)], (0, 5)), r"image_size must be \(width, height\), two positive"),
-        (lambda: encode([], (5.0, 5)), "image_size must be"),
-        (lambda: encode([], (True, 5)), "image_size must be"),
-        (lambda: encode([], 5), "image_size must be .* got 5"),
-        (lambda: encode([], "ab"), "image_size must be"),
-        (lambda: decode("", (5, 5, 5)), "image_size must be"),
-        (lambda: encode(Region.point(1, 2), SIZE), "regions must be an iterable of Region, got Region"),
-        (lambda: encode([Region.point(1, 2), (1, 2)], SIZE), r"regions\[1\] must be a Region, got tuple"),
-        (lambda: encode([], SIZE, on_outside="ignore"), "on_outside must be one of 'raise', 'clamp', 'skip'"),
-        (lambda: encode([], SIZE, "unknown"), "format must be"),
-        (lambda: decode(b"(001,002)", SIZE), "text must be a str, got bytes"),
-        (lambda: decode("", SIZE, on_error="warn"), "on_error must be one of 'raise', 'skip', 'collect'"),
-        (lambda: encode_array([[5, 0, 3, 1]], SIZE), r"boxes\[0\] must have x1 <= x2"),
-        (lambda: encode_array([[0, 0, math.nan, 1]], SIZE), r"boxes\[0\] must be finite"),
-        (lambda: encode_array([[0, 0, 1000, 1]], SIZE), r"values must lie in \[0, size\], got 1000.0"),
-        (lambda: encode_array([[0, 0, 1]], SIZE), r"boxes must be an \(n, 4\) array"),
-        (lambda: decode_array("(001,002),(003,004)", SIZE), "texts must be a sequence of str"),
-        (lambda: decode_array([None], SIZE), "texts must be a sequence of str"),
-    ],
-)
-def test_bad_arguments_are_refused(call: Any, message: str) -> None:
+def test_bad_formats_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call()
+        padded_format(**changes)
 
 
-def test_image_size_may_come_from_numpy() -> None:
-    assert encode([Region.point(5, 6)], np.array([999, 999])) == "(005,006)"  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "coded",
+    [
+        Coded("line", [1, 2, 3, 4]),
+        Coded("point", [1, 2], image=1),
+        Coded("point", [1, 2], identity=0),
+        Coded("point", [1, 2], times=(1.0,)),
+    ],
+)
+def test_what_pairs_cannot_say_is_refused(coded: Coded) -> None:
+    with pytest.raises(ValueError, match="points and boxes of one image, without identities"):
+        PairGrammar().write([coded])
 
 
-def test_copies_of_the_module_understand_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint carries copies of these files under another package name."""
-    folder = Path(coordinates.__file__).parent
-    package = type(sys)("carried")
-    package.__path__ = [str(folder)]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "carried", package)
-    spec = importlib.util.spec_from_file_location("carried.coordinates", folder / "coordinates.py")
-    assert spec is not None
-    assert spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(copy)
-        assert copy.Region is not Region
-        assert copy.encode([Region.point(1, 2, "x")], SIZE, TAGGED) == "<ref>x</ref>(001,002)"
-        assert encode(copy.decode("(003,004)", SIZE, PADDED).regions, SIZE) == "(003,004)"
-    finally:
-        for name in [name for name in sys.modules if name.startswith("carried.")]:
-            del sys.modules[name]
+def test_the_span_of_all_that_belongs_to_a_region() -> None:
+    text = "Here:\n a cat  (001,002),(003,004)\n(005,006) and <ref>b</ref> (007,008)"
+    found, _ = PADDED.grammar.scan(text)
+    assert [text[slice(*item.outer)] for item in found] == [
+        "a cat  (001,002),(003,004)",
+        "(005,006)",
+        "and <ref>b</ref> (007,008)",
+    ]
+    text = "x; and <ref> b</ref> (007,008)"
+    (item,), _ = TAGGED.grammar.scan(text)
+    assert text[slice(*item.outer)] == "<ref> b</ref> (007,008)"

@@ -1,0 +1,98 @@
+"""What would go wrong with regions in a format, before a model is trained on them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .annotations import region_from_dict
+from .codec import CoordinateError, ImageSizes, decode, encode
+from .formats import CoordinateFormat, get_format
+from .frames import clip_points
+from .resolving import check_sizes
+
+__all__ = ["PROBLEMS", "Problem", "check_region", "check_text"]
+
+PROBLEMS = {
+    "broken": "not a region",
+    "reordered": "a box with x1 > x2 or y1 > y2",
+    "outside": "leaves its image",
+    "unwritable": "cannot be written in the format",
+    "moved": "moves too far when it is written and read",
+    "unreadable": "text that cannot be read in the format",
+}
+"""The names of problems, and what they mean."""
+
+
+class Problem(NamedTuple):
+    """A problem: its name in `PROBLEMS`, and what exactly came."""
+
+    name: str
+    detail: str
+
+
+def _in_order(fields: Any) -> tuple[Any, list[Problem]]:
+    """Put the corners of a box in order, and say so where they were not."""
+    box = fields.get("box") if isinstance(fields, Mapping) else None
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
+        return fields, []
+    x1, y1, x2, y2 = box
+    if x1 <= x2 and y1 <= y2:
+        return fields, []
+    ordered = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+    return {**fields, "box": ordered}, [Problem("reordered", f"box {list(box)}")]
+
+
+def check_region(
+    fields: Mapping[str, Any],
+    image_size: ImageSizes,
+    format: CoordinateFormat | str | None = None,
+    *,
+    most: float = 1.0,
+) -> list[Problem]:
+    """Return what would go wrong with a region in a format.
+
+    Args:
+        fields: The region as plain data (see `region_from_dict`); its box may be out of order.
+        image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
+        format: A format or its name; the default format where None.
+        most: The furthest that a coordinate may move when the region is written and read, in pixels.
+
+    Returns:
+        The problems; [] where all is well. Of a box out of order the rest is looked at with its corners in order.
+
+    Raises:
+        ValueError: For an unknown format, or a size that is none.
+    """
+    fmt, sizes = get_format(format), check_sizes(image_size)
+    fields, problems = _in_order(fields)
+    try:
+        region = region_from_dict(fields)
+    except (ValueError, TypeError) as error:
+        return [*problems, Problem("broken", str(error))]
+    if region.image >= len(sizes):
+        return [*problems, Problem("broken", f"there is no image {region.image}")]
+    try:
+        clip_points(region.points, sizes[region.image])
+    except ValueError as error:
+        return [*problems, Problem("outside", f"{region.kind}: {error}")]
+    try:
+        text = encode([region], image_size, fmt)
+        (read,) = decode(text, image_size, fmt).regions
+    except CoordinateError as error:
+        return [*problems, Problem("unwritable", str(error))]
+    moved = float(np.abs(np.subtract(read.points, region.points)).max())
+    if moved > most:
+        values = [value for point in region.points for value in point]
+        problems.append(Problem("moved", f"{region.kind} {values} moves by {moved:.2f} pixels in {text!r}"))
+    return problems
+
+
+def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str | None = None) -> list[Problem]:
+    """Return what in a text was meant as a region of the format and is none, as problems named "unreadable".
+
+    Raises:
+        ValueError: For an unknown format, or a size that is none.
+    """
+    errors = decode(text, image_size, format, on_error="collect").errors
+    return [Problem("unreadable", f"position {position}: {reason}") for position, reason in errors]

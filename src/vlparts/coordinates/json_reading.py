@@ -1,0 +1,188 @@
+"""A scanner for JSON objects inside any text: linear time, bounded nesting, and errors with positions."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+__all__ = ["JsonList", "JsonNumber", "JsonObject", "JsonString", "objects"]
+
+DEPTH = 32
+"""Containers inside each other that are read; deeper ones are malformed."""
+_TOKEN = re.compile(
+    r'[ \t\n\r]*+(?:([\[\]{},:])|("(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+)("?+)'
+    r"|(-?+[0-9]++(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+)(?![\w.])|(true|false|null)(?!\w)|(\Z))"
+)
+_QUOTED = re.compile(r"\{[ \t\n\r]*+'")
+
+
+class JsonString(NamedTuple):
+    """A string as it stands in the text, quotes included."""
+
+    start: int
+    token: str
+
+    def value(self) -> str | None:
+        """The string, or None where an escape is wrong or half of a surrogate pair."""
+        try:
+            value: str = json.loads(self.token)  # one string: nothing nests
+            value.encode()
+        except ValueError:
+            return None
+        return value
+
+
+class JsonNumber(NamedTuple):
+    """A number as it stands in the text."""
+
+    start: int
+    token: str
+
+
+class JsonList(NamedTuple):
+    """A list and where it stands."""
+
+    start: int
+    end: int
+    items: list[object]
+
+
+class JsonObject(NamedTuple):
+    """An object: its span and its members in order, keys as they stand in the text without quotes.
+
+    `fault` is "" for a whole object, or what broke it off at `end`.
+    """
+
+    start: int
+    end: int
+    members: list[tuple[str, object]]
+    fault: str = ""
+
+
+class _Open:
+    """A container that is being read."""
+
+    def __init__(self, start: int, is_object: bool) -> None:
+        self.start, self.is_object = start, is_object
+        self.members: list[tuple[str, object]] = []
+        self.items: list[object] = []
+        self.key: str | None = None
+        self.state = "first"  # then "colon", "value", "next", and "more" after a comma
+
+    def add(self, value: object) -> None:
+        """Take a value."""
+        if self.is_object:
+            self.members.append((self.key or "", value))
+        else:
+            self.items.append(value)
+        self.state = "next"
+
+    def so_far(self) -> list[tuple[str, object]]:
+        """The members, with the one that was begun."""
+        begun = self.state in ("colon", "value") and self.key is not None
+        return [*self.members, (self.key or "", None)] if begun else self.members
+
+    def wants_value(self) -> bool:
+        """Whether a value may stand here."""
+        return self.state == "value" if self.is_object else self.state in ("first", "more")
+
+    def mark(self, mark: str) -> bool:
+        """Take a comma or colon; whether it may stand here."""
+        wanted, after = ("colon", "value") if mark == ":" else ("next", "more")
+        good = self.state == wanted
+        self.state = after
+        return good
+
+
+def _close(stack: list[_Open], end: int) -> JsonObject | None:
+    """Close the innermost container; return it where it is an object."""
+    top = stack.pop()
+    value: object
+    value = whole = JsonObject(top.start, end, top.members) if top.is_object else None
+    if whole is None:
+        value = JsonList(top.start, end, top.items)
+    if stack:
+        stack[-1].add(value)
+    return whole
+
+
+def _take(stack: list[_Open], match: re.Match[str]) -> str:
+    """Let the innermost container take a token that opens and closes nothing; return "" or what is wrong."""
+    top, (mark, string, closed, number, literal, _) = stack[-1], match.groups()
+    start = match.start(match.lastindex or 0)
+    if mark:
+        return "" if top.mark(mark) else f"{mark!r} out of place"
+    if string is not None:
+        if not closed:
+            return "unfinished" if match.end() == len(match.string) else "line break in a string"
+        if top.is_object and top.state in ("first", "more"):
+            top.key, top.state = string[1:], "colon"
+            return ""
+        value: object = JsonString(match.start(2), string + closed)
+    else:
+        value = JsonNumber(start, number) if number else literal
+    if not top.wants_value():
+        return "a value out of place"
+    top.add(value)
+    return ""
+
+
+def _bracket(stack: list[_Open], mark: str, end: int, found: Callable[[JsonObject], None]) -> str:
+    """Open or close a container with a mark that ends at `end`; return "" or what is wrong."""
+    if mark in "{[":
+        if stack and not stack[-1].wants_value():
+            return f"{mark!r} out of place"
+        if len(stack) == DEPTH:
+            return f"nested deeper than {DEPTH}"
+        stack.append(_Open(end - 1, mark == "{"))
+        return ""
+    top = stack[-1]
+    if top.is_object != (mark == "}") or top.state not in ("first", "next"):
+        return f"{mark!r} out of place"
+    whole = _close(stack, end)
+    if whole is not None:
+        found(whole)
+    return ""
+
+
+def _one(text: str, start: int, found: Callable[[JsonObject], None]) -> int:
+    """Read the object that opens at `start` and those within; return where to go on."""
+    stack: list[_Open] = []
+    position = start
+    while True:
+        match = _TOKEN.match(text, position)
+        after = match.end() if match else position
+        if match is None:
+            fault = f"{text[position : position + 16].strip()[:8]!r}"
+        elif match[6] is not None:
+            fault = "unfinished"
+        elif match[1] in ("{", "[", "}", "]"):
+            fault = _bracket(stack, match[1], after, found)
+        else:
+            fault = _take(stack, match)
+        if fault:
+            for opened in stack:
+                if opened.is_object:
+                    found(JsonObject(opened.start, after, opened.so_far(), fault))
+            # What was out of place may begin another object.
+            return max(match.start(1) if match and match[1] == "{" else after, start + 1)
+        if not stack:
+            return after
+        position = after
+
+
+def objects(text: str) -> Iterator[JsonObject]:
+    """All objects of a text, inner ones before the one that holds them; broken ones with their fault.
+
+    An object in single quotes, as Python prints it, is not read: it comes without members, with that fault.
+    """
+    position = text.find("{")
+    while position >= 0:
+        if _QUOTED.match(text, position):
+            yield JsonObject(position, position + 1, [], "single quotes")
+            position = text.find("{", position + 1)
+            continue
+        batch: list[JsonObject] = []
+        after = _one(text, position, batch.append)
+        yield from batch
+        position = text.find("{", after)

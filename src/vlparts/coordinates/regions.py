@@ -1,0 +1,227 @@
+"""Regions of an image in one canonical form.
+
+The canonical form is float pixels of the original image, x then y, with half-open edges: an image of size
+(W, H) spans [0, W] x [0, H], and a box that covers all of it is (0, 0, W, H).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TypedDict, Unpack
+
+import numpy as np
+
+from .array_checks import check_boxes
+
+__all__ = ["KINDS", "Region", "check_boxes"]
+
+Points = tuple[tuple[float, float], ...]
+Pairs = Sequence[tuple[float, float]]
+
+
+class _More(TypedDict, total=False):
+    """What every constructor of a region takes by name."""
+
+    image: int
+    identity: int | None
+
+
+KINDS: dict[str, tuple[int, int | None]] = {
+    "point": (1, 1),
+    "box": (2, 2),
+    "quad": (4, 4),
+    "polygon": (3, None),
+    "line": (2, None),
+    "track": (1, None),
+}
+"""The kinds of region, each with the least and the largest number of its (x, y) points; None for any number."""
+
+
+def _finite(value: object, name: str) -> float:
+    """Return `value` as a float, or raise ValueError naming it where it is not a finite real number."""
+    if type(value) is float and math.isfinite(value):  # the common case, first because it is the fastest
+        return value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int too large for a float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _index(value: object, name: str) -> int:
+    """Return `value` as an int of at least 0, or raise ValueError naming it."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return int(value)
+
+
+def _pair(point: object, index: int) -> tuple[float, float]:
+    """Return `point` as two finite floats."""
+    if not isinstance(point, tuple) and (isinstance(point, (str, bytes)) or not isinstance(point, Iterable)):
+        raise ValueError(f"points[{index}] must be an (x, y) pair, got {point!r}")
+    values = tuple(point)
+    if len(values) != 2:
+        raise ValueError(f"points[{index}] must be an (x, y) pair, got {len(values)} values")
+    return _finite(values[0], f"points[{index}] x"), _finite(values[1], f"points[{index}] y")
+
+
+def _checked_points(kind: str, given: object) -> Points:
+    """Return the points of a region of this kind as pairs of floats."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ValueError(f"points must be a sequence of (x, y) pairs, got {given!r}")
+    points = tuple(_pair(point, index) for index, point in enumerate(given))
+    least, most = KINDS[kind]
+    if len(points) < least or (most is not None and len(points) > most):
+        wanted = f"{least}" if most == least else f"at least {least}"
+        raise ValueError(f"a {kind} has {wanted} point(s), got {len(points)}")
+    if kind == "box":
+        for axis, name in enumerate("xy"):
+            low, high = points[0][axis], points[1][axis]
+            if high < low:
+                raise ValueError(f"{name}2 ({high:g}) is less than {name}1 ({low:g})")
+    return points
+
+
+def _checked_times(kind: str, given: object, count: int) -> tuple[float, ...]:
+    """Return the times of a region with `count` points."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ValueError(f"times must be a sequence of seconds, got {given!r}")
+    times = tuple(_finite(value, f"times[{index}]") for index, value in enumerate(given))
+    if kind != "track" and times:
+        raise ValueError(f"times belong to a track, got {len(times)} with a {kind}")
+    if kind == "track" and len(times) != count:
+        raise ValueError(f"a track has a time for each point: got {len(times)} times for {count} point(s)")
+    for index in range(1, len(times)):
+        if times[index] < times[index - 1]:
+            raise ValueError(f"times must not fall: times[{index}] ({times[index]:g}) follows {times[index - 1]:g}")
+    return times
+
+
+@dataclass(frozen=True)
+class Region:
+    """A labelled place in an image, in float pixels of the original image (x right, y down).
+
+    A box of zero width or height is allowed: quantisation turns a thin box into one, and a decoder must be
+    able to say what it read. Points may lie outside an image, because a region does not know its image;
+    encoding applies the policy that the caller names.
+
+    Args:
+        kind: "point"; "box", the (x1, y1) and (x2, y2) corners with x1 <= x2, y1 <= y2; "quad", four corners
+            in any order; "polygon", three corners or more, closed; "line", two points or more, open; "track",
+            the places of one thing at some times.
+        points: The (x, y) pairs; `KINDS` says how many.
+        label: What the region shows, or None.
+        score: A confidence, finite, or None.
+        image: Index of the image that the region lies in, where there are several.
+        identity: A number that names the object shown, at least 0, or None.
+        times: Seconds, for a track only: one for each point, not falling.
+
+    Raises:
+        ValueError: For an unknown kind, a wrong number of points or times, a coordinate, time or score that is
+            not a finite real number (bool is none), corners or times out of order, a label that is not a str,
+            or an image or identity that is not an integer of at least 0.
+    """
+
+    kind: str
+    points: Points
+    label: str | None = None
+    score: float | None = None
+    image: int = 0
+    identity: int | None = None
+    times: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {sorted(KINDS)}, got {self.kind!r}")
+        points = _checked_points(self.kind, self.points)
+        if self.label is not None and not isinstance(self.label, str):
+            raise ValueError(f"label must be a str or None, got {self.label!r}")
+        object.__setattr__(self, "points", points)
+        if self.score is not None:
+            object.__setattr__(self, "score", _finite(self.score, "score"))
+        object.__setattr__(self, "image", _index(self.image, "image"))
+        if self.identity is not None:
+            object.__setattr__(self, "identity", _index(self.identity, "identity"))
+        object.__setattr__(self, "times", _checked_times(self.kind, self.times, len(points)))
+
+    @classmethod
+    def _unchecked(
+        cls,
+        kind: str,
+        points: Points,
+        label: str | None = None,
+        image: int = 0,
+        identity: int | None = None,
+        times: tuple[float, ...] = (),
+    ) -> "Region":
+        """Make a region of values that are known to be right: what a decoder has checked."""
+        region = object.__new__(cls)
+        region.__dict__.update(
+            kind=kind, points=points, label=label, score=None, image=image, identity=identity, times=times
+        )
+        return region
+
+    @classmethod
+    def box(
+        cls,
+        x1: float,
+        y1: float,
+        x2: float,
+        y2: float,
+        label: str | None = None,
+        score: float | None = None,
+        **more: Unpack[_More],
+    ) -> "Region":
+        """Make a box from its left, top, right and bottom edges, in pixels."""
+        return cls("box", ((x1, y1), (x2, y2)), label, score, **more)
+
+    @classmethod
+    def point(
+        cls, x: float, y: float, label: str | None = None, score: float | None = None, **more: Unpack[_More]
+    ) -> "Region":
+        """Make a point, in pixels."""
+        return cls("point", ((x, y),), label, score, **more)
+
+    @classmethod
+    def quad(
+        cls, points: Pairs, label: str | None = None, score: float | None = None, **more: Unpack[_More]
+    ) -> "Region":
+        """Make a quadrangle from its four corners, in pixels; such as a line of slanted text."""
+        return cls("quad", tuple(points), label, score, **more)
+
+    @classmethod
+    def polygon(
+        cls, points: Pairs, label: str | None = None, score: float | None = None, **more: Unpack[_More]
+    ) -> "Region":
+        """Make a polygon from its corners, in pixels; the last is joined to the first."""
+        return cls("polygon", tuple(points), label, score, **more)
+
+    @classmethod
+    def line(
+        cls, points: Pairs, label: str | None = None, score: float | None = None, **more: Unpack[_More]
+    ) -> "Region":
+        """Make an open line of straight pieces from its points, in pixels."""
+        return cls("line", tuple(points), label, score, **more)
+
+    @classmethod
+    def track(
+        cls,
+        points: Pairs,
+        times: Sequence[float],
+        label: str | None = None,
+        score: float | None = None,
+        **more: Unpack[_More],
+    ) -> "Region":
+        """Make a track from points, in pixels, and their times, in seconds."""
+        return cls("track", tuple(points), label, score, times=tuple(times), **more)
+
+    @property
+    def xyxy(self) -> tuple[float, float, float, float]:
+        """The (x1, y1, x2, y2) bounds in pixels; for a point x1 = x2 and y1 = y2."""
+        xs, ys = zip(*self.points, strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
