@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .formats import CoordinateFormat, get_format
 from .grammar import Coded, DecodeError, Found
 from .padded import PairGrammar
+from .plain_boxes import read_plain_boxes
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, resolve, swapped
 
@@ -218,6 +219,8 @@ def decode(
     check_choice(on_outside, "on_outside", ("error", "clamp"))
     if not isinstance(text, str):
         raise CoordinateError(f"text must be a str, got {type(text).__name__}")
+    if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
+        return DecodeResult(*plain)
     found, errors = fmt.grammar.scan(text)
     kept, regions, errors = resolve(text, found, errors, sizes, fmt, on_outside == "clamp")
     if errors and on_error == "raise":

@@ -16,14 +16,14 @@ __all__ = ["JOIN", "PADDED", "PairGrammar", "padded_format"]
 JOIN = ","
 """Text between the pairs of one region."""
 
-_COMMAS = ",\uff0c\u3001\u060c"  # ASCII, full-width, ideographic, Arabic
-_GAP = re.compile(rf"[\s{_COMMAS}]*+")  # what may stand between pairs that were meant as one region
-_BEGUN = re.compile(rf"\s*+[{_COMMAS}][\s{_COMMAS}]*+\Z")  # a text that ends where another pair should follow
+COMMAS = ",\uff0c\u3001\u060c"  # ASCII, full-width, ideographic, Arabic
+_GAP = re.compile(rf"[\s{COMMAS}]*+")  # what may stand between pairs that were meant as one region
+_BEGUN = re.compile(rf"\s*+[{COMMAS}][\s{COMMAS}]*+\Z")  # a text that ends where another pair should follow
 _QUOTED = 40  # characters of the text that a message quotes at most
 
 
 @lru_cache(maxsize=32)
-def _pattern(digits: int, separator: str) -> re.Pattern[str]:
+def pair_pattern(digits: int, separator: str) -> re.Pattern[str]:
     """One pair or two joined ones (four groups), or else the beginning of something that was meant as one.
 
     Every open repetition is possessive, so that reading is linear in the length of the text.
@@ -31,9 +31,9 @@ def _pattern(digits: int, separator: str) -> re.Pattern[str]:
     number = rf"([0-9]{{{digits}}})"
     pair = rf"{number},{number}\)"
     begun = r"\s*+[-+]?+\d[\d.]*+\s*+"
-    rest = rf"(?:(?!{re.escape(separator)})[\d\s.+\-{_COMMAS}])*+[)\uff09]?+"
+    rest = rf"(?:(?!{re.escape(separator)})[\d\s.+\-{COMMAS}])*+[)\uff09]?+"
     # A pattern that begins with a set of characters is searched for much faster than one that begins with choices.
-    return re.compile(rf"[(\uff08](?:(?<=\(){pair}(?:{JOIN}\({pair})?|{begun}(?:[{_COMMAS}]{rest}|\Z)|\s*+\Z)")
+    return re.compile(rf"[(\uff08](?:(?<=\(){pair}(?:{JOIN}\({pair})?|{begun}(?:[{COMMAS}]{rest}|\Z)|\s*+\Z)")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PairGrammar:
         separator, end = self.separator, 0
         run: list[re.Match[str]] = []  # what stands together, with nothing in between that parts regions
         before, base = "", 0  # the text before the run, and where it starts
-        for match in _pattern(self.digits, separator).finditer(text):
+        for match in pair_pattern(self.digits, separator).finditer(text):
             start, stop = match.span()
             gap = text[end:start]
             if run:
