@@ -1,4 +1,4 @@
-"""Pictures: regions on an image, a packing plan, and the load of routers.
+"""Pictures: regions on an image, a packing plan, the load of routers, and which tokens carry the loss.
 
 Figures are made with Matplotlib's object interface and an Agg canvas: nothing global is touched, no display
 is needed, and a figure is freed with its last reference. Matplotlib is imported with the first picture.
@@ -17,13 +17,14 @@ from vlparts.coordinates.regions import Region
 from vlparts.figures import import_matplotlib as _matplotlib
 from vlparts.figures import new_figure as _figure
 from vlparts.figures import save_figure as _save
+from vlparts.loss_pictures import loss_weights
 from vlparts.router_pictures import router_load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["box_grid", "boxes", "packing_plan", "router_load"]
+__all__ = ["box_grid", "boxes", "loss_weights", "packing_plan", "router_load"]
 
 # A pair that people with colour-blindness tell apart, dark enough for white letters.
 PREDICTED, TRUTH = "#b84a00", "#0067a5"

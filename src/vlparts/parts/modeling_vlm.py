@@ -237,6 +237,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Run the model and, with `labels`, compute the loss.
@@ -258,6 +259,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             labels: `(B, S)` int64, -100 where no loss is wanted; shifted by the loss.
             output_router_logits: Whether to return `router_logits` and `aux_loss` of a text model with experts.
             logits_to_keep: Logits of the last so many positions only, or of the positions in a tensor; 0 for all.
+            loss_weights: `(B, S)` final weight of each token in the loss, standing where its label stands; for the
+                loss "vlparts_weighted" ([`weighted_causal_lm_loss`]).
             **kwargs: As above.
 
         Returns:
@@ -274,7 +277,10 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         balanced = asked or (labels is not None and balances_every_loss(text_model))
         if balanced:
             kwargs["output_router_logits"] = True
-        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        names = ("num_items_in_batch", "shift_labels")
+        loss_kwargs: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if loss_weights is not None:
+            loss_kwargs["loss_weights"] = loss_weights
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

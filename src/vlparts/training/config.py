@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..parts.loss_weights import PRESETS
+from .records import Record
 
 
 class TrainConfig(BaseModel):
@@ -37,6 +40,12 @@ class TrainConfig(BaseModel):
         warmup_ratio: Share of the steps in which the learning rate rises.
         weight_decay: Decoupled weight decay.
         gradient_accumulation_steps: Micro-batches for one optimiser step.
+        loss: Which tokens and samples count how much: "token" (all tokens alike), "sample" (all samples alike),
+            "square" (between the two: samples by the square root of their tokens), or "openpangu_mix" (a mix of the
+            first two). None is Trainer's own mean over tokens, and the same as "token" where samples have weights.
+        mix: Share of "sample" in "openpangu_mix", from 0 to 1; half where None.
+        sample_weight_field: Field of the records with the weight of each in the loss, a number of at least 0. A record
+            without it weighs 1.
         seed: Seed of weights and order.
         save_steps: Steps between checkpoints.
         eval_steps: Steps between evaluations.
@@ -73,6 +82,9 @@ class TrainConfig(BaseModel):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    loss: str | None = None
+    mix: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    sample_weight_field: str | None = Field(default=None, min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     save_steps: int = Field(default=500, ge=1)
     eval_steps: int = Field(default=500, ge=1)
@@ -83,6 +95,26 @@ class TrainConfig(BaseModel):
     cache: bool = False
     trust_remote_code: bool = False
     trainer: dict[str, Any] = {}
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"must be one of {', '.join(PRESETS)}, got {value!r}")
+        return value
+
+    @field_validator("sample_weight_field")
+    @classmethod
+    def _own_field(cls, value: str | None) -> str | None:
+        if value in Record.model_fields:
+            raise ValueError(f"{value!r} is another field of the records")
+        return value
+
+    @model_validator(mode="after")
+    def _mix_has_its_loss(self) -> "TrainConfig":
+        if self.mix is not None and self.loss != "openpangu_mix":
+            raise ValueError(f"`mix` belongs to `loss` 'openpangu_mix', got `loss` {self.loss!r}")
+        return self
 
 
 def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig:

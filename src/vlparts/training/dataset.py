@@ -2,7 +2,8 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,9 +78,10 @@ class SampleDataset(Dataset):
 
     def _encode(self, line: Line) -> Sample:
         try:
-            return self.encoder(line.record)
+            sample = self.encoder(line.record)
         except ValueError as error:
             raise self.records.error(line.number, error) from None
+        return sample if line.weight is None else replace(sample, weight=line.weight)
 
 
 class PackSampler(Sampler):
@@ -191,3 +193,19 @@ class PaddedCollator:
             "attention_mask": pad([torch.ones_like(one) for one in ids], batch_first=True),
             **join_images([sample.images for sample in samples if sample.images]),
         }
+
+
+class SampleWeights:
+    """A collator that passes on how much each sample weighs in the loss.
+
+    Args:
+        collator: Joins packs of samples.
+    """
+
+    def __init__(self, collator: Callable[[list[list[Sample]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, batch: list[list[Sample]]) -> dict[str, Any]:
+        """The collator's batch, with `sample_weights` `(samples,)` float32."""
+        weights = torch.tensor([sample.weight for pack in batch for sample in pack])
+        return {**self.collator(batch), "sample_weights": weights}

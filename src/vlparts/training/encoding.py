@@ -29,11 +29,13 @@ class Sample:
         input_ids: `(S,)` int64, image placeholders repeated for each feature.
         labels: `(S,)` int64, -100 outside of the assistant's turns.
         images: Output of the image processor, tensors with one or more rows for each image; empty without images.
+        weight: Weight of the record in the loss.
     """
 
     input_ids: Tensor
     labels: Tensor
     images: dict[str, Tensor]
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..coordinates.regions import Region
+from .weight_inputs import checked_weight
 
 
 class RecordError(ValueError):
@@ -124,10 +125,17 @@ class Record(_Strict):
 
 @dataclass(frozen=True)
 class Line:
-    """A record and where it stands."""
+    """A record and where it stands.
+
+    Args:
+        number: Number of the line, from 1.
+        record: What it says.
+        weight: Its weight in the loss, if it has one.
+    """
 
     number: int
     record: Record
+    weight: float | None = None
 
 
 @dataclass
@@ -150,13 +158,17 @@ class RecordFile:
         )
 
 
-def read_records(path: str | Path, on_error: str = "raise", argument: str = "data") -> RecordFile:
+def read_records(
+    path: str | Path, on_error: str = "raise", argument: str = "data", sample_weight_field: str | None = None
+) -> RecordFile:
     """Read a file of records.
 
     Args:
         path: A JSON Lines file. Empty lines are passed over.
         on_error: "raise" on the first broken record, or "skip" it and keep the reason in `skipped`.
         argument: What the error message calls `path`.
+        sample_weight_field: Name of a further field that records may have: their weight in the loss, a finite number
+            of at least 0.
 
     Returns:
         The records with their line numbers.
@@ -173,7 +185,7 @@ def read_records(path: str | Path, on_error: str = "raise", argument: str = "dat
     found = RecordFile(path)
     for number, text in _numbered(path):
         try:
-            found.lines.append(Line(number, _parse(text)))
+            found.lines.append(Line(number, *_parse(text, sample_weight_field)))
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             if on_error == "raise":
@@ -194,7 +206,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(line: bytes) -> Record:
+def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record, float | None]:
     try:
         fields = json.loads(
             line.decode(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_without_repeated_keys
@@ -207,8 +219,11 @@ def _parse(line: bytes) -> Record:
         raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
     if rb"\ud" in line.lower():
         _check_surrogates(fields)
+    weight = None
+    if sample_weight_field is not None and sample_weight_field in fields:
+        weight = checked_weight(fields.pop(sample_weight_field), sample_weight_field)
     try:
-        return Record.model_validate(fields)
+        return Record.model_validate(fields), weight
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

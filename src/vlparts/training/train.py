@@ -6,18 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.processing_vlm import VisionLanguageProcessor
 from .building import build, conversation_texts
 from .config import TrainConfig
-from .dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
+from .dataset import PaddedCollator, SampleDataset, SampleWeights, collate_packed
 from .encoding import SampleEncoder
 from .optimizers import muon_with_adamw
+from .packed_trainer import PackedTrainer, WeightedPackedTrainer
 from .records import RecordFile, read_records
 
 logger = logging.getLogger(__name__)
@@ -42,58 +41,6 @@ class TrainResult:
     skipped: list[str] = field(default_factory=list)
 
 
-class PackedTrainer(Trainer):
-    """transformers' Trainer over packs of samples.
-
-    Args:
-        model: The model.
-        *args: As for Trainer.
-        capacity: Tokens of a pack.
-        max_items: Largest number of samples in a pack.
-        **kwargs: As for Trainer.
-    """
-
-    def __init__(self, model: Any, *args: Any, capacity: int, max_items: int | None = None, **kwargs: Any) -> None:
-        self._capacity = capacity
-        self._max_items = max_items
-        use_cache = vars(model.config).get("use_cache")
-        super().__init__(model, *args, **kwargs)
-        # Trainer switches the cache off in the configuration, and so in every checkpoint; see `compute_loss`.
-        vars(model.config).pop("use_cache", None)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> PackSampler:
-        data, world = train_dataset if train_dataset is not None else self.train_dataset, self.args.world_size
-        return PackSampler(data.lengths, self._capacity, self._max_items, self.args.seed, processes=world)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
-        world = self.args.world_size
-        return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=world)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, without a cache of keys and values that nobody reads."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, whose mean over packs becomes the mean over the tokens of all answers."""
-        self._packs_left = len(self._get_eval_sampler(dataloader.dataset)) - self.args.process_index
-        self._share = len(dataloader) * self.args.world_size / dataloader.dataset.targets
-        self.gather_function = self.accelerator.gather  # the other one counts samples, not packs
-        return super().evaluation_loop(dataloader, *args, **kwargs)
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        """The sum of a pack's losses, scaled such that the mean over packs is the mean over all tokens."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**self._prepare_inputs(inputs), use_cache=False, num_items_in_batch=1).loss
-        # Where the processes cannot share the packs evenly, the last ones get packs again that others had.
-        share = self._share if self._packs_left > 0 else 0.0
-        self._packs_left -= self.args.world_size
-        return loss * share, None, None
-
-
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
     """Fine-tune a composed model and save it, with its processor and its code, in `config.output`.
 
@@ -114,26 +61,33 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     """
     checkpoint = _checkpoint(config)
     set_seed(config.seed)
-    records = read_records(config.data, config.on_error)
+    records = read_records(config.data, config.on_error, sample_weight_field=config.sample_weight_field)
+    if config.sample_weight_field is not None and all(line.weight is None for line in records.lines):
+        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} stands in no record of {config.data}.")
     model, processor = build(config, conversation_texts(records))
     if config.packing:
         _use_packed_attention(model)
 
     args = _arguments(config)
     data = _dataset(config, records, processor, args)
-    eval_records = read_records(config.eval_data, config.on_error, "eval_data") if config.eval_data else None
+    eval_records = None
+    if config.eval_data:
+        eval_records = read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field)
     eval_data = _dataset(config, eval_records, processor, args) if eval_records else None
-    trainer = PackedTrainer(
+    collator = collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id or 0)
+    trainer_class, loss_options = _loss(config)
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=data,
         eval_dataset=eval_data,
-        data_collator=collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id or 0),
+        data_collator=SampleWeights(collator) if loss_options else collator,
         processing_class=processor,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=_optimizer(config),
         capacity=config.capacity,
         max_items=config.max_items,
+        **loss_options,
     )
     skipped = records.skipped + (eval_records.skipped if eval_records else [])
     if skipped and args.process_index == 0:
@@ -186,6 +140,13 @@ def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None
             "switch packing off."
         )
     model.set_attn_implementation({"text_config": "vlparts_packed"})
+
+
+def _loss(config: TrainConfig) -> tuple[type[Any], dict[str, Any]]:
+    """The Trainer for the loss that is asked for, and its options; none for the mean over tokens."""
+    if config.loss is None and config.sample_weight_field is None:
+        return PackedTrainer, {}
+    return WeightedPackedTrainer, {"preset": config.loss or "token", "mix": config.mix}
 
 
 def _optimizer(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:

@@ -1,0 +1,183 @@
+"""The weighted loss of a linear head against the losses that hold all logits, and torch's own without them.
+
+`python tests/benchmarks/bench_losses.py [--hidden N ...] [--classes N ...] [--ignored X ...] [--types NAME ...]
+[--repeats N] [--forms]` prints, for 2,048 tokens, time and peak memory of forward and backward, as multiples of ours.
+Ours weighs every token and sample; the rivals take the plain mean, but for the one that says so. Before anything is
+timed, loss and gradients of all are compared with float64, weights left out. Memory is what tensors took beyond the
+inputs and their gradients, as the profiler counts it. `--forms` times the two forms that ours chooses from, instead.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from timing import compare, machine_line, print_table, ratios
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from vlparts.parts import linear_loss_chunks
+from vlparts.parts.linear_losses import linear_weighted_cross_entropy
+from vlparts.parts.losses import weighted_cross_entropy
+
+TOKENS, SAMPLES = 2048, 8
+OURS = "ours"
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def transformers_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As transformers' models compute it: all logits, then float32."""
+    logits = F.linear(hidden, weight)
+    return ForCausalLMLoss(logits, None, vocab_size=len(weight), shift_labels=labels)
+
+
+def supervised_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same on the tokens that have a label."""
+    kept = labels != -100
+    return transformers_loss(hidden[kept], weight, labels[kept])
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch's own loss of a linear head with its best options."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy="compact")
+    return F.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
+def torch_weighted(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The only way to weigh tokens with torch's own."""
+    losses = F.linear_cross_entropy(hidden, weight, labels, reduction="none")
+    weights = (labels != -100).float()
+    return (losses.float() * weights / weights.sum()).sum()
+
+
+def weighted_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Our form for logits, with the same weights as ours."""
+    return weighted_cross_entropy(F.linear(hidden, weight), labels, **weighting(labels))
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours, with weights of samples and tokens, mixed."""
+    return linear_weighted_cross_entropy(hidden, weight, labels, **weighting(labels))
+
+
+def weighting(labels: Tensor) -> dict[str, object]:
+    """Weights of all samples and tokens, drawn once."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "sample_weights": torch.rand(SAMPLES, generator=generator) + 0.5,
+        "token_weights": torch.rand(len(labels), generator=generator) + 0.5,
+        "cu_seqlens": torch.linspace(0, len(labels), SAMPLES + 1).int(),
+        "mix": 0.5,
+    }
+
+
+RIVALS: dict[str, Loss] = {
+    OURS: ours,
+    "transformers": transformers_loss,
+    "transformers, labelled rows only": supervised_rows,
+    "torch linear_cross_entropy": torch_chunked,
+    "the same with weights": torch_weighted,
+    "ours on logits": weighted_logits,
+}
+
+
+def make_inputs(hidden: int, classes: int, ignored: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and labels, of which a share is ignored, in runs as prompts are."""
+    torch.manual_seed(0)
+    states = torch.randn(TOKENS, hidden).to(dtype).requires_grad_()
+    weight = (torch.randn(classes, hidden) / hidden**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, classes, (TOKENS,)).view(SAMPLES, -1)
+    labels[:, : round(ignored * labels.shape[1])] = -100
+    return states, weight, labels.flatten()
+
+
+def step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward, as a call."""
+
+    def run() -> tuple[Tensor, ...]:
+        value = loss(*inputs)
+        return value.detach(), *torch.autograd.grad(value, inputs[:2])
+
+    return run
+
+
+def check(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Compare all that take the plain mean with float64, and ours with our form for logits."""
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs[:2])
+    for names, oracle in ((list(RIVALS)[1:5], supervised_rows), ([OURS, "ours on logits"], weighted_logits)):
+        wanted = step(oracle, (*exact, inputs[2]))()
+        for name in names:
+            for got, right in zip(step(RIVALS[name], inputs)(), wanted, strict=True):
+                error = float((got.double() - right).norm() / right.norm())
+                if error > TOLERANCES[inputs[0].dtype]:
+                    raise RuntimeError(f"{name} is off by {error:.1e}")
+
+
+def taken(run: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+    """MiB that tensors took at most beyond the inputs and their gradients."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as record:
+        run()
+    held = peak = 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
+    return (peak - gradients) / 2**20
+
+
+def forms(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Our loss in each form."""
+
+    def use(form: linear_loss_chunks.Form) -> Loss:
+        def loss(*arguments: Tensor) -> Tensor:
+            kept = linear_loss_chunks.choose_form
+            linear_loss_chunks.choose_form = lambda *_: form
+            try:
+                return ours(*arguments)
+            finally:
+                linear_loss_chunks.choose_form = kept
+
+        return loss
+
+    return {name: step(use(form), inputs) for name, form in linear_loss_chunks.FORMS.items()}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[896])
+    parser.add_argument("--classes", type=int, nargs="+", default=[32_000, 151_936])
+    parser.add_argument("--ignored", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forms", action="store_true")
+    options = parser.parse_args()
+    print(machine_line())
+    for name in options.types:
+        for hidden in options.hidden:
+            for classes in options.classes:
+                for ignored in options.ignored:
+                    inputs = make_inputs(hidden, classes, ignored, TYPES[name])
+                    setting = f"{name}, {hidden} x {classes:,}, {ignored:.0%} ignored"
+                    if options.forms:
+                        calls = forms(inputs)
+                    else:
+                        if hidden * classes <= 896 * 32_000:
+                            check(inputs)
+                        calls = {rival: step(loss, inputs) for rival, loss in RIVALS.items()}
+                    seconds = compare(calls, options.repeats)
+                    memory = {rival: taken(call, inputs) for rival, call in calls.items()}
+                    base = next(iter(calls))
+                    rows = [
+                        [setting, rival, seconds[rival], ratio, f"{memory[rival]:.0f}", memory[rival] / memory[base]]
+                        for rival, ratio in ratios(seconds, base).items()
+                    ]
+                    print_table(["setting", "loss", "seconds", "times ours", "MiB", "times ours"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The linear form in other types, under autocast and compiled; what it holds; bad input."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.parts.loss_oracle import IGNORED, assert_equal, gradients
+from tests.parts.test_linear_losses import CLASSES, LENGTHS, WIDTH, Inputs, expected_of, inputs, ours
+from vlparts.parts import linear_loss_chunks
+from vlparts.parts.linear_losses import linear_weighted_cross_entropy
+from vlparts.parts.losses import weighted_cross_entropy
+
+FORMS = list(linear_loss_chunks.FORMS)
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """One form for all calls, in pieces."""
+    chosen = linear_loss_chunks.FORMS[form]
+    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda hidden, with_gradients: chosen)
+    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
+    monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_A_TIME", 4 * CLASSES * 4)
+
+
+def wide_of(given: Inputs) -> Inputs:
+    """The same numbers in float64."""
+    leaves = (leaf.detach().double().requires_grad_() for leaf in given[:3])
+    return Inputs(*leaves, given.case)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    return ((got.double() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("form", [*FORMS, "the chosen one"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_float64(dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form in FORMS:
+        choose(monkeypatch, form)
+    given = inputs(dtype=dtype)
+    wide = wide_of(given)
+    for options in (dict(), dict(softcap=2.0, label_smoothing=0.1, z_loss=0.1)):
+        loss, expected = ours(given, **options), expected_of(wide, **options)
+        assert loss.dtype == torch.float32
+        assert relative(loss, expected) < 1e-2
+        for got, wanted in zip(gradients(loss, *given[:3]), gradients(expected, *wide[:3]), strict=True):
+            assert got.dtype == dtype
+            assert relative(got, wanted) < 3e-2
+
+
+def test_small_losses_are_not_rounded_to_half_precision() -> None:
+    given = inputs([4000], dtype=torch.bfloat16)
+    assert relative(ours(given), expected_of(wide_of(given))) < 1e-3
+
+
+class HugeStep:
+    """Denominators of a step much larger than the call."""
+
+    samples = tokens = torch.tensor(1e6).double()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_with_a_loss_scale(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A scale of 65536 is no float16, and neither is the 1e-8 that a token weighs before it.
+    choose(monkeypatch, form)
+    given = inputs(dtype=torch.float16)
+    wide = wide_of(given)
+    loss, expected = (2.0**16 * ours(each, normalizer=HugeStep()) for each in (given, wide))
+    wanted = gradients(expected, *wide[:3])
+    for _ in range(2):
+        for got, want in zip(gradients(loss, *given[:3], retain_graph=True), wanted, strict=True):
+            assert relative(got, want) < 1e-2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_takes_its_own_type(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, form)
+    given = inputs(dtype=torch.float32)
+    half = Inputs(*(leaf.detach().bfloat16().requires_grad_() for leaf in given[:3]), given.case)
+    mixed = given._replace(hidden=half.hidden.detach().requires_grad_())
+    for leaves in (given, mixed):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ours(leaves)
+        found, wanted = gradients(loss, *leaves[:3]), gradients(ours(half), *half[:3])
+        assert_equal(loss, ours(half), 0)
+        assert [gradient.dtype for gradient in found] == [leaf.dtype for leaf in leaves[:3]]
+        assert_equal([gradient.float() for gradient in found], [gradient.float() for gradient in wanted], 0)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    given = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(given)
+    assert_equal(loss, expected_of(given))
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of a floating-point tensor that anything returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(one, Tensor) and one.is_floating_point():
+                self.elements = max(self.elements, one.numel())
+        return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_never_held_together(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, form)
+    given = inputs([40, 60])
+    with Largest() as seen:
+        gradients(ours(given), *given[:3])
+    with Largest() as plain:
+        gradients(expected_of(given), *given[:3])
+    assert plain.elements >= 50 * CLASSES
+    assert seen.elements <= 100 * WIDTH
+
+
+def test_ignored_tokens_are_left_out_before_the_first_product() -> None:
+    given = inputs([40])
+    given.case.labels[3:] = IGNORED
+    with Largest() as seen:
+        ours(given)
+    assert seen.elements <= 40 * WIDTH  # that of the gradient, which is put back in place; no logits of 40 tokens
+    assert seen.elements < 40 * CLASSES
+
+
+def test_a_large_head_is_chosen_a_form_for() -> None:
+    hidden = torch.zeros(2, 3)
+    assert linear_loss_chunks.choose_form(hidden, True) is linear_loss_chunks.FORMS["tokens"]
+    for other, trains in ((hidden.bfloat16(), True), (hidden, False)):
+        assert linear_loss_chunks.choose_form(other, trains) is linear_loss_chunks.FORMS["vocabulary"]
+
+
+def test_gradients_are_made_only_where_some_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def noted(hidden: Tensor, with_gradients: bool) -> linear_loss_chunks.Form:
+        seen.append(with_gradients)
+        return linear_loss_chunks.FORMS["tokens"]
+
+    monkeypatch.setattr(linear_loss_chunks, "choose_form", noted)
+    given = inputs()
+    ours(given)
+    with torch.no_grad():
+        ours(given)
+    ours(Inputs(*(leaf.detach() for leaf in given[:3]), given.case))
+    assert seen == [True, False, False]
+
+
+def test_the_factor_of_the_loss_is_not_rounded_to_half_precision() -> None:
+    given = inputs(dtype=torch.bfloat16)
+    (once,) = gradients(ours(given), given.weight)
+    (third,) = gradients(ours(given) / 3, given.weight)
+    assert_equal(third.double(), (once.float() / 3).bfloat16().double(), 0)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_compiles(softcap: float | None) -> None:
+    given = inputs([sum(LENGTHS)])
+    options: dict[str, Any] = dict(
+        bias=given.bias, softcap=softcap, token_weights=given.case.token_weights, z_loss=0.1
+    )
+    hidden = given.hidden.detach().masked_fill((given.case.labels == IGNORED)[:, None], torch.nan).requires_grad_()
+    compiled = torch.compile(linear_weighted_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(hidden, given.weight, given.case.labels, **options)
+    expected = linear_weighted_cross_entropy(hidden, given.weight, given.case.labels, **options)
+    assert_equal(loss, expected)
+    leaves = hidden, given.weight, given.bias
+    assert_equal(gradients(loss, *leaves), gradients(expected, *leaves))
+
+
+def test_kernels_of_the_cpu_are_not_asked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a CPU kernel")
+
+    monkeypatch.setattr(linear_loss_chunks, "weight_gradient", refuse)
+    x, grad = torch.zeros(4, WIDTH, device="meta"), torch.zeros(4, CLASSES, device="meta")
+    out = torch.empty(CLASSES, WIDTH, device="meta")
+    assert linear_loss_chunks._weight_gradient(x, grad).shape == out.shape
+    assert linear_loss_chunks._weight_gradient(x, grad, out=out) is out
+
+
+def test_the_batch_dimension_and_a_module_of_torch() -> None:
+    head = torch.nn.Linear(WIDTH, CLASSES)
+    hidden, labels = torch.randn(2, 5, WIDTH), torch.arange(10).view(2, 5)
+    loss = linear_weighted_cross_entropy(hidden, head.weight, labels, bias=head.bias, preset="sample")
+    assert_equal(loss, weighted_cross_entropy(head(hidden), labels, preset="sample"), 1e-6)
+    assert_equal(loss, F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()), 1e-6)
+
+
+HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hidden=HIDDEN.long()), "`hidden` must be floating-point .* got torch.int64"),
+        (dict(hidden=HIDDEN[0]), r"`hidden` must be .* of shape \(2, 3, 'H'\), .* \(3, 4\)"),
+        (dict(lm_head_weight=WEIGHT.t()), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(4, 5\)"),
+        (dict(lm_head_weight=WEIGHT[0]), r"`lm_head_weight` must be \(V, 4\) .* \(4,\)"),
+        (dict(lm_head_weight=WEIGHT[:0]), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(0, 4\)"),
+        (dict(lm_head_weight=WEIGHT.double()), "`lm_head_weight` must have the type of `hidden`, torch.float32, got"),
+        (dict(bias=torch.zeros(4)), r"`bias` must be \(5,\), got \(4,\)"),
+        (dict(bias=torch.zeros(5).bfloat16()), "`bias` must have the type of `hidden`, torch.float32, got torch.bfl"),
+        (dict(softcap=0.0), "`softcap` must be a finite number above 0, got 0.0"),
+        (dict(softcap=float("nan")), "`softcap` must be a finite number above 0, got nan"),
+        (dict(softcap=True), "`softcap` must be a finite number above 0, got True"),
+        (dict(label_smoothing=-0.1), "`label_smoothing` must lie from 0 to 1, got -0.1"),
+        (dict(z_loss=float("inf")), "`z_loss` must be a finite number"),
+        (dict(labels=LABELS + 5), "`labels` must lie from 0 to 4, or be -100, got 5"),
+        (dict(labels=LABELS.double()), "`labels` must be integers, got torch.float64"),
+        (dict(preset="sample", mix=1.0), "`mix` belongs to `preset='sample'` already"),
+        (dict(sample_weights=torch.tensor([1, torch.nan])), "`sample_weights` must be finite"),
+        (dict(token_weights=-torch.ones(2, 3)), "`token_weights` must be finite and at least 0"),
+        (dict(cu_seqlens=torch.tensor([0, 7])), "`cu_seqlens` must rise from 0"),
+    ],
+)
+def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_weighted_cross_entropy(**{"hidden": HIDDEN, "lm_head_weight": WEIGHT, "labels": LABELS, **options})
