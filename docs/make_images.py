@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from vlparts import (
@@ -16,7 +18,7 @@ from vlparts import (
     WindowFreeViTModel,
     show,
 )
-from vlparts.coordinates import Region, decode, encode
+from vlparts.coordinates import FORMATS, Frame, Region, SmartResize, decode, encode
 from vlparts.parts.attention import packed_attention
 from vlparts.parts.packing import get_position_ids, plan_packing
 from vlparts.parts.positions import PositionEmbedding
@@ -32,19 +34,79 @@ FOLDER = Path(__file__).parent / "images"
 
 
 def coordinates(path: Path) -> None:
-    """Draw regions on a photograph above the text that they became and were read from."""
+    """Draw regions on a photograph beside the texts that they became and were read from."""
     photo = load_sample_image("china.jpg")
     size = (photo.shape[1], photo.shape[0])
-    regions = [
-        Region.box(64, 30, 352, 427, "pavilion"),
-        Region.box(424, 226, 502, 242, "island"),
-        Region.box(546, 135, 640, 427, "tree"),
-        Region.point(205, 38, "finial"),
+    pavilion, tree = Region.box(64, 30, 352, 427, "pavilion"), Region.box(546, 135, 640, 427, "tree")
+    finial = Region.point(205, 32, "finial")
+    roof = Region.polygon([(96, 128), (190, 68), (220, 68), (320, 120), (300, 134), (205, 120)], "roof")
+    texts = {
+        "openpangu": [pavilion, tree, finial],
+        "qwen2_5_vl": [pavilion],
+        "gemini": [pavilion],
+        "paligemma": [pavilion, tree],
+        "molmo": [finial],
+        "florence2": [roof],
+    }
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
+    read: dict[str | None, Region] = {}
+    right.axis("off")
+    height = 0.99
+    for name, regions in texts.items():
+        text = encode(regions, size, name)
+        read |= {region.label: region for region in decode(text, size, name).regions}
+        shown = text.replace("```json\n", "").replace("\n```", "").replace("\t", "  ")
+        shown = shown.replace("<loc_343>", "\n<loc_343>")  # too long for a line
+        right.text(0, height, name, weight="bold", fontsize=9, va="top", transform=right.transAxes)
+        right.text(0, height - 0.045, shown, family="monospace", fontsize=8, va="top", transform=right.transAxes)
+        height -= 0.075 + 0.043 * (1 + shown.count("\n"))
+    show.boxes(photo, list(read.values()), ax=left)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_frame(ax: Axes, photo: np.ndarray, frame: Frame, box: Region, title: str) -> None:
+    """Draw what a model is given, with a box and its numbers."""
+    canvas = np.full((frame.size[1], frame.size[0], 3), 190, dtype=np.uint8)
+    (left, top), (right, bottom) = frame.to_frame([(0, 0), frame.image_size]).round().astype(int).tolist()
+    part = Image.fromarray(photo).resize((right - left, bottom - top))
+    canvas[max(top, 0) : bottom, max(left, 0) : right] = np.asarray(part)[max(-top, 0) :, max(-left, 0) :][
+        : canvas.shape[0], : canvas.shape[1]
     ]
-    text = encode(regions, size)
-    ax = show.boxes(photo, decode(text, size).regions)
-    ax.text(0.01, -0.03, text, transform=ax.transAxes, family="monospace", fontsize=11, va="top")
-    ax.figure.savefig(path, dpi=90)
+    points = np.clip(frame.to_frame(box.points), 0, frame.size)
+    show.boxes(canvas, [Region.box(*points.ravel().tolist(), box.label)], ax=ax)
+    pixels = ", ".join(f"{value:.0f}" for value in points.ravel())
+    shares = ", ".join(f"{value:.0f}" for value in (points / frame.size * 1000).ravel())
+    ax.set(xlim=(-6, 655), ylim=(690, -12))
+    ax.set_title(f"{title}, {frame.size[0]} x {frame.size[1]}", fontsize=10, loc="left")
+    ax.text(0, frame.size[1] + 12, f"pixels  {pixels}\n/ 1000  {shares}", family="monospace", fontsize=9, va="top")
+
+
+def coordinate_frames(path: Path) -> None:
+    """Draw one box in the frames that models see, with the numbers that it has there."""
+    photo = load_sample_image("china.jpg")
+    size = (photo.shape[1], photo.shape[0])
+    box = Region.box(64, 30, 352, 427, "pavilion")
+    frames = {
+        "original": Frame.original(size),
+        "resized (Qwen2.5-VL with 256 tokens)": SmartResize(28, max_pixels=256 * 28 * 28)(size),
+        "padded square (LLaVA)": FORMATS["llava"].frame(size),
+    }
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for ax, (title, frame) in zip(figure.subplots(1, 3), frames.items(), strict=True):
+        _draw_frame(ax, photo, frame, box, title)
+    figure.savefig(path, dpi=90)
+
+
+def coordinate_show(path: Path) -> None:
+    """Draw what the command `coordinates show` draws for an answer."""
+    photo = load_sample_image("china.jpg")
+    answer = (
+        "The <ref>pavilion</ref><box>(100,70),(550,999)</box> stands left of a "
+        "<ref>tree</ref><box>(853,316),(999,999)</box>."
+    )
+    regions = decode(answer, (photo.shape[1], photo.shape[0]), "qwen_vl").regions
+    show.box_grid([{"image": photo, "predicted": regions, "title": "china.jpg"}], path)
 
 
 def packing_plan(path: Path) -> None:
@@ -255,10 +317,23 @@ def windowfree(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def loss_weights(path: Path) -> None:
+    """Draw what answers of very different lengths weigh under each preset."""
+    prompts, answers = (24, 40, 18, 30, 22, 36), (3, 60, 9, 400, 24, 150)
+    lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    labels = torch.cat(
+        [torch.tensor([-100] * prompt + [0] * answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    )
+    show.loss_weights(labels, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), path=path)
+
+
 IMAGES: dict[str, Callable[[Path], None]] = {
     "attention": attention,
+    "coordinate_frames": coordinate_frames,
+    "coordinate_show": coordinate_show,
     "coordinates": coordinates,
     "image_packing": image_packing,
+    "loss_weights": loss_weights,
     "navit": navit,
     "packing_plan": packing_plan,
     "positions": positions,

@@ -123,7 +123,11 @@ def test_a_line_that_cannot_be_converted(tmp_path: Path) -> None:
         ((), "[1]\n", "standard input, line 1: expected a JSON object, got list"),
         ((), "\n{", "standard input, line 2: not valid JSON"),
         ((), lines({**ROW, "width": 0}), r"line 1: \(width, height\) must be \(width, height\), two positive"),
-        ((), lines({**ROW, "width": None}), "line 1: the field 'image' must hold the path of an image, got None"),
+        (
+            (),
+            lines({**ROW, "width": None}),
+            "line 1: the size of the image is needed: the fields 'width' and",
+        ),
         ((), lines({**ROW, "width": None, "image": "no.png"}), "line 1: cannot read the size of image no.png"),
         ((), lines({**ROW, "text": 3}), "line 1: expected a text or a list of messages, got 3"),
         (("-o", "/no/such/folder/b"), lines(ROW), "the output must lie in a folder that is there"),
@@ -195,7 +199,7 @@ def test_check_reports_problems_and_examples(tmp_path: Path) -> None:
 def test_check_without_problems() -> None:
     row = {"width": 100, "height": 200, "regions": [{"box": [10, 0, 50, 19]}]}
     result = run("check", "-", input=lines(row))
-    assert (result.exit_code, result.stdout) == (0, "1 regions checked for openpangu: 0 problems.\n")
+    assert (result.exit_code, result.stdout) == (0, "1 region checked for openpangu: 0 problems.\n")
     result = run("check", "-", "--format", "tens", input=lines(row))
     assert result.exit_code == 0
     row["regions"] = [{"box": [15, 0, 50, 19]}]
@@ -218,7 +222,7 @@ def test_check_writes_problems_to_the_standard_output() -> None:
     result = run("check", "-", "-o", "-", "--regions-field", "boxes", input=lines(row))
     (problem,) = rows(result.stdout)
     assert problem["problem"] == "outside"
-    assert "1 regions checked" in result.stderr
+    assert "1 region checked" in result.stderr
 
 
 def test_check_reads_training_records_and_texts() -> None:
@@ -229,7 +233,7 @@ def test_check_reads_training_records_and_texts() -> None:
     result = run("check", "-", "--text-field", "text", input=lines(ROW, BROKEN))
     assert result.exit_code == 1
     assert result.stdout.splitlines()[:2] == [
-        "2 texts checked for openpangu: 1 problems.",
+        "2 texts checked for openpangu: 1 problem.",
         "1 unreadable: text that cannot be read in the format",
     ]
 
@@ -283,6 +287,21 @@ def test_what_show_draws(pictured: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert len(drawn[0]["predicted"]) == 1
     assert drawn[0]["truth"][0].xyxy == (10, 20, 50, 60)
+
+
+def test_show_draws_training_records(pictured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("vlparts.show.box_grid", lambda items, path, columns: drawn.extend(items))
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": {"box": [10, 20, 50, 60]}}]
+    record = write(pictured.parent / "b.jsonl", {"image": "a.png", "messages": messages})
+    assert run("show", record, "-o", pictured.parent / "out.png").exit_code == 0
+    assert drawn[0]["truth"][0].xyxy == (10, 20, 50, 60)
+    assert "predicted" not in drawn[0]
+
+
+def test_show_needs_a_folder(pictured: Path) -> None:
+    result = run("show", pictured, "-o", pictured.parent / "none" / "out.png")
+    assert (result.exit_code, "the output must lie in a folder that is there" in said(result)) == (2, True)
 
 
 def test_show_says_what_is_missing(pictured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

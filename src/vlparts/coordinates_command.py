@@ -56,8 +56,8 @@ def _same(source: str, target: str) -> None:
 @app.command()
 def convert(
     source: Source,
-    from_format: Annotated[str, typer.Option("--from", help="Format of the texts.")],
-    to_format: Annotated[str, typer.Option("--to", help="Format to write.")],
+    from_format: Annotated[str, typer.Option("--from", help="Format of the texts, such as qwen2_5_vl.")],
+    to_format: Annotated[str, typer.Option("--to", help="Format to write, such as gemini.")],
     output: Target = STANDARD,
     text_field: TextField = "text",
     width_field: Width = "width",
@@ -94,7 +94,11 @@ def convert(
                 file.write(json_line({**row, text_field: value}))
     left = "left out" if policy == "skip" else "kept as they were"
     failed = f", {counts['failed']} {left}" if counts["failed"] else ""
-    typer.echo(f"{counts['converted']} lines converted{failed}.", err=True)
+    typer.echo(f"{_count(counts['converted'], 'line')} converted{failed}.", err=True)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _need(row: dict[str, Any], field: str) -> None:
@@ -180,8 +184,8 @@ def check(
                         shown.setdefault(name, []).append(f"line {number}, {index}: {detail}")
                     if file is not None:
                         file.write(json_line({"line": number, "index": index, "problem": name, "detail": detail}))
-    things = "regions" if text_field is None else "texts"
-    typer.echo(f"{total} {things} checked for {fmt.name}: {counts.total()} problems.", err=output == STANDARD)
+    things = _count(total, "region" if text_field is None else "text")
+    typer.echo(f"{things} checked for {fmt.name}: {_count(counts.total(), 'problem')}.", err=output == STANDARD)
     for name in (name for name in PROBLEMS if counts[name]):
         typer.echo(f"{counts[name]} {name}: {PROBLEMS[name]}", err=output == STANDARD)
         for line in shown.get(name, []):
@@ -195,15 +199,16 @@ def _picture(
 ) -> dict[str, Any]:
     """What `show.box_grid` draws for a line: its first image, with what its text says and what its regions are."""
     paths, size = sizes.paths(row), sizes.size(row)
-    if texts not in row and regions not in row:
+    true = regions in row or (texts not in row and "messages" in row)
+    if texts not in row and not true:
         raise ValueError(f"neither the field {texts!r} nor {regions!r} is there; the fields are {', '.join(row)}")
     said: list[Region] = []
     for text in _texts(row, texts) if texts in row else []:
         said += [region for region in decode(text, size, fmt, on_error="skip").regions if region.image == 0]
-    there = [region_from_dict(fields) for fields in (_region_fields(row, regions) if regions in row else ())]
+    there = [region_from_dict(fields) for fields in (_region_fields(row, regions) if true else ())]
     there = [region for region in there if region.image == 0]
     item: dict[str, Any] = {"image": upright(paths[0]), "title": paths[0].name}
-    return item | ({"predicted": said} if texts in row else {}) | ({"truth": there} if regions in row else {})
+    return item | ({"predicted": said} if texts in row else {}) | ({"truth": there} if true else {})
 
 
 @app.command()
@@ -226,6 +231,8 @@ def show(
             from .show import box_grid
 
             fmt = get_format(format)
+            if not output.parent.is_dir():
+                raise ValueError(f"the output must lie in a folder that is there, got {output}")
             sizes = _sizes(source, width_field, height_field, image_field, image_root)
             items = []
             for number, row in islice(read_rows(source), limit):
@@ -236,4 +243,4 @@ def show(
             box_grid(items, output, columns)
         except ImportError as error:
             raise ValueError(str(error)) from None
-    typer.echo(f"{len(items)} pictures in {output}.", err=True)
+    typer.echo(f"{_count(len(items), 'picture')} in {output}.", err=True)

@@ -111,6 +111,9 @@ class SizeFields:
         """
         width, height = row.get(self.width), row.get(self.height)
         if width is None or height is None:
+            if not {self.image, "images"} & row.keys():
+                fields = f"{self.width!r} and {self.height!r}, or {self.image!r}"
+                raise ValueError(f"the size of the image is needed: the fields {fields}; there are {', '.join(row)}")
             sizes = [image_size(path) for path in self.paths(row)]
             return sizes[0] if len(sizes) == 1 else sizes
         name = f"({self.width}, {self.height})"

@@ -4,9 +4,12 @@ import re
 import sys
 import textwrap
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from vlparts.coordinates import formats
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,6 +34,16 @@ def test_the_readme_has_a_snippet() -> None:
     assert ROOT / "README.md" in PAGES_WITH_CODE
 
 
+@pytest.fixture
+def own_formats() -> Iterator[None]:
+    """Forget the formats that a page registers."""
+    before = dict(formats.FORMATS)
+    yield
+    formats._formats.clear()
+    formats._formats.update(before)
+
+
+@pytest.mark.usefixtures("own_formats")
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace and one empty folder per page; a traceback names the page and its line."""

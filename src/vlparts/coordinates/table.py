@@ -119,7 +119,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "ovis2_5": "no public statement of its coordinates was found",
         "kimi_vl": "0-1 with three decimals was observed (MoonshotAI/Kimi-VL issue 56, unanswered); rule unknown",
         "molmo_point": "points are indices of image tokens, not numbers in the text",
-        "glm_4_1v": "its documents name three rules: 0-999 for boxes and points on phones, 0-1000 on the web",
+        "glm_4_1v": "its documents name two rules: 0-999 on phones, 0-1000 on the web",
         "gpt_computer_use": "pixels of the screenshot within tool calls, from secondary sources only",
     }
 )

@@ -160,7 +160,9 @@ class TaggedGrammar:
             _, _, label, image, identity, times = regions[start]
             if image or identity is not None or len(times):
                 raise ValueError("the format writes regions of one image, without identities and times")
-            if label is not None and (self.label_place == "none" or any(mark in label for mark in marks)):
+            if label is not None and self.label_place == "none":
+                raise ValueError(f"the format has no place for a label, got {label!r}")
+            if label is not None and any(mark in label for mark in marks):
                 raise ValueError(f"label {label!r} might be read back as another: marks around labels are {marks}")
             end = start + 1
             while self.group_join is not None and end < len(regions) and regions[end][2:] == regions[start][2:]:

@@ -1,0 +1,154 @@
+"""Write the table of formats: `python docs/make_tables.py` renews it in `docs/coordinate_formats.md`."""
+
+import re
+from pathlib import Path
+
+from vlparts.coordinates import ABSENT, FORMATS, CoordinateFormat, NumberRule, Region, decode, encode
+from vlparts.coordinates.frames import FitWithin, PaddedSquare, SmartResize
+
+PAGE = Path(__file__).parent / "coordinate_formats.md"
+BEGIN, END = "<!-- begin: {} -->\n", "<!-- end: {} -->"
+SIZE = (1000, 500)
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+MODELS = {
+    "openpangu": "openPangu-VL; the default",
+    "qwen_vl": "Qwen-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "internvl": "InternVL 1 to 3.5",
+    "deepseek_vl2": "DeepSeek-VL2",
+    "deepseek_ocr": "DeepSeek-OCR, DeepSeek-OCR-2",
+    "glm_4_5v": "GLM-4.5V, GLM-4.6V",
+    "cogvlm": "CogVLM, CogAgent",
+    "minicpm_v": "MiniCPM-V 2 to 4.5",
+    "internlm_xcomposer": "InternLM-XComposer",
+    "paligemma": "PaliGemma 1 and 2",
+    "florence2": "Florence-2: detection, grounding, segments",
+    "florence2_ocr": "Florence-2: text with its place",
+    "kosmos2": "Kosmos-2",
+    "llava": "LLaVA 1.x",
+    "shikra": "Shikra",
+    "ferret": "Ferret",
+    "molmo": "Molmo",
+    "molmo2": "Molmo2",
+    "moondream": "Moondream",
+    "rex_omni": "Rex-Omni",
+    "mineru2": "MinerU 2 (VLM)",
+    "got_ocr2": "GOT-OCR2",
+    "fuyu": "Fuyu",
+    "ui_tars": "UI-TARS 1.0",
+    "ui_tars_1_5": "UI-TARS 1.5",
+    "ui_tars_1_5_tags": "UI-TARS 1.5, with tags",
+    "showui": "ShowUI",
+    "os_atlas_4b": "OS-Atlas-Base-4B",
+    "os_atlas_7b": "OS-Atlas-Base-7B",
+    "gemini": "Gemini",
+    "claude": "Claude",
+}
+"""The models of each format, in the order of the page."""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _last_number(fmt: CoordinateFormat, place: float) -> str:
+    """The last number in the text of a region that lies at one place of the diagonal of an image of 1000 x 1000."""
+    kind = next(kind for kind in ("point", "box", "quad") if kind in fmt.kinds)
+    count = {"point": 1, "box": 2, "quad": 4}[kind]
+    text = encode([Region(kind, ((place, place),) * count)], (1000, 1000), fmt)
+    start, end = decode(text, (1000, 1000), fmt).spans[0]
+    return NUMBER.findall(text[start:end])[-1]
+
+
+def numbers(fmt: CoordinateFormat) -> tuple[str, str]:
+    """The range of the numbers, and which of them stands for the full side."""
+    rule = fmt.numbers
+    if not isinstance(rule, NumberRule):
+        return "cells of a 32 x 32 grid", "-"
+    if rule.denominator is None:
+        unit = "pixels" if rule.step == 1 else f"pixels / {rule.step}"
+        return f"{unit} of the frame", "W'" if rule.step == 1 else f"W' / {rule.step}"
+    low, high = _last_number(fmt, 0), _last_number(fmt, 1000)
+    full = rule.denominator * float(high) / rule.last(1)
+    return f"{low} to {high}", f"{full:g}"
+
+
+def frame(fmt: CoordinateFormat) -> str:
+    """The frame in words."""
+    rule = fmt.frame
+    if isinstance(rule, SmartResize):
+        return f"resized: `SmartResize({rule.factor}, {rule.min_pixels}, {rule.max_pixels})`"
+    if isinstance(rule, PaddedSquare):
+        return "padded to a square"
+    if isinstance(rule, FitWithin):
+        return f"shrunk to fit {rule.size[0]} x {rule.size[1]}"
+    return "original"
+
+
+def rounding(fmt: CoordinateFormat) -> str:
+    """The rounding in words."""
+    rule = fmt.numbers
+    names = {"round": "nearest", "floor": "down", "bins": "down, read at the middle"}
+    return names[rule.rounding] if isinstance(rule, NumberRule) else "outwards, read at the middle"
+
+
+def off(fmt: CoordinateFormat) -> str:
+    """How far a coordinate on a side of 1000 pixels may move."""
+    seen = fmt.frame((1000, 1000))
+    return f"{fmt.numbers.error_bound(seen.size)[0] / float(seen.scale[0]):.2g}"
+
+
+def table() -> str:
+    """All formats, a row each."""
+    head = ["format", "models", "regions", "numbers", "full side", "rounding", "order", "frame", "off by"]
+    rows = []
+    for name, models in MODELS.items():
+        fmt = FORMATS[name]
+        order = "**y, x**" if set(fmt.y_first) == set(fmt.kinds) else "**y, x** in boxes" if fmt.y_first else "x, y"
+        cells = [f"[`{name}`](#{name})", models, ", ".join(fmt.kinds), *numbers(fmt), rounding(fmt), order]
+        rows.append([*cells, frame(fmt), off(fmt)])
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def example(fmt: CoordinateFormat) -> str:
+    """A region with the label "cat" as text: a box where the format has boxes; without the label where it has none."""
+    corners = ((100.0, 200.0), (400.0, 200.0), (400.0, 450.0), (100.0, 450.0))
+    kind = next(kind for kind in ("box", "quad", "point") if kind in fmt.kinds)
+    points = {"box": corners[::2], "quad": corners, "point": corners[:1]}[kind]
+    try:
+        return encode([Region(kind, points, "cat")], SIZE, fmt)
+    except ValueError:
+        return encode([Region(kind, points)], SIZE, fmt)
+
+
+def examples() -> str:
+    """A section for each format: an example, the source, and what was assumed."""
+    parts = []
+    for name in MODELS:
+        fmt = FORMATS[name]
+        lines = [f"### {name}", "", "```text", example(fmt), "```", "", f"Source: {fmt.source}, read {fmt.date}."]
+        if fmt.assumed:
+            lines += ["Not said there, and taken so here:", "", *(f"- {one}" for one in fmt.assumed)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def absent() -> str:
+    """Models without a format."""
+    return "".join(f"- `{name}`: {reason}.\n" for name, reason in ABSENT.items())
+
+
+def renewed(text: str) -> str:
+    """The page with its generated pieces as they should be."""
+    for name, piece in (("formats", table()), ("absent", absent()), ("examples", examples())):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + piece + "\n" + end + rest.split(end)[1]
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
