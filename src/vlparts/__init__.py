@@ -17,6 +17,9 @@ from .parts.coordinate_constraint import CoordinateLogitsProcessor
 from .parts.coordinate_tokens import CoordinateTokenIds, LocationTokens
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
+from .parts.linear_losses import linear_weighted_cross_entropy
+from .parts.loss_normalizer import LossNormalizer
+from .parts.losses import weighted_cross_entropy
 from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
@@ -38,6 +41,7 @@ __all__ = [
     "CoordinateTokenIds",
     "GroupedTopKRouter",
     "LocationTokens",
+    "LossNormalizer",
     "MoGEConfig",
     "MoGEForCausalLM",
     "MoGEModel",
@@ -63,12 +67,14 @@ __all__ = [
     "balance_loss",
     "compose",
     "compose_processor",
+    "linear_weighted_cross_entropy",
     "multi_label_cluster_loss",
     "router_z_loss",
     "sample_negative_centers",
     "set_experts_implementation",
     "split_thinking",
     "split_thinking_ids",
+    "weighted_cross_entropy",
     "with_thinking_mode",
 ]
 

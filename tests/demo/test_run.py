@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from vlparts.demo import run
 from vlparts.demo.data import Task
-from vlparts.demo.run import run_demo
+from vlparts.demo.run import ask_without_vlparts, run_demo
 
 
 @pytest.mark.slow
@@ -20,6 +21,11 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert 0 <= metrics["mean_iou"] <= 1
     assert Image.open(tmp_path / "predictions.png").width > 500
     assert (tmp_path / "model" / "model.safetensors").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokens = {tokenizer.decode([token], skip_special_tokens=True).strip() for token in range(len(tokenizer))}
+    answers = ask_without_vlparts(tmp_path / "model", tmp_path / "data" / "held_out.jsonl", tokens=1)
+    assert len(answers) == 4
+    assert set(answers) <= tokens
 
 
 @pytest.mark.slow

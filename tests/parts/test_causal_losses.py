@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from tests.parts.loss_oracle import IGNORED, assert_equal, drawn, gradients, make_case
 from vlparts.parts.causal_losses import WEIGHTED_LOSS_NAME, weighted_causal_lm_loss
-from vlparts.parts.loss_weights import PRESETS, next_token_labels, weigh_tokens
+from vlparts.parts.loss_weights import PRESETS, weigh_next_tokens
 from vlparts.parts.losses import weighted_cross_entropy
 
 ROWS, LENGTH, CLASSES = 3, 6, 11
@@ -29,8 +29,7 @@ def shifted(labels: Tensor, fill: float = IGNORED) -> Tensor:
 
 def weights_for(labels: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
     """As a training loop makes them."""
-    targets = next_token_labels(labels, cu_seqlens=cu_seqlens)
-    weights = weigh_tokens(targets, cu_seqlens=cu_seqlens, dtype=torch.float64, **options).weights
+    weights = weigh_next_tokens(labels, cu_seqlens=cu_seqlens, dtype=torch.float64, **options).weights
     return weights.view(labels.shape)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.parts.loss_oracle import IGNORED, Case, assert_equal, gradients, looped_loss, make_case, rows_of
 from vlparts.parts.linear_losses import linear_weighted_cross_entropy
 from vlparts.parts.loss_normalizer import LossNormalizer
-from vlparts.parts.loss_weights import PRESETS, weigh_tokens
+from vlparts.parts.loss_weights import PRESETS, next_token_labels, weigh_next_tokens, weigh_tokens
 from vlparts.parts.losses import weighted_cross_entropy
 
 LENGTHS = [5, 1, 0, 7, 3, 4]
@@ -139,6 +139,33 @@ def test_a_micro_batch_of_weight_0_is_zero() -> None:
     case = make_case(LENGTHS)
     case.sample_weights[:3] = 0
     assert_equal(step_loss(case, SPLITS[2]).item(), looped_loss(case, 0.5, 0), 1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_labels_that_the_loss_shifts_add_up_without_first_tokens(preset: str) -> None:
+    case, whole, split = make_case(LENGTHS), LossNormalizer(preset), LossNormalizer(preset)
+    parts = [select(case, samples) for samples in SPLITS[3]]
+    for part in parts:
+        split.add(part.labels, next_tokens=True, **part.weighting)
+    whole.add(next_token_labels(case.labels, cu_seqlens=case.cu_seqlens), **case.weighting)
+    assert_equal((split.samples, split.tokens), (whole.samples, whole.tokens), 1e-12)
+    weights = [weigh_next_tokens(part.labels, **part.weighting, **split.options).weights for part in parts]
+    assert_equal(sum(weight.sum().item() for weight in weights), 1.0, 1e-6)
+
+
+def test_a_step_is_summed_over_processes_once() -> None:
+    case, normalizer = make_case(LENGTHS), LossNormalizer("token")
+    add(normalizer, case)
+    normalizer.all_reduce()
+    totals = (normalizer.samples.item(), normalizer.tokens.item())
+    for again in (normalizer.all_reduce, lambda: add(normalizer, case)):
+        with pytest.raises(RuntimeError, match="summed over its processes already; `reset` begins a new one"):
+            again()
+    assert totals == (normalizer.samples.item(), normalizer.tokens.item())
+    normalizer.reset()
+    add(normalizer, case)
+    normalizer.all_reduce()
+    assert totals == (normalizer.samples.item(), normalizer.tokens.item())
 
 
 def test_mistakes_are_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.parts.loss_oracle import IGNORED, Case, assert_equal, formula, gradients, make_case, rows_of
-from vlparts.parts.loss_weights import PRESETS, next_token_labels, resolve_mix, weigh_tokens
+from vlparts.parts.loss_weights import PRESETS, next_token_labels, resolve_mix, weigh_next_tokens, weigh_tokens
 
 LENGTHS = [5, 1, 0, 7, 3]
 # The mix and the exponent that presets stand for, as published or described.
@@ -163,6 +163,26 @@ def test_next_token_labels_drop_the_first_of_each_sample_and_row(dtype: torch.dt
     assert labels.tolist() == list(range(8))
     assert next_token_labels(labels[:0]).shape == (0,)
     assert next_token_labels(labels[:0].view(2, 0)).shape == (2, 0)
+
+
+PACKED = {
+    "rows": {},
+    "lengths": dict(cu_seqlens=torch.tensor([0, 3, 3, 7, 16])),
+    "ids": dict(sample_ids=torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, -1]).view(2, 8)),
+}
+
+
+@pytest.mark.parametrize("ignore_index", [IGNORED, 7])
+@pytest.mark.parametrize("places", PACKED.values(), ids=PACKED)
+def test_next_tokens_are_weighed_by_the_same_samples(places: dict[str, Tensor], ignore_index: int) -> None:
+    case = make_case([16])
+    labels, b = case.labels.masked_fill(case.labels == IGNORED, ignore_index).view(2, 8), case.token_weights.view(2, 8)
+    options = dict(token_weights=b, preset="square", dtype=torch.float64)
+    found = weigh_next_tokens(labels, **places, **options, ignore_index=ignore_index)
+    targets = next_token_labels(labels, **places, ignore_index=ignore_index)
+    assert not found.weights.view(2, 8)[targets == ignore_index].any()
+    for got, wanted in zip(found, weigh_tokens(targets, **places, **options, ignore_index=ignore_index), strict=True):
+        assert_equal(got, wanted, 1e-15)
 
 
 ROWS = torch.zeros(2, 3).long()

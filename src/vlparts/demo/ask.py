@@ -1,6 +1,7 @@
 """Ask a saved model about images, with transformers alone.
 
-Run as a script in an environment where vlparts cannot be imported: `ask.py FOLDER QUESTIONS.jsonl ANSWERS.json`.
+Run as a script in an environment where vlparts cannot be imported:
+`ask.py FOLDER QUESTIONS.jsonl ANSWERS.json [TOKENS]`.
 """
 
 import importlib.util
@@ -15,13 +16,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 _BATCH = 50
 
 
-def main(folder: str, questions: str, answers: str) -> None:
+def main(folder: str, questions: str, answers: str, tokens: str = "40") -> None:
     """Answer every question of a file of records with the model in `folder`.
 
     Args:
         folder: A checkpoint with its code.
         questions: JSON Lines file of records; the first user turn is the question.
         answers: Where the list of answers goes, as JSON.
+        tokens: Tokens of an answer at most.
     """
     if importlib.util.find_spec("vlparts") is not None:
         raise RuntimeError("vlparts can be imported here, so this would prove nothing.")
@@ -41,7 +43,7 @@ def main(folder: str, questions: str, answers: str) -> None:
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
         with torch.inference_mode():
-            generated = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+            generated = model.generate(**inputs, max_new_tokens=int(tokens), do_sample=False)
         texts += processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     Path(answers).write_text(json.dumps([text.strip() for text in texts]), encoding="utf-8")
 

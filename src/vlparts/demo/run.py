@@ -116,12 +116,13 @@ def run_demo(
     return metrics
 
 
-def ask_without_vlparts(folder: Path, questions: Path) -> list[str]:
+def ask_without_vlparts(folder: Path, questions: Path, tokens: int = 40) -> list[str]:
     """Answer a file of records with a saved model, in a fresh process where vlparts cannot be imported.
 
     Args:
         folder: The checkpoint.
         questions: JSON Lines file of records.
+        tokens: Tokens of an answer at most.
 
     Returns:
         One answer for each record.
@@ -131,7 +132,8 @@ def ask_without_vlparts(folder: Path, questions: Path) -> list[str]:
         python = environment_without(scratch / "environment")
         answers = scratch / "answers.json"
         script = Path(ask.__file__)
-        run_without(python, script, folder.resolve(), questions.resolve(), answers, modules_cache=scratch / "code")
+        arguments = (folder.resolve(), questions.resolve(), answers, str(tokens))
+        run_without(python, script, *arguments, modules_cache=scratch / "code")
         return json.loads(answers.read_text(encoding="utf-8"))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss_weights import IGNORE_INDEX, resolve_mix, weigh_tokens
+from .loss_weights import IGNORE_INDEX, resolve_mix, weigh_next_tokens, weigh_tokens
+from .process_sums import sum_over_processes
 
 
 class LossNormalizer:
@@ -42,6 +43,7 @@ class LossNormalizer:
     def reset(self) -> None:
         """Begin a new step."""
         self._totals = torch.zeros(2, dtype=torch.float64)
+        self._reduced = False
 
     @property
     def samples(self) -> Tensor:
@@ -71,9 +73,24 @@ class LossNormalizer:
         token_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         sample_ids: Tensor | None = None,
+        next_tokens: bool = False,
     ) -> None:
-        """Count a micro-batch; arguments and errors are those of [`weigh_tokens`]."""
-        weights = weigh_tokens(
+        """Count a micro-batch.
+
+        Args:
+            labels: As for [`weigh_tokens`].
+            sample_weights: As for [`weigh_tokens`].
+            token_weights: As for [`weigh_tokens`].
+            cu_seqlens: As for [`weigh_tokens`].
+            sample_ids: As for [`weigh_tokens`].
+            next_tokens: Whether the loss shifts these labels, so that [`weigh_next_tokens`] makes its weights.
+
+        Raises:
+            ValueError: As for [`weigh_tokens`].
+            RuntimeError: After [`all_reduce`]; [`reset`] begins a new step.
+        """
+        self._check_open()
+        weights = (weigh_next_tokens if next_tokens else weigh_tokens)(
             labels,
             mix=self.mix,
             length_exponent=self.length_exponent,
@@ -88,12 +105,19 @@ class LossNormalizer:
         self._totals = self._totals.to(totals.device) + totals
 
     def all_reduce(self, group: Any = None, device: torch.device | str | None = None) -> None:
-        """Sum over the processes of torch.distributed; nothing to do where it is not initialised.
+        """Sum over the processes of torch.distributed, once for each step; without it, nothing is to be summed.
 
         Args:
             group: The process group; the default one where None.
             device: Where the group's backend works (NCCL and HCCL: the accelerator); where the labels were, if None.
+
+        Raises:
+            RuntimeError: If it was called in this step already; [`reset`] begins a new one.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._totals = self._totals.to(device or self._totals.device)
-            torch.distributed.all_reduce(self._totals, group=group)
+        self._check_open()
+        self._totals = sum_over_processes(self._totals, group, device)
+        self._reduced = True
+
+    def _check_open(self) -> None:
+        if self._reduced:
+            raise RuntimeError("This step is summed over its processes already; `reset` begins a new one.")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .loss_weights import IGNORE_INDEX, find_samples
+from .loss_samples import find_samples
+from .loss_weights import IGNORE_INDEX
 from .position_schedules import Schedule, Segments
 
 __all__ = ["Places", "labelled_places", "position_weights"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .loss_weights import find_samples
+from .loss_samples import find_samples
 from .thinking import THINKING_END_ID, THINKING_START_ID
 
 __all__ = ["ANSWER", "THINKING", "thinking_segments"]

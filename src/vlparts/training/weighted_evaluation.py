@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..parts.causal_losses import weighted_causal_lm_loss
 from ..parts.loss_weights import weigh_tokens
+from ..parts.process_sums import sum_over_processes
 from .weight_inputs import WeightedLabels
 
 
@@ -65,12 +66,7 @@ class EvaluationSums:
         Args:
             device: Where the process group works.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # As integers, since not every backend knows float64.
-            own = self._sums.view(torch.int32).to(device)
-            every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(every, own)
-            self._sums = torch.stack([one.cpu().view(torch.float64) for one in every]).sum(0)
+        self._sums = sum_over_processes(self._sums, device=device)
 
     def compute(self) -> float:
         """The loss of all that was added; 0 where nothing has weight."""
