@@ -1,6 +1,7 @@
 """Regions to text and back: what does not depend on the grammar."""
 
 import dataclasses
+import gc
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,19 @@ def test_codes_above_the_range_are_clamped_where_wanted() -> None:
     assert decode("(101,000)", SIZE, percent, on_outside="clamp").regions == (Region.point(999, 0),)
     with pytest.raises(ValueError, match="on_outside must be one of 'error', 'clamp', got 'skip'"):
         decode("(101,000)", SIZE, percent, on_outside="skip")
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_search_for_cycles_goes_on_as_before(running: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if running else gc.disable)()
+        assert decode("(001,002)", SIZE).regions == (Region.point(1, 2),)
+        with pytest.raises(CoordinateError):
+            decode("(001,", SIZE)
+        assert gc.isenabled() == running
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_errors_are_in_the_order_of_the_text() -> None:

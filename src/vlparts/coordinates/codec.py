@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .collection import without_collection
 from .formats import CoordinateFormat, get_format
 from .grammar import Coded, DecodeError, Found
 from .padded import PairGrammar
@@ -219,10 +220,11 @@ def decode(
     check_choice(on_outside, "on_outside", ("error", "clamp"))
     if not isinstance(text, str):
         raise CoordinateError(f"text must be a str, got {type(text).__name__}")
-    if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
-        return DecodeResult(*plain)
-    found, errors = fmt.grammar.scan(text)
-    kept, regions, errors = resolve(text, found, errors, sizes, fmt, on_outside == "clamp")
+    with without_collection():
+        if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
+            return DecodeResult(*plain)
+        found, errors = fmt.grammar.scan(text)
+        kept, regions, errors = resolve(text, found, errors, sizes, fmt, on_outside == "clamp")
     if errors and on_error == "raise":
         raise CoordinateError(f"position {errors[0].position}: {errors[0].reason}", errors[0].position)
     spans = tuple([item[:2] for item in kept])
