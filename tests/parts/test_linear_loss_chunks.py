@@ -20,9 +20,8 @@ FORMS = list(linear_loss_chunks.FORMS)
 def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """One form for all calls, in pieces."""
     chosen = linear_loss_chunks.FORMS[form]
-    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda hidden, with_gradients: chosen)
+    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda *_: chosen)
     monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
-    monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_A_TIME", 4 * CLASSES * 4)
 
 
 def wide_of(given: Inputs) -> Inputs:
@@ -111,9 +110,9 @@ class Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_logits_are_never_held_together(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(monkeypatch, form)
+def test_logits_of_a_large_vocabulary_are_never_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_ONCE", CLASSES * 8)
+    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
     given = inputs([40, 60])
     with Largest() as seen:
         gradients(ours(given), *given[:3])
@@ -132,19 +131,23 @@ def test_ignored_tokens_are_left_out_before_the_first_product() -> None:
     assert seen.elements < 40 * CLASSES
 
 
-def test_a_large_head_is_chosen_a_form_for() -> None:
-    hidden = torch.zeros(2, 3)
-    assert linear_loss_chunks.choose_form(hidden, True) is linear_loss_chunks.FORMS["tokens"]
-    for other, trains in ((hidden.bfloat16(), True), (hidden, False)):
-        assert linear_loss_chunks.choose_form(other, trains) is linear_loss_chunks.FORMS["vocabulary"]
+def test_the_form_follows_from_how_many_logits_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weights = torch.zeros(2, 3), torch.ones(2)
+    head = linear_loss_chunks.Head(torch.zeros(5, 3), None, None, 0, 0)
+    choices = []
+    for room in (2 * 5 * 4, 2 * 5 * 4 - 1):
+        monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_ONCE", room)
+        choices += [linear_loss_chunks.choose_form(hidden, weights, head, trains) for trains in (True, False)]
+    few, many = linear_loss_chunks.FORMS.values()
+    assert choices == [few, many, many, many]
 
 
 def test_gradients_are_made_only_where_some_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def noted(hidden: Tensor, with_gradients: bool) -> linear_loss_chunks.Form:
-        seen.append(with_gradients)
-        return linear_loss_chunks.FORMS["tokens"]
+    def noted(*arguments: Any) -> linear_loss_chunks.Form:
+        seen.append(arguments[-1])
+        return linear_loss_chunks.FORMS["at once"]
 
     monkeypatch.setattr(linear_loss_chunks, "choose_form", noted)
     given = inputs()
@@ -184,7 +187,6 @@ def test_kernels_of_the_cpu_are_not_asked_for_elsewhere(monkeypatch: pytest.Monk
     monkeypatch.setattr(linear_loss_chunks, "weight_gradient", refuse)
     x, grad = torch.zeros(4, WIDTH, device="meta"), torch.zeros(4, CLASSES, device="meta")
     out = torch.empty(CLASSES, WIDTH, device="meta")
-    assert linear_loss_chunks._weight_gradient(x, grad).shape == out.shape
     assert linear_loss_chunks._weight_gradient(x, grad, out=out) is out
 
 

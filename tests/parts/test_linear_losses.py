@@ -61,18 +61,17 @@ def assert_same(given: Inputs, tolerance: float = 1e-10, **options: Any) -> None
         assert_equal(got, wanted, tolerance)
 
 
-@pytest.fixture(params=["tokens", "vocabulary"])
+@pytest.fixture(params=list(linear_loss_chunks.FORMS))
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One form for all calls."""
     chosen = linear_loss_chunks.FORMS[request.param]
-    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda hidden, with_gradients: chosen)
+    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda *_: chosen)
 
 
-@pytest.fixture(params=[(4096, 2**27), (5, 3 * CLASSES * 8), (1, 1), (13, 4 * CLASSES * 8)])
+@pytest.fixture(params=[4096, 5, 1, 13])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes and logits of a piece: one, odd ones, the smallest, exactly the vocabulary."""
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", request.param[0])
-    monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_A_TIME", request.param[1])
+    """Classes of a piece: more than there are, an odd number, the smallest, exactly the vocabulary."""
+    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", request.param)
 
 
 every_form = pytest.mark.usefixtures("form", "pieces", "poisoned_empty")
@@ -213,7 +212,6 @@ def test_float32_of_many_tokens(onednn: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: onednn and torch.backends.mkldnn.is_available())
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
     monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 9)
-    monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_A_TIME", 100 * CLASSES * 4)
     wide, narrow = inputs([70, 1, 130]), inputs([70, 1, 130], dtype=torch.float32)
     expected, loss = expected_of(wide), ours(narrow)
     assert loss.dtype == torch.float32

@@ -135,7 +135,7 @@ def test_token_is_torchs_mean_and_sample_the_mean_of_means(case: Case, smoothing
     weighting=options,
     form=st.sampled_from(list(linear_loss_chunks.FORMS)),
     width=st.integers(1, 5),
-    pieces=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    piece=st.integers(1, 14),
     softcap=st.sampled_from([None, 1.3]),
     z=st.sampled_from([0.0, 0.2]),
     bias=st.booleans(),
@@ -145,7 +145,7 @@ def test_the_linear_form_is_the_form_of_the_logits(
     weighting: dict[str, Any],
     form: str,
     width: int,
-    pieces: tuple[int, int],
+    piece: int,
     softcap: float | None,
     z: float,
     bias: bool,
@@ -159,8 +159,7 @@ def test_the_linear_form_is_the_form_of_the_logits(
     expected = loss_of(case._replace(logits=logits), z_loss=z, **weighting)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_loss_chunks, "choose_form", lambda *_: linear_loss_chunks.FORMS[form])
-        patch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", pieces[0])
-        patch.setattr(linear_loss_chunks, "LOGITS_AT_A_TIME", pieces[1] * classes * 8)
+        patch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", piece)
         loss = linear_weighted_cross_entropy(
             hidden, weight, case.labels, bias=offsets, softcap=softcap, z_loss=z, **case.weighting, **weighting
         )

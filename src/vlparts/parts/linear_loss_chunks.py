@@ -1,9 +1,10 @@
 """Cross-entropies of a linear head, and their gradients, without ever holding all logits.
 
-Two forms. By tokens: the logits of some hundred tokens at a time, with three products; the gradient of the head's
-weight is added to once for each. By vocabulary: the logits of some thousand classes and all tokens at a time, twice,
-first for the partition sums; four products, but every piece of the weight's gradient is written once and for all.
-Which is faster depends on what a product costs beside memory: measured in docs/benchmarks.md.
+Two forms, in both of which every piece of the weight's gradient is written once and for all. At once: all logits that
+count, with three products, while they are few enough to be held. By vocabulary: the logits of some thousand classes
+at a time, twice, first for the partition sums, with four products. Measured in docs/benchmarks.md, with a third that
+was not kept: some hundred tokens at a time takes three products as well, but adds to the whole gradient of the weight
+each time.
 
 Shapes: N tokens, H width of the head's input, V classes; c classes of a piece.
 """
@@ -20,10 +21,10 @@ from .linear_cpu import weight_gradient
 
 define_linear()
 
-# Classes of a piece: its logits stay in the cache between the products.
+# Classes of a piece, in the products and by vocabulary.
 CLASSES_AT_A_TIME = 4096
-# Bytes of the logits of some tokens, in the form by tokens.
-LOGITS_AT_A_TIME = 128 * 2**20
+# Bytes of logits that may be held at once.
+LOGITS_AT_ONCE = 192 * 2**20
 
 
 class Head(NamedTuple):
@@ -85,7 +86,7 @@ def head_losses(
             empty(head.bias) if wanted.bias and head.bias is not None else None,
         )
     with torch.autocast(hidden.device.type, enabled=False):  # the types are chosen already
-        losses = choose_form(hidden, gradients is not None)(hidden, labels, weights, head, gradients)
+        losses = choose_form(hidden, weights, head, gradients is not None)(hidden, labels, weights, head, gradients)
     if gradients is not None and gradients.hidden is not None:
         gradients.hidden = gradients.hidden.to(hidden.dtype)
     return losses, gradients
@@ -94,9 +95,10 @@ def head_losses(
 Form = Callable[[Tensor, Tensor, Tensor, Head, Gradients | None], Tensor]
 
 
-def choose_form(hidden: Tensor, with_gradients: bool) -> Form:
-    """The faster form for such hidden states: a product more pays where products in a low precision are cheap."""
-    return _by_vocabulary if not with_gradients or hidden.element_size() < 4 else _by_tokens
+def choose_form(hidden: Tensor, weights: Tensor, head: Head, with_gradients: bool) -> Form:
+    """The faster form: the product that is saved by holding all logits pays while they are few."""
+    held = len(hidden) * len(head.weight) * weights.element_size()
+    return _at_once if with_gradients and held <= LOGITS_AT_ONCE else _by_vocabulary
 
 
 def _pieces(classes: int) -> Iterator[slice]:
@@ -129,8 +131,8 @@ class _Rows:
         self.partition = partition
         self.weighted = (self.hidden * self.weights.unsqueeze(1)).to(self.hidden.dtype)
 
-    def add(self, log_probabilities: Tensor, piece: slice, into: Gradients, rows: slice, first: bool) -> None:
-        """Add what a piece of the logarithms of probabilities `(N, c)` gives; they are not changed."""
+    def add(self, log_probabilities: Tensor, piece: slice, into: Gradients) -> None:
+        """Write what a piece of the logarithms of probabilities `(N, c)` gives; they are not changed."""
         head, smoothing = self.head, self.head.label_smoothing
         grad = log_probabilities.exp()
         if head.z_loss:
@@ -145,57 +147,40 @@ class _Rows:
         grad = grad.to(self.hidden.dtype)
         weight = head.weight[piece]
         if into.hidden is not None:
-            into.hidden[rows] += torch.ops.vlparts.linear(grad, weight.t())
+            into.hidden += torch.ops.vlparts.linear(grad, weight.t())
         if into.bias is not None:
-            _put(into.bias[piece], grad.to(self.weights.dtype).t() @ self.weights, first)
-        if into.weight is not None and first:
-            _weight_gradient(self.weighted, grad, out=into.weight[piece])
-        elif into.weight is not None:
-            into.weight[piece] += _weight_gradient(self.weighted, grad)
+            into.bias[piece] = grad.to(self.weights.dtype).t() @ self.weights
+        if into.weight is not None:
+            _weight_gradient(self.weighted, grad, into.weight[piece])
 
-    def finish(self, into: Gradients, rows: slice) -> None:
+    def finish(self, into: Gradients) -> None:
         """Bring in the weights of rows that [`add`] left out."""
         if into.hidden is not None:
-            into.hidden[rows] *= self.weights.unsqueeze(1)
+            into.hidden *= self.weights.unsqueeze(1)
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
-    if x.is_cpu:
-        return weight_gradient(x, grad, out)
-    return torch.mm(grad.t(), x, out=out)
+def _weight_gradient(x: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+    return weight_gradient(x, grad, out) if x.is_cpu else torch.mm(grad.t(), x, out=out)
 
 
-def _put(target: Tensor, value: Tensor, first: bool) -> None:
-    target.copy_(value) if first else target.add_(value)
-
-
-def _by_tokens(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, gradients: Gradients | None) -> Tensor:
-    classes = len(head.weight)
-    step = max(1, LOGITS_AT_A_TIME // (classes * weights.element_size()))
-    step = -(-len(hidden) // max(1, -(-len(hidden) // step)))  # equal shares
-    losses = torch.empty_like(weights)
-    room = weights.new_empty(min(step, len(hidden)), classes)
-    for start in range(0, len(hidden), max(step, 1)):
-        rows = slice(start, min(start + step, len(hidden)))
-        part = _Rows(hidden[rows], labels[rows], weights[rows], head)
-        logits = room[: rows.stop - rows.start]
-        for piece in _pieces(classes):
-            logits[:, piece] = _logits(part.hidden, head, piece, weights.dtype)
-        of_label = logits.gather(1, part.labels.unsqueeze(1)).squeeze(1)
-        mean = logits.mean(1) if head.label_smoothing else None
-        torch.log_softmax(logits, 1, out=logits)
-        partition = of_label - logits.gather(1, part.labels.unsqueeze(1)).squeeze(1)
-        losses[rows] = part.losses(of_label, partition, mean)
-        if gradients is not None:
-            part.start(partition)
-            for piece in _pieces(classes):
-                part.add(logits[:, piece], piece, gradients, rows, first=start == 0)
-            part.finish(gradients, rows)
-    return losses
+def _at_once(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, gradients: Gradients | None) -> Tensor:
+    part = _Rows(hidden, labels, weights, head)
+    logits = weights.new_empty(len(hidden), len(head.weight))
+    for piece in _pieces(len(head.weight)):
+        logits[:, piece] = _logits(hidden, head, piece, weights.dtype)
+    of_label = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    mean = logits.mean(1) if head.label_smoothing else None
+    torch.log_softmax(logits, 1, out=logits)
+    partition = of_label - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    if gradients is not None:
+        part.start(partition)
+        for piece in _pieces(len(head.weight)):
+            part.add(logits[:, piece], piece, gradients)
+        part.finish(gradients)
+    return part.losses(of_label, partition, mean)
 
 
 def _by_vocabulary(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, gradients: Gradients | None) -> Tensor:
-    rows = slice(0, len(hidden))
     part = _Rows(hidden, labels, weights, head)
     of_label, total = torch.zeros_like(weights), torch.zeros_like(weights)
     sums = []
@@ -211,10 +196,10 @@ def _by_vocabulary(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, 
         part.start(partition)
         for piece in _pieces(len(head.weight)):
             logits = _logits(hidden, head, piece, weights.dtype)
-            part.add(logits.sub_(partition.unsqueeze(1)), piece, gradients, rows, first=True)
-        part.finish(gradients, rows)
+            part.add(logits.sub_(partition.unsqueeze(1)), piece, gradients)
+        part.finish(gradients)
     return part.losses(of_label, partition, total / len(head.weight) if head.label_smoothing else None)
 
 
-FORMS: dict[str, Form] = {"tokens": _by_tokens, "vocabulary": _by_vocabulary}
+FORMS: dict[str, Form] = {"at once": _at_once, "by vocabulary": _by_vocabulary}
 """The two forms by name, for benchmarks and tests."""
