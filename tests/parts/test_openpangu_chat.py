@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
@@ -145,6 +145,9 @@ PANGU = processor()
 
 
 @given(conversations, st.sampled_from(["slow", "fast", "auto"]))
+@example([user([text(""), text("")])], "fast")
+@example([user([text("Why? /no_think"), text("")])], "fast")
+@example([user([text("Why?"), text("")])], "auto")
 def test_the_mode_of_the_template_is_that_of_the_messages(chat: list[dict[str, Any]], mode: str) -> None:
     chat = [*chat, user("Why?")] if all(message["role"] != "user" for message in chat) else chat
     of_messages = PANGU.apply_chat_template([with_thinking_mode(chat, mode)])

@@ -157,7 +157,7 @@ def with_thinking_mode(messages: Sequence[Mapping[str, Any]], mode: str) -> list
         raise ValueError("`messages` must have a message with the role user, got none.")
     content = changed[place].get("content")
     if isinstance(content, str):
-        changed[place]["content"] = _switched(content, mode)
+        changed[place]["content"] = content + _switch_after(content, mode)
     elif isinstance(content, (list, tuple)):
         changed[place]["content"] = _switched_blocks(list(content), mode)
     else:
@@ -165,21 +165,25 @@ def with_thinking_mode(messages: Sequence[Mapping[str, Any]], mode: str) -> list
     return changed
 
 
-def _switched(text: str, mode: str, follows: bool = False) -> str:
-    """A text that ends with the mode's switch; `follows` says that other blocks stand before it."""
+def _switch_after(text: str, mode: str) -> str:
+    """What a turn that is written so needs behind it, to end with the mode's switch."""
     ending = text.rstrip()
     present = next((switch for switch in THINKING_SWITCHES.values() if switch and ending.endswith(switch)), None)
     if present is None:
-        is_apart = text[-1].isspace() if text else not follows
-        return text + ("" if is_apart or not THINKING_SWITCHES[mode] else " ") + THINKING_SWITCHES[mode]
+        is_apart = not text or text[-1].isspace() or not THINKING_SWITCHES[mode]
+        return ("" if is_apart else " ") + THINKING_SWITCHES[mode]
     if present != THINKING_SWITCHES[mode]:
         raise ValueError(f"`mode` is {mode!r}, but the last user turn ends with {present!r}.")
-    return text
+    return ""
 
 
 def _switched_blocks(blocks: list[Any], mode: str) -> list[Any]:
+    # Something stands for each image or video, which is no space.
+    written = "".join(block["text"] if block.get("type") == "text" else "\0" for block in blocks)
+    added = _switch_after(written, mode)
+    if not added:
+        return blocks
     last = blocks[-1] if blocks else {}
     if last.get("type") == "text":
-        return [*blocks[:-1], {**last, "text": _switched(last["text"], mode, len(blocks) > 1)}]
-    switch = _switched("", mode, bool(blocks))
-    return [*blocks, {"type": "text", "text": switch}] if switch else blocks
+        return [*blocks[:-1], {**last, "text": last["text"] + added}]
+    return [*blocks, {"type": "text", "text": added}]
