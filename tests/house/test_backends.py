@@ -7,7 +7,7 @@ import types
 import pytest
 
 from vlparts import backends
-from vlparts.backends import BackendStatus, backend_status, load_backends
+from vlparts.backends import BackendStatus, backend_status, check_backends, load_backends
 
 calls: list[str] = []
 
@@ -85,6 +85,16 @@ def test_the_environment_selects(monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses["unheard-of"].reason == (
         "VLPARTS_BACKENDS names it, but it is not installed (installed: absent, broken, exiting, good)"
     )
+
+
+def test_only_active_backends_that_can_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["house_backends"]
+    monkeypatch.setattr(module, "check_kernels", lambda: {"norm": "", "attention": "off by 2"}, raising=False)
+    assert check_backends() == {}
+    load_backends()
+    assert check_backends() == {"good": {"norm": "", "attention": "off by 2"}}
+    monkeypatch.delattr(module, "check_kernels")
+    assert check_backends() == {}
 
 
 def test_npu_says_that_torch_npu_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,10 @@ def test_comparing_compiles_without_a_graph_break() -> None:
     inputs["position_ids"] = get_position_ids(inputs["image_grid_thw"], 1)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
-    torch.testing.assert_close(compiled.logits_per_image, model(**inputs).logits_per_image)
+    expected = model(**inputs).logits_per_image
+    torch.testing.assert_close(compiled.logits_per_image, expected)
+    inputs["segment_bounds"] = inputs["cu_seqlens"].tolist()
+    assert torch.equal(model(**inputs).logits_per_image, expected)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])

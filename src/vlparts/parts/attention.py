@@ -184,9 +184,9 @@ def packed_attention_forward(
             plain = dropout == 0.0 and all(kwargs.get(name) is None for name in ("softcap", "position_bias"))
             if plain and not _is_longer(cu_seq_lens_k, key, max_length_k, sliding_window):
                 output = packed_attention(
-                    query[0].transpose(0, 1),
-                    key[0].transpose(0, 1),
-                    value[0].transpose(0, 1),
+                    query.squeeze(0).transpose(0, 1),  # whose gradient is a view, unlike that of query[0]
+                    key.squeeze(0).transpose(0, 1),
+                    value.squeeze(0).transpose(0, 1),
                     cu_seq_lens_q,
                     cu_seq_lens_k,
                     max_seqlen_q=max_length_q,
@@ -194,7 +194,7 @@ def packed_attention_forward(
                     scale=scaling,
                     causal=causal,
                 )
-                return output[None], None
+                return output.unsqueeze(0), None
             block = block_mask(
                 cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], causal and attention_mask is None
             )

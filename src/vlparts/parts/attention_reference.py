@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .host_bounds import read_bounds
+
 
 def segment_lengths(cu_seqlens: Tensor, total: int, name: str) -> list[int]:
     """Segment lengths as host integers.
@@ -23,10 +25,10 @@ def segment_lengths(cu_seqlens: Tensor, total: int, name: str) -> list[int]:
     Raises:
         ValueError: the boundaries do not start at zero, decrease, or do not end at `total`.
     """
-    bounds = cu_seqlens.tolist()
+    bounds = read_bounds(cu_seqlens)
     lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != total or any(length < 0 for length in lengths):
-        raise ValueError(f"{name} must rise from 0 to the number of tokens, {total}, got {bounds}")
+        raise ValueError(f"{name} must rise from 0 to the number of tokens, {total}, got {list(bounds)}")
     return lengths
 
 

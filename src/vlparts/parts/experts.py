@@ -6,9 +6,9 @@ Shapes: T tokens, K experts of each, E experts, H width, I width of an expert.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .activations import get_activation, swiglu
 from .experts_auto import AUTO_EXPERTS_NAME
 from .experts_merged import MERGED_EXPERTS_NAME
 from .experts_sorted import SORTED_EXPERTS_NAME
@@ -35,10 +35,13 @@ class RoutedExperts(nn.Module):
         self.intermediate_dim = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = get_activation(config.hidden_act)
+        self.is_swiglu = config.hidden_act in ("silu", "swish")
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         """Gate `(S, 2I)`, gates first, to `(S, I)`; transformers' other implementations call it too."""
+        if self.is_swiglu:
+            return swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 

@@ -5,6 +5,7 @@ H heads, C channels, P side of a patch.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .attention import dense_attention_forward
 from .auto_classes import add_auto_classes
 from .configuration_navit import NaViTConfig
+from .host_bounds import remember_bounds
 from .navit_layers import NaViTAttention, NaViTEmbeddings, NaViTLayer
 from .packing import get_cu_seqlens, get_max_seqlen, validate_grid
 from .patch_layout import PatchLayout, get_kept_cu_seqlens, get_patch_layout
@@ -110,6 +112,7 @@ class NaViTModel(NaViTPreTrainedModel):
         max_seqlen: int | None = None,
         position_ids: Tensor | None = None,
         keep_index: Tensor | None = None,
+        segment_bounds: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> NaViTOutput:
         """Encode packed images.
@@ -126,6 +129,7 @@ class NaViTModel(NaViTPreTrainedModel):
             position_ids: `(L, 2)` int64, row and column of each patch; computed if absent.
             keep_index: `(L,)` int64, where patches were dropped or padding rows added: the index of each row in the
                 sequence of all patches, rising, then -1 for each padding row. None if the rows are all patches.
+            segment_bounds: The numbers of `cu_seqlens` as host integers; attention then copies none from the device.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
@@ -147,6 +151,10 @@ class NaViTModel(NaViTPreTrainedModel):
             )
         if max_seqlen is None:
             max_seqlen = get_max_seqlen(cu_seqlens)
+        if segment_bounds is not None and not torch.compiler.is_compiling():
+            remember_bounds(cu_seqlens, segment_bounds)
+            if layout.cu_images.shape == cu_seqlens.shape:  # one segment for each image
+                remember_bounds(layout.cu_images, segment_bounds)
 
         hidden_states, prefix, patch_index = self._encode(
             self.embeddings(pixel_values, layout), layout, cu_seqlens, max_seqlen, kwargs

@@ -5,7 +5,7 @@ row i of both is a pair.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ _VISION_INPUTS = {
     "image_grid_thw",
     "cu_seqlens",
     "max_seqlen",
+    "segment_bounds",
     "position_ids",
     "keep_index",
     "pixel_attention_mask",
@@ -278,6 +279,7 @@ class NaViTDualEncoder(PreTrainedModel):
         keep_index: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        segment_bounds: Sequence[int] | None = None,
         token_type_ids: Tensor | None = None,
         text_position_ids: Tensor | None = None,
         **kwargs: Any,
@@ -292,12 +294,13 @@ class NaViTDualEncoder(PreTrainedModel):
             return_loss: Whether to compute the loss, and then no logits. Needs as many texts as images.
             image_mask: Vision tower; a pair is real if its image and its text are.
             text_mask: Text tower.
-            cu_seqlens: Vision tower, as for the next five.
+            cu_seqlens: Vision tower, as for the next six.
             max_seqlen: Vision tower.
             position_ids: Vision tower.
             keep_index: Vision tower.
             pixel_attention_mask: Vision tower.
             spatial_shapes: Vision tower.
+            segment_bounds: Vision tower.
             token_type_ids: Text tower.
             text_position_ids: Text tower.
             **kwargs: Passed to both towers (`output_hidden_states`, ...).
@@ -320,6 +323,7 @@ class NaViTDualEncoder(PreTrainedModel):
             keep_index=keep_index,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            segment_bounds=segment_bounds,
             return_dict=True,
             **kwargs,
         )

@@ -4,6 +4,7 @@ Shapes: L patches of all images of a batch, n images, D width, H heads, C channe
 patch, m side of a merged block, B = L / m^2 blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .attention import dense_attention_forward
 from .configuration_windowfree import WindowFreeViTConfig
+from .host_bounds import remember_bounds
 from .packing import get_cu_seqlens, get_max_seqlen, get_position_ids, segment_ids, validate_grid
 from .pixels import check_normalized, normalize_raw_pixels
 from .pooling import mean_pooling
@@ -98,6 +100,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         position_ids: Tensor | None = None,
         window_index: Tensor | None = None,
         cu_window_seqlens: Tensor | None = None,
+        segment_bounds: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> WindowFreeViTOutput:
         """Encode packed images.
@@ -114,6 +117,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             window_index: `(B,)` int64, which block stands at each place when windows stand together; computed if
                 absent, as the next.
             cu_window_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
+            segment_bounds: The numbers of `cu_seqlens` as host integers; attention then copies none from the device.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
@@ -128,6 +132,8 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             cu_seqlens = get_cu_seqlens(image_grid_thw)
         if max_seqlen is None:
             max_seqlen = get_max_seqlen(cu_seqlens)
+        if segment_bounds is not None and not torch.compiler.is_compiling():
+            remember_bounds(cu_seqlens, segment_bounds)
         if position_ids is None:
             position_ids = get_position_ids(image_grid_thw, merge_size)
 

@@ -5,9 +5,9 @@ Shapes: L tokens of all segments, D width, H heads, C channels, P side of a patc
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .activations import get_activation
 from .linear import Linear
 from .packed_layers import PackedLayer, PackedSelfAttention
 from .patch_layout import PatchLayout
@@ -77,7 +77,7 @@ class NaViTMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = get_activation(config.hidden_act)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ model, E width of the text model.
 
 from torch import Tensor, nn
 
+from .activations import ExactGELU
 from .linear import Linear
 from .rms_norm import RMSNorm
 
@@ -27,7 +28,7 @@ class BlockMerger(nn.Module):
         self.merged_width = vision_width * merge_size**2
         self.norm = RMSNorm(vision_width, eps)
         self.fc1 = Linear(self.merged_width, self.merged_width)
-        self.act_fn = nn.GELU()
+        self.act_fn = ExactGELU()
         self.fc2 = Linear(self.merged_width, out_features)
 
     def forward(self, features: Tensor) -> Tensor:

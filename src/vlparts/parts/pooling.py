@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .activations import get_activation
 from .attention import packed_attention
+from .host_bounds import remember_bounds
 from .linear import Linear
 
 
@@ -34,7 +35,7 @@ class MaskedAttentionPooling(nn.Module):
         self.o_proj = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc1 = Linear(width, config.intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = get_activation(config.hidden_act)
         self.fc2 = Linear(config.intermediate_size, width)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -53,6 +54,8 @@ class MaskedAttentionPooling(nn.Module):
         key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         one_each = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
+        if not torch.compiler.is_compiling():
+            remember_bounds(one_each, range(images + 1))
         pooled = packed_attention(query, key, value, one_each, cu_seqlens, max_seqlen_q=1, max_seqlen_k=max_seqlen)
         pooled = self.o_proj(pooled.flatten(-2))
         return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .host_bounds import known_bounds, remember_bounds
 from .packing import segment_ids
 
 
@@ -35,6 +36,9 @@ def get_prefix_places(cu_seqlens: Tensor, num_patches: int, count: int) -> Prefi
     """
     numbers = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
     longer = cu_seqlens + count * numbers
+    bounds = known_bounds(cu_seqlens)
+    if bounds is not None:
+        remember_bounds(longer, [bound + count * number for number, bound in enumerate(bounds)])
     patches = torch.arange(num_patches, device=cu_seqlens.device)
     patches = patches + count * (segment_ids(cu_seqlens, num_patches) + 1)
     prefix = longer[:-1, None].long() + torch.arange(count, device=cu_seqlens.device)

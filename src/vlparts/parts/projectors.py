@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .activations import ExactGELU
 from .patch_mergers import MultiTapProjector, build_patch_merger
 
 
@@ -89,7 +90,7 @@ class MLP2(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, out_features)
-        self.act_fn = nn.GELU()
+        self.act_fn = ExactGELU()
         self.fc2 = nn.Linear(out_features, out_features)
 
     def forward(self, features: Tensor) -> Tensor:

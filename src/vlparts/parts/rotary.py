@@ -1,5 +1,8 @@
 """Two-dimensional axial rotary position embedding (RoPE) of packed images, as in Qwen2-VL's vision tower.
 
+The rotation is the torch operation `vlparts::rotary`, whose kernel PyTorch's dispatcher picks. Another package gives a
+device its own by registering one at the device's key and at its Autograd key.
+
 Shapes: `L` patches of all images, `H` heads, `D` channels of a head.
 """
 
@@ -45,7 +48,7 @@ def apply_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         tensor: `(L, H, D)`.
-        cos: `(L, D)` from [`axial_rotary`].
+        cos: `(L, D)` from [`axial_rotary`], so that its halves are equal.
         sin: `(L, D)`.
 
     Returns:
@@ -59,6 +62,13 @@ def apply_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             "`tensor`, `cos` and `sin` must have shapes (patches, heads, channels), (patches, channels) and "
             f"(patches, channels), got {tuple(tensor.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
+    if torch.compiler.is_compiling():
+        return rotary_reference(tensor, cos, sin)
+    return torch.ops.vlparts.rotary(tensor, cos, sin)
+
+
+def rotary_reference(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation on every device; arguments and result are those of [`apply_rotary`], which checks them."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     half = tensor.shape[-1] // 2
     cos, sin = cos[:, None, None, :half].to(dtype), sin[:, :half].to(dtype)
@@ -66,3 +76,14 @@ def apply_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = tensor.to(dtype).unflatten(-1, (2, half))
     # (a, b) -> (a cos, b cos) + (b, a) * (-sin, sin): fewer passes over memory than halves put together again.
     return torch.addcmul(pairs * cos, pairs.flip(-2), signed).flatten(-2).to(tensor.dtype)
+
+
+def _define_operation() -> None:
+    """Define the operation once per process, also where several copies of this file are imported."""
+    if hasattr(torch.ops.vlparts, "rotary"):
+        return
+    torch.library.define("vlparts::rotary", "(Tensor input, Tensor cos, Tensor sin) -> Tensor")
+    torch.library.impl("vlparts::rotary", "CompositeImplicitAutograd", rotary_reference)
+
+
+_define_operation()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .host_bounds import read_bounds
+
 # Largest activation, in bytes, that a layer makes at a time on CPU. Beyond about 32 MiB the C library returns memory
 # to the system after every use, and fetching it again costs more than the arithmetic: a ViT-S takes 0.8 of the time
 # with 2,000 to 8,000 tokens at a time that it takes with 14,000 (2 cores of a Zen 5, float32 and bfloat16, inference).
@@ -52,7 +54,7 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
     limit = torch.ops.vlparts.tokens_per_pass(hidden_states, width)
     if not limit or hidden_states.shape[0] <= limit:
         return [segments]
-    bounds = segments.cu_seqlens.tolist()
+    bounds = read_bounds(segments.cu_seqlens)
     cuts = [0]
     for index in range(1, len(bounds)):
         if bounds[index] - bounds[cuts[-1]] > limit and index - 1 > cuts[-1]:

@@ -4,9 +4,9 @@ Shapes: L patches of all images, D width, C channels, T frames of a patch, P sid
 """
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .activations import get_activation
 from .linear import Linear
 from .packed_layers import PackedLayer, PackedSelfAttention
 from .rms_norm import RMSNorm
@@ -47,7 +47,7 @@ class WindowFreeViTMLP(nn.Module):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = Linear(width, inner, bias=bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = get_activation(config.hidden_act)
         self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class PackedImageCollator:
         pad: Pad to `capacity` and `max_items`, which must then be given.
         merge_size: Side m of the blocks of patches that a consumer merges.
         return_indices: Add the images' indices in the dataset.
+        return_bounds: Add `segment_bounds`, with which accelerators whose attention wants lengths on the host do not
+            wait for them. Compiled models do not look at it.
 
     Raises:
         ValueError: If a limit is not positive, or is needed and missing.
@@ -36,6 +38,7 @@ class PackedImageCollator:
         pad: bool = True,
         merge_size: int = 1,
         return_indices: bool = False,
+        return_bounds: bool = False,
     ) -> None:
         for name, limit in (("capacity", capacity), ("max_items", max_items)):
             if limit is not None:
@@ -44,7 +47,7 @@ class PackedImageCollator:
                 raise ValueError(f"`{name}` is needed to pad to it; pass pad=False for sequences of their own length.")
         self.capacity, self.max_items, self.pad = capacity, max_items, pad
         self.merge_size = positive_integer(merge_size, "merge_size")
-        self.return_indices = return_indices
+        self.return_indices, self.return_bounds = return_indices, return_bounds
 
     def __call__(self, batch: Sequence[PatchedImage] | Sequence[Sequence[PatchedImage]]) -> dict[str, Any]:
         """Join one pack or several.
@@ -66,6 +69,7 @@ class PackedImageCollator:
             - `labels` `(n,)` int64, or float32 `(n,)` or `(n, num_labels)` as the labels are, if the dataset gives
               them; -100 for padding examples.
             - `indices` `(n,)` int64, -1 for padding examples; if asked for.
+            - `segment_bounds`, the numbers of `cu_seqlens` as a list of integers; if asked for.
 
         Raises:
             ValueError: If there are no images and no padding, if only some images have labels or labels differ in
@@ -100,6 +104,8 @@ class PackedImageCollator:
             inputs["labels"] = _labels(samples, blanks)
         if self.return_indices:
             inputs["indices"] = pad(torch.tensor([image.index for image in images]).long(), (0, blanks), value=-1)
+        if self.return_bounds:
+            inputs["segment_bounds"] = inputs["cu_seqlens"].tolist()
         return inputs
 
     def _checked(self, pack: Sequence[PatchedImage]) -> Sequence[PatchedImage]:

@@ -1,0 +1,123 @@
+"""Every kernel against its reference, with the operations of torch_npu computed on the CPU."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.npu import fake_ops
+from vlparts.parts.rms_norm import rms_norm_reference
+from vlparts.parts.rotary import axial_rotary, rotary_reference
+from vlparts_npu import activations, attention, dispatch, experts, norm, rotary
+from vlparts_npu.self_check import Kernel, find_fault, guarded
+
+KERNELS = [attention.KERNEL, norm.KERNEL, activations.GELU, activations.SWIGLU, rotary.KERNEL, experts.KERNEL]
+
+
+@pytest.fixture(autouse=True)
+def _empty_log() -> None:
+    fake_ops.CALLS.clear()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_it_passes_its_own_check(kernel: Kernel) -> None:
+    assert find_fault(kernel, "cpu") == ""
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_its_own_check_sees_a_wrong_result_and_wrong_gradients(kernel: Kernel) -> None:
+    def with_gradient_doubled(*arguments: Any) -> Tensor:
+        output = kernel.run(*arguments)
+        return 2 * output - output.detach()
+
+    assert "relative error" in find_fault(replace(kernel, run=lambda *x: kernel.run(*x) * 1.1), "cpu")
+    assert "tensor 1: relative error" in find_fault(replace(kernel, run=with_gradient_doubled), "cpu")
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_its_own_inputs_are_the_same_each_time_and_leave_the_seed_alone(kernel: Kernel) -> None:
+    state = torch.get_rng_state()
+    cases = zip(kernel.make_inputs(), kernel.make_inputs(), strict=True)
+    pairs = itertools.chain.from_iterable(zip(*case, strict=True) for case in cases)
+    assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_it_runs_without_gradients(kernel: Kernel) -> None:
+    for arguments in kernel.make_inputs():
+        expected = kernel.run(*arguments)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                output = kernel.run(*arguments)
+            assert not output.requires_grad
+            torch.testing.assert_close(output, expected.detach(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [attention.register_attention, norm.register_norm, activations.register_activations, rotary.register_rotary],
+)
+def test_it_is_registered_once_at_both_keys(register: Callable[[], None]) -> None:
+    for _ in range(2):
+        register()
+    for kernel in KERNELS[:-1]:
+        if kernel.name.split("::")[1] in register.__name__.replace("register_norm", "rms_norm"):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key
+            assert all(has(kernel.name, key) for key in dispatch.KEYS)
+
+
+def test_the_check_of_gelu_tells_the_form_by_tanh_from_the_exact_one() -> None:
+    """What the NPU computes for `torch.nn.functional.gelu`."""
+    wrong = replace(activations.GELU, run=lambda x: F.gelu(x, approximate="tanh"))
+    assert "relative error" in find_fault(wrong, "cpu")
+
+
+def test_the_reference_of_gelu_is_exact() -> None:
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    torch.testing.assert_close(activations.gelu_reference(x), F.gelu(x), atol=1e-14, rtol=0)
+    assert activations.gelu_reference(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_kernels_in_float64_agree_to_rounding() -> None:
+    """Forward and backward, with the arithmetic of the reference in the operations' place."""
+    x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    angles = axial_rotary(torch.randint(0, 9, (5, 2)), 8)
+    heads = torch.randn(5, 3, 8, dtype=torch.float64)
+    cases = [
+        (norm.rms_norm_npu, rms_norm_reference, (x, weight, 1e-6), 1e-12),
+        (activations.gelu_npu, activations.gelu_reference, (x,), 1e-12),
+        (activations.swiglu_npu, activations.swiglu_reference, (x,), 1e-12),
+        (rotary.rotary_npu, rotary_reference, (heads, *angles), 1e-5),  # float32 on the device
+    ]
+    for run, reference, arguments, tolerance in cases:
+        results = []
+        for function in (run, reference):
+            inputs = [
+                a.clone().requires_grad_() if torch.is_tensor(a) and a.dtype == x.dtype else a for a in arguments
+            ]
+            output = function(*inputs)
+            wanted = [a for a in inputs if torch.is_tensor(a) and a.requires_grad]
+            results.append([output, *torch.autograd.grad(output, wanted, torch.ones_like(output))])
+        torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
+
+
+def test_strided_queries_are_rotated() -> None:
+    query, _ = torch.randn(6, 2, 3, 16).unbind(1)
+    angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
+    torch.testing.assert_close(rotary.rotary_npu(query, *angles), rotary_reference(query, *angles))
+
+
+def test_unsupported_arguments_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlparts_npu.self_check.DEVICE_TYPE", "cpu")
+    x, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    implementation = guarded(norm.KERNEL)
+    assert torch.equal(implementation(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    assert fake_ops.CALLS == []
+    implementation(x.float(), weight.float(), 1e-6)
+    assert "npu_rms_norm" in fake_ops.CALLS

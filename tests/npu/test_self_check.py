@@ -1,0 +1,192 @@
+"""A kernel is compared with its reference before it is trusted, once, and switched off where it is wrong."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlparts_npu import check_kernels, self_check
+from vlparts_npu.self_check import KERNELS, USES, Kernel, check_all, find_fault, forget_results, guarded
+
+calls: list[str] = []
+
+
+def double(x: Tensor) -> Tensor:
+    calls.append("kernel")
+    return x + x
+
+
+def reference(x: Tensor) -> Tensor:
+    calls.append("reference")
+    return 2 * x
+
+
+def inputs() -> list[tuple[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(3, 2, dtype=kind, generator=generator).requires_grad_(),)
+        for kind in (torch.float32, torch.bfloat16)
+    ]
+
+
+def kernel(run: Callable[..., Any] = double, **changes: Any) -> Kernel:
+    settings: dict[str, Any] = {
+        "name": "test::double",
+        "run": run,
+        "reference": reference,
+        "make_inputs": inputs,
+        "supports": lambda x: "too long" if x.shape[0] > 100 else None,
+        "tolerance": {torch.float32: 1e-6, torch.bfloat16: 1e-2},
+    }
+    return Kernel(**{**settings, **changes})
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the CPU for the device, with no kernels but a test's own."""
+    monkeypatch.setattr(self_check, "DEVICE_TYPE", "cpu")
+    kept = dict(KERNELS)
+    KERNELS.clear()
+    forget_results()
+    calls.clear()
+    yield
+    KERNELS.clear()
+    KERNELS.update(kept)
+    forget_results()
+
+
+def test_a_kernel_is_checked_at_its_first_use_only() -> None:
+    double_it = guarded(kernel())
+    double_it(torch.ones(2))
+    assert calls == ["kernel", "reference", "kernel", "reference", "kernel"]
+    calls.clear()
+    torch.testing.assert_close(double_it(torch.ones(2)), torch.full((2,), 2.0))
+    assert calls == ["kernel"]
+    assert list(USES) == [("test::double", ""), ("test::double", "")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        (lambda x: 2.001 * x, "case 0: tensor 0: relative error 5.0e-04, allowed 1.0e-06"),
+        (lambda x: x + x.detach(), "case 0: tensor 1: relative error 5.0e-01, allowed 1.0e-06"),
+        (lambda x: (2 * x).detach(), "case 0: 1 tensors and gradients in place of 2"),
+        (lambda x: 2 * x * torch.tensor(float("nan")), "case 0: tensor 0: relative error nan"),
+        (lambda x: 2 * x[:1], "case 0: tensor 0: shape (1, 2) in place of (3, 2)"),
+        (lambda x: (2 * x).int(), "case 0: 1 tensors and gradients in place of 2"),
+        (lambda x: x.no_such_attribute, "case 0: AttributeError: "),
+        (lambda x: 2 * x if x.dtype == torch.float32 else 3 * x, "case 1: tensor 0: relative error 5.0e-01"),
+    ],
+)
+def test_a_wrong_kernel_is_switched_off_with_one_warning(
+    wrong: Callable[[Tensor], Tensor], fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    implementation = guarded(kernel(wrong))
+    with caplog.at_level(logging.WARNING):
+        outputs = [implementation(torch.ones(2)) for _ in range(3)]
+    assert all(torch.equal(output, torch.full((2,), 2.0)) for output in outputs)
+    (record,) = caplog.records
+    assert record.message.startswith(f"The kernel of test::double failed its check and is switched off ({fault}")
+    assert {use.reason.startswith(f"switched off: {fault}") for use in USES} == {True}
+
+
+def test_what_is_not_supported_goes_to_the_reference_unchecked() -> None:
+    guarded(kernel())(torch.ones(101))
+    assert calls == ["reference"]
+    assert list(USES) == [("test::double", "too long")]
+
+
+def test_tensors_of_other_devices_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "DEVICE_TYPE", "npu")
+    guarded(kernel())(torch.ones(2))
+    assert calls == ["reference"]
+    assert list(USES) == [("test::double", "the tensors are on cpu")]
+
+
+def test_unsupported_inputs_of_its_own_are_a_fault() -> None:
+    fault = find_fault(kernel(make_inputs=lambda: [(torch.ones(101),)]), "cpu")
+    assert fault == "case 0: its own inputs are not supported: too long"
+
+
+def test_integers_must_be_equal() -> None:
+    arguments = {"make_inputs": lambda: [(torch.arange(4),)], "reference": lambda x: x + 1}
+    assert find_fault(kernel(lambda x: (x + 1).int(), **arguments), "cpu") == ""
+    assert find_fault(kernel(lambda x: x + 2, **arguments), "cpu") == "case 0: tensor 0: integers differ"
+
+
+def test_the_parameters_of_modules_are_compared() -> None:
+    layer = nn.Linear(2, 3)
+    arguments = {
+        "make_inputs": lambda: [(layer, torch.ones(1, 2))],
+        "supports": lambda layer, x: None,
+        "tolerance": 1e-5,
+    }
+    whole = kernel(lambda layer, x: x @ layer.weight.T + layer.bias, reference=lambda layer, x: layer(x), **arguments)
+    assert find_fault(whole, "cpu") == ""
+    frozen = kernel(lambda layer, x: x @ layer.weight.T + layer.bias.detach(), reference=whole.reference, **arguments)
+    assert find_fault(frozen, "cpu") == "case 0: tensor 2: a gradient is missing"
+
+
+def test_the_callers_modes_and_random_state_do_not_matter() -> None:
+    implementation = guarded(kernel())
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        implementation(torch.ones(2, device="cpu"))
+    assert list(USES) == [("test::double", "")]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_data_nothing_is_checked() -> None:
+    implementation = guarded(kernel())
+    with FakeTensorMode():
+        implementation(torch.ones(2))
+    assert calls == ["reference"]
+    implementation(torch.ones(2))
+    with FakeTensorMode():
+        implementation(torch.ones(2))
+    assert calls[-1] == "kernel"
+
+
+def test_a_kernel_that_calls_its_own_operation_is_checked_with_the_reference_inside() -> None:
+    def by_row(x: Tensor) -> Tensor:
+        return torch.cat([implementation(row) for row in x.split(1)]) if len(x) > 1 else x + x
+
+    implementation = guarded(kernel(by_row))
+    torch.testing.assert_close(implementation(torch.ones(2)), torch.full((2,), 2.0))
+    assert [use.reason for use in USES] == ["being checked"] * 6 + [""] * 3
+
+
+def test_a_thread_beside_the_check_takes_the_reference() -> None:
+    started, finish = threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> Tensor:
+        started.set()
+        assert finish.wait(60)
+        return x + x
+
+    implementation = guarded(kernel(slow))
+    thread = threading.Thread(target=implementation, args=(torch.ones(2),))
+    thread.start()
+    assert started.wait(60)
+    torch.testing.assert_close(implementation(torch.ones(2)), torch.full((2,), 2.0))
+    assert list(USES) == [("test::double", "being checked")]
+    finish.set()
+    thread.join()
+    assert USES[-1] == ("test::double", "")
+
+
+def test_all_are_checked_on_command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = guarded(kernel()), guarded(kernel(lambda x: 3 * x, name="test::triple"))
+    fault = "case 0: tensor 0: relative error 5.0e-01, allowed 1.0e-06"
+    assert check_all("cpu") == check_all("cpu") == {"test::double": "", "test::triple": fault}
+    assert len(caplog.records) == 1
+    good(torch.ones(2))
+    bad(torch.ones(2))
+    assert [use.reason for use in USES] == ["", f"switched off: {fault}"]
+    monkeypatch.setattr(self_check, "check_all", lambda device: {"checked on": device})
+    assert check_kernels() == {"checked on": "npu"}

@@ -1,0 +1,130 @@
+"""Small whole models, and one step of training of each, for tests and for the table of launches."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tests.parts.test_vlm import GROUPS, batch
+from tests.tiny import navit, order_one, packed_images, text_config, tokenizer, vision_config, windowfree
+from vlparts import MoGEConfig, compose, compose_processor
+from vlparts.parts.modeling_moge import MoGEBlock
+from vlparts.parts.rms_norm import RMSNorm
+from vlparts_npu import self_check
+
+Made = tuple[nn.Module, dict[str, Any]]
+
+
+def make_rms_norm() -> Made:
+    """One normalisation."""
+    return order_one(RMSNorm(32)), {"hidden_states": torch.randn(12, 32).requires_grad_()}
+
+
+def make_navit(layers: int = 2) -> Made:
+    """NaViT on three packed images."""
+    pixels, grid = packed_images([(4, 4), (4, 6), (3, 5)])
+    return navit(num_hidden_layers=layers), {"pixel_values": pixels.requires_grad_(), "image_grid_thw": grid}
+
+
+def make_windowfree(layers: int = 4) -> Made:
+    """The window-free encoder on two packed images."""
+    pixels, grid = packed_images([(4, 4), (4, 8)])
+    return windowfree(num_hidden_layers=layers), {
+        "pixel_values": pixels.requires_grad_(),
+        "image_grid_thw": grid,
+    }
+
+
+def make_moge_block(experts: int = 8) -> Made:
+    """The mixture of grouped experts in a layer."""
+    config = MoGEConfig.from_preset("tiny", num_experts=experts, experts_implementation="npu_grouped")
+    block = order_one(MoGEBlock(config))
+    return block, {"hidden_states": torch.randn(2, 7, block.gate.hidden_size).requires_grad_()}
+
+
+def make_vlm() -> Made:
+    """NaViT and Qwen3, composed, on samples with two images, none and one."""
+    return _composed(text_config("qwen3", tokenizer()))
+
+
+def make_vlm_moge() -> Made:
+    """NaViT and a text model of MoGE layers, composed."""
+    words = tokenizer()
+    special = {name: getattr(words, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    return _composed(MoGEConfig.from_preset("tiny", vocab_size=len(words), **special))
+
+
+def make_native() -> Made:
+    """A model of transformers alone, with experts, on two packed sequences, through both of its interfaces."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3MoeConfig(**sizes, **heads, vocab_size=40, num_experts=6, num_experts_per_tok=2)
+    model = Qwen3MoeForCausalLM(config)
+    model.set_attn_implementation("vlparts_packed")
+    model.set_experts_implementation("npu_grouped")
+    bounds, ids = torch.tensor([0, 5, 12], dtype=torch.int32), torch.randint(0, 40, (1, 12))
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[*range(5), *range(7)]])}
+    inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
+    return order_one(model), {**inputs, "use_cache": False}
+
+
+def _composed(text: Any) -> Made:
+    model = compose(vision=vision_config("navit"), text=text)
+    if isinstance(text, MoGEConfig):
+        model.set_experts_implementation("npu_grouped")
+    inputs = dict(batch(compose_processor(model, tokenizer()), GROUPS))
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return order_one(model), inputs
+
+
+MODELS: dict[str, Callable[[], Made]] = {
+    "RMSNorm": make_rms_norm,
+    "MoGE block": make_moge_block,
+    "NaViT": make_navit,
+    "window-free encoder": make_windowfree,
+    "NaViT with Qwen3": make_vlm,
+    "NaViT with MoGE": make_vlm_moge,
+    "Qwen3-MoE of transformers": make_native,
+}
+
+
+def move(value: Any, device: str) -> Any:
+    """A tensor as a leaf on a device; anything else as it is."""
+    return value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def step(made: Made, device: str, backward: bool = True) -> dict[str, Tensor]:
+    """Run a copy of a model forward and backward on a device; returns results and gradients by name, on the CPU."""
+    model = copy.deepcopy(made[0]).to(device).train(backward)
+    inputs = {name: move(x, device) for name, x in made[1].items()}
+    with torch.set_grad_enabled(backward):
+        output = model(**inputs)
+    found = {name: x for name, x in _named(output) if x.is_floating_point()}
+    if backward:
+        (found["loss"] if "loss" in found else sum(x.square().mean() for x in found.values())).backward()
+        leaves = {**inputs, **dict(model.named_parameters())}
+        found |= {f"gradient of {name}": x.grad for name, x in leaves.items() if getattr(x, "grad", None) is not None}
+    return {name: x.detach().cpu() for name, x in found.items()}
+
+
+def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield "output", output
+    elif isinstance(output, tuple):
+        yield from ((f"output {place}", x) for place, x in enumerate(output) if isinstance(x, Tensor))
+    else:
+        yield from ((name, x) for name, x in output.items() if isinstance(x, Tensor))
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Send every call to the reference, as if `vlparts_npu` were not there."""
+    kept, self_check.DEVICE_TYPE = self_check.DEVICE_TYPE, "nothing"
+    try:
+        yield
+    finally:
+        self_check.DEVICE_TYPE = kept
