@@ -3,6 +3,7 @@
 Importing the package registers every part with transformers' Auto classes.
 """
 
+from . import first_imports  # noqa: F401 (before all others: it names a broken torch_npu)
 from .backends import load_backends
 from .composition import compose, compose_processor
 from .experts import set_experts_implementation
