@@ -10,6 +10,8 @@ from torch import Tensor, distributed, nn
 
 from tests.parts.test_contrastive import LOSSES, chunked, gradients, inputs, plain
 
+pytestmark = pytest.mark.slow  # processes that import everything anew
+
 PROCESSES = 2
 WIDTH = 4
 # Real and padding pairs of each process.

@@ -17,6 +17,8 @@ from tests.tiny import navit_config
 from vlparts import MoGEForCausalLM, VisionLanguageForConditionalGeneration, compose
 from vlparts.parts.modeling_moge import MoGEExperts
 
+pytestmark = pytest.mark.slow  # processes that import everything anew
+
 IMPLEMENTATIONS = ("eager", "grouped_mm", "vlparts_sorted")
 WORLDS = {2: ("tensor", "composed", *IMPLEMENTATIONS), 4: IMPLEMENTATIONS}
 GROUPS, EXPERTS, CHOSEN = 4, 8, 4
