@@ -1,7 +1,6 @@
 """The training records: one JSON object for each line of a file, checked line by line."""
 
 import codecs
-import json
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ..coordinates.json_lines import parse_object
 from ..coordinates.regions import Region
 from .weight_inputs import checked_weight
 
@@ -207,18 +207,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record, float | None]:
-    try:
-        fields = json.loads(
-            line.decode(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_without_repeated_keys
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-    if rb"\ud" in line.lower():
-        _check_surrogates(fields)
+    fields = parse_object(line)
     weight = None
     if sample_weight_field is not None and sample_weight_field in fields:
         weight = checked_weight(fields.pop(sample_weight_field), sample_weight_field)
@@ -228,23 +217,3 @@ def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record, float 
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no valid number")
-
-
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return fields
-
-
-def _check_surrogates(fields: dict[str, Any]) -> None:
-    """JSON can write what is no text: half of a pair of escaped surrogates."""
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("a text holds one half of a surrogate pair, which is no character") from None
