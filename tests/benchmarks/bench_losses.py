@@ -1,10 +1,10 @@
 """The weighted loss of a linear head against the losses that hold all logits, and torch's own without them.
 
 `python tests/benchmarks/bench_losses.py [--hidden N ...] [--classes N ...] [--ignored X ...] [--types NAME ...]
-[--repeats N] [--forms]` prints, for 2,048 tokens, time and peak memory of forward and backward, as multiples of ours.
-Ours weighs every token and sample; the rivals take the plain mean, but for the one that says so. Before anything is
-timed, loss and gradients of all are compared with float64, weights left out. Memory is what tensors took beyond the
-inputs and their gradients, as the profiler counts it. `--forms` times the two forms that ours chooses from, instead.
+[--losses NAME ...] [--repeats N]` prints, for 2,048 tokens, time and peak memory of forward and backward, as multiples
+of ours. Ours weighs every token and sample; the rivals take the plain mean, but for the one that says so. Before
+anything is timed, loss and gradients of all are compared with float64, weights left out. Memory is what tensors took
+beyond the inputs and their gradients, as the profiler counts it.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from vlparts.parts import linear_loss_chunks
 from vlparts.parts.linear_losses import linear_weighted_cross_entropy
 from vlparts.parts.losses import weighted_cross_entropy
 
@@ -129,23 +128,6 @@ def taken(run: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, Tensor, T
     return (peak - gradients) / 2**20
 
 
-def forms(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Our loss in each form."""
-
-    def use(form: linear_loss_chunks.Form) -> Loss:
-        def loss(*arguments: Tensor) -> Tensor:
-            kept = linear_loss_chunks.choose_form
-            linear_loss_chunks.choose_form = lambda *_: form
-            try:
-                return ours(*arguments)
-            finally:
-                linear_loss_chunks.choose_form = kept
-
-        return loss
-
-    return {name: step(use(form), inputs) for name, form in linear_loss_chunks.FORMS.items()}
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,7 +136,7 @@ def main() -> None:
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.3])
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--forms", action="store_true")
+    parser.add_argument("--losses", nargs="+", default=list(RIVALS), choices=list(RIVALS), help="beside ours")
     options = parser.parse_args()
     print(machine_line())
     for name in options.types:
@@ -163,18 +145,16 @@ def main() -> None:
                 for ignored in options.ignored:
                     inputs = make_inputs(hidden, classes, ignored, TYPES[name])
                     setting = f"{name}, {hidden} x {classes:,}, {ignored:.0%} ignored"
-                    if options.forms:
-                        calls = forms(inputs)
-                    else:
-                        if hidden * classes <= 896 * 32_000:
-                            check(inputs)
-                        calls = {rival: step(loss, inputs) for rival, loss in RIVALS.items()}
+                    if hidden * classes <= 896 * 32_000:
+                        check(inputs)
+                    calls = {
+                        rival: step(RIVALS[rival], inputs) for rival in RIVALS if rival in (OURS, *options.losses)
+                    }
                     seconds = compare(calls, options.repeats)
                     memory = {rival: taken(call, inputs) for rival, call in calls.items()}
-                    base = next(iter(calls))
                     rows = [
-                        [setting, rival, seconds[rival], ratio, f"{memory[rival]:.0f}", memory[rival] / memory[base]]
-                        for rival, ratio in ratios(seconds, base).items()
+                        [setting, rival, seconds[rival], ratio, f"{memory[rival]:.0f}", memory[rival] / memory[OURS]]
+                        for rival, ratio in ratios(seconds, OURS).items()
                     ]
                     print_table(["setting", "loss", "seconds", "times ours", "MiB", "times ours"], rows)
 

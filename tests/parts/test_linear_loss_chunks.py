@@ -8,19 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.parts.loss_oracle import IGNORED, assert_equal, gradients
+from tests.parts.loss_oracle import IGNORED, assert_equal, drawn, gradients
 from tests.parts.test_linear_losses import CLASSES, LENGTHS, WIDTH, Inputs, expected_of, inputs, ours
 from vlparts.parts import linear_loss_chunks
 from vlparts.parts.linear_losses import linear_weighted_cross_entropy
 from vlparts.parts.losses import weighted_cross_entropy
 
-FORMS = list(linear_loss_chunks.FORMS)
+ROOMS = pytest.mark.parametrize("room", [0, 300, 2**30])
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """One form for all calls, in pieces."""
-    chosen = linear_loss_chunks.FORMS[form]
-    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda *_: chosen)
+def cut(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Pieces of five classes, and so many bytes kept from the first pass."""
+    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
     monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
 
 
@@ -35,11 +34,10 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted).abs().max() / wanted.abs().max()).item()
 
 
-@pytest.mark.parametrize("form", [*FORMS, "the chosen one"])
+@ROOMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_float64(dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if form in FORMS:
-        choose(monkeypatch, form)
+def test_half_precision_is_near_float64(dtype: torch.dtype, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, room)
     given = inputs(dtype=dtype)
     wide = wide_of(given)
     for options in (dict(), dict(softcap=2.0, label_smoothing=0.1, z_loss=0.1)):
@@ -62,10 +60,10 @@ class HugeStep:
     samples = tokens = torch.tensor(1e6).double()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_float16_with_a_loss_scale(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@ROOMS
+def test_float16_with_a_loss_scale(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A scale of 65536 is no float16, and neither is the 1e-8 that a token weighs before it.
-    choose(monkeypatch, form)
+    cut(monkeypatch, room)
     given = inputs(dtype=torch.float16)
     wide = wide_of(given)
     loss, expected = (2.0**16 * ours(each, normalizer=HugeStep()) for each in (given, wide))
@@ -75,9 +73,9 @@ def test_float16_with_a_loss_scale(form: str, monkeypatch: pytest.MonkeyPatch) -
             assert relative(got, want) < 1e-2
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast_takes_its_own_type(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(monkeypatch, form)
+@ROOMS
+def test_autocast_takes_its_own_type(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, room)
     given = inputs(dtype=torch.float32)
     half = Inputs(*(leaf.detach().bfloat16().requires_grad_() for leaf in given[:3]), given.case)
     mixed = given._replace(hidden=half.hidden.detach().requires_grad_())
@@ -110,9 +108,9 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def test_logits_of_a_large_vocabulary_are_never_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_ONCE", CLASSES * 8)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
+@pytest.mark.parametrize("room", [0, 40 * 5 * 8])
+def test_logits_are_never_held_together(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, room)
     given = inputs([40, 60])
     with Largest() as seen:
         gradients(ours(given), *given[:3])
@@ -120,6 +118,45 @@ def test_logits_of_a_large_vocabulary_are_never_held_together(monkeypatch: pytes
         gradients(expected_of(given), *given[:3])
     assert plain.elements >= 50 * CLASSES
     assert seen.elements <= 100 * WIDTH
+
+
+class Products(TorchDispatchMode):
+    """How often a head of so many classes is multiplied with tokens, in all pieces together."""
+
+    classes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.classes += next(n for n in (*left.shape, *right.shape) if n not in (WIDTH, 100))
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_kept_saves_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs([100], bias=False)
+    given.case.labels.clamp_(min=0)
+    for pieces_kept, classes in ((0, 4 * CLASSES), (1, 4 * CLASSES - 5), (2, 4 * CLASSES - 10), (3, 3 * CLASSES)):
+        cut(monkeypatch, pieces_kept * 5 * 100 * 8)
+        with Products() as seen:
+            gradients(ours(given), *given[:2])
+        assert seen.classes == classes
+    with torch.no_grad(), Products() as seen:
+        ours(given)
+    assert seen.classes == CLASSES
+
+
+def test_pieces_shrink_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_loss_chunks, "LEAST_CLASSES", 2)
+    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 8)
+    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", 0)
+    given = inputs([100], bias=False)
+    given.case.labels.clamp_(min=0)
+    expected = expected_of(given)
+    for room, elements in ((8 * 100 * 8, 800), (8 * 100 * 8 - 1, 600), (1, 600)):  # 600 are those of the hidden states
+        monkeypatch.setattr(linear_loss_chunks, "PIECE_BYTES", room)
+        with Largest() as seen:
+            assert_equal(ours(given), expected)
+        assert seen.elements == elements
 
 
 def test_ignored_tokens_are_left_out_before_the_first_product() -> None:
@@ -131,31 +168,79 @@ def test_ignored_tokens_are_left_out_before_the_first_product() -> None:
     assert seen.elements < 40 * CLASSES
 
 
-def test_the_form_follows_from_how_many_logits_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weights = torch.zeros(2, 3), torch.ones(2)
-    head = linear_loss_chunks.Head(torch.zeros(5, 3), None, None, 0, 0)
-    choices = []
-    for room in (2 * 5 * 4, 2 * 5 * 4 - 1):
-        monkeypatch.setattr(linear_loss_chunks, "LOGITS_AT_ONCE", room)
-        choices += [linear_loss_chunks.choose_form(hidden, weights, head, trains) for trains in (True, False)]
-    few, many = linear_loss_chunks.FORMS.values()
-    assert choices == [few, many, many, many]
+@ROOMS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rising", [1, -1])
+def test_pieces_may_differ_by_more_than_exponentials_can_hold(
+    dtype: torch.dtype, room: int, rising: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The bias of the last classes is 400 above that of the first, or below: e^400 is no float32.
+    cut(monkeypatch, room)
+    given = inputs(dtype=dtype)
+    steps = (torch.arange(CLASSES) // 5 * 200 * rising).to(dtype)
+    given = given._replace(bias=(given.bias.detach() + steps).requires_grad_())
+    wide = wide_of(given)
+    for options in (dict(), dict(label_smoothing=0.1, z_loss=0.01)):
+        loss, expected = ours(given, **options), expected_of(wide, **options)
+        limit = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 5e-2)
+        assert relative(loss, expected) < limit
+        for got, wanted in zip(gradients(loss, *given[:3]), gradients(expected, *wide[:3]), strict=True):
+            assert relative(got, wanted) < limit
+
+
+@ROOMS
+def test_classes_may_be_ruled_out(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, room)
+    given = inputs()
+    allowed = torch.arange(CLASSES) >= 10  # no class of the first two pieces
+    given.case.labels[given.case.labels != IGNORED] = 11
+    given = given._replace(bias=torch.where(allowed, given.bias.detach(), -torch.inf).requires_grad_())
+    loss, expected = ours(given), expected_of(given)
+    assert_equal(loss, expected)
+    assert_equal(gradients(loss, *given[:3]), gradients(expected, *given[:3]))
+
+
+@ROOMS
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_not_hidden(room: int, junk: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, room)
+    given = inputs()
+    given = given._replace(bias=given.bias.detach().index_fill(0, torch.tensor([7]), junk).requires_grad_())
+    assert ours(given).isnan()
+
+
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_half_precision_is_nearer_than_rounded_logits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The largest logits are near 30. bfloat16 rounds them, and ours only what the shift leaves of them.
+    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
+    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 128)
+    leaves = [x.bfloat16().requires_grad_() for x in (drawn(64, 32, seed=1), 1.5 * drawn(1024, 32, seed=2))]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    likely = F.linear(*exact).argmax(1)
+    labels = torch.where(torch.arange(64) % 2 == 0, likely, likely.roll(1))
+    wanted = gradients(F.cross_entropy(F.linear(*exact), labels), *exact)
+    mine = gradients(linear_weighted_cross_entropy(*leaves, labels), *leaves)
+    rounded = gradients(F.cross_entropy(F.linear(*leaves).float(), labels), *leaves)
+    for got, plain, want in zip(mine, rounded, wanted, strict=True):
+        assert (got - want).norm() < 0.7 * (plain - want).norm()
 
 
 def test_gradients_are_made_only_where_some_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
+    original = linear_loss_chunks._Tokens.differentiate
 
-    def noted(*arguments: Any) -> linear_loss_chunks.Form:
-        seen.append(arguments[-1])
-        return linear_loss_chunks.FORMS["at once"]
+    def noted(self: Any, *arguments: Any) -> None:
+        seen.append(arguments)
+        original(self, *arguments)
 
-    monkeypatch.setattr(linear_loss_chunks, "choose_form", noted)
+    monkeypatch.setattr(linear_loss_chunks._Tokens, "differentiate", noted)
     given = inputs()
-    ours(given)
     with torch.no_grad():
         ours(given)
     ours(Inputs(*(leaf.detach() for leaf in given[:3]), given.case))
-    assert seen == [True, False, False]
+    assert not seen
+    ours(given)
+    assert len(seen) == 1
 
 
 def test_the_factor_of_the_loss_is_not_rounded_to_half_precision() -> None:
@@ -178,16 +263,6 @@ def test_compiles(softcap: float | None) -> None:
     assert_equal(loss, expected)
     leaves = hidden, given.weight, given.bias
     assert_equal(gradients(loss, *leaves), gradients(expected, *leaves))
-
-
-def test_kernels_of_the_cpu_are_not_asked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a CPU kernel")
-
-    monkeypatch.setattr(linear_loss_chunks, "weight_gradient", refuse)
-    x, grad = torch.zeros(4, WIDTH, device="meta"), torch.zeros(4, CLASSES, device="meta")
-    out = torch.empty(CLASSES, WIDTH, device="meta")
-    assert linear_loss_chunks._weight_gradient(x, grad, out=out) is out
 
 
 def test_the_batch_dimension_and_a_module_of_torch() -> None:

@@ -1,4 +1,4 @@
-"""The loss of a linear head against the loss of its logits: values and all gradients, whatever the form and pieces."""
+"""The loss of a linear head against that of its logits: values and all gradients, whatever the pieces."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,11 +61,10 @@ def assert_same(given: Inputs, tolerance: float = 1e-10, **options: Any) -> None
         assert_equal(got, wanted, tolerance)
 
 
-@pytest.fixture(params=list(linear_loss_chunks.FORMS))
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One form for all calls."""
-    chosen = linear_loss_chunks.FORMS[request.param]
-    monkeypatch.setattr(linear_loss_chunks, "choose_form", lambda *_: chosen)
+@pytest.fixture(params=[0, 400, 2**30])
+def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes kept from the first pass: none, some pieces, all."""
+    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", request.param)
 
 
 @pytest.fixture(params=[4096, 5, 1, 13])
@@ -74,7 +73,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", request.param)
 
 
-every_form = pytest.mark.usefixtures("form", "pieces", "poisoned_empty")
+every_way = pytest.mark.usefixtures("room", "pieces", "poisoned_empty")
 OPTIONS = [
     dict(),
     dict(softcap=1.5),
@@ -85,7 +84,7 @@ OPTIONS = [
 ]
 
 
-@every_form
+@every_way
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_the_loss_of_the_logits(options: dict[str, Any], bias: bool) -> None:
@@ -96,7 +95,7 @@ def test_equals_the_loss_of_the_logits(options: dict[str, Any], bias: bool) -> N
     assert_same(given, **options)
 
 
-@every_form
+@every_way
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
 def test_frozen_inputs_get_no_gradient(frozen: tuple[int, ...]) -> None:
     given = inputs()
@@ -108,7 +107,7 @@ def test_frozen_inputs_get_no_gradient(frozen: tuple[int, ...]) -> None:
     assert [leaf.grad is None for leaf in leaves] == [place in frozen for place in range(3)]
 
 
-@every_form
+@every_way
 def test_nothing_frozen_or_no_grad_makes_no_gradients() -> None:
     given = inputs()
     expected = expected_of(given).detach()
@@ -119,7 +118,7 @@ def test_nothing_frozen_or_no_grad_makes_no_gradients() -> None:
     assert_equal(ours(frozen), expected)
 
 
-@every_form
+@every_way
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
 def test_ignored_hidden_states_may_hold_anything(junk: float) -> None:
     given = inputs()
@@ -134,7 +133,7 @@ def test_ignored_hidden_states_may_hold_anything(junk: float) -> None:
     assert not found[0][out].any()
 
 
-@every_form
+@every_way
 @pytest.mark.parametrize("lengths", [[], [0, 0], [4, 3]])
 def test_nothing_to_learn_is_zero_with_a_graph(lengths: list[int]) -> None:
     for name, value in (("labels", IGNORED), ("sample_weights", 0), ("token_weights", 0)):
@@ -148,7 +147,7 @@ def test_nothing_to_learn_is_zero_with_a_graph(lengths: list[int]) -> None:
                 assert not gradient.any()
 
 
-@every_form
+@every_way
 def test_a_second_backward_pass_gives_the_same() -> None:
     given = inputs()
     loss, expected = ours(given), expected_of(given)
@@ -159,7 +158,7 @@ def test_a_second_backward_pass_gives_the_same() -> None:
         assert_equal(leaf.grad, 4 * once)
 
 
-@every_form
+@every_way
 def test_tied_to_the_embeddings_and_accumulated() -> None:
     places = torch.arange(17) % CLASSES
     found = []
@@ -173,7 +172,7 @@ def test_tied_to_the_embeddings_and_accumulated() -> None:
     assert_equal(*found)
 
 
-@every_form
+@every_way
 @pytest.mark.parametrize(
     "lay", [lambda x: x.t().contiguous().t(), lambda x: x.repeat(1, 2)[:, ::2], lambda x: x[:1].expand_as(x)]
 )
@@ -182,7 +181,7 @@ def test_strides_do_not_matter(lay: Callable[[Tensor], Tensor]) -> None:
     assert_same(Inputs(*(lay(leaf.detach()).requires_grad_() for leaf in given[:2]), given.bias, given.case))
 
 
-@pytest.mark.usefixtures("form", "pieces")
+@pytest.mark.usefixtures("room", "pieces")
 def test_gradcheck() -> None:
     given = inputs([3, 2])
     a, b = given.case.sample_weights.requires_grad_(), given.case.token_weights.requires_grad_()
@@ -194,7 +193,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, (*given[:3], a, b), fast_mode=True)
 
 
-@every_form
+@every_way
 def test_parts_are_those_of_the_logits() -> None:
     hidden, weight, bias, case = inputs()
     options = dict(case.weighting, preset="square", label_smoothing=0.1)
@@ -206,7 +205,7 @@ def test_parts_are_those_of_the_logits() -> None:
     assert not any(part.requires_grad for part in found[1:])
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_float32_of_many_tokens(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: onednn and torch.backends.mkldnn.is_available())

@@ -1,15 +1,19 @@
 """Cross-entropies of a linear head, and their gradients, without ever holding all logits.
 
-Two forms, in both of which every piece of the weight's gradient is written once and for all. At once: all logits that
-count, with three products, while they are few enough to be held. By vocabulary: the logits of some thousand classes
-at a time, twice, first for the partition sums, with four products. Measured in docs/benchmarks.md, with a third that
-was not kept: some hundred tokens at a time takes three products as well, but adds to the whole gradient of the weight
-each time.
+Some thousand classes at a time, in two passes. The first takes the logits of a piece less a shift for each token, the
+best estimate so far of the logarithm of its partition sum, and adds up their exponentials, which are kept while there
+is room. The second takes the pieces once more, makes what was not kept anew, and writes the gradients: three products
+for a piece that was kept, four for another, and every piece of the weight's gradient is written once and for all. What
+is kept is right but for a factor for each token, which goes to the narrow side of the products.
+
+A piece is `(c, N)`, classes before tokens: so the shift is a bias of the first product, the gradient of the weight
+needs no piece turned over, and little but exponentials and sums is left beside the products. Measured in
+docs/benchmarks.md, with the forms that were not kept.
 
 Shapes: N tokens, H width of the head's input, V classes; c classes of a piece.
 """
 
-from collections.abc import Callable, Iterator
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,14 +21,15 @@ import torch
 from torch import Tensor
 
 from .linear import define_linear
-from .linear_cpu import weight_gradient
 
 define_linear()
 
-# Classes of a piece, in the products and by vocabulary.
-CLASSES_AT_A_TIME = 4096
-# Bytes of logits that may be held at once.
-LOGITS_AT_ONCE = 192 * 2**20
+# Classes of a piece, and fewer for so many tokens that it would take more bytes than that.
+CLASSES_AT_A_TIME = 2048
+PIECE_BYTES = 64 * 2**20
+LEAST_CLASSES = 64
+# Bytes of exponentials that are kept from the first pass for the second.
+KEPT_BYTES = 128 * 2**20
 
 
 class Head(NamedTuple):
@@ -81,125 +86,163 @@ def head_losses(
     empty = torch.empty_like if len(hidden) else torch.zeros_like  # without tokens, no piece is written
     if any(wanted):
         gradients = Gradients(
-            torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device) if wanted.hidden else None,
+            weights.new_zeros(hidden.shape[::-1]) if wanted.hidden else None,
             empty(head.weight) if wanted.weight else None,
             empty(head.bias) if wanted.bias and head.bias is not None else None,
         )
     with torch.autocast(hidden.device.type, enabled=False):  # the types are chosen already
-        losses = choose_form(hidden, weights, head, gradients is not None)(hidden, labels, weights, head, gradients)
+        losses = _losses(hidden, labels, weights, head, gradients) if len(hidden) else torch.zeros_like(weights)
     if gradients is not None and gradients.hidden is not None:
-        gradients.hidden = gradients.hidden.to(hidden.dtype)
+        gradients.hidden = gradients.hidden.t().to(hidden.dtype).contiguous()
     return losses, gradients
 
 
-Form = Callable[[Tensor, Tensor, Tensor, Head, Gradients | None], Tensor]
+def _losses(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, into: Gradients | None) -> Tensor:
+    """As [`head_losses`], with the gradients written to `into`, that of the hidden states as `(H, N)`."""
+    tokens = _Tokens(hidden.contiguous(), labels, weights, head)
+    sums = tokens.add_up(keep=into is not None)
+    if into is not None:
+        tokens.differentiate(sums, into)
+    return sums.losses(head)
 
 
-def choose_form(hidden: Tensor, weights: Tensor, head: Head, with_gradients: bool) -> Form:
-    """The faster form: the product that is saved by holding all logits pays while they are few."""
-    held = len(hidden) * len(head.weight) * weights.element_size()
-    return _at_once if with_gradients and held <= LOGITS_AT_ONCE else _by_vocabulary
+class _Sums(NamedTuple):
+    """Of each token `(N,)`: the logit of its label, the logarithm of its partition sum, and its mean logit."""
+
+    of_label: Tensor
+    partition: Tensor
+    mean: Tensor
+
+    def losses(self, head: Head) -> Tensor:
+        losses = self.partition - self.of_label
+        if head.label_smoothing:
+            losses = losses + head.label_smoothing * (self.of_label - self.mean)
+        return losses + head.z_loss * self.partition.square() if head.z_loss else losses
 
 
-def _pieces(classes: int) -> Iterator[slice]:
-    for start in range(0, classes, CLASSES_AT_A_TIME):
-        yield slice(start, min(start + CLASSES_AT_A_TIME, classes))
+@dataclass
+class _Piece:
+    """Some classes, the tokens `(n,)` whose label is among them, and the places `(n,)` of those labels in the piece.
+
+    Kept are the exponentials `(c, N)` of the logits less a shift `(N,)`.
+    """
+
+    classes: slice
+    tokens: Tensor
+    places: Tensor
+    exponentials: Tensor | None = None
+    shift: Tensor | None = None
 
 
-def _logits(hidden: Tensor, head: Head, piece: slice, dtype: torch.dtype) -> Tensor:
-    """`(N, c)` in `dtype`, after capping."""
-    bias = None if head.bias is None else head.bias[piece]
-    logits = torch.ops.vlparts.linear(hidden, head.weight[piece], bias).to(dtype)
-    return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)
+def _cut(labels: Tensor, classes: int, size: int) -> list[_Piece]:
+    starts = torch.arange(0, classes + size, size, device=labels.device)
+    order = labels.argsort()
+    edges = torch.searchsorted(labels[order], starts).tolist()
+    pieces = []
+    for start, first, last in zip(range(0, classes, size), edges, edges[1:], strict=False):
+        tokens = order[first:last]
+        pieces.append(_Piece(slice(start, min(start + size, classes)), tokens, labels[tokens] - start))
+    return pieces
 
 
-class _Rows:
-    """Some tokens with all that the gradient of their losses needs beside the logits."""
+class _Tokens:
+    """Tokens and their head, in pieces of classes."""
 
     def __init__(self, hidden: Tensor, labels: Tensor, weights: Tensor, head: Head) -> None:
-        self.hidden, self.labels, self.weights, self.head = hidden, labels, weights, head
+        self.hidden, self.weights, self.head, self.dtype = hidden, weights, head, weights.dtype
+        classes = CLASSES_AT_A_TIME
+        while classes > LEAST_CLASSES and classes * weights.nbytes > PIECE_BYTES:
+            classes //= 2
+        self.pieces = _cut(labels, len(head.weight), classes)
 
-    def losses(self, of_label: Tensor, partition: Tensor, mean: Tensor | None) -> Tensor:
-        """From the logits of the labels, the logarithms of the partition sums, and the mean logits."""
-        losses = partition - of_label
-        if mean is not None:
-            losses = losses + self.head.label_smoothing * (of_label - mean)
-        return losses + self.head.z_loss * partition.square() if self.head.z_loss else losses
+    def add_up(self, keep: bool, careful: bool = False) -> _Sums:
+        """The first pass.
 
-    def start(self, partition: Tensor) -> None:
-        """Get ready for [`add`]. The weights of rows are put on the narrow side of the products."""
-        self.partition = partition
-        self.weighted = (self.hidden * self.weights.unsqueeze(1)).to(self.hidden.dtype)
+        Args:
+            keep: Whether the exponentials are wanted again.
+            careful: Take each shift from the piece's own logits, which costs two more passes over them.
+        """
+        # What is kept needs the range of float32, and of capped logits the slope of the cap is needed too.
+        wide = self.hidden.dtype != torch.float16 and self.head.softcap is None
+        room = KEPT_BYTES if keep and wide and not careful else 0
+        of_label, total = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        partition = lowest = None
+        for piece in self.pieces:
+            logits, shift = self._shifted(piece.classes, None if careful else partition)
+            lowest = shift if lowest is None else lowest
+            of_label[piece.tokens] = logits[piece.places, piece.tokens].to(self.dtype) + shift[piece.tokens]
+            if self.head.label_smoothing:
+                total += logits.sum(0, dtype=self.dtype) + len(logits) * shift
+            exponentials = logits.to(self.dtype).exp_()
+            here = exponentials.sum(0).log_().add_(shift)
+            partition = here if partition is None else torch.logaddexp(partition, here)
+            room -= exponentials.numel() * self.hidden.element_size()
+            piece.exponentials = exponentials.to(self.hidden.dtype) if room >= 0 else None
+            piece.shift = shift
+        assert partition is not None
+        assert lowest is not None
+        # The first shift is the lowest. Too far below, exponentials have left the range of numbers, or may have.
+        if not careful and not bool((partition - lowest <= math.log(torch.finfo(self.dtype).max) / 2).all()):
+            return self.add_up(keep, careful=True)
+        return _Sums(of_label, partition, total / len(self.head.weight))
 
-    def add(self, log_probabilities: Tensor, piece: slice, into: Gradients) -> None:
-        """Write what a piece of the logarithms of probabilities `(N, c)` gives; they are not changed."""
-        head, smoothing = self.head, self.head.label_smoothing
-        grad = log_probabilities.exp()
-        if head.z_loss:
-            grad *= 1 + 2 * head.z_loss * self.partition.unsqueeze(1)
-        here = ((self.labels >= piece.start) & (self.labels < piece.stop)).nonzero().squeeze(1)
-        grad[here, self.labels[here] - piece.start] -= 1 - smoothing
-        if smoothing:
-            grad -= smoothing / len(head.weight)
+    def differentiate(self, sums: _Sums, into: Gradients) -> None:
+        """The second pass: write all gradients."""
+        head, partition = self.head, sums.partition
+        growth = 1 + 2 * head.z_loss * partition
+        uniform = head.label_smoothing / len(head.weight)
+        # Rounded once, and not before 1 is taken away: for a token that the model is sure of nothing would be left.
+        at_label = growth * (sums.of_label - partition).exp() - (1 - head.label_smoothing) - uniform
+        for piece in self.pieces:
+            grad, shift, slope = self._exponentials(piece, partition)
+            scale = (shift - partition).exp()
+            if head.z_loss:
+                grad *= growth
+            if uniform:
+                grad -= uniform / scale
+            grad[piece.places, piece.tokens] = (at_label / scale)[piece.tokens].to(grad.dtype)
+            if slope is not None:
+                grad *= slope
+            self._write(grad.to(self.hidden.dtype), self.weights * scale, piece.classes, into)
+
+    def _shifted(self, classes: slice, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits less a shift, which is their maximum where none is given, and what the shift was."""
+        head = self.head
+        plain = head.bias is None and head.softcap is None
+        shift = None if shift is None else shift.to(self.hidden.dtype)
+        fused = -shift if shift is not None and plain else None
+        logits = torch.ops.vlparts.linear(head.weight[classes], self.hidden, fused)
+        if not plain:
+            logits = logits.to(self.dtype)
+        if head.bias is not None:
+            logits += head.bias[classes].unsqueeze(1)
         if head.softcap is not None:
-            capped = log_probabilities + self.partition.unsqueeze(1)
-            grad *= 1 - (capped / head.softcap).square_()
-        grad = grad.to(self.hidden.dtype)
-        weight = head.weight[piece]
+            logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        if shift is None:
+            shift = logits.amax(0).clamp_min_(torch.finfo(self.hidden.dtype).min)  # -inf rules a class out
+            if logits.dtype != self.dtype:  # once more, to round in proportion to what is left of the logits
+                return self._shifted(classes, shift)
+        if fused is None:
+            logits -= shift
+        return logits, shift.to(self.dtype)
+
+    def _exponentials(self, piece: _Piece, partition: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Those of a piece, their shift, and the slope of the cap."""
+        if piece.exponentials is not None and piece.shift is not None:
+            kept, piece.exponentials = piece.exponentials, None
+            return kept, piece.shift, None
+        logits, shift = self._shifted(piece.classes, partition)
+        cap = self.head.softcap
+        slope = None if cap is None else 1 - (logits + shift).div_(cap).square_()
+        return logits.exp_(), shift, slope
+
+    def _write(self, grad: Tensor, factors: Tensor, classes: slice, into: Gradients) -> None:
+        """Bring in the gradient `(c, N)` of some logits but for the factors `(N,)` of tokens."""
+        weight = self.head.weight[classes]
         if into.hidden is not None:
-            into.hidden += torch.ops.vlparts.linear(grad, weight.t())
+            into.hidden.addcmul_(torch.ops.vlparts.linear(weight.t(), grad.t()).to(self.dtype), factors)
         if into.bias is not None:
-            into.bias[piece] = grad.to(self.weights.dtype).t() @ self.weights
+            into.bias[classes] = grad.to(self.dtype) @ factors
         if into.weight is not None:
-            _weight_gradient(self.weighted, grad, into.weight[piece])
-
-    def finish(self, into: Gradients) -> None:
-        """Bring in the weights of rows that [`add`] left out."""
-        if into.hidden is not None:
-            into.hidden *= self.weights.unsqueeze(1)
-
-
-def _weight_gradient(x: Tensor, grad: Tensor, out: Tensor) -> Tensor:
-    return weight_gradient(x, grad, out) if x.is_cpu else torch.mm(grad.t(), x, out=out)
-
-
-def _at_once(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, gradients: Gradients | None) -> Tensor:
-    part = _Rows(hidden, labels, weights, head)
-    logits = weights.new_empty(len(hidden), len(head.weight))
-    for piece in _pieces(len(head.weight)):
-        logits[:, piece] = _logits(hidden, head, piece, weights.dtype)
-    of_label = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    mean = logits.mean(1) if head.label_smoothing else None
-    torch.log_softmax(logits, 1, out=logits)
-    partition = of_label - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    if gradients is not None:
-        part.start(partition)
-        for piece in _pieces(len(head.weight)):
-            part.add(logits[:, piece], piece, gradients)
-        part.finish(gradients)
-    return part.losses(of_label, partition, mean)
-
-
-def _by_vocabulary(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, gradients: Gradients | None) -> Tensor:
-    part = _Rows(hidden, labels, weights, head)
-    of_label, total = torch.zeros_like(weights), torch.zeros_like(weights)
-    sums = []
-    for piece in _pieces(len(head.weight)):
-        logits = _logits(hidden, head, piece, weights.dtype)
-        here = ((labels >= piece.start) & (labels < piece.stop)).nonzero().squeeze(1)
-        of_label[here] = logits[here, labels[here] - piece.start]
-        if head.label_smoothing:
-            total += logits.sum(1)
-        sums.append(logits.logsumexp(1))
-    partition = torch.stack(sums).logsumexp(0)
-    if gradients is not None:
-        part.start(partition)
-        for piece in _pieces(len(head.weight)):
-            logits = _logits(hidden, head, piece, weights.dtype)
-            part.add(logits.sub_(partition.unsqueeze(1)), piece, gradients)
-        part.finish(gradients)
-    return part.losses(of_label, partition, total / len(head.weight) if head.label_smoothing else None)
-
-
-FORMS: dict[str, Form] = {"at once": _at_once, "by vocabulary": _by_vocabulary}
-"""The two forms by name, for benchmarks and tests."""
+            rows = (self.hidden * factors.unsqueeze(1)).to(self.hidden.dtype)
+            into.weight[classes] = torch.ops.vlparts.linear(grad, rows.t())
