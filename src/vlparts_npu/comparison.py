@@ -15,7 +15,11 @@ Tolerance = float | dict[torch.dtype, float]
 def copy_arguments(
     arguments: Arguments, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Arguments:
-    """Copy tensors and modules to a device, and what is floating point to a type; the rest stays."""
+    """Copy tensors and modules to a device, and what is floating point to a type; the rest stays.
+
+    Tensors that are parts of one stay so, with their strides.
+    """
+    memories: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def convert(value: Any) -> Any:
         if isinstance(value, nn.Module):
@@ -23,7 +27,13 @@ def copy_arguments(
         if not isinstance(value, Tensor):
             return value
         kind = dtype if value.is_floating_point() else None
-        return value.detach().to(device=device, dtype=kind, copy=True).requires_grad_(value.requires_grad)
+        storage = value.untyped_storage()
+        name = (storage._cdata, value.dtype)
+        if name not in memories:
+            whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
+            memories[name] = whole.to(device=device, dtype=kind, copy=True)
+        copied = memories[name].as_strided(value.shape, value.stride(), value.storage_offset())
+        return copied.requires_grad_(value.requires_grad)
 
     return tuple(pytree.tree_map(convert, arguments))
 

@@ -85,6 +85,25 @@ def supports_rotary(input: Tensor, cos: Tensor, sin: Tensor) -> str | None:
     return wrong_type(input)
 
 
+def supports_rotary_pair(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """What [`supports_rotary`] says of each."""
+    return supports_rotary(query, cos, sin) or supports_rotary(key, cos, sin)
+
+
+def is_rotary_joint(query: Tensor, key: Tensor) -> bool:
+    """Whether half-precision queries and keys `(L, H, D)` are neighbouring parts of one projection.
+
+    So they can be rotated as heads of one tensor. In float32 there are no casts to save.
+    """
+    _, heads, channels = query.shape
+    is_alike = (query.shape, query.stride(), query.dtype) == (key.shape, key.stride(), key.dtype)
+    if not is_alike or query.dtype not in HALVES or 2 * heads >= ROTARY_HEADS_BELOW:
+        return False
+    is_dense = query.stride()[1:] == (channels, 1)
+    is_behind = key.storage_offset() - query.storage_offset() == heads * channels
+    return is_dense and is_behind and query.untyped_storage()._cdata == key.untyped_storage()._cdata
+
+
 def supports_attention_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """`npu_fusion_attention`: layout TND, all but the lengths."""
     (_, heads, channels), (_, key_heads, value_channels) = query.shape, value.shape

@@ -1,15 +1,20 @@
 """Rotary positions of packed images by `npu_rotary_mul`.
 
 Rotary positions of language models are transformers' own code, and reach no operation of `vlparts`.
+
+Shapes: L patches of all images, H heads, D channels of a head.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vlparts.parts.rotary import axial_rotary, rotary_reference
+from vlparts.parts.rotary import axial_rotary, rotary_pair_reference, rotary_reference
 
 from .dispatch import register_operation
-from .predicates import supports_rotary
+from .predicates import is_rotary_joint, supports_rotary, supports_rotary_pair
 from .self_check import Kernel
 
 
@@ -25,6 +30,43 @@ def rotary_npu(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(input.dtype)
 
 
+class JointRotation(torch.autograd.Function):
+    """Queries and keys `(L, H, D)` that stand side by side in one projection, rotated as `2 * H` heads.
+
+    In half precision every rotation needs a cast before it and one behind, so that three launches do for six.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Arguments are those of `rotary_pair_reference`."""
+        tokens, heads, channels = query.shape
+        both = query.as_strided((tokens, 2 * heads, channels), query.stride(), query.storage_offset())
+        ctx.save_for_backward(cos, sin)
+        rotated = rotary_npu(both, cos, sin)
+        return rotated[:, :heads], rotated[:, heads:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries and keys."""
+        cos, sin = (x.float().unsqueeze(1) for x in ctx.saved_tensors)
+        tokens, heads, channels = of_query.shape
+        grad = of_query.new_empty(tokens, 2 * heads, channels, dtype=torch.float32)
+        grad[:, :heads].copy_(of_query)
+        grad[:, heads:].copy_(of_key)
+        # The rotated tensor is asked for because of the gradients of the angles, which nobody wants.
+        turned = torch.ops.npu.npu_rotary_mul_backward(grad=grad, input=grad, r1=cos, r2=sin, rotary_mode="half")[0]
+        turned = turned.to(of_query.dtype)
+        return turned[:, :heads], turned[:, heads:], None, None
+
+
+def rotary_pair_npu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel for both; arguments are those of `rotary_pair_reference`."""
+    if is_rotary_joint(query, key):
+        return JointRotation.apply(query, key, cos, sin)
+    return rotary_npu(query, cos, sin), rotary_npu(key, cos, sin)
+
+
 def _inputs() -> list[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     cases = []
@@ -35,16 +77,38 @@ def _inputs() -> list[tuple[Tensor, Tensor, Tensor]]:
     return cases
 
 
+def _pair_inputs() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for heads, channels, dtype in ((2, 64, torch.bfloat16), (3, 80, torch.bfloat16), (2, 64, torch.float32)):
+        angles = axial_rotary(torch.randint(0, 40, (7, 2), generator=generator), channels)
+        query, key, _ = torch.randn(7, 3, heads, channels, generator=generator).to(dtype).unbind(1)
+        cases.append((query.requires_grad_(), key.requires_grad_(), *angles))
+    return cases
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
 KERNEL = Kernel(
     name="vlparts::rotary",
     run=rotary_npu,
     reference=rotary_reference,
     make_inputs=_inputs,
     supports=supports_rotary,
-    tolerance={torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    tolerance=TOLERANCE,
+)
+
+PAIR = Kernel(
+    name="vlparts::rotary_pair",
+    run=rotary_pair_npu,
+    reference=rotary_pair_reference,
+    make_inputs=_pair_inputs,
+    supports=supports_rotary_pair,
+    tolerance=TOLERANCE,
 )
 
 
 def register_rotary() -> None:
-    """Register the kernel of `vlparts::rotary`."""
+    """Register the kernels of `vlparts::rotary` and `vlparts::rotary_pair`."""
     register_operation(KERNEL)
+    register_operation(PAIR)

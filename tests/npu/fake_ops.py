@@ -59,6 +59,16 @@ def npu_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half",
     return x * r1 + torch.cat((-second, first), -1) * r2
 
 
+@_reference
+def npu_rotary_mul_backward(
+    grad: Tensor, x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half"
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert rotary_mode == "half"
+    assert r1.shape == r2.shape == (len(grad), 1, grad.shape[-1])
+    first, second = (grad * r2).chunk(2, -1)
+    return grad * r1 + torch.cat((second, -first), -1), torch.zeros(0), torch.zeros(0)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, ends: tuple[list[int], list[int]], scale: float, mode: int) -> Tensor:
     """Layout TND, segment by segment, dense."""
     precise = torch.promote_types(q.dtype, torch.float32)

@@ -58,9 +58,10 @@ def milliseconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> fl
     for _ in range(ROUNDS + 2):
         torch.accelerator.synchronize()
         begin = time.perf_counter()
-        outputs = function(*arguments)
-        if outputs.requires_grad:
-            outputs.backward(torch.ones_like(outputs))
+        found = function(*arguments)
+        outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         torch.accelerator.synchronize()
         times.append(time.perf_counter() - begin)
     return 1000 * statistics.median(times[2:])

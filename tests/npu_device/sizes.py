@@ -31,10 +31,16 @@ def attention() -> tuple[Any, ...]:
     return *tensors, bounds, bounds, longest, longest, None, False
 
 
-def rotary() -> tuple[Any, ...]:
-    """Rotation of the queries of a layer."""
-    angles = torch.linspace(0, 99, TOKENS)[:, None] * torch.linspace(1, 0, CHANNELS // 2)
-    return random(TOKENS, HEADS, CHANNELS), angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+def angles() -> tuple[Tensor, Tensor]:
+    """Cosines and sines."""
+    found = torch.linspace(0, 99, TOKENS)[:, None] * torch.linspace(1, 0, CHANNELS // 2)
+    return found.cos().repeat(1, 2), found.sin().repeat(1, 2)
+
+
+def rotary_pair() -> tuple[Any, ...]:
+    """Rotation of the queries and keys of a layer, parts of one projection."""
+    query, key, _ = random(TOKENS, 3, HEADS, CHANNELS).detach().unbind(1)
+    return query.requires_grad_(), key.requires_grad_(), *angles()
 
 
 def experts() -> tuple[Any, ...]:
@@ -62,6 +68,7 @@ REAL_SIZES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "vlparts::gelu": lambda: (random(TOKENS, INNER),),
     "vlparts::packed_attention": attention,
     "vlparts::rms_norm": lambda: (random(TOKENS, WIDTH), random(WIDTH), 1e-6),
-    "vlparts::rotary": rotary,
+    "vlparts::rotary": lambda: (random(TOKENS, HEADS, CHANNELS), *angles()),
+    "vlparts::rotary_pair": rotary_pair,
     "vlparts::swiglu": lambda: (random(TOKENS, 2 * INNER),),
 }

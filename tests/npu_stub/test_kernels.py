@@ -32,6 +32,7 @@ LAUNCHED = {
     },
     "vlparts::rms_norm": {"aclnnRmsNorm", "aclnnRmsNormGrad"},
     "vlparts::rotary": {"aclnnRotaryPositionEmbeddingV2", "aclnnRotaryPositionEmbeddingGrad"},
+    "vlparts::rotary_pair": {"aclnnRotaryPositionEmbeddingV2", "aclnnRotaryPositionEmbeddingGrad"},
     "vlparts::swiglu": {"aclnnSwiGlu", "aclnnSwiGluGrad"},
 }
 each_kernel = pytest.mark.parametrize("name", LAUNCHED)

@@ -5,6 +5,7 @@ import pytest
 from tests.npu_device import measure, sizes
 from tests.npu_device.sizes import REAL_SIZES
 from tests.npu_stub.numerics import Numerics
+from vlparts_npu.predicates import is_rotary_joint
 from vlparts_npu.self_check import KERNELS
 
 
@@ -29,5 +30,6 @@ def test_it_prints_both_tables(
 
 
 def test_real_sizes_are_supported() -> None:
-    for name in ("vlparts::gelu", "vlparts::packed_attention", "vlparts::rms_norm", "vlparts::rotary"):
+    for name in KERNELS.keys() - {"npu_grouped", "vlparts::swiglu"}:
         assert KERNELS[name].supports(*REAL_SIZES[name]()) is None
+    assert is_rotary_joint(*REAL_SIZES["vlparts::rotary_pair"]()[:2])

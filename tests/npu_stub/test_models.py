@@ -14,7 +14,7 @@ USED = {
     "RMSNorm": {"vlparts::rms_norm"},
     "MoGE block": {"npu_grouped", "vlparts::swiglu"},
     "NaViT": {"vlparts::packed_attention", "vlparts::gelu"},
-    "window-free encoder": {"vlparts::packed_attention", "vlparts::rms_norm", "vlparts::rotary", "vlparts::gelu"},
+    "window-free encoder": {"vlparts::packed_attention", "vlparts::rms_norm", "vlparts::rotary_pair", "vlparts::gelu"},
     "NaViT with Qwen3": {"vlparts::packed_attention", "vlparts::gelu"},
     "NaViT with MoGE": {"vlparts::packed_attention", "vlparts::gelu", "npu_grouped", "vlparts::swiglu"},
     "Qwen3-MoE of transformers": {"vlparts::packed_attention", "npu_grouped", "vlparts::swiglu"},
@@ -44,9 +44,10 @@ def test_it_equals_the_cpu(name: str, backward: bool, numerics: Numerics) -> Non
         (lambda: count(make_rms_norm, torch.float32), 3),
         (lambda: count(lambda: make_moge_block(64), torch.float32), 3),
         (lambda: count_layer(make_windowfree, torch.float32), 3),
+        (lambda: count_layer(make_windowfree, torch.bfloat16), 3),
         (lambda: count_layer(make_navit, torch.float32), 1.2),
     ],
-    ids=["RMSNorm", "MoGE block", "layer of the window-free encoder", "layer of NaViT"],
+    ids=["RMSNorm", "MoGE block", "layer of the window-free encoder", "the same in bfloat16", "layer of NaViT"],
 )
 def test_it_launches_less_with_the_kernels(count_it: Callable[[], Launches], least: float, numerics: Numerics) -> None:
     check_all("npu")

@@ -86,19 +86,19 @@ def head_losses(
     empty = torch.empty_like if len(hidden) else torch.zeros_like  # without tokens, no piece is written
     if any(wanted):
         gradients = Gradients(
-            weights.new_zeros(hidden.shape[::-1]) if wanted.hidden else None,
+            weights.new_zeros(hidden.shape) if wanted.hidden else None,
             empty(head.weight) if wanted.weight else None,
             empty(head.bias) if wanted.bias and head.bias is not None else None,
         )
     with torch.autocast(hidden.device.type, enabled=False):  # the types are chosen already
         losses = _losses(hidden, labels, weights, head, gradients) if len(hidden) else torch.zeros_like(weights)
     if gradients is not None and gradients.hidden is not None:
-        gradients.hidden = gradients.hidden.t().to(hidden.dtype).contiguous()
+        gradients.hidden = gradients.hidden.to(hidden.dtype)
     return losses, gradients
 
 
 def _losses(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, into: Gradients | None) -> Tensor:
-    """As [`head_losses`], with the gradients written to `into`, that of the hidden states as `(H, N)`."""
+    """As [`head_losses`], with the gradients written to `into`."""
     tokens = _Tokens(hidden.contiguous(), labels, weights, head)
     sums = tokens.add_up(keep=into is not None)
     if into is not None:
@@ -203,7 +203,7 @@ class _Tokens:
             grad[piece.places, piece.tokens] = (at_label / scale)[piece.tokens].to(grad.dtype)
             if slope is not None:
                 grad *= slope
-            self._write(grad.to(self.hidden.dtype), self.weights * scale, piece.classes, into)
+            self._write(grad.to(self.hidden.dtype), (self.weights * scale).unsqueeze(1), piece.classes, into)
 
     def _shifted(self, classes: slice, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits less a shift, which is their maximum where none is given, and what the shift was."""
@@ -237,12 +237,12 @@ class _Tokens:
         return logits.exp_(), shift, slope
 
     def _write(self, grad: Tensor, factors: Tensor, classes: slice, into: Gradients) -> None:
-        """Bring in the gradient `(c, N)` of some logits but for the factors `(N,)` of tokens."""
+        """Bring in the gradient `(c, N)` of some logits but for the factors `(N, 1)` of tokens."""
         weight = self.head.weight[classes]
         if into.hidden is not None:
-            into.hidden.addcmul_(torch.ops.vlparts.linear(weight.t(), grad.t()).to(self.dtype), factors)
+            into.hidden.addcmul_(torch.ops.vlparts.linear(grad.t(), weight.t()).to(self.dtype), factors)
         if into.bias is not None:
-            into.bias[classes] = grad.to(self.dtype) @ factors
+            into.bias[classes] = grad.to(self.dtype) @ factors.squeeze(1)
         if into.weight is not None:
-            rows = (self.hidden * factors.unsqueeze(1)).to(self.hidden.dtype)
+            rows = (self.hidden * factors).to(self.hidden.dtype)
             into.weight[classes] = torch.ops.vlparts.linear(grad, rows.t())

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .attention import dense_attention_forward
 from .linear import Linear
-from .rotary import apply_rotary
+from .rotary import apply_rotary_pair
 from .segments import Segments
 
 
@@ -43,7 +43,7 @@ class PackedSelfAttention(nn.Module):
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         query, key = self.normalize(query, key)
         if segments.rotary is not None:
-            query, key = apply_rotary(query, *segments.rotary), apply_rotary(key, *segments.rotary)
+            query, key = apply_rotary_pair(query, key, *segments.rotary)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
         attended, weights = attend(
             self,

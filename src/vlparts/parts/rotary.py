@@ -1,7 +1,8 @@
 """Two-dimensional axial rotary position embedding (RoPE) of packed images, as in Qwen2-VL's vision tower.
 
-The rotation is the torch operation `vlparts::rotary`, whose kernel PyTorch's dispatcher picks. Another package gives a
-device its own by registering one at the device's key and at its Autograd key.
+The rotation is the torch operation `vlparts::rotary`, that of queries with keys `vlparts::rotary_pair`, whose kernels
+PyTorch's dispatcher picks. Another package gives a device its own by registering one at the device's key and at its
+Autograd key.
 
 Shapes: `L` patches of all images, `H` heads, `D` channels of a head.
 """
@@ -57,14 +58,43 @@ def apply_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes do not belong together.
     """
-    if tensor.ndim != 3 or cos.shape != sin.shape or cos.shape != (tensor.shape[0], tensor.shape[2]):
-        raise ValueError(
-            "`tensor`, `cos` and `sin` must have shapes (patches, heads, channels), (patches, channels) and "
-            f"(patches, channels), got {tuple(tensor.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}."
-        )
+    _check_shapes("tensor", tensor, cos, sin)
     if torch.compiler.is_compiling():
         return rotary_reference(tensor, cos, sin)
     return torch.ops.vlparts.rotary(tensor, cos, sin)
+
+
+def apply_rotary_pair(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by the same angles, each as [`apply_rotary`] does.
+
+    A device may rotate both at once, where they stand side by side in the result of one projection. On CPU that would
+    be slower.
+
+    Args:
+        query: `(L, H, D)`.
+        key: `(L, K, D)` with K heads.
+        cos: `(L, D)` from [`axial_rotary`], so that its halves are equal.
+        sin: `(L, D)`.
+
+    Returns:
+        `(L, H, D)` and `(L, K, D)` in their own dtypes; computed in float32 at least.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+    """
+    for name, tensor in (("query", query), ("key", key)):
+        _check_shapes(name, tensor, cos, sin)
+    if torch.compiler.is_compiling():
+        return rotary_reference(query, cos, sin), rotary_reference(key, cos, sin)
+    return torch.ops.vlparts.rotary_pair(query, key, cos, sin)
+
+
+def _check_shapes(name: str, tensor: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if tensor.ndim != 3 or cos.shape != sin.shape or cos.shape != (tensor.shape[0], tensor.shape[2]):
+        raise ValueError(
+            f"`{name}`, `cos` and `sin` must have shapes (patches, heads, channels), (patches, channels) and "
+            f"(patches, channels), got {tuple(tensor.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}."
+        )
 
 
 def rotary_reference(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,12 +108,21 @@ def rotary_reference(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(pairs * cos, pairs.flip(-2), signed).flatten(-2).to(tensor.dtype)
 
 
-def _define_operation() -> None:
-    """Define the operation once per process, also where several copies of this file are imported."""
+def rotary_pair_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """One rotation after the other; arguments and result are those of [`apply_rotary_pair`], which checks them."""
+    rotary = torch.ops.vlparts.rotary
+    return rotary(query, cos, sin), rotary(key, cos, sin)
+
+
+def _define_operations() -> None:
+    """Define the operations once per process, also where several copies of this file are imported."""
     if hasattr(torch.ops.vlparts, "rotary"):
         return
-    torch.library.define("vlparts::rotary", "(Tensor input, Tensor cos, Tensor sin) -> Tensor")
-    torch.library.impl("vlparts::rotary", "CompositeImplicitAutograd", rotary_reference)
+    library = torch.library
+    library.define("vlparts::rotary", "(Tensor input, Tensor cos, Tensor sin) -> Tensor")
+    library.impl("vlparts::rotary", "CompositeImplicitAutograd", rotary_reference)
+    library.define("vlparts::rotary_pair", "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
+    library.impl("vlparts::rotary_pair", "CompositeImplicitAutograd", rotary_pair_reference)
 
 
-_define_operation()
+_define_operations()
