@@ -91,17 +91,13 @@ def supports_rotary_pair(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -
 
 
 def is_rotary_joint(query: Tensor, key: Tensor) -> bool:
-    """Whether half-precision queries and keys `(L, H, D)` are neighbouring parts of one projection.
+    """Whether half-precision queries and keys `(L, H, D)` are parts of one projection, the keys behind the queries.
 
-    So they can be rotated as heads of one tensor. In float32 there are no casts to save.
+    So they can be rotated as one tensor. In float32 there are no casts to save.
     """
-    _, heads, channels = query.shape
     is_alike = (query.shape, query.stride(), query.dtype) == (key.shape, key.stride(), key.dtype)
-    if not is_alike or query.dtype not in HALVES or 2 * heads >= ROTARY_HEADS_BELOW:
-        return False
-    is_dense = query.stride()[1:] == (channels, 1)
-    is_behind = key.storage_offset() - query.storage_offset() == heads * channels
-    return is_dense and is_behind and query.untyped_storage()._cdata == key.untyped_storage()._cdata
+    is_of_one = query.untyped_storage()._cdata == key.untyped_storage()._cdata
+    return is_alike and is_of_one and query.dtype in HALVES and query.storage_offset() < key.storage_offset()
 
 
 def supports_attention_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:

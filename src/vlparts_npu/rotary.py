@@ -31,33 +31,35 @@ def rotary_npu(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class JointRotation(torch.autograd.Function):
-    """Queries and keys `(L, H, D)` that stand side by side in one projection, rotated as `2 * H` heads.
+    """Queries and keys `(L, H, D)` that are parts of one projection, rotated as one tensor `(2, L, H, D)`.
 
-    In half precision every rotation needs a cast before it and one behind, so that three launches do for six.
+    In half precision every rotation needs a cast before it and one behind, so that three launches do for six. Both
+    results are contiguous, as attention wants them. Layout BSND with angles 1S1D.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Arguments are those of `rotary_pair_reference`."""
-        tokens, heads, channels = query.shape
-        both = query.as_strided((tokens, 2 * heads, channels), query.stride(), query.storage_offset())
+        step = key.storage_offset() - query.storage_offset()
+        both = query.as_strided((2, *query.shape), (step, *query.stride()), query.storage_offset())
+        precise = both.to(torch.float32, memory_format=torch.contiguous_format)
+        cos, sin = (x.float()[None, :, None] for x in (cos, sin))
         ctx.save_for_backward(cos, sin)
-        rotated = rotary_npu(both, cos, sin)
-        return rotated[:, :heads], rotated[:, heads:]
+        rotated = torch.ops.npu.npu_rotary_mul(input=precise, r1=cos, r2=sin, rotary_mode="half").to(query.dtype)
+        return rotated[0], rotated[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries and keys."""
-        cos, sin = (x.float().unsqueeze(1) for x in ctx.saved_tensors)
-        tokens, heads, channels = of_query.shape
-        grad = of_query.new_empty(tokens, 2 * heads, channels, dtype=torch.float32)
-        grad[:, :heads].copy_(of_query)
-        grad[:, heads:].copy_(of_key)
+        cos, sin = ctx.saved_tensors
+        grad = of_query.new_empty(2, *of_query.shape, dtype=torch.float32)
+        grad[0].copy_(of_query)
+        grad[1].copy_(of_key)
         # The rotated tensor is asked for because of the gradients of the angles, which nobody wants.
         turned = torch.ops.npu.npu_rotary_mul_backward(grad=grad, input=grad, r1=cos, r2=sin, rotary_mode="half")[0]
         turned = turned.to(of_query.dtype)
-        return turned[:, :heads], turned[:, heads:], None, None
+        return turned[0], turned[1], None, None
 
 
 def rotary_pair_npu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,11 +50,16 @@ def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
     return F.silu(first) * second
 
 
+def _check_angles(x: Tensor, r1: Tensor, r2: Tensor) -> None:
+    """Layout TND with angles T1D, or BSND with 1S1D."""
+    assert r1.shape == r2.shape == (*(1,) * (x.ndim - 3), x.shape[-3], 1, x.shape[-1])
+
+
 @_reference
 def npu_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Any = None) -> Tensor:
     assert rotary_mode == "half"
     assert rotate is None
-    assert r1.shape == r2.shape == (len(x), 1, x.shape[-1])
+    _check_angles(x, r1, r2)
     first, second = x.chunk(2, -1)
     return x * r1 + torch.cat((-second, first), -1) * r2
 
@@ -64,7 +69,7 @@ def npu_rotary_mul_backward(
     grad: Tensor, x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half"
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert rotary_mode == "half"
-    assert r1.shape == r2.shape == (len(grad), 1, grad.shape[-1])
+    _check_angles(grad, r1, r2)
     first, second = (grad * r2).chunk(2, -1)
     return grad * r1 + torch.cat((second, -first), -1), torch.zeros(0), torch.zeros(0)
 

@@ -12,11 +12,24 @@ from torch.nn import functional as F
 
 from tests.npu import fake_ops
 from vlparts.parts.rms_norm import rms_norm_reference
-from vlparts.parts.rotary import axial_rotary, rotary_reference
+from vlparts.parts.rotary import axial_rotary, rotary_pair_reference, rotary_reference
 from vlparts_npu import activations, attention, dispatch, experts, norm, rotary
 from vlparts_npu.self_check import Kernel, find_fault, guarded
 
-KERNELS = [attention.KERNEL, norm.KERNEL, activations.GELU, activations.SWIGLU, rotary.KERNEL, experts.KERNEL]
+KERNELS = [
+    attention.KERNEL,
+    norm.KERNEL,
+    activations.GELU,
+    activations.SWIGLU,
+    rotary.KERNEL,
+    rotary.PAIR,
+    experts.KERNEL,
+]
+
+
+def changed(output: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """A kernel's result, or all of them, changed."""
+    return change(output) if isinstance(output, Tensor) else tuple(change(one) for one in output)
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +44,15 @@ def test_it_passes_its_own_check(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_its_own_check_sees_a_wrong_result_and_wrong_gradients(kernel: Kernel) -> None:
-    def with_gradient_doubled(*arguments: Any) -> Tensor:
-        output = kernel.run(*arguments)
-        return 2 * output - output.detach()
+    def wrong(*arguments: Any) -> Any:
+        return changed(kernel.run(*arguments), lambda output: output * 1.1)
 
-    assert "relative error" in find_fault(replace(kernel, run=lambda *x: kernel.run(*x) * 1.1), "cpu")
-    assert "tensor 1: relative error" in find_fault(replace(kernel, run=with_gradient_doubled), "cpu")
+    def with_gradient_doubled(*arguments: Any) -> Any:
+        return changed(kernel.run(*arguments), lambda output: 2 * output - output.detach())
+
+    results = 2 if kernel is rotary.PAIR else 1
+    assert "tensor 0: relative error" in find_fault(replace(kernel, run=wrong), "cpu")
+    assert f"tensor {results}: relative error" in find_fault(replace(kernel, run=with_gradient_doubled), "cpu")
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
@@ -55,8 +71,9 @@ def test_it_runs_without_gradients(kernel: Kernel) -> None:
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 output = kernel.run(*arguments)
-            assert not output.requires_grad
-            torch.testing.assert_close(output, expected.detach(), atol=2e-2, rtol=2e-2)
+            outputs = output if isinstance(output, tuple) else (output,)
+            assert not any(one.requires_grad for one in outputs)
+            torch.testing.assert_close(output, changed(expected, Tensor.detach), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +128,44 @@ def test_strided_queries_are_rotated() -> None:
     query, _ = torch.randn(6, 2, 3, 16).unbind(1)
     angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
     torch.testing.assert_close(rotary.rotary_npu(query, *angles), rotary_reference(query, *angles))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parts", "forward", "backward"),
+    [
+        (torch.bfloat16, True, 1, 1),
+        (torch.float16, True, 1, 1),
+        (torch.float32, True, 2, 0),  # whose derivative is torch_npu's own
+        (torch.bfloat16, False, 2, 0),
+    ],
+)
+def test_parts_of_one_projection_are_rotated_together(
+    dtype: torch.dtype, parts: bool, forward: int, backward: int
+) -> None:
+    angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
+    projection = torch.randn(6, 3, 2, 16).to(dtype).requires_grad_()
+    found = []
+    for rotate in (rotary.rotary_pair_npu, rotary_pair_reference):
+        query, key, _ = projection.unbind(1)
+        outputs = rotate(query if parts else query.contiguous(), key, *angles)
+        assert all(x.is_contiguous() for x in outputs)
+        weights = [1 + torch.arange(x.numel()).view(x.shape) % 5 for x in outputs]
+        (gradient,) = torch.autograd.grad(outputs, projection, [x.to(dtype) for x in weights])
+        found.append([*outputs, gradient])
+    torch.testing.assert_close(*found)
+    calls = ["npu_rotary_mul"] * forward + ["npu_rotary_mul_backward"] * backward
+    assert calls == fake_ops.CALLS
+
+
+def test_a_gradient_of_keys_alone() -> None:
+    angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
+    query, key, _ = torch.randn(6, 3, 2, 16).bfloat16().unbind(1)
+    key.requires_grad_()
+    found = [
+        torch.autograd.grad(rotate(query, key, *angles)[1].float().square().sum(), key)
+        for rotate in (rotary.rotary_pair_npu, rotary_pair_reference)
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_unsupported_arguments_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What the kernels refuse, with its reason, on tensors without values."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 
 from vlparts_npu.predicates import (
+    is_rotary_joint,
     supports_attention_tensors,
     supports_experts,
     supports_gelu,
     supports_inference_attention,
     supports_rms_norm,
     supports_rotary,
+    supports_rotary_pair,
     supports_segments,
     supports_swiglu,
 )
@@ -97,6 +100,32 @@ def test_swiglu(gate_up: Tensor, reason: str | None) -> None:
 def test_rotary(shape: tuple[int, int, int], dtype: torch.dtype, trained: bool, reason: str | None) -> None:
     angles = empty(shape[0], shape[2], dtype=SINGLE, requires_grad=trained)
     check(supports_rotary(empty(*shape, dtype=dtype), angles, angles), reason)
+    for pair in itertools.permutations((empty(*shape, dtype=dtype), empty(shape[0], 1, shape[2]))):
+        check(supports_rotary_pair(*pair, angles, angles), reason)
+
+
+def parts(*shape: int, dtype: torch.dtype = HALF) -> list[Tensor]:
+    """Parts of one projection."""
+    return list(empty(shape[0], 3, *shape[1:], dtype=dtype).unbind(1))
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "joint"),
+    [
+        (*parts(7, 4, 8)[:2], True),
+        (*parts(7, 4, 8, dtype=torch.float16)[:2], True),
+        (*parts(7, 4, 8, dtype=SINGLE)[:2], False),
+        (*parts(7, 4, 8)[::2], True),
+        (*parts(7, 4, 8)[1::-1], False),
+        (parts(7, 4, 8)[0], parts(7, 4, 8)[1], False),
+        (empty(7, 4, 8), empty(7, 4, 8), False),
+        (*[x.transpose(1, 2) for x in parts(7, 8, 8)[:2]], True),
+        (parts(7, 8, 8)[0], parts(7, 8, 8)[1].transpose(1, 2), False),
+        (parts(7, 4, 8)[0], empty(7, 2, 8), False),
+    ],
+)
+def test_which_queries_and_keys_are_rotated_together(query: Tensor, key: Tensor, joint: bool) -> None:
+    assert is_rotary_joint(query, key) == joint
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlparts_npu import check_kernels, self_check
+from vlparts_npu.comparison import copy_arguments
 from vlparts_npu.self_check import KERNELS, USES, Kernel, check_all, find_fault, forget_results, guarded
 
 calls: list[str] = []
@@ -93,6 +94,22 @@ def test_a_wrong_kernel_is_switched_off_with_one_warning(
     (record,) = caplog.records
     assert record.message.startswith(f"The kernel of test::double failed its check and is switched off ({fault}")
     assert {use.reason.startswith(f"switched off: {fault}") for use in USES} == {True}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_copies_of_parts_of_one_tensor_are_parts_of_one(dtype: torch.dtype | None) -> None:
+    whole = torch.randn(4, 3, 2)
+    first, last = whole[:, 0].requires_grad_(), whole[:, 2]
+    copies = copy_arguments((first, last, torch.arange(3), 5), dtype=dtype)
+    assert [x.requires_grad for x in copies[:3]] == [True, False, False]
+    for copied, tensor in zip(copies[:2], (first, last), strict=True):
+        assert copied.is_leaf
+        assert copied.dtype == (dtype or torch.float32)
+        assert (copied.stride(), copied.storage_offset()) == (tensor.stride(), tensor.storage_offset())
+        assert torch.equal(copied, tensor.to(copied.dtype))
+    assert copies[0].untyped_storage().data_ptr() == copies[1].untyped_storage().data_ptr() != whole.data_ptr()
+    assert copies[2].dtype == torch.int64
+    assert copies[3] == 5
 
 
 def test_what_is_not_supported_goes_to_the_reference_unchecked() -> None:

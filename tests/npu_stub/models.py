@@ -12,6 +12,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from tests.parts.test_vlm import GROUPS, batch
 from tests.tiny import navit, order_one, packed_images, text_config, tokenizer, vision_config, windowfree
 from vlparts import MoGEConfig, compose, compose_processor
+from vlparts.parts.linear_losses import linear_weighted_cross_entropy
+from vlparts.parts.losses import weighted_cross_entropy
 from vlparts.parts.modeling_moge import MoGEBlock
 from vlparts.parts.rms_norm import RMSNorm
 from vlparts_npu import self_check
@@ -72,6 +74,33 @@ def make_native() -> Made:
     return order_one(model), {**inputs, "use_cache": False}
 
 
+class Loss(nn.Module):
+    """A loss of labels and what stands before them."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Compute it."""
+        return self.function(*inputs.values(), labels)
+
+
+def make_loss() -> Made:
+    """The weighted cross-entropy of two samples with ignored tokens, in 40 classes."""
+    return Loss(weighted_cross_entropy), {"logits": (3 * torch.randn(2, 7, 40)).requires_grad_(), "labels": _labels()}
+
+
+def make_linear_loss() -> Made:
+    """The same of a linear head."""
+    hidden, weight = torch.randn(2, 7, 16).requires_grad_(), torch.randn(40, 16).requires_grad_()
+    return Loss(linear_weighted_cross_entropy), {"hidden": hidden, "weight": weight, "labels": _labels()}
+
+
+def _labels() -> Tensor:
+    return torch.randint(0, 40, (2, 7)).masked_fill(torch.arange(14).view(2, 7) % 3 == 0, -100)
+
+
 def _composed(text: Any) -> Made:
     model = compose(vision=vision_config("navit"), text=text)
     if isinstance(text, MoGEConfig):
@@ -95,6 +124,19 @@ MODELS: dict[str, Callable[[], Made]] = {
 def move(value: Any, device: str) -> Any:
     """A tensor as a leaf on a device; anything else as it is."""
     return value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def cast(made: Made, dtype: torch.dtype) -> Made:
+    """A copy of a model and its inputs in another type."""
+    inputs = {
+        name: x.detach().to(dtype).requires_grad_(x.requires_grad) if _is_float(x) else x
+        for name, x in made[1].items()
+    }
+    return copy.deepcopy(made[0]).to(dtype), inputs
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def step(made: Made, device: str, backward: bool = True) -> dict[str, Tensor]:

@@ -184,9 +184,38 @@ def gather_backward(grad: Tensor, self_size: list[int], dim: int, index: Tensor,
     return grad.new_zeros(self_size).scatter_add(dim, index, grad)
 
 
+@reference("npu::_npu_dtype_cast")  # of `softmax` and `log_softmax` with a type
+def dtype_cast(input: Tensor, dtype: torch.dtype) -> Tensor:
+    return input.to(dtype)
+
+
+@reference("npu::_npu_dtype_cast_backward")
+def dtype_cast_backward(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.to(dtype)
+
+
+@reference("aten::native_layer_norm")
+def layer_norm(
+    input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics are float32, which those of the CPU are not for half precision."""
+    precise = [None if x is None else x.float() for x in (weight, bias)]
+    output, mean, rstd = torch.native_layer_norm(input.float(), shape, *precise, eps)
+    return output.to(input.dtype), mean, rstd
+
+
 @reference("aten::native_layer_norm_backward")
 def layer_norm_backward(
-    grad: Tensor, input: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, *others: Any
+    grad: Tensor,
+    input: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    kind = input.dtype  # in which the CPU keeps statistics, where torch_npu has float32
-    return torch.ops.aten.native_layer_norm_backward(grad, input, shape, mean.to(kind), rstd.to(kind), *others)
+    """Gradients of weight and bias are float32."""
+    precise = [None if x is None else x.float() for x in (weight, bias)]
+    found = torch.ops.aten.native_layer_norm_backward(grad.float(), input.float(), shape, mean, rstd, *precise, mask)
+    return None if found[0] is None else found[0].to(input.dtype), *found[1:]

@@ -81,6 +81,25 @@ def test_the_dispatcher_finds_it(
     torch.testing.assert_close(found.detach().cpu(), operation(*arguments))
 
 
+def test_parts_of_one_projection_are_rotated_in_three_launches(numerics: Numerics, cann: Cann) -> None:
+    check_all("npu")
+    projection, angles = torch.randn(5, 3, 2, 8).bfloat16(), torch.randn(2, 5, 4).repeat(1, 1, 2)
+    found = []
+    for device in ("npu", "cpu"):
+        moved = projection.to(device).requires_grad_()
+        query, key, value = moved.unbind(1)
+        cann.clear()
+        outputs = torch.ops.vlparts.rotary_pair(query, key, *angles.to(device))
+        launched = cann.kernels()
+        torch.stack([*outputs, value]).backward(torch.ones(3, 5, 2, 8, dtype=torch.bfloat16, device=device))
+        found.append([x.detach().cpu() for x in (*outputs, moved.grad)])
+        if device == "npu":
+            assert launched == ["aclnnInplaceCopy", "aclnnRotaryPositionEmbeddingV2", "aclnnInplaceCopy"]
+            assert all(x.is_contiguous() for x in outputs)
+            assert cann.counts()["aclnnRotaryPositionEmbeddingGrad"] == 1
+    torch.testing.assert_close(*found)
+
+
 def test_the_first_use_checks_once(numerics: Numerics, cann: Cann) -> None:
     forget_results()
     tensor, weight = torch.randn(3, 8).to("npu"), torch.ones(8).to("npu")

@@ -43,6 +43,22 @@ def test_a_piece_has_one_thread_and_the_caller_keeps_its_own(threads: int) -> No
     assert torch.get_num_threads() == threads
 
 
+def test_a_thread_that_took_another_number_goes_back_to_one() -> None:
+    torch.set_num_threads(2)
+    run_side_by_side(lambda _: None, 2)
+    meeting = threading.Barrier(2)
+
+    def stray(_: int) -> None:
+        meeting.wait(timeout=60)  # so that each thread does it
+        torch.set_num_threads(2)
+
+    list(cpu_threads._pool(2).map(stray, range(2)))
+    inside: list[int] = []
+    run_side_by_side(lambda _: inside.append(torch.get_num_threads()), 5)
+    assert inside == [1] * 5
+    assert torch.get_num_threads() == 2
+
+
 def test_threads_that_begin_later_have_the_callers_number(threads: int) -> None:
     run_side_by_side(lambda _: None, 5)
     found: list[int] = []

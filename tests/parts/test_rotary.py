@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
 from vlparts.parts.packing import get_position_ids
-from vlparts.parts.rotary import apply_rotary, axial_rotary
+from vlparts.parts.rotary import apply_rotary, apply_rotary_pair, axial_rotary
 
 POSITIONS = get_position_ids(torch.tensor([[1, 3, 5], [2, 4, 2], [1, 1, 70]]))
 
@@ -81,6 +81,21 @@ def test_queries_and_keys_may_be_rotated_together() -> None:
     torch.testing.assert_close(together, apart, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_is_one_rotation_after_the_other(dtype: torch.dtype) -> None:
+    """To the last bit, with gradients and another number of key heads."""
+    angles = axial_rotary(POSITIONS, 8)
+    query, key = (torch.randn(len(POSITIONS), heads, 8).to(dtype).requires_grad_() for heads in (4, 2))
+    found = []
+    for outputs in (
+        apply_rotary_pair(query, key, *angles),
+        (apply_rotary(query, *angles), apply_rotary(key, *angles)),
+    ):
+        assert [x.dtype for x in outputs] == [dtype, dtype]
+        found.append([*outputs, *torch.autograd.grad(outputs, (query, key), [x.detach().cos() for x in outputs])])
+    torch.testing.assert_close(*found, atol=0, rtol=0)
+
+
 def test_types_and_no_patches() -> None:
     cos, sin = axial_rotary(POSITIONS[:0], 8)
     assert cos.shape == sin.shape == (0, 8)
@@ -88,9 +103,11 @@ def test_types_and_no_patches() -> None:
     assert apply_rotary(torch.empty(0, 3, 8), cos, sin).shape == (0, 3, 8)
 
 
-def test_compiles_in_one_graph_for_all_sizes() -> None:
-    def rotate(tensor: Tensor, positions: Tensor) -> Tensor:
-        return apply_rotary(tensor, *axial_rotary(positions, tensor.shape[-1]))
+@pytest.mark.parametrize("pair", [False, True])
+def test_compiles_in_one_graph_for_all_sizes(pair: bool) -> None:
+    def rotate(tensor: Tensor, positions: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        angles = axial_rotary(positions, tensor.shape[-1])
+        return apply_rotary_pair(tensor, tensor[:, :1], *angles) if pair else apply_rotary(tensor, *angles)
 
     torch.compiler.reset()
     compiled = torch.compile(rotate, backend="eager", fullgraph=True, dynamic=True)
@@ -125,3 +142,11 @@ def test_tensors_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         apply_rotary(torch.zeros(shape), cos, sin)
     with pytest.raises(ValueError, match="`tensor`, `cos` and `sin` must have shapes"):
         apply_rotary(torch.zeros(5, 2, 8), cos, sin[:, :4])
+
+
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_pairs_of_another_shape_are_refused(name: str) -> None:
+    cos, sin = axial_rotary(POSITIONS[:5], 8)
+    pair = {"query": torch.zeros(5, 2, 8), "key": torch.zeros(5, 1, 8), name: torch.zeros(4, 2, 8)}
+    with pytest.raises(ValueError, match=rf"`{name}`, `cos` and `sin` must have shapes .* got \(4, 2, 8\)"):
+        apply_rotary_pair(**pair, cos=cos, sin=sin)

@@ -116,13 +116,12 @@ def rotary_pair_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) 
 
 def _define_operations() -> None:
     """Define the operations once per process, also where several copies of this file are imported."""
-    if hasattr(torch.ops.vlparts, "rotary"):
-        return
-    library = torch.library
-    library.define("vlparts::rotary", "(Tensor input, Tensor cos, Tensor sin) -> Tensor")
-    library.impl("vlparts::rotary", "CompositeImplicitAutograd", rotary_reference)
-    library.define("vlparts::rotary_pair", "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
-    library.impl("vlparts::rotary_pair", "CompositeImplicitAutograd", rotary_pair_reference)
+    rotary = "(Tensor input, Tensor cos, Tensor sin) -> Tensor"
+    pair = "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)"
+    for name, schema, kernel in (("rotary", rotary, rotary_reference), ("rotary_pair", pair, rotary_pair_reference)):
+        if not hasattr(torch.ops.vlparts, name):
+            torch.library.define(f"vlparts::{name}", schema)
+            torch.library.impl(f"vlparts::{name}", "CompositeImplicitAutograd", kernel)
 
 
 _define_operations()
