@@ -35,7 +35,7 @@ def tests(session: nox.Session) -> None:
     install(session, ".[test]")
     install(session, "--no-deps", "timm")  # without torchvision, whose CUDA wheels do not fit a CPU build of torch
     session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
-    session.run("pytest", "-m", "not slow", *session.posargs)
+    session.run("pytest", "-m", "not slow", "-n", "auto", "--maxprocesses", "4", *session.posargs)
 
 
 @nox.session
