@@ -16,7 +16,13 @@ USED = {
     "NaViT": {"vlparts::packed_attention", "vlparts::gelu"},
     "window-free encoder": {"vlparts::packed_attention", "vlparts::rms_norm", "vlparts::rotary_pair", "vlparts::gelu"},
     "NaViT with Qwen3": {"vlparts::packed_attention", "vlparts::gelu"},
-    "NaViT with MoGE": {"vlparts::packed_attention", "vlparts::gelu", "npu_grouped", "vlparts::swiglu"},
+    "NaViT with MoGE": {
+        "vlparts::packed_attention",
+        "vlparts::gelu",
+        "vlparts::rms_norm",
+        "npu_grouped",
+        "vlparts::swiglu",
+    },
     "Qwen3-MoE of transformers": {"vlparts::packed_attention", "npu_grouped", "vlparts::swiglu"},
 }
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -63,16 +63,18 @@ def with_places(positions: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_loss_and_gradients_equal_llama(preset: str, dtype: torch.dtype) -> None:
+    # Llama normalises float64 in float32, and we do not.
+    near: dict[str, float] = {} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 1e-5}
     model = pangu(preset).to(dtype)
     llama, input_ids = llama_like(model), tokens()
     ours, theirs = (one(input_ids, labels=input_ids, use_cache=False) for one in (model, llama))
-    torch.testing.assert_close(ours.logits, theirs.logits)
-    torch.testing.assert_close(ours.loss, theirs.loss)
+    torch.testing.assert_close(ours.logits, theirs.logits, **near)
+    torch.testing.assert_close(ours.loss, theirs.loss, **near)
     gradients = [
         torch.autograd.grad(one.loss, list(two.parameters())) for one, two in ((ours, model), (theirs, llama))
     ]
     for (name, _), mine, other in zip(model.named_parameters(), *gradients, strict=True):
-        torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}", **near)
 
 
 def test_the_loss_is_divided_as_in_llama() -> None:

@@ -1,6 +1,6 @@
 """The Pangu Pro MoE decoder (arXiv 2505.21411), with and without its head: a mixture of grouped experts.
 
-Attention, normalisation and rotary positions are transformers' Llama layers. Shapes: B samples, S tokens of each,
+Attention and rotary positions are transformers' Llama layers. Shapes: B samples, S tokens of each,
 T = B * S, H width, E experts.
 """
 
@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -27,6 +27,7 @@ from .configuration_moge import MoGEConfig
 from .decoder_inputs import kept_states, prepare_decoder_inputs
 from .expert_parallel import check_whole_groups
 from .experts import RoutedExperts
+from .rms_norm import RMSNorm
 from .router import GroupedTopKRouter
 from .router_losses import balance_loss
 from .routing import RoutingOptions, choose_experts, router_scores
@@ -103,8 +104,8 @@ class MoGEDecoderLayer(GradientCheckpointingLayer):
             self.mlp = MoGEMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         else:
             self.mlp = MoGEBlock(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`(B, S, H)` to `(B, S, H)`.
@@ -213,7 +214,7 @@ class MoGEModel(MoGEPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MoGEDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

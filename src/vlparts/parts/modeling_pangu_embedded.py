@@ -16,12 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -29,6 +24,7 @@ from .auto_classes import add_auto_classes
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .decoder_inputs import kept_states, prepare_decoder_inputs
 from .mrope import AXES, multimodal_rotary, rotary_axes
+from .rms_norm import RMSNorm
 
 
 class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -57,20 +53,29 @@ class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):
         return (cos * self.attention_scaling).to(x.dtype), (sin * self.attention_scaling).to(x.dtype)
 
 
+class PanguEmbeddedDecoderLayer(LlamaDecoderLayer):
+    """Llama's layer with the normalisation whose kernel PyTorch's dispatcher picks."""
+
+    def __init__(self, config: PanguEmbeddedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class PanguEmbeddedPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the abilities that transformers asks a model for."""
 
     config: PanguEmbeddedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer"]
+    _no_split_modules = ["PanguEmbeddedDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {"hidden_states": PanguEmbeddedDecoderLayer, "attentions": LlamaAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -85,8 +90,10 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
     def __init__(self, config: PanguEmbeddedConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            [PanguEmbeddedDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PanguEmbeddedRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
