@@ -15,6 +15,12 @@ def norm_of(width: int, dtype: torch.dtype) -> RMSNorm:
     return norm
 
 
+@pytest.fixture(autouse=True, params=[0, 2**18], ids=["in rows", "as it comes"])
+def numbers_for_the_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs go through the kernel as well."""
+    monkeypatch.setattr(rms_norm, "NUMBERS_FOR_THE_REFERENCE", request.param)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
