@@ -13,6 +13,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_home, MPLBACKEND="Agg", TOKENIZER
 os.environ.pop("HF_MODULES_CACHE", None)
 
 import random  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -20,8 +21,6 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-torch.set_num_threads(2)
 
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
 hypothesis.settings.register_profile(
@@ -43,11 +42,14 @@ hypothesis.register_random(torch_random)
 
 
 @pytest.fixture(autouse=True)
-def seeds() -> None:
-    """Start every test from the same random state."""
+def same_start() -> None:
+    """Start every test from the same random state, with two threads, and with nothing compiled."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    torch.set_num_threads(2)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

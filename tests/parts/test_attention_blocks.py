@@ -34,7 +34,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
     monkeypatch.setattr(attention_blocks, "LENGTH_FROM", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    torch.set_num_threads(request.param)
     monkeypatch.setattr(attention_blocks, "SCORES_AT_A_TIME", 200)
     monkeypatch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", 4)
     if not torch.backends.mkldnn.is_available():
@@ -268,7 +268,7 @@ def test_where_operations_are_followed_pytorchs_attention_is_used() -> None:
 
 def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.set_num_threads(1)
 
     def apply(length_q: int, length_k: int) -> bool:
         query, key = torch.zeros(1, 2, length_q, 64), torch.zeros(1, 2, length_k, 64)
@@ -277,10 +277,10 @@ def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apply(256, 256)
     assert not apply(255, 256)
     assert not apply(1, 200_000)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.set_num_threads(2)
     assert apply(512, 512)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # of which one would have no head
+    torch.set_num_threads(3)  # of which one would have no head
     assert not apply(512, 512)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.set_num_threads(1)
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: False)
     assert not apply(4096, 4096)

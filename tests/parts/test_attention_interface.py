@@ -167,7 +167,6 @@ def test_a_native_vision_tower_gives_what_sdpa_gives() -> None:
 
 
 def test_a_decoder_compiles_whole() -> None:
-    torch._dynamo.reset()
     model, batch = llama(), packed_batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
@@ -175,7 +174,6 @@ def test_a_decoder_compiles_whole() -> None:
 
 def test_boundaries_of_the_prompt_do_not_reach_compiled_decoding() -> None:
     """Compiled code cannot read the boundaries: causal attention over more keys than queries has a cache."""
-    torch._dynamo.reset()
     query, key, value = heads(3, 10)
     mask = torch.ones(1, 1, 3, 10, dtype=torch.bool).tril(7)
     cu_q, cu_k = boundaries([1, 2]), boundaries([4, 6])

@@ -36,7 +36,6 @@ def layer(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("longest", [8, None])
 def test_compiled_whole_forward_and_backward(longest: int | None, causal: bool) -> None:
-    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for name in ("self", "cross", "empty", "no keys"):
         segments = SEGMENTS[name]
@@ -49,7 +48,6 @@ def test_compiled_whole_forward_and_backward(longest: int | None, causal: bool) 
 
 
 def test_other_contents_of_the_boundaries_do_not_recompile() -> None:
-    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     first, second = boundaries([5, 3, 8]), boundaries([1, 11, 4])
     tensors = inputs(([16], [16]))

@@ -2,21 +2,12 @@
 
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from vlparts.parts import cpu_threads
 from vlparts.parts.cpu_threads import run_side_by_side
-
-
-@pytest.fixture(autouse=True)
-def number_kept() -> Iterator[None]:
-    """Other tests keep their number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -41,22 +32,6 @@ def test_a_piece_has_one_thread_and_the_caller_keeps_its_own(threads: int) -> No
     run_side_by_side(lambda _: inside.append(torch.get_num_threads()), 5)
     assert inside == [1] * 5
     assert torch.get_num_threads() == threads
-
-
-def test_a_thread_that_took_another_number_goes_back_to_one() -> None:
-    torch.set_num_threads(2)
-    run_side_by_side(lambda _: None, 2)
-    meeting = threading.Barrier(2)
-
-    def stray(_: int) -> None:
-        meeting.wait(timeout=60)  # so that each thread does it
-        torch.set_num_threads(2)
-
-    list(cpu_threads._pool(2).map(stray, range(2)))
-    inside: list[int] = []
-    run_side_by_side(lambda _: inside.append(torch.get_num_threads()), 5)
-    assert inside == [1] * 5
-    assert torch.get_num_threads() == 2
 
 
 def test_threads_that_begin_later_have_the_callers_number(threads: int) -> None:

@@ -202,7 +202,6 @@ def test_autocast() -> None:
 @pytest.mark.usefixtures("kernel")
 def test_compiled_and_exported_programs_hold_pytorchs_layer() -> None:
     module, x = layer(), torch.randn(70, 24)
-    torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
     program = torch.export.export(module, (x,))
     assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]

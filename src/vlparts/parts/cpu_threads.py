@@ -32,19 +32,13 @@ def run_side_by_side(work: Callable[[int], None], pieces: int) -> None:
                 work(piece)
         return
     is_inference = torch.is_inference_mode_enabled()
-    strayed: list[int] = []
 
     def in_thread(piece: int) -> None:
-        if torch.get_num_threads() != 1:  # somebody else's setting has reached this thread
-            torch.set_num_threads(1)
-            strayed.append(piece)
         with torch.inference_mode(is_inference), torch.no_grad():  # these belong to a thread
             work(piece)
 
     for _ in _pool(threads).map(in_thread, range(pieces)):
         pass
-    if strayed:
-        torch.set_num_threads(threads)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
