@@ -107,13 +107,17 @@ def _losses(hidden: Tensor, labels: Tensor, weights: Tensor, head: Head, into: G
 
 
 class _Sums(NamedTuple):
-    """Of each token `(N,)`: the logit of its label, the logarithm of its partition sum, and its mean logit."""
+    """Of each token `(N,)`: the logit of its label, the logarithm of its partition sum, and its mean logit.
+
+    The mean is 0 where no label smoothing asks for it.
+    """
 
     of_label: Tensor
     partition: Tensor
     mean: Tensor
 
     def losses(self, head: Head) -> Tensor:
+        """The loss of each token, `(N,)`."""
         losses = self.partition - self.of_label
         if head.label_smoothing:
             losses = losses + head.label_smoothing * (self.of_label - self.mean)
@@ -135,6 +139,7 @@ class _Piece:
 
 
 def _cut(labels: Tensor, classes: int, size: int) -> list[_Piece]:
+    """Pieces of `size` classes, the last of what is left; counts of tokens are read once."""
     starts = torch.arange(0, classes + size, size, device=labels.device)
     order = labels.argsort()
     edges = torch.searchsorted(labels[order], starts).tolist()
@@ -160,7 +165,8 @@ class _Tokens:
 
         Args:
             keep: Whether the exponentials are wanted again.
-            careful: Take each shift from the piece's own logits, which costs two more passes over them.
+            careful: Take each shift from the piece's own logits, which costs two more passes over them, and in half
+                precision the product once more.
         """
         # What is kept needs the range of float32, and of capped logits the slope of the cap is needed too.
         wide = self.hidden.dtype != torch.float16 and self.head.softcap is None
