@@ -11,24 +11,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vlparts import (
-    NaViTImageProcessor,
-    RouterStatistics,
-    WindowFreeViTConfig,
-    WindowFreeViTModel,
-    show,
-)
+from vlparts import NaViTImageProcessor, RouterStatistics, WindowFreeViTConfig, WindowFreeViTModel, show
 from vlparts.coordinates import FORMATS, Frame, Region, SmartResize, decode, encode
-from vlparts.parts.attention import packed_attention
-from vlparts.parts.packing import get_position_ids, plan_packing
-from vlparts.parts.positions import PositionEmbedding
-from vlparts.parts.routing import route
-from vlparts.parts.routing_options import RoutingOptions
-from vlparts.training.image_collator import PackedImageCollator
-from vlparts.training.image_packing import PackedImageDataset
-from vlparts.training.image_sampler import PackedImageSampler
-from vlparts.training.resolution import ResolutionSampler
-from vlparts.training.token_drop import BetaDrop, ResolutionDrop, ScheduledDrop
+from vlparts.parts.moe_options import RoutingOptions
+from vlparts.parts.moe_routing import route
+from vlparts.parts.ops_attention import packed_attention
+from vlparts.parts.packed_index import get_position_ids, plan_packing
+from vlparts.parts.pos_embed import PositionEmbedding
+from vlparts.training.images.collator import PackedImageCollator
+from vlparts.training.images.packing import PackedImageDataset
+from vlparts.training.images.resolution import ResolutionSampler
+from vlparts.training.images.sampler import PackedImageSampler
+from vlparts.training.images.token_drop import BetaDrop, ResolutionDrop, ScheduledDrop
 
 FOLDER = Path(__file__).parent / "images"
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from vlparts.coordinates import ABSENT, FORMATS, CoordinateFormat, NumberRule, Region, decode, encode
-from vlparts.coordinates.frames import FitWithin, PaddedSquare, SmartResize
+from vlparts.coordinates.frames.rules import FitWithin, PaddedSquare, SmartResize
 
 PAGE = Path(__file__).parent / "coordinate_formats.md"
 BEGIN, END = "<!-- begin: {} -->\n", "<!-- end: {} -->"

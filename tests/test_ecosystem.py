@@ -89,7 +89,7 @@ def test_autocast_is_near_float32() -> None:
 
 @pytest.mark.slow
 def test_training_compiles_without_graph_breaks() -> None:
-    from vlparts.parts.packing import get_cu_seqlens, get_max_seqlen, get_position_ids
+    from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
 
     model, processor = composed()
     inputs = labelled(processor)

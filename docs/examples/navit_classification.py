@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlparts import NaViTConfig, NaViTForImageClassification, NaViTImageProcessor
 from vlparts.demo.data import Task, write_dataset
-from vlparts.training.balance import encoder_work
-from vlparts.training.image_collator import PackedImageCollator
-from vlparts.training.image_packing import PackedImageDataset
-from vlparts.training.image_plan import ResolutionPolicy
-from vlparts.training.image_sampler import PackedImageSampler
+from vlparts.training.images.balance import encoder_work
+from vlparts.training.images.collator import PackedImageCollator
+from vlparts.training.images.packing import PackedImageDataset
+from vlparts.training.images.plan import ResolutionPolicy
+from vlparts.training.images.resolution import ResolutionSampler
+from vlparts.training.images.sampler import PackedImageSampler
+from vlparts.training.images.token_drop import BetaDrop
 from vlparts.training.optimizers import muon_with_adamw
-from vlparts.training.resolution import ResolutionSampler
-from vlparts.training.token_drop import BetaDrop
 
 PATCH = 4
 RESOLUTIONS = (16, 20, 24, 32, 40, 48)  # sides in pixels of the squares of equal area

@@ -14,8 +14,8 @@ from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_table import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
-from .parts.projectors import Projector, projector_names
-from .parts.vision_features import tower_kind
+from .parts.vlm_features import tower_kind
+from .parts.vlm_projectors import Projector, projector_names
 
 PathLike = str | os.PathLike[str]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

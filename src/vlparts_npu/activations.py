@@ -5,11 +5,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from vlparts.parts.activations import swiglu_reference
+from vlparts.parts.ops_activations import swiglu_reference
 
 from .dispatch import register_operation
-from .predicates import supports_gelu, supports_swiglu
 from .self_check import Kernel
+from .support import supports_gelu, supports_swiglu
 
 
 def gelu_npu(input: Tensor) -> Tensor:

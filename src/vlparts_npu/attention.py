@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlparts.parts.attention_ops import define_operations
-from vlparts.parts.attention_reference import packed_attention_reference
-from vlparts.parts.host_bounds import read_bounds, remember_bounds
+from vlparts.parts.ops_attention import define_operations
+from vlparts.parts.ops_attention_reference import packed_attention_reference
+from vlparts.parts.packed_index import read_bounds, remember_bounds
 
 from .attention_calls import Call, split_calls
 from .dispatch import register_operation
-from .predicates import supports_attention_tensors, supports_inference_attention, supports_segments
 from .self_check import Kernel
+from .support import supports_attention_tensors, supports_inference_attention, supports_segments
 
 # The operations' causal modes take this mask for any length; 1 is hidden. Mode 3 counts from the end of a segment.
 MASK_SIZE = 2048

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from .predicates import MOST_SEGMENTS, MOST_TOKENS
+from .support import MOST_SEGMENTS, MOST_TOKENS
 
 
 class Call(NamedTuple):

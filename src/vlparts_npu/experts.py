@@ -15,14 +15,14 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 
-from vlparts.parts.activations import swiglu
-from vlparts.parts.experts import RoutedExperts
-from vlparts.parts.experts_layout import check_routing, get_expert_weights
-from vlparts.parts.experts_sorted import sorted_experts_forward
+from vlparts.moe.experts_sorted import sorted_experts_forward
+from vlparts.parts.moe_expert_weights import check_routing, get_expert_weights
+from vlparts.parts.moe_experts import RoutedExperts
+from vlparts.parts.ops_activations import swiglu
 
 from .experts_layout import arrange_expert_weights, arrange_once
-from .predicates import supports_experts
 from .self_check import Kernel, guarded
+from .support import supports_experts
 
 NPU_EXPERTS_NAME = "npu_grouped"
 

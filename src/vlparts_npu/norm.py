@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from vlparts.parts.rms_norm import rms_norm_reference
+from vlparts.parts.ops_rms_norm import rms_norm_reference
 
 from .dispatch import register_operation
-from .predicates import supports_rms_norm
 from .self_check import Kernel
+from .support import supports_rms_norm
 
 
 def rms_norm_npu(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlparts.parts.rotary import axial_rotary, rotary_pair_reference, rotary_reference
+from vlparts.parts.ops_rotary import axial_rotary, rotary_pair_reference, rotary_reference
 
 from .dispatch import register_operation
-from .predicates import is_rotary_joint, supports_rotary, supports_rotary_pair
 from .self_check import Kernel
+from .support import is_rotary_joint, supports_rotary, supports_rotary_pair
 
 
 def rotary_npu(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

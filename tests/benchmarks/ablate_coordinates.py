@@ -15,7 +15,7 @@ from typing import Any
 from ablation import arguments, run_all, train_and_ask
 
 from vlparts.coordinates import CoordinateFormat, Region, Shape, TaggedGrammar, encode, get_format, register_format
-from vlparts.coordinates.answers import report
+from vlparts.coordinates.metrics.report import report
 from vlparts.demo.data import Task, write_dataset
 from vlparts.demo.score import read_answers
 from vlparts.parts.coordinate_tokens import LocationTokens

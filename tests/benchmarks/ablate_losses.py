@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlparts.coordinates import Region, decode, encode
-from vlparts.coordinates.overlap import box_iou
+from vlparts.coordinates.metrics.iou import box_iou
 from vlparts.demo.data import Task, write_dataset
-from vlparts.parts.loss_weights import PRESETS
+from vlparts.losses.weights import PRESETS
 from vlparts.training.building import conversation_texts
 from vlparts.training.records import read_records
 from vlparts.training.tokenizer import train_tokenizer

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from timing import compare, machine_line, print_table, ratios
 from torch import Tensor
 
-from vlparts.parts.attention import packed_attention
-from vlparts.parts.attention_dense import block_mask
-from vlparts.parts.packing import get_max_seqlen
+from vlparts.parts.ops_attention import packed_attention
+from vlparts.parts.ops_attention_reference import block_mask
+from vlparts.parts.packed_index import get_max_seqlen
 
 HEADS, CHANNELS = 8, 64
 CASES = [(1024, 16), (4096, 16), (4096, 64)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from vlparts.parts.contrastive import DEFAULT_CHUNK_SIZE, sigmoid_contrastive_loss, softmax_contrastive_loss
+from vlparts.parts.dual_encoder_loss import DEFAULT_CHUNK_SIZE, sigmoid_contrastive_loss, softmax_contrastive_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 WIDTH = 256

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from vlparts.parts.linear_losses import linear_weighted_cross_entropy
-from vlparts.parts.losses import weighted_cross_entropy
+from vlparts.losses.cross_entropy import weighted_cross_entropy
+from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 
 TOKENS, SAMPLES = 2048, 8
 OURS = "ours"

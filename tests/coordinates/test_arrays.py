@@ -8,12 +8,12 @@ import pytest
 
 from vlparts.coordinates.arrays import decode_array, dequantize, encode_array, quantize
 from vlparts.coordinates.codec import CoordinateError, decode, encode
-from vlparts.coordinates.formats import CoordinateFormat
-from vlparts.coordinates.frames import Resized
-from vlparts.coordinates.numbers import NumberRule
-from vlparts.coordinates.padded import PADDED, padded_format
+from vlparts.coordinates.formats.registry import CoordinateFormat
+from vlparts.coordinates.frames.rules import Resized
+from vlparts.coordinates.grammars.openpangu import PADDED, padded_format
+from vlparts.coordinates.grammars.tagged import Shape, TaggedGrammar
+from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import Region
-from vlparts.coordinates.tagged import Shape, TaggedGrammar
 
 SIZE = (999, 999)  # one code per pixel
 CLAMPED = padded_format(denominator=1000)

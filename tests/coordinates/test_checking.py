@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vlparts.coordinates.checking import PROBLEMS, check_region, check_text
 from vlparts.coordinates.codec import decode, encode
-from vlparts.coordinates.padded import padded_format
+from vlparts.coordinates.grammars.openpangu import padded_format
 from vlparts.coordinates.regions import Region
 
 COARSE = padded_format(levels=11, digits=2, denominator=10)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from vlparts.coordinates.codec import CoordinateError, decode, encode
-from vlparts.coordinates.formats import CoordinateFormat
-from vlparts.coordinates.frames import PaddedSquare, Resized, SmartResize
-from vlparts.coordinates.grammar import Coded, DecodeError, Found
-from vlparts.coordinates.numbers import NumberRule
-from vlparts.coordinates.padded import PADDED, PairGrammar, padded_format
+from vlparts.coordinates.formats.registry import CoordinateFormat
+from vlparts.coordinates.frames.rules import PaddedSquare, Resized, SmartResize
+from vlparts.coordinates.grammars.base import Coded, DecodeError, Found
+from vlparts.coordinates.grammars.openpangu import PADDED, PairGrammar, padded_format
+from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import Region
 
 SIZE = (999, 999)  # one code per pixel

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.coordinates.tagged_examples import FORMATS
+from tests.coordinates.grammars.tagged_examples import FORMATS
 from vlparts.coordinates.codec import CoordinateError
 from vlparts.coordinates.converting import convert
 

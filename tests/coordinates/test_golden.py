@@ -7,9 +7,9 @@ published and the numbers are ours.
 import numpy as np
 import pytest
 
-from vlparts.coordinates import table  # noqa: F401
 from vlparts.coordinates.codec import decode, encode
-from vlparts.coordinates.formats import FORMATS
+from vlparts.coordinates.formats import published as table  # noqa: F401
+from vlparts.coordinates.formats.registry import FORMATS
 from vlparts.coordinates.regions import Region
 
 Box = tuple[float, float, float, float]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from tests.coordinates.tagged_examples import FORMATS
-from tests.coordinates.test_tagged import ERRORS, TEXTS
+from tests.coordinates.grammars.tagged_examples import FORMATS
+from tests.coordinates.grammars.test_tagged import ERRORS, TEXTS
 from vlparts.coordinates.codec import CoordinateError, decode
-from vlparts.coordinates.formats import CoordinateFormat
-from vlparts.coordinates.padded import PADDED
+from vlparts.coordinates.formats.registry import CoordinateFormat
+from vlparts.coordinates.grammars.openpangu import PADDED
 from vlparts.coordinates.regions import Region
 from vlparts.coordinates.streaming import StreamDecoder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlparts.coordinates import formats
+from vlparts.coordinates.formats import registry as formats
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.npu import fake_ops
-from vlparts.parts.attention_reference import packed_attention_reference
-from vlparts.parts.host_bounds import remember_bounds
+from vlparts.parts.ops_attention_reference import packed_attention_reference
+from vlparts.parts.packed_index import remember_bounds
 from vlparts_npu import attention, attention_calls
 from vlparts_npu.attention import packed_attention_npu, supports_packed_attention
 from vlparts_npu.attention_calls import split_calls

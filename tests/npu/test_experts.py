@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
+from tests.moe.test_experts import experts, oracle, routing
 from tests.npu import fake_ops
-from tests.parts.test_experts import experts, oracle, routing
 from vlparts.parts.configuration_moge import MoGEConfig
-from vlparts.parts.experts import RoutedExperts
 from vlparts.parts.modeling_moge import MoGEForCausalLM
+from vlparts.parts.moe_experts import RoutedExperts
 from vlparts_npu.experts import NPU_EXPERTS_NAME, grouped_experts_npu, npu_experts_forward, register_experts
 from vlparts_npu.experts_layout import arrange_expert_weights
 from vlparts_npu.self_check import USES, forget_results

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.npu import fake_ops
-from vlparts.parts.rms_norm import rms_norm_reference
-from vlparts.parts.rotary import axial_rotary, rotary_pair_reference, rotary_reference
+from vlparts.parts.ops_rms_norm import rms_norm_reference
+from vlparts.parts.ops_rotary import axial_rotary, rotary_pair_reference, rotary_reference
 from vlparts_npu import activations, attention, dispatch, experts, norm, rotary
 from vlparts_npu.self_check import Kernel, find_fault, guarded
 

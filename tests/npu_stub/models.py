@@ -12,10 +12,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from tests.parts.test_vlm import GROUPS, batch
 from tests.tiny import navit, order_one, packed_images, text_config, tokenizer, vision_config, windowfree
 from vlparts import MoGEConfig, compose, compose_processor
-from vlparts.parts.linear_losses import linear_weighted_cross_entropy
-from vlparts.parts.losses import weighted_cross_entropy
+from vlparts.losses.cross_entropy import weighted_cross_entropy
+from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 from vlparts.parts.modeling_moge import MoGEBlock
-from vlparts.parts.rms_norm import RMSNorm
+from vlparts.parts.ops_rms_norm import RMSNorm
 from vlparts_npu import self_check
 
 Made = tuple[nn.Module, dict[str, Any]]

@@ -10,8 +10,8 @@ import torch
 from tests.npu_stub.models import Loss, Made, cast, make_linear_loss, make_loss, step
 from tests.npu_stub.numerics import Numerics
 from tests.npu_stub.test_half_precision import THRESHOLDS, worst
-from vlparts.parts.linear_losses import linear_weighted_cross_entropy
-from vlparts.parts.losses import weighted_cross_entropy
+from vlparts.losses.cross_entropy import weighted_cross_entropy
+from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 
 SMOOTHED = {"label_smoothing": 0.1, "z_loss": 1e-3, "preset": "openpangu_mix"}
 CASES: list[tuple[Callable[[], Made], Callable[..., Any], dict[str, Any]]] = [
@@ -29,7 +29,7 @@ each_loss = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loss of a linear head take its 40 classes in three pieces."""
-    monkeypatch.setattr("vlparts.parts.linear_loss_chunks.CLASSES_AT_A_TIME", 16)
+    monkeypatch.setattr("vlparts.losses._linear_chunks.CLASSES_AT_A_TIME", 16)
 
 
 @each_loss

@@ -5,8 +5,8 @@ import pytest
 from tests.npu_device import measure, sizes
 from tests.npu_device.sizes import REAL_SIZES
 from tests.npu_stub.numerics import Numerics
-from vlparts_npu.predicates import is_rotary_joint
 from vlparts_npu.self_check import KERNELS
+from vlparts_npu.support import is_rotary_joint
 
 
 def test_there_are_sizes_for_every_kernel() -> None:

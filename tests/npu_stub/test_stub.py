@@ -8,8 +8,8 @@ import vlparts  # noqa: F401 (loads the backends)
 from tests.npu.schema_lines import committed
 from tests.npu_stub.cann import Cann
 from tests.npu_stub.numerics import Numerics
-from vlparts import __main__ as command_line
 from vlparts.backends import BackendStatus, backend_status
+from vlparts.cli import main as command_line
 from vlparts_npu.self_check import KERNELS, check_all, find_fault, forget_results
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from tests.tiny import order_one
-from vlparts.experts import set_experts_implementation
+from vlparts.moe.switch import set_experts_implementation
 
 SIZES = {
     "hidden_size": 32,

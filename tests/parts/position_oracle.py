@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vlparts.parts.position_options import check_position_options
-from vlparts.parts.positions import PositionEmbedding
+from vlparts.parts.pos_embed import PositionEmbedding
+from vlparts.parts.pos_embed_options import check_position_options
 
 Grid = tuple[int, int]
 KINDS = ("learned", "sinusoidal", "fourier")

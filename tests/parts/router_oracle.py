@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vlparts.parts.routing_options import RoutingOptions
+from vlparts.parts.moe_options import RoutingOptions
 
 
 def best(scores: list[float], count: int) -> list[int]:

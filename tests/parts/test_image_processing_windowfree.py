@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.tiny import picture
+from vlparts.parts.image_pixels import check_normalized, normalize_raw_pixels
 from vlparts.parts.image_processing_windowfree import WindowFreeViTImageProcessor, enlarge_tiny
-from vlparts.parts.images import smart_resize
-from vlparts.parts.pixels import check_normalized, normalize_raw_pixels
+from vlparts.parts.image_transforms import smart_resize
 
 NORMALIZED = {"do_rescale": True, "do_normalize": True}
 LIMITS = {"shortest_edge": 50176, "longest_edge": 3312400}

@@ -54,7 +54,7 @@ def test_eager_attention_weights_are_blocks() -> None:
 
 
 def test_merge_order_changes_the_order_of_patches_and_nothing_else() -> None:
-    from vlparts.parts.packing import merge_order
+    from vlparts.parts.packed_index import merge_order
 
     model = navit()
     patches, grids = packed_images([(4, 6)])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.tiny import navit, packed_images
 from vlparts import NaViTModel
-from vlparts.parts.packing import get_cu_seqlens, get_max_seqlen, get_position_ids
+from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -21,16 +21,7 @@ from transformers import (
     T5Config,
 )
 
-from tests.tiny import (
-    SIZES,
-    navit,
-    navit_config,
-    order_one,
-    packed_images,
-    text_config,
-    tokenizer,
-    vision_config,
-)
+from tests.tiny import SIZES, navit, navit_config, order_one, packed_images, text_config, tokenizer, vision_config
 from vlparts.parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from vlparts.parts.modeling_navit_dual_encoder import NaViTDualEncoder
 

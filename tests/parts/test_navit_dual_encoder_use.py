@@ -19,7 +19,7 @@ from tests.parts.test_navit_dual_encoder import WORDS, dual_encoder, images, tex
 from tests.tiny import navit, navit_config, picture
 from vlparts import NaViTImageProcessor
 from vlparts.parts.modeling_navit_dual_encoder import NaViTDualEncoder
-from vlparts.parts.packing import get_cu_seqlens, get_max_seqlen, get_position_ids
+from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
 
 
 def test_a_copy_and_a_tuple() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from tests.parts.navit_oracle import fractional_positions, oracle, rotation, run_layers
 from tests.tiny import navit, packed_images
-from vlparts.parts.packing import get_position_ids
+from vlparts.parts.packed_index import get_position_ids
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
@@ -27,7 +27,7 @@ def test_mean_and_max_pooling(pooling: str) -> None:
 
 
 def test_mean_pooling_sums_bfloat16_in_float32() -> None:
-    from vlparts.parts.pooling import mean_pooling
+    from vlparts.parts.packed_pooling import mean_pooling
 
     ones = torch.ones(4096, 1, dtype=torch.bfloat16)
     assert mean_pooling(ones, torch.zeros(4096, dtype=torch.int64), 1).item() == 1.0
@@ -127,7 +127,7 @@ def test_registers_are_no_patches() -> None:
 
 
 def test_large_sequences_are_encoded_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlparts.parts import segments
+    from vlparts.parts import packed_segments as segments
 
     model = navit(pooling="class_token", rotary_theta=100.0)
     patches, grids = packed_images([(4, 4), (2, 3), (5, 5), (1, 1), (3, 3)])
@@ -156,7 +156,7 @@ def test_absolute_positions_refuse_larger_grids_and_fractional_ones_do_not() -> 
 
 
 def test_hidden_states_of_patches_can_be_told_from_prefix_tokens() -> None:
-    from vlparts.parts.vision_features import encode_images
+    from vlparts.parts.vlm_features import encode_images
 
     model = navit(num_register_tokens=3)
     patches, grids = packed_images([(2, 2), (3, 1)])

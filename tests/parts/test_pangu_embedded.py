@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 from tests.parts.mrope_oracle import IMAGE_ID, Layout, batch_of, logits_in_loops
 from tests.tiny import order_one
 from vlparts import PanguEmbeddedConfig, PanguEmbeddedForCausalLM, PanguEmbeddedModel
-from vlparts.parts.mrope import get_multimodal_position_ids, interleave_axes
+from vlparts.parts.rope_multimodal import get_multimodal_position_ids, interleave_axes
 
 PRESETS = ["tiny", "tiny_mrope"]
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "eos_token_id": None}

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from tests.tiny import navit_config, order_one
-from vlparts.parts.pooling import MaskedAttentionPooling
-from vlparts.parts.projectors import Projector, projector_names, register_projector
-from vlparts.parts.vision_features import tower_kind
+from vlparts.parts.packed_pooling import MaskedAttentionPooling
+from vlparts.parts.vlm_features import tower_kind
+from vlparts.parts.vlm_projectors import Projector, projector_names, register_projector
 
 
 def test_pooling_an_empty_image_gives_what_no_patches_give() -> None:

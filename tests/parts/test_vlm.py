@@ -6,7 +6,7 @@ import torch
 import vlparts
 from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import VisionLanguageConfig, VisionLanguageForConditionalGeneration
-from vlparts.parts.placeholders import check_placeholders
+from vlparts.parts.vlm_placeholders import check_placeholders
 
 GROUPS = [[picture(20, 9), picture(5, 13)], [], [picture(11, 11)]]
 
@@ -117,7 +117,7 @@ def test_merged_patches_are_the_blocks_of_the_image() -> None:
     inputs = batch(processor, [[picture(24, 16)]])
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 6]]
     features = model.model.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"]).last_hidden_state
-    from vlparts.parts.packing import merge_order
+    from vlparts.parts.packed_index import merge_order
 
     raster = torch.empty_like(features)
     raster[merge_order(4, 6, 2)] = features

@@ -10,8 +10,8 @@ from transformers import Qwen2VLTextConfig
 from tests.parts.openpangu_shaped import CHATS, encode, openpangu, user, video
 from tests.tiny import SIZES, order_one, picture, vision_config
 from vlparts import VisionLanguageForConditionalGeneration, compose, compose_processor
-from vlparts.parts.mrope import get_multimodal_position_ids
-from vlparts.parts.multimodal_positions import multimodal_positions
+from vlparts.parts.rope_multimodal import get_multimodal_position_ids
+from vlparts.parts.vlm_positions import multimodal_positions
 from vlparts.training.dataset import collate_packed
 from vlparts.training.encoding import Sample
 

@@ -11,8 +11,8 @@ import vlparts
 from tests.parts.openpangu_shaped import CHATS, VISION, encode, openpangu, user, video
 from tests.tiny import navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import NaViTImageProcessor, VisionLanguageConfig, WindowFreeViTConfig, WindowFreeViTImageProcessor
-from vlparts.parts.pixels import normalize_raw_pixels
-from vlparts.parts.placeholders import check_placeholders
+from vlparts.parts.image_pixels import normalize_raw_pixels
+from vlparts.parts.vlm_placeholders import check_placeholders
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 

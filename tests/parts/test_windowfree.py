@@ -11,10 +11,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from tests.parts.windowfree_oracle import oracle
 from tests.tiny import WINDOWED, order_one, packed_images, windowfree, windowfree_config
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
-from vlparts.parts import segments
-from vlparts.parts.packing import get_cu_seqlens, get_max_seqlen, get_position_ids
-from vlparts.parts.pixels import normalize_raw_pixels
-from vlparts.parts.windows import get_windows, permute_cells
+from vlparts.parts import packed_segments as segments
+from vlparts.parts.image_pixels import normalize_raw_pixels
+from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
+from vlparts.parts.packed_windows import get_windows, permute_cells
 
 GRIDS = [(1, 4, 4), (2, 6, 10), (1, 2, 2), (1, 10, 2)]
 PATTERNS = {"full": {}, "hybrid": {"attention_pattern": WINDOWED}}

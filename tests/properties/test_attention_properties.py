@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlparts.parts import attention_blocks, attention_cpu, linear_cpu
-from vlparts.parts.attention import packed_attention
-from vlparts.parts.attention_dense import block_mask
-from vlparts.parts.attention_reference import packed_attention_reference
-from vlparts.parts.packing import plan_packing
+from vlparts.kernels.cpu import attention as attention_cpu
+from vlparts.kernels.cpu import attention_blocks
+from vlparts.kernels.cpu import linear as linear_cpu
+from vlparts.parts.ops_attention import packed_attention
+from vlparts.parts.ops_attention_reference import block_mask, packed_attention_reference
+from vlparts.parts.packed_index import plan_packing
 
 lengths = st.integers(0, 6) | st.sampled_from([1, 13, 64, 129])
 segments = st.lists(st.tuples(lengths, lengths), max_size=7)

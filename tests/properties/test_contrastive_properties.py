@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.parts.test_contrastive import LOSSES, chunked, gradients, inputs, plain
+from tests.parts.test_dual_encoder_loss import LOSSES, chunked, gradients, inputs, plain
 
 kinds = st.sampled_from(LOSSES)
 seeds = st.integers(0, 2**16)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tests.coordinates.tagged_examples import FORMATS as EXAMPLES
+from tests.coordinates.grammars.tagged_examples import FORMATS as EXAMPLES
 
 import vlparts.coordinates  # noqa: F401  registers the published formats
 from vlparts.coordinates.arrays import decode_array, dequantize, encode_array, quantize
 from vlparts.coordinates.codec import CoordinateError, decode, encode
 from vlparts.coordinates.converting import convert
-from vlparts.coordinates.formats import FORMATS, CoordinateFormat
-from vlparts.coordinates.numbers import NumberRule
-from vlparts.coordinates.padded import padded_format
+from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
+from vlparts.coordinates.grammars.openpangu import padded_format
+from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import KINDS, Region
 from vlparts.coordinates.streaming import StreamDecoder
 

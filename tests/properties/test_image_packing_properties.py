@@ -12,12 +12,12 @@ from tests.tiny import picture
 from torch.utils.data import DataLoader
 
 from vlparts import NaViTImageProcessor
-from vlparts.training.image_collator import PackedImageCollator
-from vlparts.training.image_packing import PackedImageDataset
-from vlparts.training.image_sampler import PackedImageSampler
-from vlparts.training.image_steps import Pack
-from vlparts.training.resolution import ResolutionSampler
-from vlparts.training.token_drop import BetaDrop, ConstantDrop, ScheduledDrop
+from vlparts.training.images.collator import PackedImageCollator
+from vlparts.training.images.packing import PackedImageDataset
+from vlparts.training.images.resolution import ResolutionSampler
+from vlparts.training.images.sampler import PackedImageSampler
+from vlparts.training.images.steps import Pack
+from vlparts.training.images.token_drop import BetaDrop, ConstantDrop, ScheduledDrop
 
 SIZES = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=50)
 RESOLUTIONS = st.none() | st.builds(ResolutionSampler, st.just(4), st.integers(4, 60))

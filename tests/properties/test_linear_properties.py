@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.parts import linear, linear_cpu  # noqa: F401  (defines the operation)
+from vlparts.kernels.cpu import linear as linear_cpu
 
 counts = st.integers(0, 40) | st.sampled_from([64, 129, 200])
 widths = st.integers(1, 70)

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.parts.loss_oracle import IGNORED, Case, assert_equal, drawn, gradients, looped_loss, make_case, rows_of
-from tests.parts.test_loss_normalizer import select, step_loss
+from tests.losses.loss_oracle import IGNORED, Case, assert_equal, drawn, gradients, looped_loss, make_case, rows_of
+from tests.losses.test_normalizer import select, step_loss
 from torch import Tensor
 
-from vlparts.parts import linear_loss_chunks
-from vlparts.parts.linear_losses import linear_weighted_cross_entropy
-from vlparts.parts.loss_weights import PRESETS, weigh_tokens
-from vlparts.parts.losses import weighted_cross_entropy
+from vlparts.losses import _linear_chunks as linear_loss_chunks
+from vlparts.losses.cross_entropy import weighted_cross_entropy
+from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
+from vlparts.losses.weights import PRESETS, weigh_tokens
 
 numbers = st.floats(0, 1)
 options = st.one_of(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.parts.mrope_oracle import IMAGE_ID, VIDEO_ID, Item, Layout, batch_of
 from torch import Tensor
 
-from vlparts.parts.mrope import get_multimodal_position_ids, interleave_axes, multimodal_rotary
+from vlparts.parts.rope_multimodal import get_multimodal_position_ids, interleave_axes, multimodal_rotary
 
 SECTIONS = st.tuples(st.integers(1, 40), st.integers(0, 40), st.integers(0, 40))
 SIDES = st.integers(1, 4)

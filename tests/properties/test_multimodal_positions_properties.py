@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.parts.mrope_oracle import IMAGE_ID, VIDEO_ID, Layout, batch_of
 from torch import Tensor
 
-from vlparts.parts.multimodal_positions import multimodal_positions
+from vlparts.parts.vlm_positions import multimodal_positions
 
 sides = st.integers(1, 3)
 items = st.one_of(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.parts.packing import (
+from vlparts.parts.packed_index import (
     get_cu_seqlens,
     get_max_seqlen,
     get_position_ids,

@@ -4,8 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.parts.packing import get_cu_seqlens, get_position_ids, validate_grid
-from vlparts.parts.patch_layout import get_kept_cu_seqlens, get_patch_layout
+from vlparts.parts.packed_index import (
+    get_cu_seqlens,
+    get_kept_cu_seqlens,
+    get_patch_layout,
+    get_position_ids,
+    validate_grid,
+)
 
 GRIDS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5)
 

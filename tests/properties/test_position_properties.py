@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.parts.position_oracle import COORDINATES, INTERPOLATIONS, all_options, draw_order_one, place_patches
 
-from vlparts.parts.position_tables import axis_taps, axis_weights
-from vlparts.parts.positions import PositionEmbedding
-from vlparts.parts.rotary import apply_rotary, axial_rotary
+from vlparts.parts.ops_rotary import apply_rotary, axial_rotary
+from vlparts.parts.pos_embed import PositionEmbedding
+from vlparts.parts.pos_embed_tables import axis_taps, axis_weights
 
 EVERYTHING = [options for options in all_options() if options["overflow"] == "error"]
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}

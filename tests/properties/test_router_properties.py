@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlparts.parts.router import GroupedTopKRouter
-from vlparts.parts.router_losses import balance_loss, router_z_loss
-from vlparts.parts.router_statistics import RouterStatistics
-from vlparts.parts.routing import RoutingOptions, choose_experts, expert_counts, route
-from vlparts.parts.routing_options import SCORINGS
+from vlparts.moe.statistics import RouterStatistics
+from vlparts.parts.moe_losses import balance_loss, router_z_loss
+from vlparts.parts.moe_options import SCORINGS
+from vlparts.parts.moe_router import GroupedTopKRouter
+from vlparts.parts.moe_routing import RoutingOptions, choose_experts, expert_counts, route
 
 seeds = st.integers(0, 2**16)
 

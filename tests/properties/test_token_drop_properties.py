@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.training.token_drop import (
+from vlparts.training.images.token_drop import (
     BetaDrop,
     ConstantDrop,
     DropPolicy,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlparts.isolation import environment_without
+from vlparts.demo.isolation import environment_without
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from tests.parts.test_vlm import chat, composed
 from tests.tiny import navit, packed_images, picture, text_config, tokenizer, vision_config
 from vlparts import NaViTImageProcessor
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 
 PREAMBLE = """
 import importlib.util, sys, json, torch

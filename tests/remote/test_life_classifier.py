@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from tests.remote.test_life import PREAMBLE
 from tests.tiny import navit_config, order_one, packed_images, picture
 from vlparts import NaViTForImageClassification, NaViTImageProcessor
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 
 OPTIONS = [
     {},

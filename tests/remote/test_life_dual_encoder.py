@@ -11,7 +11,7 @@ from tests.parts.test_navit_dual_encoder import CAPTIONS, WORDS, dual_encoder
 from tests.remote.test_life import PREAMBLE
 from tests.tiny import picture
 from vlparts import NaViTImageProcessor
-from vlparts.isolation import environment_without, run_without
+from vlparts.demo.isolation import environment_without, run_without
 
 SCRIPT = (
     PREAMBLE

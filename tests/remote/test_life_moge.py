@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.parts.test_moge import moge, tokens
 from tests.remote.test_life import PREAMBLE
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 
 MIXTURE = (
     PREAMBLE

@@ -11,7 +11,7 @@ from tests.parts.openpangu_shaped import encode, openpangu, user, video
 from tests.remote.test_life import PREAMBLE
 from tests.tiny import picture
 from vlparts import VisionLanguageProcessor, WindowFreeViTImageProcessor
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 
 OPENPANGU = (
     PREAMBLE

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.parts.test_pangu_embedded import LAYOUT, OTHER, multimodal, pangu, with_places
 from tests.remote.test_life import PREAMBLE
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 
 LANGUAGE_MODEL = (
     PREAMBLE

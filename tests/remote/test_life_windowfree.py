@@ -10,7 +10,7 @@ from transformers import AutoModel
 from tests.remote.test_life import ENCODER
 from tests.tiny import WINDOWED, picture, windowfree
 from vlparts import WindowFreeViTImageProcessor
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 
 OUTPUTS = ENCODER.replace('"pooled": found.pooler_output', '"taps": torch.stack(found.feature_maps)')
 

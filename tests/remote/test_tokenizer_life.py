@@ -10,7 +10,7 @@ from tests.remote.test_life import PREAMBLE
 from tests.tiny import tokenizer
 from tests.tokenizers_made import made
 from vlparts import NaViTImageProcessor, VisionLanguageProcessor
-from vlparts.isolation import run_without
+from vlparts.demo.isolation import run_without
 from vlparts.parts.tokenization_coordinates import PaddedCoordinateTokenizer
 
 TEXT = "The cat<|box_start|>(012,345),(678,999)<|box_end|>, a dog at(000,123)x and 12345 (12,34).\n"

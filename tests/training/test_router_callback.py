@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vlparts.parts.router import GroupedTopKRouter
-from vlparts.parts.router_losses import balance_loss
-from vlparts.parts.router_statistics import RouterLoad, RouterStatistics
+from vlparts.moe.statistics import RouterLoad, RouterStatistics
+from vlparts.parts.moe_losses import balance_loss
+from vlparts.parts.moe_router import GroupedTopKRouter
 from vlparts.training.router_callback import RouterLoadCallback
 
 WIDTH, EXPERTS, LENGTH, BATCH = 4, 8, 6, 2

@@ -14,14 +14,14 @@ from tests.tiny import SIZES, order_one
 from tests.training.making import example, losses, settings, weights, write_records
 from tests.training.weighted_making import VOCABULARY, Rows, arguments, padded
 from vlparts import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
-from vlparts.parts.loss_weights import PRESETS
+from vlparts.losses.weights import PRESETS
 from vlparts.training.building import build, conversation_texts
 from vlparts.training.config import TrainConfig, load_config
 from vlparts.training.dataset import PaddedCollator, SampleDataset, SampleWeights, collate_packed
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError, read_records
 from vlparts.training.train import train
-from vlparts.training.weight_inputs import WeightedCollator
+from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer
 
 FIELD = "importance"

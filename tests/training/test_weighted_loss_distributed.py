@@ -13,7 +13,7 @@ from tests.training.making import losses, settings, weights
 from tests.training.weighted_making import Rows, arguments, expected_loss, llama, one_row, padded
 from vlparts.training.config import TrainConfig
 from vlparts.training.train import train
-from vlparts.training.weight_inputs import WeightedCollator
+from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer
 
 pytestmark = pytest.mark.slow  # two processes import everything

@@ -31,8 +31,8 @@ from tests.training.weighted_making import (
     padded,
     padded_left,
 )
-from vlparts.parts.loss_weights import PRESETS
-from vlparts.training.weight_inputs import WeightedCollator
+from vlparts.losses.weights import PRESETS
+from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer
 
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {

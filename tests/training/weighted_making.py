@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from tests.tiny import SIZES, order_one
-from vlparts.parts.loss_weights import PRESETS
+from vlparts.losses.weights import PRESETS
 
 VOCABULARY = 40
 

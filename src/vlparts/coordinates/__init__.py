@@ -3,40 +3,31 @@
 Nothing here needs torch or transformers.
 """
 
-from .annotations import ImageRegions, read_annotations, record_regions, training_record, write_annotations
-from .answers import Detection, Report, report
-from .array_checks import check_boxes
 from .arrays import decode_array, dequantize, encode_array, quantize
-from .cells import CellNumbers, KosmosGrammar
 from .checking import PROBLEMS, Problem, check_region, check_text
-from .coco import read_coco, write_coco
+from .checks import check_boxes
 from .codec import CoordinateError, DecodeResult, decode, encode
 from .converting import convert
-from .formats import FORMATS, CoordinateFormat, get_format, register_format
-from .frames import (
-    FitWithin,
-    Frame,
-    FrameRule,
-    Original,
-    PaddedSquare,
-    Resized,
-    SmartResize,
-    clip_points,
-)
-from .grammar import Coded, DecodeError, Found, Grammar
-from .guessing import Guess, guess_format
-from .json_grammar import JsonGrammar
-from .markup import MolmoGrammar
-from .matching import Match, assign, match, match_regions, similarity
-from .molmo2 import Molmo2Grammar
-from .named_json import NamedJsonGrammar
-from .numbers import NumberRule, Numbers
-from .overlap import box_area, box_giou, box_iou, contains, inside_polygon, paired_box_iou
-from .padded import PADDED, PairGrammar, padded_format
+from .formats.detection import Guess, guess_format
+from .formats.published import ABSENT
+from .formats.registry import FORMATS, CoordinateFormat, get_format, register_format
+from .frames.rules import FitWithin, Frame, FrameRule, Original, PaddedSquare, Resized, SmartResize, clip_points
+from .grammars.base import Coded, DecodeError, Found, Grammar
+from .grammars.json_fields import NamedJsonGrammar
+from .grammars.json_objects import JsonGrammar
+from .grammars.kosmos2 import CellNumbers, KosmosGrammar
+from .grammars.molmo import MolmoGrammar
+from .grammars.molmo2 import Molmo2Grammar
+from .grammars.openpangu import PADDED, PairGrammar, padded_format
+from .grammars.tagged import Shape, TaggedGrammar
+from .io.annotations import ImageRegions, read_annotations, record_regions, training_record, write_annotations
+from .io.coco import read_coco, write_coco
+from .metrics.iou import box_area, box_giou, box_iou, contains, inside_polygon, paired_box_iou
+from .metrics.matching import Match, assign, match, match_regions, similarity
+from .metrics.report import Detection, Report, report
+from .quantization import NumberRule, Numbers
 from .regions import KINDS, Region
 from .streaming import StreamDecoder
-from .table import ABSENT
-from .tagged import Shape, TaggedGrammar
 
 __all__ = [
     "ABSENT",

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .annotations import region_from_dict
 from .codec import CoordinateError, ImageSizes, decode, encode
-from .formats import CoordinateFormat, get_format
-from .frames import clip_points
+from .formats.registry import CoordinateFormat, get_format
+from .frames.rules import clip_points
+from .io.annotations import region_from_dict
 from .resolving import check_sizes
 
 __all__ = ["PROBLEMS", "Problem", "check_region", "check_text"]

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .collection import without_collection
-from .formats import CoordinateFormat, get_format
-from .grammar import Coded, DecodeError, Found
-from .padded import PairGrammar
-from .plain_boxes import read_plain_boxes
+from ._gc import without_collection
+from .formats.registry import CoordinateFormat, get_format
+from .grammars.base import Coded, DecodeError, Found
+from .grammars.openpangu import PairGrammar, read_plain_boxes
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, resolve, swapped
 

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from .codec import ImageSizes, check_choice, encode
-from .formats import CoordinateFormat, get_format
-from .grammar import Found
-from .padded import PairGrammar
+from .formats.registry import CoordinateFormat, get_format
+from .grammars.base import Found
+from .grammars.openpangu import PairGrammar
+from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, resolve
-from .tagged import TaggedGrammar
 
 __all__ = ["convert"]
 

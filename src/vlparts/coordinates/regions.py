@@ -12,7 +12,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from .array_checks import check_boxes
+from .checks import check_boxes
 
 __all__ = ["KINDS", "Region", "check_boxes"]
 

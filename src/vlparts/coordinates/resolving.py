@@ -6,10 +6,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import CoordinateFormat
-from .frames import Frame
-from .grammar import DecodeError, Found
-from .numbers import NumberRule
+from .formats.registry import CoordinateFormat
+from .frames.rules import Frame
+from .grammars.base import DecodeError, Found
+from .quantization import NumberRule
 from .regions import Region
 
 __all__ = ["CoordinateError", "by_image", "check_sizes", "frame_of", "resolve", "swapped"]

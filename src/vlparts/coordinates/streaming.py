@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from .codec import ImageSizes, check_choice
-from .formats import CoordinateFormat, get_format
-from .grammar import DecodeError, Found
-from .padded import PairGrammar
+from .formats.registry import CoordinateFormat, get_format
+from .grammars.base import DecodeError, Found
+from .grammars.openpangu import PairGrammar
+from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, resolve
-from .tagged import TaggedGrammar
 
 __all__ = ["StreamDecoder"]
 

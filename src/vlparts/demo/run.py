@@ -14,12 +14,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from ..isolation import environment_without, run_without
 from ..training.config import TrainConfig
 from ..training.presets import preset_names
 from ..training.train import train
 from . import ask
 from .data import Task, write_dataset
+from .isolation import environment_without, run_without
 from .score import Score, read_answers, score
 
 TRAINING_IMAGES = 10000
@@ -157,7 +157,7 @@ def _seconds_per_step(config: TrainConfig) -> float:
 
 
 def _draw(items: list[dict[str, Any]], path: Path) -> None:
-    from ..show import box_grid
+    from ..show._boxes import box_grid
 
     pictures = [
         {

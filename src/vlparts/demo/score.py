@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..coordinates.codec import decode, encode
-from ..coordinates.overlap import box_iou
+from ..coordinates.metrics.iou import box_iou
 from ..coordinates.regions import Region
 
 

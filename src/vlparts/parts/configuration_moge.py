@@ -5,8 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from .named_presets import NamedPresets
-from .routing_options import RoutingOptions, check_number
+from .moe_options import RoutingOptions, check_number
+from .utils import NamedPresets
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "pangu_pro_moe_72b": {},

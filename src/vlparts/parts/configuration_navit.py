@@ -5,8 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .named_presets import NamedPresets
-from .position_options import check_position_options
+from .pos_embed_options import check_position_options
+from .utils import NamedPresets
 
 # "b32", "b16" and "l16" are the encoders that the paper trains (Table 2): 94.5, 92.8 and 315.7 million parameters, of
 # which attention pooling has 7.1 or 12.6.

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_navit import NaViTConfig
-from .contrastive import DEFAULT_CHUNK_SIZE
+from .dual_encoder_loss import DEFAULT_CHUNK_SIZE
 from .part_table import config_from_dict
 
 # The papers' starting values: CLIP (arXiv 2103.00020, section 2.5), SigLIP (arXiv 2303.15343, section 3.2).

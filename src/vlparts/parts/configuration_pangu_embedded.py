@@ -5,8 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from .mrope import rotary_axes
-from .named_presets import NamedPresets
+from .rope_multimodal import rotary_axes
+from .utils import NamedPresets
 
 _TINY: dict[str, Any] = {
     "vocab_size": 512,

@@ -8,8 +8,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_navit import NaViTConfig
 from .part_table import config_from_dict
-from .projectors import check_projector, projector_names
-from .vision_features import count_taps
+from .vlm_features import count_taps
+from .vlm_projectors import check_projector, projector_names
 
 
 @strict

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .named_presets import NamedPresets
+from .utils import NamedPresets
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 128,

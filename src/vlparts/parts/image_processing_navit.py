@@ -14,8 +14,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .images import check_image_size, fit_to_grid, get_area_limits, read_image
-from .pixels import patchify
+from .image_pixels import patchify
+from .image_transforms import check_image_size, fit_to_grid, get_area_limits, read_image
 
 
 class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]

@@ -13,10 +13,15 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .images import check_image_size, get_area_limits, read_image, smart_resize
-from .media_lists import flat_list_of_videos
-from .pixels import normalize_raw_pixels, patchify
-from .video_frames import get_frame_area_limits
+from .image_pixels import normalize_raw_pixels, patchify
+from .image_transforms import (
+    check_image_size,
+    flat_list_of_videos,
+    get_area_limits,
+    get_frame_area_limits,
+    read_image,
+    smart_resize,
+)
 
 TINY_SIDE = 28
 """Images with a side of at most this many pixels are enlarged first."""

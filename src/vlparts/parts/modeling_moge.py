@@ -21,16 +21,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .activations import get_activation
-from .auto_classes import add_auto_classes
 from .configuration_moge import MoGEConfig
 from .decoder_inputs import kept_states, prepare_decoder_inputs
-from .expert_parallel import check_whole_groups
-from .experts import RoutedExperts
-from .rms_norm import RMSNorm
-from .router import GroupedTopKRouter
-from .router_losses import balance_loss
-from .routing import RoutingOptions, choose_experts, router_scores
+from .moe_experts import RoutedExperts, check_whole_groups
+from .moe_losses import balance_loss
+from .moe_router import GroupedTopKRouter
+from .moe_routing import RoutingOptions, choose_experts, router_scores
+from .ops_activations import get_activation
+from .ops_rms_norm import RMSNorm
+from .utils import add_auto_classes
 
 
 # The decorator has to stand in the file of the PreTrainedModel: see RoutedExperts.

@@ -18,12 +18,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .auto_classes import add_auto_classes
 from .configuration_navit_dual_encoder import NaViTDualEncoderConfig
-from .contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
+from .dual_encoder_loss import sigmoid_contrastive_loss, softmax_contrastive_loss
+from .dual_encoder_towers import (
+    blank_padding,
+    check_inputs,
+    check_same_weights,
+    example_mask,
+    find_tower,
+    input_names,
+    pool_tokens,
+)
 from .part_table import model_from_config
-from .text_pooling import blank_padding, example_mask, pool_tokens
-from .towers import check_inputs, check_same_weights, find_tower, input_names
+from .utils import add_auto_classes
 
 # What only some kinds of towers take.
 _VISION_INPUTS = {

@@ -20,11 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .auto_classes import add_auto_classes
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .decoder_inputs import kept_states, prepare_decoder_inputs
-from .mrope import AXES, multimodal_rotary, rotary_axes
-from .rms_norm import RMSNorm
+from .ops_rms_norm import RMSNorm
+from .rope_multimodal import AXES, multimodal_rotary, rotary_axes
+from .utils import add_auto_classes
 
 
 class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):

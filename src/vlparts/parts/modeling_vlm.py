@@ -18,17 +18,17 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .auto_classes import add_auto_classes
 from .configuration_vlm import VisionLanguageConfig
 from .decoder_inputs import kept_states
-from .expert_parallel import check_whole_groups
-from .generation_vlm import VisionLanguageGenerationMixin
-from .multimodal_inputs import MultimodalInputsMixin
-from .multimodal_positions import check_continued, has_multimodal_rotary
+from .moe_experts import check_whole_groups
 from .part_table import model_from_config
-from .placeholders import fill_placeholders
-from .projectors import Projector
-from .text_balance import asks_for_router_logits, balances_every_loss, text_balance_loss
+from .utils import add_auto_classes
+from .vlm_generation import VisionLanguageGenerationMixin
+from .vlm_inputs import MultimodalInputsMixin
+from .vlm_placeholders import fill_placeholders
+from .vlm_positions import check_continued, has_multimodal_rotary
+from .vlm_projectors import Projector
+from .vlm_router_loss import asks_for_router_logits, balances_every_loss, text_balance_loss
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 

@@ -2,6 +2,10 @@
 
 Shapes: L patches of all images of a batch, n images, D width, H heads, C channels, T frames of a patch, P side of a
 patch, m side of a merged block, B = L / m^2 blocks.
+
+Embedding and blocks of the window-free encoder. Their `config` is a [`WindowFreeViTConfig`].
+
+Shapes: L patches of all images, D width, C channels, T frames of a patch, P side of a patch.
 """
 
 from collections.abc import Sequence
@@ -11,23 +15,84 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
-from .attention import dense_attention_forward
 from .configuration_windowfree import WindowFreeViTConfig
-from .host_bounds import remember_bounds
-from .packing import get_cu_seqlens, get_max_seqlen, get_position_ids, segment_ids, validate_grid
-from .pixels import check_normalized, normalize_raw_pixels
-from .pooling import mean_pooling
-from .rms_norm import RMSNorm
-from .rotary import axial_rotary
-from .segments import Segments, split_passes
-from .windowfree_layers import WindowFreeViTAttention, WindowFreeViTLayer, WindowFreeViTPatchEmbedding
-from .windows import get_windows, permute_cells
+from .image_pixels import check_normalized, normalize_raw_pixels
+from .ops_activations import get_activation
+from .ops_attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+from .ops_attention import dense_attention_forward
+from .ops_linear import Linear
+from .ops_rms_norm import RMSNorm
+from .ops_rotary import axial_rotary
+from .packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids, remember_bounds, segment_ids, validate_grid
+from .packed_layers import PackedLayer, PackedSelfAttention
+from .packed_pooling import mean_pooling
+from .packed_segments import Segments, split_passes
+from .packed_windows import get_windows, permute_cells
+
+__all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel"]
+
+
+class WindowFreeViTPatchEmbedding(nn.Module):
+    """Patches to vectors by one matrix product, without a bias and without positions."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.channels, self.frames = config.num_channels, config.temporal_patch_size
+        self.features = config.num_channels * config.patch_size**2
+        self.projection = Linear(self.features * self.frames, config.hidden_size, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Embed `(L, C*P*P)` patches of one frame, or `(L, C*T*P*P)` of T frames, as `(L, D)`.
+
+        Raises:
+            ValueError: If patches have another number of values.
+        """
+        given, wanted = pixel_values.shape[-1], (self.features, self.features * self.frames)
+        if pixel_values.ndim != 2 or given not in wanted:
+            raise ValueError(
+                f"`pixel_values` must have shape (patches, {wanted[0]}) or (patches, {wanted[1]}), got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        if given != wanted[1]:
+            planes = pixel_values.unflatten(1, (self.channels, 1, -1))
+            pixel_values = planes.expand(-1, -1, self.frames, -1).flatten(1)
+        return self.projection(pixel_values)
+
+
+class WindowFreeViTMLP(nn.Module):
+    """Two linear layers with an activation between them; or, with a gate, three."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.act_fn = get_activation(config.hidden_act)
+        self.down_proj = Linear(inner, width, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(L, D)` to `(L, D)`."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class WindowFreeViTAttention(PackedSelfAttention):
+    """Self-attention inside each segment: a frame, or a window."""
+
+
+class WindowFreeViTLayer(PackedLayer):
+    """A pre-norm transformer block with RMS normalisations."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        norms = [RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)]
+        super().__init__(WindowFreeViTAttention(config), WindowFreeViTMLP(config), *norms)
 
 
 @dataclass
@@ -214,6 +279,3 @@ def _patches_of(cells: Tensor, merge_size: int) -> Tensor:
     """Places `(L,)` of patches from the places `(B,)` of their blocks."""
     inside = torch.arange(merge_size**2, device=cells.device)
     return (cells.unsqueeze(1) * merge_size**2 + inside).flatten()
-
-
-__all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel"]

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, default_chat_template
-from .media_lists import flat_list_of_videos, images_by_sample, videos_by_sample
+from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
 
 
 class VisionLanguageProcessor(ProcessorMixin):

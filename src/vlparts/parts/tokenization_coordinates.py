@@ -7,8 +7,15 @@ from typing import Any, Self
 
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from .coordinate_probes import check_characters, check_surroundings, pair_ids, pair_of
-from .coordinate_splitting import close_gaps, decode_word_ends, split_pairs
+from .coordinate_splitting import (
+    check_characters,
+    check_surroundings,
+    close_gaps,
+    decode_word_ends,
+    pair_ids,
+    pair_of,
+    split_pairs,
+)
 from .coordinate_tokens import MARKER_NAMES, CoordinateTokenIds, LocationTokens, location_tokens_from
 
 __all__ = ["PaddedCoordinateTokenizer"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..parts.loss_weights import PRESETS
+from ..losses.weights import PRESETS
 from .records import Record
 
 

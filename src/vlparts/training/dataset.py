@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from ..parts.packing import plan_packing
-from .balance import divided
+from ..parts.packed_index import plan_packing
 from .encoding import IGNORE, Sample, SampleEncoder, join_images
+from .images.balance import divided
 from .records import Line, RecordError, RecordFile
 
 

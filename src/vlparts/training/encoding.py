@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..coordinates.codec import encode
-from ..coordinates.formats import get_format
-from ..parts.images import to_rgb
+from ..coordinates.formats.registry import get_format
+from ..parts.image_transforms import to_rgb
 from ..parts.processing_vlm import VisionLanguageProcessor
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
 

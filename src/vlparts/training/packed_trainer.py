@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from .dataset import PackSampler
-from .weight_inputs import WeightedLabels, without_samples
+from .weighted_inputs import WeightedLabels, without_samples
 from .weighted_loss import WeightedLossTrainer
 
 __all__ = ["PackedTrainer", "WeightedPackedTrainer"]

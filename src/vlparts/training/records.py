@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..coordinates.json_lines import parse_object
+from ..coordinates.io.json_lines import parse_object
 from ..coordinates.regions import Region
-from .weight_inputs import checked_weight
+from .weighted_inputs import checked_weight
 
 
 class RecordError(ValueError):

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..parts.router import GroupedTopKRouter
-from ..parts.router_losses import normalized_scores
-from ..parts.router_statistics import RouterLoad, RouterStatistics
+from ..moe.statistics import RouterLoad, RouterStatistics
+from ..parts.moe_losses import normalized_scores
+from ..parts.moe_router import GroupedTopKRouter
 
 __all__ = ["RouterLoadCallback"]
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..parts.causal_losses import weighted_causal_lm_loss
-from ..parts.loss_weights import weigh_tokens
-from ..parts.process_sums import sum_over_processes
-from .weight_inputs import WeightedLabels
+from ..losses._distributed import sum_over_processes
+from ..losses.causal_lm import weighted_causal_lm_loss
+from ..losses.weights import weigh_tokens
+from .weighted_inputs import WeightedLabels
 
 
 class _Undivided(NamedTuple):

@@ -10,11 +10,11 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import unwrap_peft_model
 
-from ..parts.causal_losses import weighted_causal_lm_loss
-from ..parts.loss_normalizer import LossNormalizer
-from ..parts.loss_weights import Denominators, resolve_mix, weigh_tokens
-from .weight_inputs import WEIGHT_INPUTS, WeightedLabels, take_weights, without_samples
+from ..losses.causal_lm import weighted_causal_lm_loss
+from ..losses.normalizer import LossNormalizer
+from ..losses.weights import Denominators, resolve_mix, weigh_tokens
 from .weighted_evaluation import EvaluationSums
+from .weighted_inputs import WEIGHT_INPUTS, WeightedLabels, take_weights, without_samples
 
 __all__ = ["WeightedLossTrainer"]
 

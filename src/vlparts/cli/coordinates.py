@@ -1,0 +1,246 @@
+"""The command line of coordinates: `python -m vlparts coordinates convert | check | show`."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..coordinates.checking import PROBLEMS, Problem, check_region, check_text
+from ..coordinates.codec import decode
+from ..coordinates.converting import convert as convert_text
+from ..coordinates.formats.registry import CoordinateFormat, get_format
+from ..coordinates.io.annotations import region_from_dict
+from ..coordinates.io.json_lines import json_line
+from ..coordinates.regions import KINDS, Region
+from .errors import mistakes
+from .jsonl import STANDARD, SizeFields, map_texts, read_rows, source_name, upright, written
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Convert, check and draw coordinates in text.", no_args_is_help=True)
+POLICIES = ("raise", "skip", "collect")
+
+Source = Annotated[str, typer.Argument(help="JSON Lines file, or - for the standard input.")]
+Target = Annotated[str, typer.Option("--output", "-o", help="JSON Lines file to write, or - for the standard output.")]
+FormatName = Annotated[str, typer.Option("--format", help="Format of the coordinates.")]
+Width = Annotated[str, typer.Option(help="Field with the width of the image.")]
+Height = Annotated[str, typer.Option(help="Field with the height of the image.")]
+ImageField = Annotated[str, typer.Option(help="Field with the path of the image.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the images; that of the input file if not given.")]
+TextField = Annotated[str, typer.Option(help="Field with the text, or with messages that hold it.")]
+RegionsField = Annotated[str, typer.Option(help="Field with regions.")]
+
+
+def _sizes(source: str, width: str, height: str, image: str, root: Path | None) -> SizeFields:
+    folder = Path() if source == STANDARD else Path(source).parent
+    return SizeFields(width, height, image, folder if root is None else root)
+
+
+def _choice(value: str) -> str:
+    if value not in POLICIES:
+        raise ValueError(f"--on-error must be one of {', '.join(POLICIES)}, got {value!r}")
+    return value
+
+
+def _same(source: str, target: str) -> None:
+    """Refuse to write over what is being read."""
+    if STANDARD not in (source, target) and Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"--output must be another file than the input, got {target}")
+
+
+@app.command()
+def convert(
+    source: Source,
+    from_format: Annotated[str, typer.Option("--from", help="Format of the texts, such as qwen2_5_vl.")],
+    to_format: Annotated[str, typer.Option("--to", help="Format to write, such as gemini.")],
+    output: Target = STANDARD,
+    text_field: TextField = "text",
+    width_field: Width = "width",
+    height_field: Height = "height",
+    image_field: ImageField = "image",
+    image_root: Root = None,
+    on_error: Annotated[
+        str,
+        typer.Option(
+            help="A line that cannot be converted: raise; skip it; or collect, keep it with `convert_error`."
+        ),
+    ] = "raise",
+) -> None:
+    """Write the coordinates in texts in another format; all else in a line stays as it is."""
+    with mistakes():
+        policy, given, wanted = _choice(on_error), get_format(from_format), get_format(to_format)
+        _same(source, output)
+        sizes = _sizes(source, width_field, height_field, image_field, image_root)
+        counts: Counter[str] = Counter()
+        with written(output) as file:
+            for number, row in read_rows(source):
+                try:
+                    _need(row, text_field)
+                    change = partial(convert_text, source=given, target=wanted, image_size=sizes.size(row))
+                    value = map_texts(row[text_field], change)
+                except ValueError as error:
+                    if policy == "raise":
+                        raise ValueError(f"{source_name(source)}, line {number}: {error}") from None
+                    counts["failed"] += 1
+                    if policy == "collect":
+                        file.write(json_line({**row, "convert_error": str(error)}))
+                    continue
+                counts["converted"] += 1
+                file.write(json_line({**row, text_field: value}))
+    left = "left out" if policy == "skip" else "kept as they were"
+    failed = f", {counts['failed']} {left}" if counts["failed"] else ""
+    typer.echo(f"{_count(counts['converted'], 'line')} converted{failed}.", err=True)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def _need(row: dict[str, Any], field: str) -> None:
+    if field not in row:
+        raise ValueError(f"the field {field!r} is not there; the fields are {', '.join(row)}")
+
+
+def _region_fields(row: dict[str, Any], field: str) -> Iterator[Any]:
+    """The regions of a line as they stand there: of its field, or of a training record's messages."""
+    if field in row:
+        if not isinstance(row[field], list):
+            raise ValueError(f"the field {field!r} must hold a list of regions, got {row[field]!r}")
+        yield from row[field]
+        return
+    if not isinstance(row.get("messages"), list):
+        raise ValueError(f"neither the field {field!r} nor messages are there; the fields are {', '.join(row)}")
+    for message in row["messages"]:
+        content = message.get("content") if isinstance(message, dict) else None
+        for block in content if isinstance(content, list) else [content]:
+            if isinstance(block, dict) and not KINDS.keys().isdisjoint(block):
+                yield block
+
+
+def _texts(row: dict[str, Any], field: str) -> list[str]:
+    """All texts of a field."""
+    _need(row, field)
+    texts: list[str] = []
+
+    def keep(text: str) -> str:
+        texts.append(text)
+        return text
+
+    map_texts(row[field], keep)
+    return texts
+
+
+def _checked(
+    source: str, sizes: SizeFields, fmt: CoordinateFormat, regions: str, texts: str | None, most: float
+) -> Iterator[tuple[int, int, list[Problem]]]:
+    """For each region or text the number of its line, its index there, and its problems."""
+    for number, row in read_rows(source):
+        try:
+            size = sizes.size(row)
+            if texts is not None:
+                items: Iterable[list[Problem]] = (check_text(text, size, fmt) for text in _texts(row, texts))
+            else:
+                items = (check_region(fields, size, fmt, most=most) for fields in _region_fields(row, regions))
+            for index, found in enumerate(items):
+                yield number, index, found
+        except ValueError as error:
+            raise ValueError(f"{source_name(source)}, line {number}: {error}") from None
+
+
+@app.command()
+def check(
+    source: Source,
+    format: FormatName = "openpangu",
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="JSON Lines file for all problems, or - for the standard output."),
+    ] = None,
+    regions_field: RegionsField = "regions",
+    text_field: Annotated[str | None, typer.Option(help="Check texts of this field, in place of regions.")] = None,
+    width_field: Width = "width",
+    height_field: Height = "height",
+    image_field: ImageField = "image",
+    image_root: Root = None,
+    most: Annotated[float, typer.Option(help="Pixels that a coordinate may move when written and read.")] = 1.0,
+    examples: Annotated[int, typer.Option(help="Problems of each kind to show.")] = 3,
+) -> None:
+    """Report regions that leave their image, are out of order, or move or are lost in a format; exit code 1 if any."""
+    total, counts, shown = 0, Counter[str](), dict[str, list[str]]()
+    with mistakes():
+        fmt = get_format(format)
+        _same(source, output or STANDARD)
+        sizes = _sizes(source, width_field, height_field, image_field, image_root)
+        with nullcontext() if output is None else written(output) as file:
+            for number, index, found in _checked(source, sizes, fmt, regions_field, text_field, most):
+                total += 1
+                for name, detail in found:
+                    counts[name] += 1
+                    if counts[name] <= examples:
+                        shown.setdefault(name, []).append(f"line {number}, {index}: {detail}")
+                    if file is not None:
+                        file.write(json_line({"line": number, "index": index, "problem": name, "detail": detail}))
+    things = _count(total, "region" if text_field is None else "text")
+    typer.echo(f"{things} checked for {fmt.name}: {_count(counts.total(), 'problem')}.", err=output == STANDARD)
+    for name in (name for name in PROBLEMS if counts[name]):
+        typer.echo(f"{counts[name]} {name}: {PROBLEMS[name]}", err=output == STANDARD)
+        for line in shown.get(name, []):
+            typer.echo(f"  {line}", err=output == STANDARD)
+    if counts:
+        raise typer.Exit(1)
+
+
+def _picture(
+    row: dict[str, Any], sizes: SizeFields, fmt: CoordinateFormat, texts: str, regions: str
+) -> dict[str, Any]:
+    """What `show.box_grid` draws for a line: its first image, with what its text says and what its regions are."""
+    paths, size = sizes.paths(row), sizes.size(row)
+    true = regions in row or (texts not in row and "messages" in row)
+    if texts not in row and not true:
+        raise ValueError(f"neither the field {texts!r} nor {regions!r} is there; the fields are {', '.join(row)}")
+    said: list[Region] = []
+    for text in _texts(row, texts) if texts in row else []:
+        said += [region for region in decode(text, size, fmt, on_error="skip").regions if region.image == 0]
+    there = [region_from_dict(fields) for fields in (_region_fields(row, regions) if true else ())]
+    there = [region for region in there if region.image == 0]
+    item: dict[str, Any] = {"image": upright(paths[0]), "title": paths[0].name}
+    return item | ({"predicted": said} if texts in row else {}) | ({"truth": there} if true else {})
+
+
+@app.command()
+def show(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
+    format: FormatName = "openpangu",
+    text_field: TextField = "text",
+    regions_field: RegionsField = "regions",
+    width_field: Width = "width",
+    height_field: Height = "height",
+    image_field: ImageField = "image",
+    image_root: Root = None,
+    limit: Annotated[int, typer.Option(help="Lines to draw, from the first.")] = 12,
+    columns: Annotated[int, typer.Option(help="Pictures in a row.")] = 4,
+) -> None:
+    """Draw what texts say with solid lines, and the regions of the same lines, as the truth, with dashed lines."""
+    with mistakes():
+        try:
+            from ..show._boxes import box_grid
+
+            fmt = get_format(format)
+            if not output.parent.is_dir():
+                raise ValueError(f"the output must lie in a folder that is there, got {output}")
+            sizes = _sizes(source, width_field, height_field, image_field, image_root)
+            items = []
+            for number, row in islice(read_rows(source), limit):
+                try:
+                    items.append(_picture(row, sizes, fmt, text_field, regions_field))
+                except ValueError as error:
+                    raise ValueError(f"{source_name(source)}, line {number}: {error}") from None
+            box_grid(items, output, columns)
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+    typer.echo(f"{_count(len(items), 'picture')} in {output}.", err=True)

@@ -1,0 +1,126 @@
+"""The command line: `python -m vlparts demo | train | coordinates | info`."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlparts.cli.coordinates import app as coordinates_app
+from vlparts.cli.errors import mistakes
+
+app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(coordinates_app, name="coordinates")
+console = Console()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path(
+        "vlparts-demo"
+    ),
+    minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,
+    digits: Annotated[int, typer.Option(help="Digits in an image; more than one makes the task harder.")] = 1,
+    text: Annotated[str, typer.Option(help="Preset of the text model, such as moge:small.")] = "qwen3:tiny",
+) -> None:
+    """Compose a model, train it to find digits in photographs, save it, and ask it without vlparts."""
+    from ..demo.data import Task
+    from ..demo.run import run_demo
+
+    with mistakes():
+        task = Task(digits=digits)
+        run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console, task=task, text=text)
+
+
+@app.command()
+def train(
+    data: Annotated[Path | None, typer.Option(help="JSON Lines file of training records.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the trained model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here come first.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="JSON Lines file of evaluation records.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Preset such as navit:tiny, folder, or JSON file.")] = None,
+    text: Annotated[str | None, typer.Option(help="Preset such as qwen3:tiny, folder, or JSON file.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Composed model to train further.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
+    projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
+    capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
+    packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    loss: Annotated[str | None, typer.Option(help="token, sample, square or openpangu_mix.")] = None,
+    mix: Annotated[float | None, typer.Option(help="Share of sample averaging in openpangu_mix, 0 to 1.")] = None,
+    sample_weight_field: Annotated[str | None, typer.Option(help="Field of the records with their weights.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint in the output folder.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="raise or skip broken records.")] = None,
+    on_outside: Annotated[str | None, typer.Option(help="raise, clamp or skip regions outside images.")] = None,
+) -> None:
+    """Fine-tune a composed model on records of images and conversations."""
+    changes: dict[str, Any] = {
+        name: value for name, value in locals().items() if name != "config" and value not in (None, [])
+    }
+    from ..training.config import load_config
+    from ..training.train import train as run
+
+    with mistakes():
+        result = run(load_config(config, changes))
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one reports
+        for reason in result.skipped:
+            console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{result.steps} steps, {len(result.skipped)} records skipped.")
+
+
+@app.command()
+def info(
+    self_check: Annotated[bool, typer.Option("--self-check", help="Compare backends' kernels with PyTorch.")] = False,
+) -> None:
+    """Show versions, registered parts, and backends with the reasons of those that are not active."""
+    from ..backends import backend_status, check_backends
+    from ..registration import PARTS
+
+    table = Table("package", "version")
+    for package in ("vlparts", "torch", "transformers", "accelerate", "peft", "torch_npu"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    console.print(table)
+    table = Table("part", "classes")
+    for part in PARTS:
+        classes = [part.config, *part.models.values(), part.image_processor, part.processor]
+        table.add_row(part.config.model_type, ", ".join(found.__name__ for found in classes if found is not None))
+    console.print(table)
+    table = Table("backend", "active", "reason")
+    for status in backend_status().values():
+        table.add_row(status.name, "yes" if status.active else "no", Text(status.reason))
+    console.print(table)
+    if not self_check:
+        return
+    table = Table("backend", "kernel", "self-check")
+    faults = check_backends()
+    for backend, kernels in faults.items():
+        for kernel, fault in kernels.items():
+            table.add_row(backend, kernel, Text(f"switched off: {fault}" if fault else "passed"))
+    console.print(table)
+    if not faults:
+        console.print("No active backend has kernels to check.")
+    if any(fault for kernels in faults.values() for fault in kernels.values()):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

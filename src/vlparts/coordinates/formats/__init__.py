@@ -1,0 +1,1 @@
+"""Formats: how each family of models writes regions as text."""

@@ -1,0 +1,150 @@
+"""Published formats of models for screens, documents and detection, whose regions stand between marks."""
+
+from ..frames.rules import SmartResize
+from ..grammars.tagged import Shape, TaggedGrammar
+from ..quantization import NumberRule
+from .published_marks import (
+    DATE,
+    DET,
+    NEAREST,
+    NINES,
+    OBJECT_REF,
+    PAIR,
+    PIXELS,
+    REF,
+    SEPARATOR,
+    THOUSAND,
+    boxed,
+    listed,
+)
+from .registry import CoordinateFormat
+
+__all__ = ["TASKS"]
+
+_TOKEN = "<loc_{}><loc_{}>"
+_UI_TARS = SmartResize(28, 100 * 28 * 28, 16384 * 28 * 28)
+
+TASKS = (
+    CoordinateFormat(
+        name="deepseek_ocr",
+        numbers=NINES,
+        grammar=DET,
+        source="deepseek-ai/DeepSeek-OCR DeepSeek-OCR-vllm/run_dpsk_ocr_image.py",
+        date=DATE,
+        assumed=(NEAREST, "separator: line break"),
+    ),
+    CoordinateFormat(
+        name="mineru2",
+        numbers=THOUSAND,
+        grammar=TaggedGrammar(
+            shapes=(Shape("box", "{} {}", " ", "<|box_start|>", "<|box_end|>"),),
+            label_place="after",
+            label_open="<|ref_start|>",
+            label_close="<|ref_end|>",
+        ),
+        source="opendatalab/mineru-vl-utils mineru_vl_utils/mineru_client.py",
+        date=DATE,
+        assumed=(NEAREST, "rotation: not read, not written", "separator: line break"),
+    ),
+    CoordinateFormat(
+        name="florence2",
+        numbers=NumberRule(denominator=1000, levels=1000, rounding="bins"),
+        grammar=TaggedGrammar(
+            shapes=(Shape("polygon", _TOKEN, "", "<poly>", "</poly>"), Shape("box", _TOKEN, "")),
+            separator="",
+            group_join="",
+        ),
+        source="transformers 5.23 models/florence2/processing_florence2.py",
+        date=DATE,
+        assumed=("truncation: the middle of a bin is not cut to whole pixels", "polygons: one in each <poly>"),
+    ),
+    CoordinateFormat(
+        name="florence2_ocr",
+        numbers=NumberRule(denominator=1000, levels=1000, rounding="bins"),
+        grammar=TaggedGrammar(shapes=(Shape("quad", _TOKEN, ""),), separator="", group_join=""),
+        source="transformers 5.23 models/florence2/processing_florence2.py (OCR with regions)",
+        date=DATE,
+        assumed=("truncation: the middle of a bin is not cut to whole pixels",),
+    ),
+    CoordinateFormat(
+        name="ui_tars",
+        numbers=THOUSAND,
+        grammar=TaggedGrammar(shapes=boxed(PAIR, "box", "point"), label_place="none"),
+        source="bytedance/UI-TARS README_v1.md",
+        date=DATE,
+        assumed=(NEAREST, "separator: line break"),
+    ),
+    CoordinateFormat(
+        name="ui_tars_1_5",
+        numbers=PIXELS,
+        grammar=TaggedGrammar(shapes=(Shape("point", PAIR),), label_place="none"),
+        frame=_UI_TARS,
+        source="bytedance/UI-TARS README_coordinates.md",
+        date=DATE,
+        assumed=(NEAREST, "far edge: has a code", "separator: line break"),
+    ),
+    CoordinateFormat(
+        name="ui_tars_1_5_tags",
+        numbers=PIXELS,
+        grammar=TaggedGrammar(shapes=(Shape("point", "{} {}", " ", "<point>", "</point>"),), label_place="none"),
+        frame=_UI_TARS,
+        source="bytedance/UI-TARS codes/ui_tars/action_parser.py",
+        date=DATE,
+        assumed=(NEAREST, "far edge: has a code", "separator: line break"),
+    ),
+    CoordinateFormat(
+        name="showui",
+        numbers=NumberRule(denominator=100, levels=101),
+        grammar=TaggedGrammar(shapes=listed("point"), decimals=2, label_place="none"),
+        source="showlab/ShowUI QUICK_START.md, data/dset_shared_grounding.py",
+        date=DATE,
+        assumed=("separator: line break",),
+    ),
+    CoordinateFormat(
+        name="os_atlas_4b",
+        numbers=THOUSAND,
+        grammar=TaggedGrammar(
+            shapes=listed("box", "point"),
+            group_open="<box>[",
+            group_join=", ",
+            group_close="]</box>",
+            separator=" ",
+            **REF,
+        ),
+        source="OS-Copilot/OS-Atlas README.md (InternVL2's text)",
+        date=DATE,
+        assumed=(NEAREST, SEPARATOR.format(" ")),
+    ),
+    CoordinateFormat(
+        name="os_atlas_7b",
+        numbers=THOUSAND,
+        grammar=TaggedGrammar(shapes=boxed(PAIR, "box", "point"), group_join="", separator=" ", **OBJECT_REF),
+        source="OS-Copilot/OS-Atlas README.md (Qwen2-VL's text)",
+        date=DATE,
+        assumed=(NEAREST, SEPARATOR.format(" ")),
+    ),
+    CoordinateFormat(
+        name="rex_omni",
+        numbers=NumberRule(denominator=999, levels=1000, rounding="floor"),
+        grammar=TaggedGrammar(
+            shapes=(Shape("polygon", "<{}><{}>", ""), Shape("box", "<{}><{}>", ""), Shape("point", "<{}><{}>", "")),
+            group_open="<|box_start|>",
+            group_join=",",
+            group_close="<|box_end|>",
+            separator=", ",
+            **OBJECT_REF,
+        ),
+        source="IDEA-Research/Rex-Omni rex_omni/parser.py, finetuning/dataset/task_fns/grounding_task.py",
+        date=DATE,
+        assumed=("keypoints: their JSON is not read",),
+    ),
+    CoordinateFormat(
+        name="got_ocr2",
+        numbers=NumberRule(denominator=1000, levels=1001, rounding="floor"),
+        grammar=TaggedGrammar(shapes=listed("box"), label_place="none"),
+        source="transformers 5.23 models/got_ocr2/processing_got_ocr2.py",
+        date=DATE,
+        assumed=("reading: the model takes boxes and writes none",),
+    ),
+)
+"""The formats; those of one family in the order of its models."""

@@ -1,0 +1,1 @@
+"""Frames: maps between the original image and what a model sees."""

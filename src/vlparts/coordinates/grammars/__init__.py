@@ -1,0 +1,1 @@
+"""Grammars: how the text of a format is written and parsed."""

@@ -1,0 +1,156 @@
+"""A grammar of points and tracks in markup: Molmo 2's `<points coords=>` and `<tracks coords=>`."""
+
+import html
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from .base import Coded, DecodeError, Found
+from .molmo import attributes, label_text, outer_span, scan_tags
+
+__all__ = ["Molmo2Grammar"]
+
+_GROUP = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)((?: [0-9]{1,9} [0-9]{3,4} [0-9]{3,4})++)")
+_TRIPLE = re.compile(r" ([0-9]+) ([0-9]+) ([0-9]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Molmo2Grammar:
+    """`<points coords="1 1 523 044 2 600 100;2 3 010 020">a</points>`: image (from 1), then number, x and y of points.
+
+    Tracks are `<tracks coords="0.0 1 259 340;1.0 1 138 427">a</tracks>`: seconds, then number, x and y of objects.
+    Points in a row with the same label make one tag, and so do tracks with numbers that rise. The number is the
+    identity of a region; points without one are counted on. Coordinates have three digits at least. In points, a time
+    with a decimal stands for a moment of a video: such a point is a track of one point. Molmo 2 was trained on points
+    in the order of their x, then y, after rounding; they are written in the order given. `&`, `<`, `>` and quotes in
+    labels become entities, which are read back.
+
+    Args:
+        image_separator: Text between images or moments: ";" or a tab; both are read.
+        separator: Text between tags.
+    """
+
+    image_separator: str = ";"
+    separator: str = " "
+
+    def __post_init__(self) -> None:
+        if self.image_separator not in (";", "\t"):
+            raise ValueError(f"image_separator must be ';' or a tab, got {self.image_separator!r}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of region that can be written."""
+        return ("point", "track")
+
+    def write(self, regions: Sequence[Coded]) -> str:
+        """See [`Grammar`]."""
+        texts = []
+        for (kind, label), run in groupby(regions, key=lambda region: (region.kind, region.label)):
+            if kind not in self.kinds:
+                raise ValueError(f"a {kind} cannot be written: the format knows {', '.join(self.kinds)}")
+            name = label_text(label, kind)
+            members = list(run)
+            parts = self._points(members) if kind == "point" else self._tracks(members)
+            texts += [f'<{kind}s coords="{coords}">{name}</{kind}s>' for coords in parts]
+        return self.separator.join(texts)
+
+    def _points(self, run: Sequence[Coded]) -> Iterator[str]:
+        """The places of points with one label."""
+        count, groups = 0, []
+        for image, points in groupby(run, key=lambda region: region.image):
+            texts = [str(image + 1)]
+            for point in points:
+                count = count + 1 if point.identity is None else point.identity
+                texts.append(f"{count} {point.codes[0]:03d} {point.codes[1]:03d}")
+            groups.append(" ".join(texts))
+        yield self.image_separator.join(groups)
+
+    def _tracks(self, run: Sequence[Coded]) -> Iterator[str]:
+        """The places of tracks with one label; a number that does not rise begins another tag."""
+        moments: dict[str, list[str]] = {}
+        last = 0
+        for track in run:
+            if track.image or not len(track.times):
+                raise ValueError("the format writes tracks with times, of one video")
+            number = last + 1 if track.identity is None else track.identity
+            if moments and number <= last:
+                yield self._moments(moments)
+                moments = {}
+            last = number
+            times = [f"{time:.1f}" for time in track.times]
+            if len(set(times)) != len(times):
+                raise ValueError(f"the times of a track must differ by 0.1 s or more, got {tuple(track.times)}")
+            pairs = zip(track.codes[::2], track.codes[1::2], strict=True)
+            for time, (x, y) in zip(times, pairs, strict=True):
+                moments.setdefault(time, []).append(f"{number} {x:03d} {y:03d}")
+        yield self._moments(moments)
+
+    def _moments(self, moments: dict[str, list[str]]) -> str:
+        """The places of tracks in the order of time."""
+        return self.image_separator.join(" ".join([time, *moments[time]]) for time in sorted(moments, key=float))
+
+    def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
+        """See [`Grammar`]."""
+        return scan_tags(text, self._read_tag)
+
+    def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
+        """Add the regions of a tag; return why it has none."""
+        pairs = attributes(tag)
+        coords = [match for match in pairs or [] if match[1] == "coords" and not match[2]]
+        if len(coords) != 1 or tag[1] == "point":
+            return "malformed tag: expected coords once"
+        groups, position = [], coords[0].start(3)
+        while match := _GROUP.match(tag.string, position, coords[0].end(3)):
+            groups.append(match)
+            position = match.end() + 1
+            if match.end() == coords[0].end(3) or tag.string[match.end()] not in ";\t":
+                break
+        if not groups or groups[-1].end() != coords[0].end(3):
+            return "malformed coords: expected an image or time, then number, x and y in three digits"
+        label = html.unescape(tag[4]) or None
+        regions = self._read_tracks(groups, label) if tag[1] == "tracks" else self._read_points(groups, label)
+        if isinstance(regions, str):
+            return regions
+        for index, item in enumerate(regions):
+            span = (item.start, item.end)
+            found.append(item._replace(outer=outer_span(tag, span, index == 0, index + 1 == len(regions))))
+        return None
+
+    def _read_points(self, groups: Sequence[re.Match[str]], label: str | None) -> list[Found] | str:
+        """The points of a tag."""
+        result = []
+        for group in groups:
+            moment = "." in group[1]
+            if not moment and int(group[1]) == 0:
+                return "malformed coords: images are counted from 1"
+            for triple in _TRIPLE.finditer(group.string, group.start(2), group.end(2)):
+                number, *codes = map(int, triple.groups())
+                span = (triple.start(2), triple.end())
+                if moment:
+                    result.append(Found(*span, span, "track", codes, label, 0, number, (float(group[1]),)))
+                else:
+                    result.append(Found(*span, span, "point", codes, label, int(group[1]) - 1, number))
+        return result
+
+    def _read_tracks(self, groups: Sequence[re.Match[str]], label: str | None) -> list[Found] | str:
+        """The tracks of a tag, in the order of their numbers; each spans from its first place to its last."""
+        tracks: dict[int, tuple[list[int], list[float], list[int]]] = {}
+        last = -1.0
+        for group in groups:
+            time = float(group[1])
+            if time <= last:
+                return "malformed coords: times must rise"
+            last = time
+            for triple in _TRIPLE.finditer(group.string, group.start(2), group.end(2)):
+                number, x, y = map(int, triple.groups())
+                codes, times, ends = tracks.setdefault(number, ([], [], [triple.start(2)]))
+                if times and times[-1] == time:
+                    return f"malformed coords: object {number} stands twice at {group[1]} s"
+                codes += [x, y]
+                times.append(time)
+                ends.append(triple.end())
+        return [
+            Found(ends[0], ends[-1], (ends[0], ends[-1]), "track", codes, label, 0, number, tuple(times))
+            for number, (codes, times, ends) in sorted(tracks.items())
+        ]

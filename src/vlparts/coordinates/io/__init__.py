@@ -1,0 +1,1 @@
+"""Files of regions: JSON Lines, training records, COCO."""

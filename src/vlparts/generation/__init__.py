@@ -1,0 +1,1 @@
+"""Logits processors: what a model may generate."""

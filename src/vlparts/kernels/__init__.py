@@ -1,0 +1,1 @@
+"""Fast kernels for the operations of `vlparts.parts`, one package per device."""

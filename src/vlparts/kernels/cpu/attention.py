@@ -1,0 +1,168 @@
+"""Attention over packed segments on CPU: segments of equal length are computed together, nothing is padded.
+
+Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries
+and keys, `Dv` of values. `cu_seqlens_q` and `cu_seqlens_k` cut both into equally many segments.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...parts.ops_attention_reference import attend, join_segments, segment_lengths, split_heads_first
+from .attention_blocks import attend_in_blocks, blocks_apply, with_mean
+
+# Segments up to this length are copied next to others of equal length and computed as one batch. Copied, eight
+# segments take this share of the time of eight calls, forward (8 heads of 64 channels, 2 cores of a Zen 5, a shared
+# machine): 0.7 to 0.8 at 8 or 16 tokens, about 0.87 at 32, no clear gain from 64 up. Neighbours of equal length need
+# no copy and are computed together at every length.
+BATCH_UP_TO = 32
+
+# In bfloat16 training, segments up to this length go through `_BFloat16Attention`. Its Lq * Lk weights per head stay
+# in memory until the backward pass.
+BFLOAT16_TRAINING_UP_TO = 512
+
+# Largest number of scores that `_BFloat16Attention` holds at a time: 8 MiB, the fastest or equal of bounds from 1 to
+# 8 MiB.
+SCORES_AT_A_TIME = 2**21
+
+
+class _Run(NamedTuple):
+    """Neighbouring segments of equal lengths."""
+
+    segments: int
+    length_q: int
+    length_k: int
+
+
+def packed_attention_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attention inside each segment on CPU.
+
+    Neighbours of equal length need no copy. Others of equal length are brought together while they are short
+    (`BATCH_UP_TO`). Arguments and result are those of `packed_attention_reference`.
+    """
+    lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
+    lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k")
+    pairs = groupby(zip(lengths_q, lengths_k, strict=True))
+    runs = [_Run(len(list(same)), *pair) for pair, same in pairs]
+    queries = split_heads_first(query, [run.segments * run.length_q for run in runs])
+    keys = split_heads_first(key, [run.segments * run.length_k for run in runs])
+    values = split_heads_first(value, [run.segments * run.length_k for run in runs])
+    outputs: dict[int, Tensor] = {}
+    for members in _buckets(runs):
+        counts = [runs[i].segments for i in members]
+        q, k, v = (_batch([parts[i] for i in members], sum(counts)) for parts in (queries, keys, values))
+        output = _attend(q, k, v, scale, causal)
+        outputs.update(zip(members, output.split(counts) if len(counts) > 1 else (output,), strict=True))
+    return join_segments([outputs[i] for i in range(len(runs))], query, value)
+
+
+def _buckets(runs: Sequence[_Run]) -> list[list[int]]:
+    """Indices of the runs that are computed together."""
+    buckets: dict[tuple[int, ...], list[int]] = {}
+    for index, (_, length_q, length_k) in enumerate(runs):
+        apart = index if max(length_q, length_k) > BATCH_UP_TO else -1
+        buckets.setdefault((length_q, length_k, apart), []).append(index)
+    return list(buckets.values())
+
+
+def _batch(parts: list[Tensor], count: int) -> Tensor:
+    """Runs `(1, H, segments * length, D)` of one length as `(count, H, length, D)`."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return joined if count == 1 else joined[0].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
+    """Attention of `(B, H, Lq, D)` by the kernel that is the fastest for it.
+
+    Times as shares of those of fused SDPA, 6 heads of 64 channels, one thread on a Zen 5, a shared machine:
+
+    | length                            |   64 |  128 |  256 |  384 |  512 |  768 | 1024 | 2048 |
+    |-----------------------------------|------|------|------|------|------|------|------|------|
+    | float32, blocks                   | 2.98 | 1.36 | 0.99 | 0.66 | 0.64 | 0.60 | 0.61 | 0.58 |
+    | float32, blocks, training         | 3.32 | 1.69 | 1.07 | 0.80 | 0.68 | 0.80 | 0.71 | 0.65 |
+    | bfloat16, blocks                  | 2.50 | 1.27 | 0.90 | 0.69 | 0.66 | 0.55 | 0.56 | 0.54 |
+    | bfloat16, blocks, training        | 2.33 | 0.93 | 0.82 | 0.74 | 0.68 | 0.62 | 0.69 | 0.64 |
+    | bfloat16, kept weights, training  | 0.63 | 0.40 | 0.50 | 0.50 | 0.52 | 0.57 | 1.19 |      |
+    """
+    if causal:
+        return attend(query, key, value, scale, causal)
+    if _trains_in_bfloat16(query, key, value) and _is_short(query, key):
+        return _attend_explicitly(query, key, value, scale)
+    if blocks_apply(query, key, value):
+        return attend_in_blocks(query, key, value, scale)
+    return attend(query, key, value, scale, causal)
+
+
+def _is_short(query: Tensor, key: Tensor) -> bool:
+    """Whether explicit weights are worth their memory; without queries or keys there are none."""
+    lengths = query.shape[2], key.shape[2]
+    return min(lengths) > 0 and max(lengths) <= BFLOAT16_TRAINING_UP_TO
+
+
+def _trains_in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    )
+
+
+def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention of `(B, H, Lq, D)` by `_BFloat16Attention`, so many segments at a time that the scores fit."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    step = max(1, SCORES_AT_A_TIME // (query.shape[1] * query.shape[2] * key.shape[2]))
+    pieces = zip(query.split(step), key.split(step), value.split(step), strict=True)
+    outputs = [_BFloat16Attention.apply(*piece, scale)[0] for piece in pieces]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class _BFloat16Attention(torch.autograd.Function):
+    """Full attention with explicit weights and a bfloat16 backward pass, for short segments on CPU.
+
+    As in fused kernels, scores and softmax are computed in float32, and the weights are rounded to bfloat16
+    before they multiply the values.
+    """
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            scores = (query.float() * scale) @ key.float().transpose(-1, -2)
+        weights = scores.softmax(-1).to(value.dtype)
+        return weights @ value, weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        query, key, value, output, weights = ctx.saved_tensors
+        grad_value = weights.transpose(-1, -2) @ grad
+        extended, values = with_mean(grad, output, value)
+        grad_scores = (extended @ values.transpose(-1, -2)).mul_(weights)
+        grad_query = (grad_scores @ key).mul_(ctx.scale)
+        grad_key = (grad_scores.transpose(-1, -2) @ query).mul_(ctx.scale)
+        return grad_query, grad_key, grad_value, None

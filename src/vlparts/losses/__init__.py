@@ -1,0 +1,1 @@
+"""Losses weighted per sample and per token, and related losses."""

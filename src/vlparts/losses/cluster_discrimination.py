@@ -1,0 +1,176 @@
+"""Multi-label cluster discrimination (MLCD): an image against the cluster centres that it lies nearest to.
+
+The loss is that of MLCD (arXiv 2407.17331); the object and text region losses of RICE (arXiv 2507.20025) have the same
+form. That openPangu-VL's encoder was trained with it is an inference from its lineage: a tool of its maker calls the
+encoder RICE-600M, and its own loss is unpublished.
+
+Shapes: n images, D features, K centres, P labels of an image at most, c the chunk size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..parts.packed_bins import positive_integer
+
+__all__ = ["DEFAULT_CENTER_CHUNK_SIZE", "multi_label_cluster_loss", "sample_negative_centers"]
+
+DEFAULT_CENTER_CHUNK_SIZE = 16384
+
+
+def multi_label_cluster_loss(
+    features: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 64.0,
+    margin: float = 0.0,
+    negatives: Tensor | None = None,
+    chunk_size: int = DEFAULT_CENTER_CHUNK_SIZE,
+) -> Tensor:
+    """Mean over the images of `log(1 + sum_neg exp(s_j)) + log(1 + sum_pos exp(-s_i))` (MLCD, arXiv 2407.17331).
+
+    `s_j = scale * cos(feature, centre_j)` for the centres that the image does not have as labels, and
+    `s_i = scale * (cos(feature, centre_i) - margin)` for its labels. The margin is that of CosFace (arXiv 1801.09414);
+    the paper's formula is `margin=0`. A scale for MLCD was not found: the default is CosFace's.
+
+    It computes in float32 (float64 for float64 inputs), also under autocast, and holds the scores of c centres at a
+    time, which backward computes again. It reads the values of `labels` and `negatives`, so it waits for the device.
+
+    Args:
+        features: `(n, D)` floating point, of any length: they are normalised here. A row of zeros has cosine 0.
+        centers: `(K, D)` floating point, of any length.
+        labels: `(n, P)` int64, the centres of each image, -1 where it has fewer than P. A centre that stands twice
+            in a row counts once. An image without labels has no positive term: it is only pushed away.
+        scale: Factor of the cosines, above 0.
+        margin: Subtracted from the cosines of the labels, at least 0.
+        negatives: `(M,)` int64, the centres that may be negatives, each once; None for all. An image's labels are
+            never among its own negatives, and are its positives whether they stand here or not. See
+            [`sample_negative_centers`].
+        chunk_size: Centres c whose scores `(n, c)` are held at a time.
+
+    Returns:
+        The loss, of shape `()`.
+
+    Raises:
+        ValueError: If a shape, a type or a value is another than described, or there is no image.
+    """
+    _check_features(features, centers)
+    _check_labels(labels, len(features), len(centers))
+    _check_numbers(scale, margin)
+    chunk_size = positive_integer(chunk_size, "chunk_size")
+    if negatives is None:
+        pool, ids = centers, torch.arange(len(centers), device=labels.device)
+    else:
+        _check_negatives(negatives, len(centers))
+        pool, ids = centers[negatives], negatives
+    dtype = torch.promote_types(torch.promote_types(features.dtype, centers.dtype), torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        scaled = F.normalize(features.to(dtype), dim=-1) * scale
+        # The zeros are the logarithms of the formula's 1, so no sum of exponentials is ever empty.
+        negative = scaled.new_zeros(len(features))
+        for chunk, chunk_ids in zip(pool.split(chunk_size), ids.split(chunk_size), strict=True):
+            negative = checkpoint(_add_negatives, negative, scaled, chunk, chunk_ids, labels, use_reentrant=False)
+        return (negative + _positive_term(scaled, centers, labels, scale * margin)).mean()
+
+
+def sample_negative_centers(
+    labels: Tensor, num_centers: int, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw the centres of one step: those of the batch's labels, filled up at random (Partial FC, arXiv 2203.15565).
+
+    MLCD draws a tenth of a million centres, as more of them bring more that are wrong negatives (arXiv 2407.17331).
+
+    Args:
+        labels: `(n, P)` int64, -1 for none.
+        num_centers: Number K of centres.
+        count: Number of centres to draw, from 1 to K. If the batch has more labels than that, all of them and no
+            others are taken.
+        generator: Source of chance, on the device of `labels`; None for PyTorch's own.
+
+    Returns:
+        `(max(count, number of different labels),)` int64, different ids in rising order.
+
+    Raises:
+        ValueError: If `labels` are not of the described kind, or `count` is not between 1 and K.
+    """
+    num_centers = positive_integer(num_centers, "num_centers")
+    _check_labels(labels, len(labels), num_centers)
+    if positive_integer(count, "count") > num_centers:
+        raise ValueError(f"`count` must be at most num_centers={num_centers}, got {count}.")
+    positives = labels[labels >= 0].unique()
+    order = torch.rand(num_centers, generator=generator, device=labels.device)
+    order[positives] = 2.0
+    return order.topk(max(count, len(positives))).indices.sort().values
+
+
+def _add_negatives(total: Tensor, scaled: Tensor, centers: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    """Add the exponentials of a chunk's scores to sums `(n,)` that are held as logarithms."""
+    with torch.autocast(scaled.device.type, enabled=False):
+        scores = scaled @ F.normalize(centers.to(scaled.dtype), dim=-1).T
+        own = torch.zeros_like(scores, dtype=torch.bool)
+        for column in labels.unbind(1):
+            own |= column[:, None] == ids
+        scores = scores.masked_fill_(own, -torch.inf)
+        return torch.cat([total[:, None], scores], dim=1).logsumexp(dim=1)
+
+
+def _positive_term(scaled: Tensor, centers: Tensor, labels: Tensor, shift: float) -> Tensor:
+    """`log(1 + sum_pos exp(-s_i))` of each image, `(n,)`."""
+    ordered = labels.sort(dim=1).values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    own = F.normalize(centers[ordered.clamp(min=0)].to(scaled.dtype), dim=-1)
+    scores = shift - torch.einsum("nd,npd->np", scaled, own)
+    scores = scores.masked_fill(repeated | (ordered < 0), -torch.inf)
+    return torch.cat([scores.new_zeros(len(scores), 1), scores], dim=1).logsumexp(dim=1)
+
+
+def _check_features(features: Tensor, centers: Tensor) -> None:
+    for name, tensor in (("features", features), ("centers", centers)):
+        if tensor.ndim != 2 or not tensor.is_floating_point() or len(tensor) == 0:
+            raise ValueError(
+                f"`{name}` must be floating point with shape (rows, width) and at least one row, got {tensor.dtype} "
+                f"with {tuple(tensor.shape)}."
+            )
+    if features.shape[1] != centers.shape[1]:
+        raise ValueError(
+            f"`features` and `centers` must have the same width, got {features.shape[1]} and {centers.shape[1]}."
+        )
+
+
+def _check_labels(labels: Tensor, num_images: int, num_centers: int) -> None:
+    if labels.dtype != torch.int64 or labels.ndim != 2 or len(labels) != num_images:
+        raise ValueError(
+            f"`labels` must be int64 with shape ({num_images}, labels), got {labels.dtype} with {tuple(labels.shape)}."
+        )
+    if labels.numel() and (labels.min() < -1 or labels.max() >= num_centers):
+        raise ValueError(
+            f"`labels` must lie between -1 (none) and {num_centers - 1}, got values from {labels.min().item()} to "
+            f"{labels.max().item()}."
+        )
+
+
+def _check_negatives(negatives: Tensor, num_centers: int) -> None:
+    if negatives.dtype != torch.int64 or negatives.ndim != 1:
+        raise ValueError(
+            f"`negatives` must be int64 with shape (count,), got {negatives.dtype} with {tuple(negatives.shape)}."
+        )
+    if negatives.numel() and (negatives.min() < 0 or negatives.max() >= num_centers):
+        raise ValueError(
+            f"`negatives` must lie between 0 and {num_centers - 1}, got values from {negatives.min().item()} to "
+            f"{negatives.max().item()}."
+        )
+    different = len(negatives.unique())
+    if different != len(negatives):
+        raise ValueError(f"`negatives` must hold each centre once, got {len(negatives)} of which {different} differ.")
+
+
+def _check_numbers(scale: float, margin: float) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"`scale` must be a finite number above 0, got {scale!r}.")
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ValueError(f"`margin` must be a finite number of at least 0, got {margin!r}.")

@@ -1,0 +1,1 @@
+"""Mixture of experts: experts implementations for any transformers model, and router statistics."""

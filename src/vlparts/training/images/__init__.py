@@ -1,0 +1,1 @@
+"""Packed training on images of mixed sizes."""

@@ -1,0 +1,82 @@
+"""The table of formats: complete, dated, and every format gives back what it wrote."""
+
+import dataclasses
+import datetime
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlparts.coordinates.codec import CoordinateError, decode, encode
+from vlparts.coordinates.formats import published as table
+from vlparts.coordinates.formats.published import ABSENT
+from vlparts.coordinates.formats.registry import FORMATS
+from vlparts.coordinates.regions import KINDS, Region
+
+NAMES = sorted(FORMATS)
+SHAPES = {
+    "point": [(10, 20)],
+    "box": [(10, 20), (300, 200)],
+    "quad": [(10, 20), (300, 25), (290, 200), (5, 190)],
+    "polygon": [(10, 20), (300, 25), (290, 200), (5, 190), (7, 33)],
+    "line": [(10, 20), (300, 25), (290, 200)],
+    "track": [(10, 20), (300, 25)],
+}
+
+
+def test_every_format_says_where_it_is_from() -> None:
+    assert len(NAMES) >= 30
+    for fmt in FORMATS.values():
+        assert fmt.source
+        assert datetime.date.fromisoformat(fmt.date).year == 2026
+        assert all(": " in entry for entry in fmt.assumed), fmt.name
+        assert set(fmt.kinds) <= set(KINDS)
+
+
+def test_absent_formats_say_why() -> None:
+    assert not set(ABSENT) & set(FORMATS)
+    assert all(len(reason) > 20 for reason in ABSENT.values())
+
+
+def test_importing_the_table_again_changes_nothing() -> None:
+    for fmt in (*table.TAGGED, *table.TASKS):
+        assert FORMATS[fmt.name] is fmt
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_is_written_and_read(name: str) -> None:
+    fmt, size = FORMATS[name], (640, 428)
+    for kind in fmt.kinds:
+        points = tuple((float(x), float(y)) for x, y in SHAPES[kind])
+        region = Region(kind, points, times=(0.5, 2.0) if kind == "track" else ())
+        text = encode([region], size, name)
+        (read,) = decode(text, size, name).regions
+        assert read.kind == kind
+        frame = fmt.frame(size)
+        bound = [
+            side / float(scale) for side, scale in zip(fmt.numbers.error_bound(frame.size), frame.scale, strict=True)
+        ]
+        assert (np.abs(np.subtract(read.points, points)) <= np.array(bound) + 1e-6).all()
+        assert encode([read], size, name) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_read_back_or_refused(name: str) -> None:
+    kind = FORMATS[name].kinds[-1]
+    region = Region(kind, tuple(SHAPES[kind]), "red cat", times=(0.5, 2.0) if kind == "track" else ())
+    try:
+        text = encode([region, region], (640, 428), name)
+    except CoordinateError:
+        assert getattr(FORMATS[name].grammar, "label_place", "none") == "none"
+        return
+    assert [item.label for item in decode(text, (640, 428), name).regions] == ["red cat", "red cat"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=st.text("<>[]{}()/|_.,;:'\" \n0123456789abcdefloxpntsrkh=\uff11\uff0c", max_size=80))
+def test_any_text_is_read_or_refused_with_a_position(name: str, text: str) -> None:
+    result = decode(text, (640, 428), name, on_error="collect")
+    assert all(0 <= error.position <= len(text) for error in result.errors)
+    again = dataclasses.replace(FORMATS[name], name="again")
+    assert decode(text, (640, 428), again, on_error="collect") == result

@@ -1,0 +1,68 @@
+"""Regions as JSON objects with a key for each number."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlparts.coordinates.grammars.base import Coded
+from vlparts.coordinates.grammars.json_fields import NamedJsonGrammar
+
+GRAMMAR = NamedJsonGrammar()
+UNIT = st.integers(0, 10**6)
+
+
+def test_the_text_of_boxes_and_points() -> None:
+    text = GRAMMAR.write([Coded("box", [100000, 200000, 300001, 1000000]), Coded("box", [0, 0, 5, 500000])])
+    assert json.loads(text) == {
+        "objects": [
+            {"x_min": 0.1, "y_min": 0.2, "x_max": 0.300001, "y_max": 1.0},
+            {"x_min": 0.0, "y_min": 0.0, "x_max": 0.000005, "y_max": 0.5},
+        ]
+    }
+    assert GRAMMAR.write([Coded("point", [250000, 5])]) == '{"points": [{"x": 0.25, "y": 0.000005}]}'
+    assert GRAMMAR.write([]) == ""
+
+
+@given(st.lists(st.lists(UNIT, min_size=2, max_size=2) | st.lists(UNIT, min_size=4, max_size=4), max_size=6))
+def test_what_is_written_is_read(rows: list[list[int]]) -> None:
+    regions = [Coded("box" if len(row) == 4 else "point", row) for row in rows]
+    found, errors = GRAMMAR.scan(GRAMMAR.write(regions))
+    assert errors == []
+    assert [Coded(*item[3:]) for item in found] == regions
+
+
+def test_numbers_are_rounded_half_up_and_may_have_an_exponent() -> None:
+    found, errors = GRAMMAR.scan('{"x": 1e-05, "y": 0.12345650000000001}')
+    assert (errors, list(found[0].codes)) == ([], [10, 123457])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"x_min": 0.1, "y_min": 0.2, "x_max": 0.3}', "'y_max' is no number"),
+        ('{"x": 0.1, "y": "a"}', "'y' is no number"),
+        ('{"x": 0.1, "y": -0.1}', "'y' is negative"),
+        ('{"x": 0.1, "y": 1e999999999}', "'y' is too long"),
+        ('{"x": 0.1, "y": 1e999}', "'y' is too large"),
+        ('{"x": 0.1, "y": ' + "1" * 10_000 + "}", "'y' is too long"),
+        ('{"x": 0.1, "y": NaN}', "malformed object: 'NaN}'"),
+        ('{"x": 0.1, "y": 0.2, "y": 0.3}', "a key twice"),
+        ("{'x_min': 0.1}", "single quotes"),
+        ('{"x": 0.1, "y"', "unfinished object"),
+    ],
+)
+def test_what_is_no_region_is_an_error(text: str, reason: str) -> None:
+    found, errors = GRAMMAR.scan(text)
+    assert found == []
+    assert [error.position for error in errors] == [0]
+    assert reason in errors[0].reason
+
+
+@pytest.mark.parametrize(
+    "region", [Coded("box", [0] * 4, "a"), Coded("quad", [0] * 8), Coded("point", [0] * 2, image=1)]
+)
+def test_what_cannot_be_said_is_refused(region: Coded) -> None:
+    with pytest.raises(ValueError, match="the format writes no labels"):
+        GRAMMAR.write([region])

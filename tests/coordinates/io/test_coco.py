@@ -1,0 +1,163 @@
+"""COCO files come back exactly, and the forms that others write are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlparts.coordinates.io.annotations import ImageRegions
+from vlparts.coordinates.io.coco import read_coco, write_coco
+from vlparts.coordinates.metrics.iou import inside_polygon
+from vlparts.coordinates.regions import KINDS, Region
+
+places = st.floats(0, 1e5)
+
+
+@st.composite
+def regions(draw: st.DrawFn) -> Region:
+    kind = draw(st.sampled_from(["point", "box", "quad", "polygon"]))
+    least, most = KINDS[kind]
+    points = draw(st.lists(st.tuples(places, places), min_size=least, max_size=most or least + 3))
+    if kind == "box":
+        points = list(zip(*map(sorted, zip(*points, strict=True)), strict=True))  # type: ignore[arg-type]
+    label, score = draw(st.sampled_from([None, "cat", "Katze auf Dach"])), draw(st.none() | places)
+    return Region(kind, tuple(points), label, score, 0, draw(st.none() | st.integers(0, 99)))
+
+
+images = st.builds(ImageRegions, st.text("ab/.", min_size=1), st.integers(1, 99), st.just(7), st.lists(regions()))
+
+
+@settings(max_examples=60)
+@given(st.lists(images, max_size=3))
+def test_files_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, listed: list[ImageRegions]) -> None:
+    path = tmp_path_factory.mktemp("coco") / "a.json"
+    write_coco(listed, path)
+    assert read_coco(path) == listed
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert sorted(document) == ["annotations", "categories", "images"]
+    for name in document:
+        numbers = [entry["id"] for entry in document[name]]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    document = {
+        "images": [{"id": 5, "file_name": "a.png", "width": 40, "height": 30, "license": 1}],
+        "categories": [{"id": 18, "name": "dog", "keypoints": ["nose", "tail"]}],
+        "annotations": [
+            {
+                "id": 7,
+                "image_id": 5,
+                "category_id": 18,
+                "bbox": [1, 2, 10.5, 20],
+                "segmentation": [[1, 2, 11, 2, 6, 22], [0, 0, 1, 0, 1, 1]],
+                "keypoints": [3, 4, 2, 0, 0, 0],
+                "score": 0.5,
+            }
+        ],
+    }
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps({**document, **changes}), encoding="utf-8")
+    return path
+
+
+def test_the_shapes_of_an_annotation(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    box = Region.box(1, 2, 11.5, 22, "dog", 0.5)
+    polygons = (
+        Region.polygon([(1, 2), (11, 2), (6, 22)], "dog", 0.5, identity=7),
+        Region.polygon([(0, 0), (1, 0), (1, 1)], "dog", 0.5, identity=7),
+    )
+    points = (Region.point(3, 4, "nose", 0.5, identity=7),)
+    for shape, expected in {"box": (box,), "polygon": polygons, "keypoints": points, "auto": points}.items():
+        assert read_coco(path, shape) == [ImageRegions("a.png", 40, 30, expected)]
+
+
+ENTRY = {"id": 7, "image_id": 5, "category_id": 18, "bbox": [1, 2, 10.5, 20]}
+
+
+def test_what_is_there_decides(tmp_path: Path) -> None:
+    outline = {**ENTRY, "segmentation": [[1, 2, 11, 2, 6, 22]], "keypoints": [0, 0, 0], "num_keypoints": 0}
+    (image,) = read_coco(write(tmp_path, annotations=[outline]))
+    assert image.regions == (Region.polygon([(1, 2), (11, 2), (6, 22)], "dog"),)
+    crowd = {**ENTRY, "segmentation": {"counts": [3, 4], "size": [30, 40]}, "iscrowd": 1}
+    path = write(tmp_path, annotations=[crowd])
+    assert read_coco(path)[0].regions == (Region.box(1, 2, 11.5, 22, "dog"),)
+    with pytest.raises(ValueError, match=r"annotations\[0\]: segmentation must be a list .* got run lengths"):
+        read_coco(path, "polygon")
+
+
+def test_an_area_counts_pixels(tmp_path: Path) -> None:
+    corners = [(2, 1), (30, 3), (25, 28), (4, 20)]
+    given = (Region.polygon(corners), Region.box(1, 2, 4, 8), Region.point(3, 3))
+    write_coco([ImageRegions("a", 40, 30, given)], tmp_path / "a.json")
+    areas = [entry["area"] for entry in json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["annotations"]]
+    y, x = (np.mgrid[0:300, 0:400] + 0.5) / 10
+    pixels = inside_polygon(np.stack([x.ravel(), y.ravel()], axis=1), corners).sum() / 100
+    assert areas[0] == pytest.approx(pixels, rel=5e-3)
+    assert areas[1:] == [18, 0]
+
+
+IMAGE = {"id": 5, "file_name": "a.png", "width": 40, "height": 30}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, r"coco\.json: "),
+        ({"images": [IMAGE, IMAGE]}, "two images have one id"),
+        ({"images": [{"id": 5, "file_name": "a.png", "width": 40}]}, "'height' is not there"),
+        ({"images": [{**IMAGE, "width": -1}]}, "width must be a positive integer, got -1"),
+        ({"annotations": [{**ENTRY, "image_id": 6}]}, r"annotations\[0\]: 6 is not there"),
+        ({"annotations": [ENTRY, {**ENTRY, "category_id": 1}]}, r"annotations\[1\]: 1 is not there"),
+        ({"annotations": [{**ENTRY, "bbox": [1, 2, -3, 4]}]}, r"annotations\[0\]: bbox must have a width and height"),
+        ({"annotations": [{**ENTRY, "bbox": [1, 2, 3]}]}, "bbox must be a list of 4 numbers"),
+        ({"annotations": [{**ENTRY, "bbox": []}]}, r"annotations\[0\]: "),
+        ({"annotations": [{**ENTRY, "bbox": [1, 2, "a", 3]}]}, r"annotations\[0\]: "),
+        ({"annotations": [{**ENTRY, "segmentation": [[1, 2, 3]]}]}, "segmentation must be a list of 2 numbers"),
+        ({"annotations": [{**ENTRY, "segmentation": [[1, 2, 3, 4]]}]}, "a polygon has at least 3"),
+        ({"annotations": [{**ENTRY, "keypoints": [1, 2, 3]}]}, r"annotations\[0\]: "),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_coco(write(tmp_path, **changes))
+
+
+def test_other_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which is no file"):
+        read_coco(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="shape must be one of 'auto', 'box', 'polygon', 'keypoints', got 'mask'"):
+        read_coco(write(tmp_path), "mask")
+    with pytest.raises(ValueError, match=r"annotations\[0\]: 'segmentation' is not there"):
+        read_coco(write(tmp_path, annotations=[ENTRY]), "polygon")
+    (tmp_path / "text.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"text\.json: not valid JSON"):
+        read_coco(tmp_path / "text.json")
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (Region.line([(0, 0), (1, 1)]), r"a: regions\[0\] must be a box, quad, polygon or point of image 0"),
+        (Region.track([(0, 0)], [0]), "must be a box"),
+        (Region.point(0, 0, image=1), "of image 0"),
+        (Region.point(0, 0, ""), "must not have an empty label"),
+    ],
+)
+def test_what_coco_cannot_hold(tmp_path: Path, region: Region, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_coco([ImageRegions("a", 5, 5, (region,))], tmp_path / "a.json")
+
+
+def test_corners_that_no_width_leads_to_come_back_exactly(tmp_path: Path) -> None:
+    box = Region.box(1.626103033162508, 0.0, 32770.248985564576, 3.0)
+    (x1, _), (x2, _) = box.points
+    assert x1 + (x2 - x1) != x2
+    listed = [ImageRegions("a.png", 40000, 7, [box])]
+    write_coco(listed, tmp_path / "a.json")
+    assert read_coco(tmp_path / "a.json") == listed

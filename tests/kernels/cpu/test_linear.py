@@ -1,0 +1,319 @@
+"""The linear layer against float64, whichever kernel it takes; oneDNN is tried on every processor that has it."""
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlparts.kernels.cpu import linear as linear_cpu
+from vlparts.parts import ops_linear as linear
+from vlparts.parts.ops_linear import Linear
+
+has_onednn = torch.backends.mkldnn.is_available()
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """oneDNN for all that it takes; the shapes of its products are noted."""
+    shapes = []
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None, multiply: Any = linear_cpu.product) -> Tensor:
+        assert weight.is_contiguous() or weight.t().is_contiguous()
+        shapes.append((*x.shape[:-1], *weight.shape))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: has_onednn)
+    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+    monkeypatch.setattr(linear_cpu, "product", noted)
+    return shapes
+
+
+@pytest.fixture(params=["as the processor wants", "oneDNN"])
+def kernel(request: pytest.FixtureRequest) -> None:
+    if request.param == "oneDNN":
+        request.getfixturevalue("onednn")
+
+
+def layer(features: int = 24, outputs: int = 40, bias: bool = True) -> Linear:
+    torch.manual_seed(0)
+    return Linear(features, outputs, bias)
+
+
+def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view(output.shape)
+    return torch.autograd.grad((output.double() * weights).sum(), inputs)
+
+
+@pytest.mark.usefixtures("kernel", "poisoned_empty")
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (150, 24), (2, 70, 24), (0, 24), (2, 0, 24)])
+@pytest.mark.parametrize("outputs", [9, 24, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_float64(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
+    module = layer(outputs=outputs, bias=bias)
+    x = torch.randn(shape, requires_grad=True)
+    found = module(x)
+    exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    expected = F.linear(precise, exact.weight, exact.bias)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    mine = gradients(found, [x, *module.parameters()])
+    theirs = gradients(expected, [precise, *exact.parameters()])
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+
+
+def test_all_products_of_a_step_are_onednns(onednn: list[tuple[int, ...]]) -> None:
+    module, x = layer(), torch.randn(1100, 24, requires_grad=True)
+    module(x).sum().backward()
+    assert sum(shape == (1100, 40, 24) for shape in onednn) == has_onednn
+    assert sum(shape == (1100, 24, 40) for shape in onednn) == has_onednn
+    # The weight's gradient: 1,024 rows, then the 64 that are left of whole steps; the last twelve are MKL's.
+    assert onednn[2:] == [(24, 40, 1024), (24, 40, 64)][: 2 * has_onednn]
+    expected = x.detach().double().sum(0).expand(40, 24)
+    torch.testing.assert_close(module.weight.grad.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    "wanted", ["x", "weight", "bias", "x bias", "x weight", "weight bias", ""], ids=lambda names: names or "none"
+)
+def test_gradients_are_made_for_what_asks_for_them(wanted: str) -> None:
+    x, weight, bias = torch.randn(70, 24), torch.randn(40, 24), torch.randn(40)
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    for name in wanted.split():
+        tensors[name].requires_grad_()
+    output = torch.ops.vlparts.linear(x, weight, bias)
+    assert output.requires_grad == bool(wanted)
+    if wanted:
+        inputs = [tensors[name] for name in wanted.split()]
+        expected = gradients(F.linear(x, weight, bias), inputs)
+        torch.testing.assert_close(gradients(output, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_a_frozen_weight_does_not_keep_the_input() -> None:
+    kept: list[Tensor] = []
+    module = layer().requires_grad_(False)
+    x = torch.randn(70, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda x: x):
+        module(x)
+    assert all(tensor.shape == module.weight.shape for tensor in kept)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w, b: (x.t().contiguous().t(), w, b),
+        lambda x, w, b: (x[::2], w, b),
+        lambda x, w, b: (x, w.t().contiguous().t(), b),
+        lambda x, w, b: (x, w[::2], b[::2]),
+        lambda x, w, b: (x, w[:, :24], b),
+        lambda x, w, b: (x[:, :12], w[:, :12], b),
+        lambda x, w, b: (x[:1].expand(70, 24), w[:1].expand(40, 24), b[:1].expand(40)),
+    ],
+    ids=["x turned", "x in steps", "weight turned", "weight in steps", "plain", "cut", "expanded"],
+)
+def test_any_strides(change: Callable[..., tuple[Tensor, ...]]) -> None:
+    """The fixture checks that oneDNN gets only weights that it is fast with."""
+    x, weight, bias = change(torch.randn(70, 24), torch.randn(40, 24), torch.randn(40))
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(torch.ops.vlparts.linear(x, weight, bias).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_without_gradients() -> None:
+    module, x = layer(), torch.randn(70, 24)
+    expected = F.linear(x, module.weight, module.bias).detach()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            output = module(x)
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+            assert not output.requires_grad
+
+
+@pytest.mark.usefixtures("kernel")
+def test_second_derivatives() -> None:
+    x, weight = torch.randn(9, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
+
+    def penalty(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(product(x, weight).pow(3).sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), (x, weight))
+
+    torch.testing.assert_close(penalty(torch.ops.vlparts.linear), penalty(F.linear), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_function_transforms_and_tangents() -> None:
+    x, weight, examples = torch.randn(9, 24), torch.randn(40, 24), torch.randn(3, 9, 24)
+
+    def results(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        def loss(weight: Tensor, x: Tensor) -> Tensor:
+            return product(x, weight).square().sum()
+
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone(), torch.ones_like(x))
+            tangent = forward_ad.unpack_dual(product(dual, weight)).tangent
+        return (
+            tangent,
+            torch.func.grad(loss)(weight, x),
+            torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, examples),
+            torch.func.jvp(lambda x: product(x, weight), (x,), (x,))[1],
+        )
+
+    torch.testing.assert_close(results(torch.ops.vlparts.linear), results(F.linear), atol=1e-3, rtol=1e-4)
+
+
+def test_counted_operations_are_pytorchs(onednn: list[tuple[int, ...]]) -> None:
+    module, x = layer(), torch.randn(70, 24)
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    assert counter.get_total_flops() == 2 * 70 * 24 * 40
+    assert onednn == []
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types_are_pytorchs(dtype: torch.dtype) -> None:
+    module = layer().to(dtype)
+    x = torch.randn(70, 24, dtype=dtype)
+    assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_autocast() -> None:
+    module, x = layer(), torch.randn(70, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = module(x), F.linear(x, module.weight, module.bias)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    inputs = [x, *module.parameters()]
+    for mine, theirs in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_compiled_and_exported_programs_hold_pytorchs_layer() -> None:
+    module, x = layer(), torch.randn(70, 24)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
+    program = torch.export.export(module, (x,))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    module, x = layer(), torch.randn(70, 24, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    checkpoint(lambda x: module(x).sin(), x, use_reentrant=reentrant).square().sum().backward()
+    expected = torch.autograd.grad(module(x).sin().square().sum(), inputs)
+    torch.testing.assert_close([y.grad for y in inputs], list(expected))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_shapes_that_do_not_fit_are_refused_as_by_pytorch() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer()(torch.randn(70, 23))
+    with pytest.raises(RuntimeError, match=r"expanded size|size of tensor|must match"):
+        torch.ops.vlparts.linear(torch.randn(70, 24), torch.randn(40, 24), torch.randn(39))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer()(torch.randn(70, 24, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("onednn")
+def test_pytorchs_switches_are_respected() -> None:
+    assert linear_cpu.onednn_is_faster(70, 24, 40) == has_onednn
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not linear_cpu.onednn_is_faster(70, 24, 40)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "bf16"
+        assert not linear_cpu.onednn_is_faster(70, 24, 40)
+    finally:
+        settings.fp32_precision = before
+    assert linear_cpu.onednn_is_faster(70, 24, 40) == has_onednn
+
+
+def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
+    assert linear_cpu.onednn_is_faster(1024, 64, 64) == torch.backends.mkldnn.enabled
+    assert not linear_cpu.onednn_is_faster(64, 64, 64)
+    assert not linear_cpu.onednn_is_faster(4096, 4096, 7)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2"), ("", "AVX512")]
+)
+def test_no_change_where_mkl_is_fast(monkeypatch: pytest.MonkeyPatch, maker: str, capability: str) -> None:
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: f"vendor_id : {maker}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not linear_cpu.mkl_is_slow.__wrapped__()
+
+
+def test_the_processor_is_known_or_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD")
+    assert linear_cpu.mkl_is_slow.__wrapped__() == has_onednn
+    assert isinstance(linear_cpu._processor(), str)
+
+
+def test_meta_tensors() -> None:
+    assert layer().to("meta")(torch.zeros(7, 24, device="meta")).shape == (7, 40)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_it_is_a_linear_layer() -> None:
+    module, x = layer(), torch.randn(70, 24)
+    plain = nn.Linear(24, 40)
+    plain.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x), plain(x))
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert repr(module) == repr(plain)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_adapters_take_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(layer(), nn.GELU(), layer(40, 8))
+    base = [parameter.clone() for parameter in model.parameters()]
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    x = torch.randn(70, 24)
+    adapted(x).square().sum().backward()
+    trained = {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 4
+    assert all(gradient is not None and gradient.count_nonzero() > 0 for gradient in trained.values())
+    before = adapted(x)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(x), before, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(next(merged.parameters()), base[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_second_copy_of_the_file_works_beside_the_first() -> None:
+    spec = importlib.util.spec_from_file_location("vlparts.parts.linear_copy", linear.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.Linear is not Linear
+    assert "vlparts.parts.linear_copy" not in sys.modules
+    x, mine, theirs = torch.randn(70, 24), layer(), module.Linear(24, 40)
+    theirs.load_state_dict(mine.state_dict())
+    assert torch.equal(mine(x), theirs(x))
+
+
+def test_the_kernels_stand_at_their_keys() -> None:
+    for key in ("CPU", "AutogradCPU", "AutocastCPU", "CompositeImplicitAutograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("vlparts::linear", key), key

@@ -1,0 +1,185 @@
+"""The torch operations of packed attention: compile, export, copies of the file, other devices."""
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parts.attention_oracle import SEGMENTS, assert_like_oracle, boundaries, inputs
+from vlparts.parts.ops_attention import packed_attention, packed_attention_cuda, varlen_applies
+
+
+def layer(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int | None, causal: bool = False
+) -> Tensor:
+    output = packed_attention(
+        query * 2,
+        key,
+        value,
+        cu_q,
+        cu_k,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        scale=0.3,
+        causal=causal,
+    )
+    return output.sin()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("longest", [8, None])
+def test_compiled_whole_forward_and_backward(longest: int | None, causal: bool) -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for name in ("self", "cross", "empty", "no keys"):
+        segments = SEGMENTS[name]
+        tensors = inputs(segments, key_heads=2)
+        cu_q, cu_k = map(boundaries, segments)
+        results = [run(*tensors, cu_q, cu_k, longest, causal) for run in (layer, compiled)]
+        torch.testing.assert_close(results[1], results[0])
+        gradients = [torch.autograd.grad(result.square().sum(), tensors) for result in results]
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_other_contents_of_the_boundaries_do_not_recompile() -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    first, second = boundaries([5, 3, 8]), boundaries([1, 11, 4])
+    tensors = inputs(([16], [16]))
+    compiled(*tensors, first, first, 11)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        output = compiled(*tensors, second, second, 11)
+    torch.testing.assert_close(output, layer(*tensors, second, second, 11))
+
+
+def test_export_keeps_one_node() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+            return packed_attention(query, key, value, cu_seqlens, max_seqlen_q=5)
+
+    tensors = [x.detach() for x in inputs(([5, 3], [5, 3]))]
+    program = torch.export.export(Layer(), (*tensors, boundaries([5, 3])))
+    other = boundaries([1, 7])
+    torch.testing.assert_close(program.module()(*tensors, other), packed_attention(*tensors, other))
+
+
+def test_the_opaque_operation_is_sound() -> None:
+    cu_q, cu_k = map(boundaries, SEGMENTS["cross"])
+    arguments = (*inputs(SEGMENTS["cross"]), cu_q, cu_k, 5, 4, None, False)
+    torch.library.opcheck(torch.ops.vlparts.packed_attention_opaque.default, arguments)
+
+
+def second_copy() -> ModuleType:
+    """The source file of the operations under another module name, as remote code brings it."""
+    path = Path(sys.modules["vlparts.parts.ops_attention"].__file__ or "")
+    spec = importlib.util.spec_from_file_location("vlparts.parts.attention_copy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_second_copy_of_the_file_works_beside_the_first() -> None:
+    copy = second_copy()
+    assert copy.packed_attention is not packed_attention
+    tensors = inputs(SEGMENTS["self"])
+    cu_seqlens = boundaries(SEGMENTS["self"][0])
+    assert torch.equal(copy.packed_attention(*tensors, cu_seqlens), packed_attention(*tensors, cu_seqlens))
+    del copy
+    assert packed_attention(*tensors, cu_seqlens).isfinite().all()
+
+
+def test_another_package_takes_over_a_device_by_registration_alone() -> None:
+    """A tensor subclass without kernels of its own stands for the device. It runs in another process,
+    because registrations last for ever.
+    """
+    program = """
+        import torch
+        from vlparts.parts.ops_attention import packed_attention
+
+        calls = []
+
+        def kernel(key):
+            def attend(query, *arguments):
+                calls.append((key, len(arguments), *arguments[4:]))
+                return query
+
+            return attend
+
+        class Device(torch.Tensor):
+            @staticmethod
+            def __new__(cls, data):
+                return torch.Tensor._make_wrapper_subclass(
+                    cls, data.shape, dtype=data.dtype, device="privateuseone"
+                )
+
+            @classmethod
+            def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+                raise AssertionError(f"{function} reached the device")
+
+        library = torch.library.Library("vlparts", "IMPL")
+        for key in ("PrivateUse1", "AutogradPrivateUse1"):
+            library.impl("packed_attention", kernel(key), key)
+
+        cu_seqlens = Device(torch.tensor([0, 2, 5], dtype=torch.int32))
+        query, key, value = (Device(torch.randn(5, 2, 8)) for _ in range(3))
+        options = dict(max_seqlen_q=3, max_seqlen_k=4, scale=0.5, causal=True)
+        assert packed_attention(query, key, value, cu_seqlens, **options) is query
+        with torch.inference_mode(), torch._C._DisableTorchDispatch():
+            assert packed_attention(query, key, value, cu_seqlens, **options) is query
+        settings = (8, 3, 4, 0.5, True)
+        assert calls == [("AutogradPrivateUse1", *settings), ("PrivateUse1", *settings)], calls
+
+        plain = torch.randn(5, 2, 8)
+        packed_attention(plain, plain, plain, torch.tensor([0, 2, 5], dtype=torch.int32))
+        assert len(calls) == 2, calls
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_stand_at_their_keys() -> None:
+    for key in ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "CompositeImplicitAutograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("vlparts::packed_attention", key), key
+
+
+def test_flash_attention_is_asked_only_for_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    assert varlen_applies(q, q, q)
+    assert not varlen_applies(q.float(), q.float(), q.float())
+    assert not varlen_applies(q, q, q[..., :4])
+    assert not varlen_applies(q[..., :4], q[..., :4], q[..., :4])
+    assert not varlen_applies(q[:0], q, q)
+    assert not varlen_applies(q, q[:0], q[:0])
+    wide = torch.zeros(4, 2, 264, dtype=torch.bfloat16)
+    assert not varlen_applies(wide, wide, wide)
+    assert not varlen_applies(q, q, q.transpose(1, 2).contiguous().transpose(1, 2))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert not varlen_applies(q, q, q)
+
+
+def test_the_cuda_kernel_calls_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors: the call is accepted, and the result has the right shape."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    query, key, value = (
+        torch.empty(n, h, 64, dtype=torch.float16, device="meta") for n, h in ((6, 4), (9, 2), (9, 2))
+    )
+    cu_q, cu_k = boundaries([1, 5]).to("meta"), boundaries([4, 5]).to("meta")
+    output = packed_attention_cuda(query, key, value, cu_q, cu_k, 5, 5, 0.5, True)
+    assert output.shape == query.shape
+    assert output.dtype == torch.float16
+
+
+def test_the_cuda_kernel_turns_to_the_reference_for_the_rest() -> None:
+    segments = SEGMENTS["cross"]
+    tensors = inputs(segments)
+    output = packed_attention_cuda(*tensors, *map(boundaries, segments), 5, 4)
+    assert_like_oracle(output, tensors, segments, False, 1e-10)

@@ -1,0 +1,43 @@
+"""Prefix tokens: inserted in front of every segment, also of empty ones, and found again."""
+
+import pytest
+import torch
+
+from vlparts.parts.packed_layers import PrefixTokens, get_prefix_places, insert_unrotated
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 0, 3, 0], [0], [5]])
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_to_joining_lists(lengths: list[int], count: int) -> None:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    patches = torch.randn(sum(lengths), 4, dtype=torch.float64)
+    prefix = PrefixTokens(count, 4).double()
+    torch.nn.init.normal_(prefix.tokens)
+    places = get_prefix_places(cu_seqlens, len(patches), count)
+    longer = prefix(patches, places)
+    expected = [piece for part in patches.split(lengths) for piece in (prefix.tokens, part)]
+    assert torch.equal(longer, torch.cat(expected))
+    assert places.cu_seqlens.diff().tolist() == [length + count for length in lengths]
+    assert torch.equal(longer[places.patches], patches)
+    assert torch.equal(longer[places.prefix], prefix.tokens.expand(len(lengths), -1, -1))
+
+
+def test_gradients_reach_patches_and_tokens() -> None:
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    patches = torch.randn(5, 4, requires_grad=True)
+    prefix = PrefixTokens(2, 4)
+    weights = torch.randn(9, 4)
+    places = get_prefix_places(cu_seqlens, 5, 2)
+    (prefix(patches, places) * weights).sum().backward()
+    assert torch.equal(patches.grad, weights[places.patches])
+    torch.testing.assert_close(prefix.tokens.grad, weights[places.prefix].sum(0))
+
+
+def test_prefix_tokens_are_not_rotated() -> None:
+    places = get_prefix_places(torch.tensor([0, 1, 3], dtype=torch.int32), 3, 2)
+    angles = torch.rand(3, 8)
+    cos, sin = insert_unrotated((angles.cos(), angles.sin()), places)
+    assert torch.equal(cos[places.patches], angles.cos())
+    assert torch.equal(sin[places.patches], angles.sin())
+    assert (cos[places.prefix] == 1).all()
+    assert (sin[places.prefix] == 0).all()
