@@ -247,28 +247,76 @@ def attention(path: Path) -> None:
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
+GREY, BLUE, ORANGE, GREEN = "#dddddd", "#9ecae1", "#fdd0a2", "#a1d99b"
+
+
+def _flow(ax: Axes, y: float, boxes: list[tuple[float, str, str]], labels: list[str]) -> None:
+    """Draw boxes `(x, text, colour)` in a row, and an arrow with a label from each to the next."""
+    edges = []
+    for x, text, colour in boxes:
+        shape = {"boxstyle": "round,pad=0.6", "fc": colour}
+        box = ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=shape)
+        ax.figure.draw_without_rendering()
+        edges.append(ax.transData.inverted().transform(box.get_bbox_patch().get_window_extent())[:, 0])
+    for (_, start), (end, _), label in zip(edges[:-1], edges[1:], labels, strict=True):
+        ax.annotate("", (end, y), (start, y), arrowprops={"arrowstyle": "->", "shrinkA": 3, "shrinkB": 3})
+        place = ((start + end) / 2, y)
+        ax.annotate(label, place, (0, 5), textcoords="offset points", ha="center", fontsize=7, color="#444444")
+
+
+def _flow_axes(height: float, rows: float) -> tuple[Figure, Axes]:
+    """Empty axes on which the left edge is 0, the right edge 10 and the top edge `rows`."""
+    figure = Figure(figsize=(8, height))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 10), ylim=(0, rows))
+    ax.axis("off")
+    return figure, ax
+
+
 def vlm(path: Path) -> None:
     """Draw the way from images and text to an answer."""
-    figure = Figure(figsize=(12, 2.6))
-    ax = figure.subplots()
+    figure, ax = _flow_axes(1.5, 1.5)
     stages = [
-        ("images\nof any size", "#dddddd"),
-        ("vision tower\nNaViT, Siglip2, CLIP, ...", "#9ecae1"),
-        ("projector\nlinear, mlp2_gelu, ...", "#fdd0a2"),
-        ("text model\nQwen3, Llama, ...", "#a1d99b"),
-        ("answer", "#dddddd"),
+        (0.65, "images\nof any size", GREY),
+        (3.0, "vision tower\nNaViT, Siglip2, CLIP, ...", BLUE),
+        (5.6, "projector\nlinear, mlp2_gelu, ...", ORANGE),
+        (7.9, "text model\nQwen3, Llama, ...", GREEN),
+        (9.5, "answer", GREY),
     ]
-    for place, (text, colour) in enumerate(stages):
-        ax.text(place, 1, text, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round,pad=0.7", "fc": colour})
-    labels = ["patches of all images\nin one sequence", "(L, D)", "a token for each\nplaceholder", "token ids"]
-    for place, label in enumerate(labels):
-        ax.annotate("", (place + 0.62, 1), (place + 0.44, 1), arrowprops={"arrowstyle": "->"})
-        ax.text(place + 0.5, 0.68, label, ha="center", va="top", fontsize=7, color="#444444")
-    ax.text(3, 0.25, "text with <image> placeholders", ha="center", va="center", fontsize=9)
-    ax.annotate("", (3, 0.82), (3, 0.34), arrowprops={"arrowstyle": "->"})
-    ax.set(xlim=(-0.6, 4.5), ylim=(0.1, 1.4))
-    ax.axis("off")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    _flow(ax, 1.0, stages, ["patches,\npacked", "features\n(L, D)", "one per\nplaceholder", ""])
+    ax.text(7.9, 0.2, "text with <image> placeholders", ha="center", va="center", fontsize=8)
+    ax.annotate("", (7.9, 0.72), (7.9, 0.32), arrowprops={"arrowstyle": "->"})
+    figure.savefig(path, dpi=120)
+
+
+def published(path: Path) -> None:
+    """Draw which published models are read, by which function and as what."""
+    figure, ax = _flow_axes(1.8, 3)
+    rows = [
+        ("openPangu-VL", "model_from_openpangu_vl", "window encoder + mergers + text model", BLUE),
+        ("Pangu Pro MoE", "model_from_pangu_pro_moe", "decoder with grouped experts", GREEN),
+        ("ViT, Siglip2, NaFlexVit", "from_vit", "NaViT for images of any size", BLUE),
+    ]
+    for y, (source, function, result, colour) in zip((2.5, 1.5, 0.5), rows, strict=True):
+        _flow(ax, y, [(1.5, source, GREY), (7.7, result, colour)], [function])
+    figure.savefig(path, dpi=120)
+
+
+def serving(path: Path) -> None:
+    """Draw how a model is saved with its code and loaded by transformers alone."""
+    figure, ax = _flow_axes(1.6, 1.6)
+    files = (
+        "my-vlm/\n  model.safetensors\n  config.json, tokenizer.json, ...\n  modeling_vlm.py, ops_attention.py, ..."
+    )
+    boxes = [
+        (0.9, "model and\nprocessor", BLUE),
+        (3.95, files, GREY),
+        (8.45, "transformers alone:\ngenerate, pipeline", GREEN),
+    ]
+    _flow(ax, 1.05, boxes, ["save_pretrained", "from_pretrained(...,\ntrust_remote_code=True)"])
+    ax.text(8.45, 0.2, "with vlparts: fast kernels", ha="center", va="center", fontsize=8)
+    ax.annotate("", (8.45, 0.75), (8.45, 0.32), arrowprops={"arrowstyle": "->"})
+    figure.savefig(path, dpi=120)
 
 
 def router_load(path: Path) -> None:
@@ -331,8 +379,10 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "navit": navit,
     "packing_plan": packing_plan,
     "positions": positions,
+    "published": published,
     "router_load": router_load,
     "sampling": sampling,
+    "serving": serving,
     "vlm": vlm,
     "windowfree": windowfree,
 }
