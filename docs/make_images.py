@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "images"
 
 
 def coordinates(path: Path) -> None:
-    """Draw regions on a photograph beside the texts that they became and were read from."""
+    """Draw regions on a photograph beside their text in six formats."""
     photo = load_sample_image("china.jpg")
     size = (photo.shape[1], photo.shape[0])
     pavilion, tree = Region.box(64, 30, 352, 427, "pavilion"), Region.box(546, 135, 640, 427, "tree")
@@ -60,7 +60,7 @@ def coordinates(path: Path) -> None:
 
 
 def _draw_frame(ax: Axes, photo: np.ndarray, frame: Frame, box: Region, title: str) -> None:
-    """Draw what a model is given, with a box and its numbers."""
+    """Draw the image that a model sees, with a box and its coordinates."""
     canvas = np.full((frame.size[1], frame.size[0], 3), 190, dtype=np.uint8)
     (left, top), (right, bottom) = frame.to_frame([(0, 0), frame.image_size]).round().astype(int).tolist()
     part = Image.fromarray(photo).resize((right - left, bottom - top))
@@ -77,7 +77,7 @@ def _draw_frame(ax: Axes, photo: np.ndarray, frame: Frame, box: Region, title: s
 
 
 def coordinate_frames(path: Path) -> None:
-    """Draw one box in the frames that models see, with the numbers that it has there."""
+    """Draw one box in the frames that models see, with its coordinates."""
     photo = load_sample_image("china.jpg")
     size = (photo.shape[1], photo.shape[0])
     box = Region.box(64, 30, 352, 427, "pavilion")
@@ -93,7 +93,7 @@ def coordinate_frames(path: Path) -> None:
 
 
 def coordinate_show(path: Path) -> None:
-    """Draw what the command `coordinates show` draws for an answer."""
+    """Draw the output of the command `coordinates show` for one answer."""
     photo = load_sample_image("china.jpg")
     answer = (
         "The <ref>pavilion</ref><box>(100,70),(550,999)</box> stands left of a "
@@ -128,7 +128,7 @@ def navit(path: Path) -> None:
 
 
 def positions(path: Path) -> None:
-    """Draw how similar the position of one patch is to those of all others, in a wide image."""
+    """Draw the similarity of the position vector of one patch to all others, in a wide image."""
     torch.manual_seed(0)
     rows, columns, patch = 10, 24, (3, 7)
     position_ids = get_position_ids(torch.tensor([[1, rows, columns]]))
@@ -150,24 +150,24 @@ def positions(path: Path) -> None:
 
 
 def sampling(path: Path) -> None:
-    """Draw the eight ways to sample resolutions, and the drop rates of the policies."""
-    chance = np.random.default_rng(0)
+    """Draw the eight resolution distributions, and the drop rates of the policies."""
+    rng = np.random.default_rng(0)
     figure = Figure(figsize=(11, 5.8), layout="constrained")
     axes = figure.subplots(3, 4)
     distributions = [("uniform", 0.0), *(("truncated_normal", mean) for mean in (-0.5, 0.0, 0.5))]
     for row, quantity, colour in zip(axes, ("side", "area"), ("#4292c6", "#9ecae1"), strict=False):
         for ax, (distribution, mean) in zip(row, distributions, strict=True):
             sampler = ResolutionSampler(64, 384, quantity, distribution, mean)
-            ax.hist([sampler.sample(chance) for _ in range(8000)], 32, range=(64, 384), color=colour, density=True)
+            ax.hist([sampler.sample(rng) for _ in range(8000)], 32, range=(64, 384), color=colour, density=True)
             name = "uniform" if distribution == "uniform" else f"normal, mean {mean:g}"
             ax.set(title=f"{quantity}, {name}", xlabel="resolution in pixels", xticks=[64, 224, 384], ylim=(0, 0.007))
     for ax, mean in zip(axes[2], (0.25, 0.5), strict=False):
-        rates = [BetaDrop(mean, 0.7).rate(196, 0, chance) for _ in range(8000)]
+        rates = [BetaDrop(mean, 0.7).rate(196, 0, rng) for _ in range(8000)]
         ax.hist(rates, 40, range=(0, 1), color="#fd8d3c", density=True)
         ax.set(title=f"BetaDrop({mean}, 0.7)", xlabel="drop rate", xlim=(0, 1))
-    lengths = chance.integers(16, 577, 500)
+    lengths = rng.integers(16, 577, 500)
     by_length = ResolutionDrop(0.25, 0.75, 16, 576)
-    axes[2, 2].scatter(lengths, [by_length.rate(int(n), 0, chance) for n in lengths], 2, color="#d94801")
+    axes[2, 2].scatter(lengths, [by_length.rate(int(n), 0, rng) for n in lengths], 2, color="#d94801")
     axes[2, 2].set(title="ResolutionDrop(0.25, 0.75, 16, 576)", xlabel="patches", ylim=(0, 1))
     seen = np.linspace(0, 1, 100)
     for timescale, style in ((-0.1, "-"), (0.1, ":")):
@@ -188,7 +188,7 @@ def sampling(path: Path) -> None:
 
 
 def image_packing(path: Path) -> None:
-    """Draw the images of a pack at their drawn sizes without the dropped patches, above the sequence they become."""
+    """Draw the images of a pack at their sampled sizes without dropped patches, above the packed sequence."""
     china, flower = load_sample_image("china.jpg"), load_sample_image("flower.jpg")
     images = [china, flower, china[150:427, :320], flower[60:400, 150:500]]
     sampler = PackedImageSampler(
@@ -232,7 +232,7 @@ def image_packing(path: Path) -> None:
 
 
 def attention(path: Path) -> None:
-    """Draw whom a query sees in a packed row of three samples, full and causal."""
+    """Draw the attention weights of three packed segments, full and causal."""
     cu_seqlens = torch.tensor([0, 5, 7, 14], dtype=torch.int32)
     figure = Figure(figsize=(8, 4.2))
     for ax, causal in zip(figure.subplots(1, 2), (False, True), strict=True):
@@ -274,7 +274,7 @@ def _flow_axes(height: float, rows: float) -> tuple[Figure, Axes]:
 
 
 def vlm(path: Path) -> None:
-    """Draw the way from images and text to an answer."""
+    """Draw the data flow of a composed model."""
     figure, ax = _flow_axes(1.5, 1.5)
     stages = [
         (0.65, "images\nof any size", GREY),
@@ -290,7 +290,7 @@ def vlm(path: Path) -> None:
 
 
 def published(path: Path) -> None:
-    """Draw which published models are read, by which function and as what."""
+    """Draw which function reads which published model, and the resulting part."""
     figure, ax = _flow_axes(1.8, 3)
     rows = [
         ("openPangu-VL", "model_from_openpangu_vl", "window encoder + mergers + text model", BLUE),
@@ -320,7 +320,7 @@ def serving(path: Path) -> None:
 
 
 def router_load(path: Path) -> None:
-    """Draw the load of a free and of a grouped choice with the same scores, which prefer the last experts."""
+    """Draw the expert load of free and of grouped routing with the same scores, which prefer the last experts."""
     torch.manual_seed(0)
     logits = torch.randn(512, 64) + torch.linspace(-1, 1, 64)
     loads = []
@@ -333,7 +333,7 @@ def router_load(path: Path) -> None:
 
 
 def windowfree(path: Path) -> None:
-    """Draw what one patch depends on after a layer with windows, and after one without."""
+    """Draw the gradient of one patch after a layer with windows, and after one without."""
     rows, columns, place = 24, 40, (9, 17)
     grid = torch.tensor([[1, rows, columns]])
     order = get_position_ids(grid, 2)
@@ -360,7 +360,7 @@ def windowfree(path: Path) -> None:
 
 
 def loss_weights(path: Path) -> None:
-    """Draw what answers of very different lengths weigh under each preset."""
+    """Draw the weights of answers of very different lengths under each preset."""
     prompts, answers = (24, 40, 18, 30, 22, 36), (3, 60, 9, 400, 24, 150)
     lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     labels = torch.cat(
