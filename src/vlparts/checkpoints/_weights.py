@@ -72,8 +72,8 @@ def load_weights(
         stored: The folder's tensors.
         dtype: Floating-point dtype of the weights; None keeps that of each tensor in the files.
         ignored: Prefixes of the names of tensors that may be in the folder and are not read.
-        map_files: Whether a tensor that is a published one as a whole, in the dtype of the file, may stay mapped from
-            the file. False copies all, so that memory holds the model and the tensor that is being read.
+        map_files: Use published tensors without a copy where they are complete tensors of the model in the requested
+            dtype; they stay mapped from the files. False copies all: memory holds the model and the tensor being read.
 
     Returns:
         The model in evaluation mode.

@@ -166,7 +166,7 @@ def text_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def all_tensors(config: dict[str, Any] = TINY, split: bool = False) -> dict[str, Tensor]:
-    """Weights for a whole model."""
+    """Weights of a composed model."""
     return draw({**encoder_shapes(config, split), **merger_shapes(config), **text_shapes(config)})
 
 

@@ -39,9 +39,9 @@ PATCH_WIDTH = 48
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four files."""
-    return write_folder(tmp_path_factory.mktemp("published") / "whole", all_tensors())
+    return write_folder(tmp_path_factory.mktemp("published") / "in", all_tensors())
 
 
 @pytest.mark.parametrize("split_in", [False, True], ids=["fused", "split"])
@@ -78,8 +78,8 @@ def test_dtype_of_each_tensor_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_configuration_is_written_as_it_was_published(tmp_path: Path, whole: Path) -> None:
-    to_openpangu_vl(model_from_openpangu_vl(whole), tmp_path / "out")
+def test_configuration_is_written_as_it_was_published(tmp_path: Path, checkpoint: Path) -> None:
+    to_openpangu_vl(model_from_openpangu_vl(checkpoint), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert written["vision_config"].pop("mm_unit_vision_select_layer") == [-1, -3]
     assert written == {name: value for name, value in TINY.items() if name not in ("auto_map", "transformers_version")}
@@ -127,9 +127,9 @@ def test_composed_model_has_weights_token_ids_and_generation_options(tmp_path: P
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-def test_buffers_are_computed(whole: Path) -> None:
+def test_buffers_are_computed(checkpoint: Path) -> None:
     """Rotary frequencies and axes equal those of a model that was not built on the meta device."""
-    model = model_from_openpangu_vl(whole, dtype=torch.float32)
+    model = model_from_openpangu_vl(checkpoint, dtype=torch.float32)
     fresh = VisionLanguageForConditionalGeneration(model.config)
     buffers, expected = dict(model.named_buffers()), dict(fresh.named_buffers())
     assert buffers.keys() == expected.keys() != set()
@@ -142,8 +142,8 @@ def test_buffers_are_computed(whole: Path) -> None:
         torch.testing.assert_close(model(tokens).logits, fresh.eval()(tokens).logits)
 
 
-def test_encoder_alone(tmp_path: Path, whole: Path) -> None:
-    encoder = encoder_from_openpangu_vl(whole)
+def test_encoder_alone(tmp_path: Path, checkpoint: Path) -> None:
+    encoder = encoder_from_openpangu_vl(checkpoint)
     assert type(encoder) is WindowFreeViTModel
     assert encoder.config.attention_pattern == {"window_size": 16, "full_attention_layers": [1, 4]}
     assert encoder.config.feature_layers == [-1, -3]
@@ -156,13 +156,13 @@ def test_encoder_alone(tmp_path: Path, whole: Path) -> None:
     assert_same_bytes(again.state_dict(), encoder.state_dict())
 
 
-def test_round_trip_through_save_pretrained(tmp_path: Path, whole: Path) -> None:
+def test_round_trip_through_save_pretrained(tmp_path: Path, checkpoint: Path) -> None:
     """save_pretrained keeps everything that openPangu-VL's files need."""
-    model_from_openpangu_vl(whole).save_pretrained(tmp_path / "ours")
+    model_from_openpangu_vl(checkpoint).save_pretrained(tmp_path / "ours")
     model = VisionLanguageForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype="auto")
     to_openpangu_vl(model, tmp_path / "out")
     assert_same_bytes(read_folder(tmp_path / "out"), all_tensors())
-    to_openpangu_vl(model_from_openpangu_vl(whole), tmp_path / "direct")
+    to_openpangu_vl(model_from_openpangu_vl(checkpoint), tmp_path / "direct")
     written, direct = (
         json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8")) for name in ("out", "direct")
     )
@@ -210,8 +210,8 @@ def test_visual_stack_computes_what_is_published(tmp_path: Path, hidden_act: str
     assert_same_bytes(read_folder(tmp_path / "out"), tensors)
 
 
-def test_loaded_model_trains_and_generates(whole: Path) -> None:
-    model = model_from_openpangu_vl(whole, dtype=torch.float32)
+def test_loaded_model_trains_and_generates(checkpoint: Path) -> None:
+    model = model_from_openpangu_vl(checkpoint, dtype=torch.float32)
     start, end = model.config.vision_start_token_id, model.config.vision_end_token_id
     frame = [start, *[model.config.video_token_id] * 2, end]
     image = [start, *[model.config.image_token_id] * 6, end]
@@ -236,9 +236,9 @@ def test_loaded_model_trains_and_generates(whole: Path) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_encoder_computes_the_features_of_the_composed_model(whole: Path) -> None:
-    encoder = encoder_from_openpangu_vl(whole, dtype=torch.float64)
-    model = model_from_openpangu_vl(whole, dtype=torch.float64)
+def test_encoder_computes_the_features_of_the_composed_model(checkpoint: Path) -> None:
+    encoder = encoder_from_openpangu_vl(checkpoint, dtype=torch.float64)
+    model = model_from_openpangu_vl(checkpoint, dtype=torch.float64)
     pixels, grid_thw = packed_images([(6, 10), (2, 4)], PATCH_WIDTH, dtype=torch.float64)
     with torch.no_grad():
         maps = encoder(pixels, grid_thw).feature_maps

@@ -83,7 +83,7 @@ def all_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def all_tensors(config: dict[str, Any] = TINY) -> dict[str, Tensor]:
-    """bfloat16 weights for a whole model, with values whose bits a dtype conversion would change."""
+    """bfloat16 weights of a model, with values whose bits a dtype conversion would change."""
     tensors = draw(all_shapes(config))
     bits = tensors["model.layers.0.mlp.experts.5.up_proj.weight"].view(torch.int16)
     bits[3, :3] = torch.tensor([0x7FA1, -0x8000, 1], dtype=torch.int16)  # a NaN with a payload, -0, the smallest
