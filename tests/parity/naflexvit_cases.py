@@ -134,10 +134,10 @@ def padded(patches: Tensor, grids: Tensor, is_channels_last: bool) -> dict[str, 
     rows = channels_last(patches) if is_channels_last else patches
     lengths = grids.prod(-1).tolist()
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    positions = [torch.cartesian_prod(torch.arange(height), torch.arange(width)) for _, height, width in grids.tolist()]
+    coordinates = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for _, h, w in grids.tolist()]
     return {
         "patches": pad(rows.split(lengths)),
-        "patch_coord": pad([position.reshape(-1, 2) for position in positions]),
+        "patch_coord": pad([pairs.reshape(-1, 2) for pairs in coordinates]),
         "patch_valid": pad([torch.ones(length, dtype=torch.bool) for length in lengths]),
     }
 
