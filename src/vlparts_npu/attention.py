@@ -92,12 +92,13 @@ def add_host_lengths(
     cu_seqlens_k_cpu: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
     """Return all arguments of the operation, with host lengths copied from the device where they are None."""
+    same_segments = cu_seqlens_k is cu_seqlens_q
+    if cu_seqlens_q_cpu is None:
+        cu_seqlens_q_cpu = cu_seqlens_k_cpu if same_segments else None
     if cu_seqlens_q_cpu is None:
         cu_seqlens_q_cpu = cu_seqlens_q.tolist()
-        if cu_seqlens_k is cu_seqlens_q and cu_seqlens_k_cpu is None:
-            cu_seqlens_k_cpu = cu_seqlens_q_cpu
     if cu_seqlens_k_cpu is None:
-        cu_seqlens_k_cpu = cu_seqlens_k.tolist()
+        cu_seqlens_k_cpu = cu_seqlens_q_cpu if same_segments else cu_seqlens_k.tolist()
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return query, key, value, *lengths, scale, causal, cu_seqlens_q_cpu, cu_seqlens_k_cpu
 
