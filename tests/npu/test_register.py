@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,28 @@ def test_the_modules_import_without_torch_npu() -> None:
     code += "\n".join(f"import vlparts_npu.{name}" for name in KERNEL_MODULES)
     code += "\nassert 'torch_npu' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("call", ["import vlparts_npu; vlparts_npu.register()", "import vlparts, transformers"])
+def test_the_backend_is_active_in_a_fresh_process(call: str, tmp_path: Path) -> None:
+    """By a direct call, during which vlparts loads all backends, or by the entry point alone."""
+    (tmp_path / "torch_npu.py").touch()
+    code = f"{call}\nimport torch\nfrom vlparts.backends import backend_status\n"
+    code += "assert backend_status()['npu'].active, backend_status()\n"
+    code += "from vlparts_npu.self_check import DISPATCH_KEYS, KERNELS\n"
+    code += "has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+    code += "names = [name for name in KERNELS if name.startswith('vlparts::')]\n"
+    code += "assert len(names) == 6, names\n"
+    code += "assert all(has_kernel(name, key) for name in names for key in DISPATCH_KEYS)\n"
+    path = os.pathsep.join((str(tmp_path), str(FOLDER.parent)))
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_all_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
