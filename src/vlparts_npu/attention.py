@@ -203,10 +203,10 @@ def _case(
         (ends_k[-1], heads[1], channels[0]),
         (ends_k[-1], heads[1], channels[1]),
     )
-    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_(requires_grad) for shape in shapes]
-    cu_seqlens = [torch.tensor([0, *ends], dtype=torch.int32) for ends in (ends_q, ends_k)]
-    longest = [int(one.diff().max()) for one in cu_seqlens]
-    return add_host_lengths(*tensors, *cu_seqlens, *longest, None, causal)
+    query, key, value = (torch.randn(x, generator=generator).to(dtype).requires_grad_(requires_grad) for x in shapes)
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, *ends], dtype=torch.int32) for ends in (ends_q, ends_k))
+    max_seqlen_q, max_seqlen_k = (int(one.diff().max()) for one in (cu_seqlens_q, cu_seqlens_k))
+    return add_host_lengths(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal)
 
 
 def _inputs() -> list[tuple[Any, ...]]:

@@ -80,8 +80,9 @@ def find_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | 
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours is None and theirs is None:
             continue
-        missing = ours is None or theirs is None
-        error = "a gradient is missing" if missing else _tensor_difference(ours, theirs, tolerance)
+        if ours is None or theirs is None:
+            return f"tensor {index}: a gradient is missing"
+        error = _tensor_difference(ours, theirs, tolerance)
         if error:
             return f"tensor {index}: {error}"
     return ""
