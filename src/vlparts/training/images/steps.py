@@ -81,10 +81,10 @@ class StepPlanner:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that must be equal for a state to be valid."""
-        own = "num_images world_size max_items open_bins shuffle carry_over hidden_size window"
-        planner = "patch_size merge_size capacity oversize seed"
-        names = [(self, own), (self.planner, planner)]
-        return {name: getattr(holder, name) for holder, listed in names for name in listed.split()}
+        own = ("num_images", "world_size", "max_items", "open_bins", "shuffle", "carry_over", "hidden_size", "window")
+        of_planner = ("patch_size", "merge_size", "capacity", "oversize", "seed")
+        settings = {name: getattr(self, name) for name in own}
+        return settings | {name: getattr(self.planner, name) for name in of_planner}
 
     def windows(self, state: PlanState) -> Iterator[tuple[list[list[Pack]], PlanState]]:
         """Plan the rest of an epoch, window by window.
