@@ -274,7 +274,7 @@ def test_the_demo_takes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_demo_without_steps_is_refused(tmp_path: Path) -> None:
     result = run("demo", "--out", tmp_path, "--steps", "0")
     assert result.exit_code == 2
-    assert re.search("steps`? must be an integer of at least 1, got 0", result.stderr)
+    assert re.search("`steps` must be an integer of at least 1, got 0", result.stderr)
 
 
 def test_a_demo_of_an_unknown_text_model_is_refused(tmp_path: Path) -> None:

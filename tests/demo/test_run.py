@@ -55,7 +55,7 @@ def test_more_digits_than_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps`? must be an integer of at least 1, got 0"),
+        ({"steps": 0}, "`steps` must be an integer of at least 1, got 0"),
         ({"minutes": 0.1}, r"`minutes` must be more than 0\.833333, got 0\.1"),
         ({"text": "none"}, "`text` must be one of qwen3:tiny, .*'none'"),
     ],

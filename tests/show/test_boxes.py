@@ -179,7 +179,7 @@ def test_a_grid_of_one_has_no_empty_cells() -> None:
     ("items", "columns", "message"),
     [
         ([], 4, "`items` must have at least one entry, got none"),
-        ([dict(image=IMAGE)], 0, "columns`? must be an integer of at least 1, got 0"),
+        ([dict(image=IMAGE)], 0, "`columns` must be an integer of at least 1, got 0"),
         ([dict(image=IMAGE), dict(predicted=[])], 4, r"`items\[1\]` must have 'image'"),
         ([dict(image=IMAGE, boxes=[])], 4, r"`items\[0\]` must have 'image' .* got \['boxes', 'image'\]"),
     ],

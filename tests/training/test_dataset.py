@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny import picture
 from tests.training.making import example, processor_for, write_records
-from vlparts.losses.weights import IGNORE_INDEX
+from vlparts.parts.utils import IGNORE_INDEX
 from vlparts.training.dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError, RecordFile, read_records

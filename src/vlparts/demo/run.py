@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from ..parts.packed_bins import positive_integer
+from ..parts.utils import positive_integer
 from ..training.config import TrainConfig
 from ..training.presets import preset_names
 from ..training.train import train

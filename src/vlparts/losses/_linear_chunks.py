@@ -20,9 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..parts.ops_linear import define_linear
-
-define_linear()
+from ..parts import ops_linear  # noqa: F401 (defines the operation)
 
 # Classes of a piece, and fewer for so many tokens that it would take more bytes than that.
 CLASSES_AT_A_TIME = 2048

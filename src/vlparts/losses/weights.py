@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..parts.utils import IGNORE_INDEX
+
 __all__ = ["find_samples"]
 
 
@@ -76,7 +78,6 @@ def _from_lengths(cu_seqlens: Tensor, total: int, device: torch.device) -> tuple
     return torch.arange(count, device=device).repeat_interleave(lengths, output_size=total), count
 
 
-IGNORE_INDEX = -100
 DEFAULT_MIX = 0.5
 
 PRESETS: dict[str, tuple[float, float]] = {

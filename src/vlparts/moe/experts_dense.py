@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
+from ..parts import ops_linear  # noqa: F401 (defines the operation)
 from ..parts.moe_expert_weights import ExpertWeights, check_routing, get_expert_weights
-from ..parts.ops_linear import define_linear
 
 MERGED_EXPERTS_NAME = "vlparts_merged"
 
 # Largest number of activations before the gate that are held at a time.
 ACTIVATIONS_AT_A_TIME = 2**26
-
-define_linear()
 
 
 def merged_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

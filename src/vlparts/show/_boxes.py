@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coordinates.regions import Region
-from ..parts.packed_bins import positive_integer
+from ..parts.utils import positive_integer
 from ._figure import BLUE, import_matplotlib, new_figure, save_figure
 
 if TYPE_CHECKING:

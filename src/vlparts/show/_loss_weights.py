@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..losses.weights import IGNORE_INDEX, PRESETS, TokenWeights, weigh_tokens
+from ..losses.weights import PRESETS, TokenWeights, weigh_tokens
+from ..parts.utils import IGNORE_INDEX
 from ._figure import (
     BLUE,
     HATCHED,

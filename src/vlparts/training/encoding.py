@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import get_format
-from ..losses.weights import IGNORE_INDEX
 from ..parts.image_transforms import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
+from ..parts.utils import IGNORE_INDEX
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
 
 

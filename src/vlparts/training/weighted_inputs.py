@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.weights import IGNORE_INDEX, next_token_labels
+from ..losses.weights import next_token_labels
+from ..parts.utils import IGNORE_INDEX
 
 WEIGHT_INPUTS = ("sample_weights", "token_weights", "sample_ids")
 """Batch inputs that are not passed to the model."""

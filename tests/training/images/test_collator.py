@@ -167,7 +167,7 @@ def test_a_pack_beyond_the_limits_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["capacity", "max_items", "merge_size"])
 def test_limits_of_the_collator_must_be_positive(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}`? must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
         PackedImageCollator(**{"capacity": 5, "max_items": 5, name: 0})
 
 

@@ -201,5 +201,5 @@ def test_items_that_are_refused(item: Any, keys: tuple[Any, ...], message: str) 
 def test_arguments_that_are_refused() -> None:
     with pytest.raises(ValueError, match="`on_size_mismatch` must be 'raise' or 'resize', got 'crop'"):
         PackedImageDataset([], PROCESSOR, on_size_mismatch="crop")
-    with pytest.raises(ValueError, match="num_channels`? must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_channels` must be an integer of at least 1, got 0"):
         ImageCutter(PROCESSOR, num_channels=0)

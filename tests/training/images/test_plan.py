@@ -141,7 +141,7 @@ def test_errors_of_policies_name_the_image() -> None:
     drop = ResolutionDrop(0.2, 0.8, 10, 20)
     with pytest.raises(ValueError, match=r"Image 5 of 8 x 12 pixels: `length` must be in 10\.\.20 patches, got 6"):
         planner(token_drop=drop).plan(5, 12, 8)
-    with pytest.raises(ValueError, match=r"Image 5 of 8 x 12 pixels: `?resolution\.grid\(\)\[0\]`? must be "):
+    with pytest.raises(ValueError, match=r"Image 5 of 8 x 12 pixels: `resolution\.grid\(\)\[0\]` must be "):
         planner(resolution=Square(0)).plan(5, 12, 8)
     with pytest.raises(ValueError, match="Image 5 of 0 x 12 pixels: "):
         planner().plan(5, 12, 0)
@@ -167,7 +167,7 @@ def test_grids_of_an_image_processor(merge_size: int) -> None:
 @pytest.mark.parametrize("name", ["patch_size", "capacity", "merge_size"])
 @pytest.mark.parametrize("value", [0, -2, 1.5])
 def test_limits_must_be_positive_integers(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name}`? must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
         ImagePlanner(**{"patch_size": 4, "capacity": 10, name: value})
 
 

@@ -257,13 +257,13 @@ def test_rank_and_world_size_are_those_of_torch_distributed(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["patch_size", "capacity", "max_items", "merge_size", "hidden_size", "window"])
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_limits_must_be_positive_integers(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name}`? must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
         PackedImageSampler([(16, 16)], **{"patch_size": 16, "capacity": 10, name: value})
 
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_open_bins_must_be_positive(value: int) -> None:
-    with pytest.raises(ValueError, match="open_bins`? must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="`open_bins` must be an integer of at least 1"):
         sampler(open_bins=value)
 
 
@@ -280,7 +280,7 @@ def test_a_rank_must_exist(rank: int, world_size: int | None) -> None:
         ([(16, 0)], {}, r"`sizes\[0\]` must have .* got \(16, 0\)"),
         ([(16, 16), (160, 176)], {}, "Image 1 keeps 110 patches, which exceeds `capacity`=100"),
         (lambda index: (16, 16), {}, "`num_images` is required if `sizes` is a function"),
-        (lambda index: (16, 16), {"num_images": 0}, "num_images`? must be an integer of at least 1"),
+        (lambda index: (16, 16), {"num_images": 0}, "`num_images` must be an integer of at least 1"),
         ([(16, 16)], {"num_images": 2}, "`num_images` must be the length of `sizes`, 1, got 2"),
     ],
 )

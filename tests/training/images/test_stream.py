@@ -189,7 +189,7 @@ def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="`divide` must be None, 'stream' or 'items', got 'both'"):
         stream(divide="both")
     for name in ("capacity", "max_items", "open_bins"):
-        with pytest.raises(ValueError, match=f"{name}`? must be an integer of at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
             stream(**{"resolution": None, name: 0})
     with pytest.raises(ValueError, match="Image 1 keeps 100 patches, which exceeds `capacity`=99"):
         list(

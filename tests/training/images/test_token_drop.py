@@ -177,8 +177,8 @@ INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: ResolutionDrop(1.5, 0.9, 16, 576), "`min_rate` must be a rate"),
     (lambda: ResolutionDrop(0.1, 1.5, 16, 576), "`max_rate` must be a rate"),
     (lambda: ResolutionDrop(0.9, 0.1, 16, 576), "`min_rate` must not exceed `max_rate`, got 0.9 and 0.1"),
-    (lambda: ResolutionDrop(0.1, 0.9, 0, 576), "min_length`? must be an integer of at least 1, got 0"),
-    (lambda: ResolutionDrop(0.1, 0.9, 16, 57.6), "max_length`? must be an integer"),  # type: ignore[arg-type]
+    (lambda: ResolutionDrop(0.1, 0.9, 0, 576), "`min_length` must be an integer of at least 1, got 0"),
+    (lambda: ResolutionDrop(0.1, 0.9, 16, 57.6), "`max_length` must be an integer"),  # type: ignore[arg-type]
     (lambda: ResolutionDrop(0.1, 0.9, 16, 16), "`min_length` must be less than `max_length`, got 16 and 16"),
     (lambda: ResolutionDrop(0.1, 0.9, 16, 576, std=-1), "`std` must be finite and at least 0, got -1"),
     (lambda: ResolutionDrop(0.1, 0.9, 16, 576, std=float("inf")), "`std` must be finite"),
@@ -194,11 +194,11 @@ INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScheduledDrop(0.2, 0.8, 10, 1, maximum=0.7), "`max_rate` must not exceed `maximum`"),
     (lambda: ScheduledDrop(0.2, 0.8, 10, 1, maximum=1.0), "`maximum` must be a rate"),
     (lambda: ScheduledDrop(0.2, 0.8, 10, 1).mean_rate(-1), "`images_seen` must be at least 0, got -1"),
-    (lambda: kept_count(0, 0.5), "length`? must be an integer of at least 1, got 0"),
+    (lambda: kept_count(0, 0.5), "`length` must be an integer of at least 1, got 0"),
     (lambda: kept_count(9, 1.0), "`rate` must be a rate"),
     (lambda: draw_kept(4, 5, np.random.default_rng(0)), "`count` must be at most `length`, got count=5, length=4"),
-    (lambda: draw_kept(4, 0, np.random.default_rng(0)), "count`? must be an integer of at least 1, got 0"),
-    (lambda: draw_kept(4.0, 2, np.random.default_rng(0)), "length`? must be an integer"),  # type: ignore[arg-type]
+    (lambda: draw_kept(4, 0, np.random.default_rng(0)), "`count` must be an integer of at least 1, got 0"),
+    (lambda: draw_kept(4.0, 2, np.random.default_rng(0)), "`length` must be an integer"),  # type: ignore[arg-type]
 ]
 
 

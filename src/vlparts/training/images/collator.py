@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...losses.weights import IGNORE_INDEX
-from ...parts.packed_bins import positive_integer
 from ...parts.packed_index import get_patch_layout
+from ...parts.utils import IGNORE_INDEX, positive_integer
 from .packing import PatchedImage
 
 

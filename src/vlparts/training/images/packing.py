@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import ChannelDimension, SizeDict
 
-from ...losses.weights import IGNORE_INDEX
 from ...parts.image_processing_navit import NaViTImageProcessor
-from ...parts.packed_bins import positive_integer
+from ...parts.utils import IGNORE_INDEX, positive_integer
 from .plan import ImagePlan
 from .token_drop import draw_kept
 

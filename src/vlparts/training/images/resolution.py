@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...parts.image_transforms import check_image_size, fit_to_grid, to_rgb
-from ...parts.packed_bins import positive_integer
+from ...parts.utils import positive_integer
 from .token_drop import truncated_normal
 
 # `fit_to_grid` takes integers; fractions of a pixel preserve the aspect ratio of thin images.
