@@ -14,9 +14,9 @@ from tests.coordinates.grammars.tagged_examples import FORMATS as EXAMPLES
 import vlparts.coordinates  # noqa: F401  registers the published formats
 from vlparts.coordinates.arrays import decode_array, dequantize, encode_array, quantize
 from vlparts.coordinates.codec import CoordinateError, decode, encode
-from vlparts.coordinates.converting import convert
+from vlparts.coordinates.conversion import convert
+from vlparts.coordinates.formats.openpangu import padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
-from vlparts.coordinates.grammars.openpangu import padded_format
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import KINDS, Region
 from vlparts.coordinates.streaming import StreamDecoder
@@ -58,7 +58,7 @@ def known(fmt: CoordinateFormat, size: tuple[int, int]) -> bool:
     try:
         fmt.frame(size)
     except ValueError:
-        with pytest.raises(CoordinateError, match=r"has no frame for image_size"):
+        with pytest.raises(CoordinateError, match=r"has no frame for image size"):
             encode([sample(fmt, fmt.kinds[0])], size, fmt, on_outside="clamp")
         return False
     return True
@@ -158,15 +158,15 @@ def test_order_is_kept_and_codes_are_fixed_points(fmt: CoordinateFormat, side: i
 @rules
 @given(bad=st.sampled_from([np.nan, np.inf, -np.inf, -0.5, True]), side=st.integers(1, 100_000))
 @few
-def test_what_is_no_place_is_refused(fmt: CoordinateFormat, bad: Any, side: int) -> None:
-    with pytest.raises(ValueError, match="values must"):
+def test_what_is_no_place_raises(fmt: CoordinateFormat, bad: Any, side: int) -> None:
+    with pytest.raises(ValueError, match="^`values` must be (real numbers|in )"):
         quantize([bad], side, fmt)
 
 
 @every_format
 @given(data=st.data(), label=labels)
 @few
-def test_a_label_comes_back_or_is_refused(fmt: CoordinateFormat, data: Any, label: str | None) -> None:
+def test_a_label_comes_back_or_raises(fmt: CoordinateFormat, data: Any, label: str | None) -> None:
     regions = [dataclasses.replace(one, label=label) for one in data.draw(region_lists(fmt, (640, 480)))]
     try:
         text = encode(regions, (640, 480), fmt)
@@ -321,7 +321,7 @@ def test_clamp_and_skip_need_no_more_room(fmt: CoordinateFormat, data: Any, shif
 @every_format
 @given(data=st.data())
 @few
-def test_inputs_are_left_alone(fmt: CoordinateFormat, data: Any) -> None:
+def test_inputs_are_not_modified(fmt: CoordinateFormat, data: Any) -> None:
     """P9."""
     size = (640, 480)
     regions = data.draw(region_lists(fmt, size, 1))

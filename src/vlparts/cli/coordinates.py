@@ -66,9 +66,7 @@ def convert(
     image_root: Root = None,
     on_error: Annotated[
         str,
-        typer.Option(
-            help="What to do with a line that cannot be converted: raise, skip, or collect (keep it with `convert_error`)."
-        ),
+        typer.Option(help="If a line cannot be converted: raise, skip it, or collect (keep it with `convert_error`)."),
     ] = "raise",
 ) -> None:
     """Convert the coordinates in texts to another format; the rest of a line does not change."""
@@ -201,7 +199,7 @@ def check(
 def _picture(
     row: dict[str, Any], sizes: SizeFields, fmt: CoordinateFormat, texts: str, regions: str
 ) -> dict[str, Any]:
-    """Return the arguments of `show.box_grid` for a line: its first image, the regions of its text, and its regions."""
+    """Return the item of `show.box_grid` for a line: its first image, predicted and true regions."""
     paths, size = sizes.paths(row), sizes.size(row)
     has_truth = regions in row or (texts not in row and "messages" in row)
     if texts not in row and not has_truth:

@@ -13,8 +13,8 @@ from .validation import check_choice
 
 __all__ = ["StreamDecoder"]
 
-_SHORT = 4096  # a text of up to this many characters is scanned again with every chunk
-_GROWTH = 8  # a longer text is scanned again after it has grown by 1 / _GROWTH, so that the total work is linear
+SHORT_TEXT = 4096  # a text of up to this many characters is scanned again with every chunk
+GROWTH = 8  # a longer text is scanned again after it has grown by 1 / GROWTH, so that the total work is linear
 
 
 class StreamDecoder:
@@ -76,7 +76,7 @@ class StreamDecoder:
             raise CoordinateError("The stream is closed; create another StreamDecoder for another text.")
         self._chunks.append(chunk)
         self._pending += len(chunk)
-        if len(self._text) > _SHORT and self._pending * _GROWTH < len(self._text):
+        if len(self._text) > SHORT_TEXT and self._pending * GROWTH < len(self._text):
             return []
         return self._scan(False)
 
@@ -103,7 +103,7 @@ class StreamDecoder:
         _, regions, new_errors = resolve(self._text, new, new_errors, self._sizes, self._format, self._clamp)
         self._errors += [DecodeError(item.position + self._offset, item.reason) for item in new_errors]
         self._returned = [count, max(len(final_errors), self._returned[1])]
-        if self._local and count and len(self._text) > _SHORT:
+        if self._local and count and len(self._text) > SHORT_TEXT:
             self._drop_text(found, final_errors, count)
         return list(regions)
 

@@ -109,6 +109,8 @@ def read_coco(path: str | Path, shape: str = "auto") -> list[ImageRegions]:
         raise ValueError(f"`path` must be a COCO JSON file, got {source}, which does not exist.")
     try:
         document = parse_object(source.read_bytes())
+        if not isinstance(document["images"], list):
+            raise ValueError(f"`images` must be a list, got {document['images']!r}.")
         images = {image["id"]: image for image in document["images"]}
         if len(images) < len(document["images"]):
             raise ValueError("Two images have the same id.")
@@ -145,14 +147,17 @@ def _regions(entry: Mapping[str, Any], category: Mapping[str, Any], shape: str) 
         shape = "keypoints" if any(entry.get("keypoints", ())[2::3]) else "polygon" if outline else "box"
     label, score, identity = category["name"] or None, entry.get("score"), entry.get("identity")
     if shape == "box":
-        (x, y, width, height), *_ = _pairs(entry["bbox"], 4, "bbox")
+        bbox = entry["bbox"]
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
+            raise ValueError(f"`bbox` must be a list of 4 numbers, got {bbox!r}.")
+        x, y, width, height = bbox
         if width < 0 or height < 0:
-            raise ValueError(f"`bbox` must have a width and height of at least 0, got {entry['bbox']}.")
+            raise ValueError(f"`bbox` must have a width and height of at least 0, got {bbox}.")
         corners = (x, y, x + width, y + height)
         exact = entry.get("xyxy")
         if isinstance(exact, list) and len(exact) == 4:
             x1, y1, x2, y2 = exact
-            corners = (x1, y1, x2, y2) if entry["bbox"] == [x1, y1, x2 - x1, y2 - y1] else corners
+            corners = (x1, y1, x2, y2) if bbox == [x1, y1, x2 - x1, y2 - y1] else corners
         return [Region.box(*corners, label, score, identity=identity)]
     if shape == "polygon":
         polygons = entry["segmentation"]
@@ -166,6 +171,8 @@ def _regions(entry: Mapping[str, Any], category: Mapping[str, Any], shape: str) 
         return [Region(kind, points, label, score, identity=identity) for points in flat]  # type: ignore[arg-type]
     points = _pairs(entry["keypoints"], 3, "keypoints")
     names = category.get("keypoints") or [label] * len(points)
+    if len(names) != len(points):
+        raise ValueError(f"`keypoints` must have {len(names)} points, as many as its category, got {len(points)}.")
     identity = entry.get("id") if identity is None and len(points) > 1 else identity
     return [
         Region.point(x, y, name or None, score, identity=identity)
