@@ -91,8 +91,8 @@ class Report:
         rows = [
             ("answers", str(self.answers)),
             ("regions read / true", f"{self.regions_read} / {self.regions_true}"),
-            ("in the format, nothing else", _percent(self.adherence)),
-            ("without a broken region", f"{_percent(self.readable)} ({self.errors} broken)"),
+            ("format adherence", _percent(self.adherence)),
+            ("without malformed regions", f"{_percent(self.readable)} ({self.errors} malformed)"),
             ("answers with one true region", str(self.single)),
             ("  accuracy at IoU 0.5", _percent(self.accuracy)),
             ("  mean IoU", _number(self.mean_iou)),
@@ -183,8 +183,8 @@ def report(
     read = [result.regions for result in results]
     errors = [len(result.errors) for result in results]
     adheres = [
-        not broken and (bool(regions) or not truth) and _adheres(text, regions, size, fmt)
-        for text, regions, truth, size, broken in zip(answers, read, truths, image_sizes, errors, strict=True)
+        not malformed and (bool(regions) or not truth) and _adheres(text, regions, size, fmt)
+        for text, regions, truth, size, malformed in zip(answers, read, truths, image_sizes, errors, strict=True)
     ]
     first = [
         (regions[0] if regions else None, truth[0])
