@@ -224,7 +224,7 @@ def test_a_region_outside_its_image(folder: Path) -> None:
 
 
 def test_unknown_choices_are_errors_before_any_record(folder: Path) -> None:
-    with pytest.raises(ValueError, match="on_outside must be one of 'raise', 'clamp', 'skip', got 'cut'"):
+    with pytest.raises(ValueError, match="`on_outside` must be one of 'raise', 'clamp', 'skip', got 'cut'"):
         SampleEncoder(PROCESSOR, folder, on_outside="cut")
     with pytest.raises(ValueError, match="no_such_format"):
         SampleEncoder(PROCESSOR, folder, coordinate_format="no_such_format")
