@@ -2,8 +2,8 @@
 
 `python tests/properties/fuzz_coordinates.py [--inputs N] [--seed N]` decodes N texts (a million by default) in all
 formats in turn. The texts are random concatenations of pieces of valid answers, marks, numbers and Unicode characters,
-cut, repeated and changed at random positions. The script prints the counts, and stops at the first other exception, at a
-span or position outside the text, or if "raise" and "collect" disagree.
+cut, repeated and changed at random positions. The script prints the counts, and stops at the first other exception, at
+a span or position outside the text, or if "raise" and "collect" disagree.
 """
 
 import argparse

@@ -137,7 +137,7 @@ def test_a_report_is_data_and_readable() -> None:
     assert fields["accuracy"] == 1.0
     lines = str(got).splitlines()
     assert len(lines) == 13
-    assert lines[2].split("  ")[-1] == "100.0%"
+    assert lines[2].split()[-1] == "100.0%"
     assert lines[-1].endswith("100.0% / 100.0% / 100.0%")
 
 
