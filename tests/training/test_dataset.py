@@ -51,8 +51,7 @@ def test_skipped_records_are_kept_with_their_reasons(records: RecordFile) -> Non
     assert len(found) == 6
     first, second = records.skipped
     assert "train.jsonl, line 3: Image" in first
-    assert "train.jsonl, line 6: " in second
-    assert "regions[0]" in second
+    assert "train.jsonl, line 6: `regions[0]`" in second
 
 
 def test_no_usable_record_is_an_error_with_the_first_reason(tmp_path: Path) -> None:

@@ -24,26 +24,29 @@ def asked(content: Any, **fields: Any) -> dict[str, Any]:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "not JSON": ('{"image": ', "not valid JSON"),
-    "a list": ([GOOD], "expected a JSON object, got list"),
-    "a number": (3, "expected a JSON object, got int"),
-    "null": (None, "expected a JSON object, got NoneType"),
+    "not JSON": ('{"image": ', "Not valid JSON"),
+    "a list": ([GOOD], "Expected a JSON object, got list"),
+    "a number": (3, "Expected a JSON object, got int"),
+    "null": (None, "Expected a JSON object, got NoneType"),
     "unknown key": ({**GOOD, "picture": "a.png"}, "picture: Extra inputs are not permitted"),
-    "key given twice": ('{"messages": [], "messages": []}', "the key 'messages' stands twice"),
-    "NaN": ('{"image": NaN}', "NaN is no valid number"),
-    "Infinity": ('{"image": Infinity}', "Infinity is no valid number"),
-    "minus Infinity": ('{"image": -Infinity}', "-Infinity is no valid number"),
+    "key given twice": ('{"messages": [], "messages": []}', "Key 'messages' occurs twice"),
+    "NaN": ('{"image": NaN}', "NaN is not a valid number"),
+    "Infinity": ('{"image": Infinity}', "Infinity is not a valid number"),
+    "minus Infinity": ('{"image": -Infinity}', "-Infinity is not a valid number"),
     "nested too deeply": ("[" * 100_000, "nested too deeply"),
     "a lone surrogate": (answered("\ud800"), "half of a surrogate pair"),
-    "x2 < x1": (answered({"box": [3, 2, 1, 4]}), "messages.1.content.0: x2 (1) is less than x1 (3)"),
-    "y2 < y1": (answered({"box": [1, 4, 3, 2]}), "messages.1.content.0: y2 (2) is less than y1 (4)"),
+    "x2 < x1": (answered({"box": [3, 2, 1, 4]}), "messages.1.content.0: `x2` (1) is less than `x1` (3)"),
+    "y2 < y1": (answered({"box": [1, 4, 3, 2]}), "messages.1.content.0: `y2` (2) is less than `y1` (4)"),
     "three numbers": (answered({"box": [1, 2, 3]}), "messages.1.content.0.box.3: Field required"),
     "five numbers": (answered({"box": [1, 2, 3, 4, 5]}), "at most 4 items"),
-    "NaN in a box": ('{"messages": [{"role": "assistant", "content": {"box": [NaN, 0, 1, 1]}}]}', "NaN is no valid"),
+    "NaN in a box": (
+        '{"messages": [{"role": "assistant", "content": {"box": [NaN, 0, 1, 1]}}]}',
+        "NaN is not a valid number",
+    ),
     "number beyond floats": (answered({"box": [0, 0, 10**400, 1]}), "messages.1.content.0.box.2: "),
     "exponent beyond floats": (
         json.dumps(answered({"box": [0, 0, 7, 1]})).replace("7", "1e999"),
-        "points[1] x must be finite, got inf",
+        "`points[1][0]` must be finite, got inf",
     ),
     "number with too many digits": (
         json.dumps(answered({"box": [0, 0, 7, 1]})).replace("7", "7" * 5000),
@@ -141,7 +144,7 @@ def test_no_nesting_depth_raises_another_error(tmp_path: Path, depth: int) -> No
 def test_bytes_that_are_not_utf8_are_an_invalid_line(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"image": "\xff\xfe"}\n' + json.dumps(GOOD).encode())
-    with pytest.raises(RecordError, match="line 2: not valid UTF-8"):
+    with pytest.raises(RecordError, match="line 2: Not valid UTF-8"):
         read_records(path)
     found = read_records(path, on_error="skip")
     assert [line.number for line in found.lines] == [1, 3]
@@ -164,7 +167,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, content: str, on_error: str) 
 
 def test_a_file_of_broken_lines_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", "{", "[]")
-    with pytest.raises(RecordError, match=r"got none \(2 skipped\)\. First skipped: .*line 1: not valid JSON"):
+    with pytest.raises(RecordError, match=r"got none \(2 skipped\)\. First skipped: .*line 1: Not valid JSON"):
         read_records(path, on_error="skip")
 
 
