@@ -93,9 +93,9 @@ def test_a_pack_without_padding(rates: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("pad", [True, False])
 def test_bounds_are_the_numbers_of_the_boundaries(pad: bool) -> None:
     limits = (CAPACITY, MAX_ITEMS) if pad else (None, None)
-    assert "segment_bounds" not in PackedImageCollator(*limits, pad=pad)(images_of((0, 0.5)))
-    inputs = PackedImageCollator(*limits, pad=pad, return_bounds=True)(images_of((0, 0.5)))
-    assert inputs["segment_bounds"] == inputs["cu_seqlens"].tolist()
+    assert "cu_seqlens_cpu" not in PackedImageCollator(*limits, pad=pad)(images_of((0, 0.5)))
+    inputs = PackedImageCollator(*limits, pad=pad, return_cu_seqlens_cpu=True)(images_of((0, 0.5)))
+    assert inputs["cu_seqlens_cpu"] == inputs["cu_seqlens"].tolist()
 
 
 def test_a_full_pack_has_an_empty_last_segment() -> None:

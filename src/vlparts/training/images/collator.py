@@ -24,8 +24,8 @@ class PackedImageCollator:
         pad: Pad to `capacity` and `max_items`, which are then required.
         merge_size: Side m of the blocks of patches that a consumer merges.
         return_indices: Add the indices of the images in the dataset.
-        return_bounds: Add `segment_bounds`, which saves a device synchronization on accelerators whose attention needs
-            lengths on the host. Compiled models do not use it.
+        return_cu_seqlens_cpu: Add `cu_seqlens_cpu`, which saves a device synchronization on accelerators whose
+            attention needs lengths on the host. Compiled models do not use it.
 
     Raises:
         ValueError: If a limit is not a positive integer, or is required and missing.
@@ -38,7 +38,7 @@ class PackedImageCollator:
         pad: bool = True,
         merge_size: int = 1,
         return_indices: bool = False,
-        return_bounds: bool = False,
+        return_cu_seqlens_cpu: bool = False,
     ) -> None:
         for name, limit in (("capacity", capacity), ("max_items", max_items)):
             if limit is not None:
@@ -47,7 +47,7 @@ class PackedImageCollator:
                 raise ValueError(f"`{name}` is required for padding; pass pad=False for sequences without padding.")
         self.capacity, self.max_items, self.pad = capacity, max_items, pad
         self.merge_size = positive_integer(merge_size, "merge_size")
-        self.return_indices, self.return_bounds = return_indices, return_bounds
+        self.return_indices, self.return_cu_seqlens_cpu = return_indices, return_cu_seqlens_cpu
 
     def __call__(self, batch: Sequence[PatchedImage] | Sequence[Sequence[PatchedImage]]) -> dict[str, Any]:
         """Collate one pack or several.
@@ -69,7 +69,7 @@ class PackedImageCollator:
             - `labels` `(n,)` int64, or float32 `(n,)` or `(n, num_labels)`; -100 for padding images. Absent if the
               images have no labels.
             - `indices` `(n,)` int64, -1 for padding images; with `return_indices`.
-            - `segment_bounds`, `cu_seqlens` as a list of integers; with `return_bounds`.
+            - `cu_seqlens_cpu`, `cu_seqlens` as a list of integers; with `return_cu_seqlens_cpu`.
 
         Raises:
             ValueError: If there are neither images nor padding, only some images have labels, labels differ in type or
@@ -105,8 +105,8 @@ class PackedImageCollator:
         if self.return_indices:
             indices = torch.tensor([image.index for image in images]).long()
             inputs["indices"] = pad(indices, (0, padding_images), value=-1)
-        if self.return_bounds:
-            inputs["segment_bounds"] = inputs["cu_seqlens"].tolist()
+        if self.return_cu_seqlens_cpu:
+            inputs["cu_seqlens_cpu"] = inputs["cu_seqlens"].tolist()
         return inputs
 
     def _check_pack(self, pack: Sequence[PatchedImage]) -> Sequence[PatchedImage]:
