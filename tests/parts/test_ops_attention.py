@@ -47,7 +47,7 @@ def test_every_type(segments: tuple[list[int], list[int]], causal: bool, dtype: 
 @pytest.mark.parametrize("longest", [3, 64])
 def test_bfloat16_training_agrees_on_both_sides_of_its_bounds(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
     monkeypatch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", longest)
-    monkeypatch.setattr(attention_cpu, "SCORES_AT_A_TIME", 200)
+    monkeypatch.setattr(attention_cpu, "SCORES_PER_CHUNK", 200)
     segments = ([5, 3, 3, 3, 8], [5, 3, 3, 3, 8])
     tensors = inputs(segments, dtype=torch.bfloat16)
     output = packed_attention(*tensors, *map(boundaries, segments))

@@ -13,8 +13,8 @@ from tests.tiny import WINDOWED, order_one, packed_images, windowfree, windowfre
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
 from vlparts.parts import packed_segments as segments
 from vlparts.parts.image_pixels import normalize_raw_pixels
+from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
 from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
-from vlparts.parts.packed_windows import get_windows, permute_cells
 
 GRIDS = [(1, 4, 4), (2, 6, 10), (1, 2, 2), (1, 10, 2)]
 PATTERNS = {"full": {}, "hybrid": {"attention_pattern": WINDOWED}}
@@ -76,7 +76,7 @@ def test_equals_the_native_tower_of_qwen2_5_vl(full_layers: list[int]) -> None:
     pixels = torch.randn(int(grids.prod(-1).sum()), 96)  # two different frames in every patch
     with torch.no_grad():
         hidden = native(pixels, grids).last_hidden_state  # in the order of the windows, before the merger's norm
-        expected = permute_cells(native.merger.ln_q(hidden), get_windows(grids, 2, 2).inverse)
+        expected = permute_blocks(native.merger.ln_q(hidden), get_windows(grids, 2, 2).inverse)
         torch.testing.assert_close(model(pixels, grids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.parts.packed_bins import plan_packing
 from vlparts.parts.packed_index import (
     get_cu_seqlens,
     get_max_seqlen,
     get_position_ids,
     merge_order,
-    plan_packing,
     segment_ids,
     validate_grid,
 )
