@@ -109,7 +109,9 @@ def test_validate_grid_names_an_image_that_does_not_merge() -> None:
     message = r"`image_grid_thw\[1\]` has 2 rows and 3 columns, which spatial_merge_size=2 does not divide\."
     with pytest.raises(ValueError, match=message):
         validate_grid(grid([[1, 2, 2], [1, 2, 3]]), 10, 2)
-    with pytest.raises(ValueError, match="`image_grid_thw` must have rows and columns that spatial_merge_size=2 divides"):
+    with pytest.raises(
+        ValueError, match="`image_grid_thw` must have rows and columns that spatial_merge_size=2 divides"
+    ):
         get_position_ids(grid([[1, 2, 2], [1, 2, 3]]), 2)
     with pytest.raises(ValueError, match="`merge_size` must divide `height` and `width`, got 2, 2 and 3"):
         merge_order(2, 3, 2)

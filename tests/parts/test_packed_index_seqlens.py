@@ -133,7 +133,9 @@ def test_host_lengths_change_no_result_of_a_model(name: str) -> None:
 def test_a_model_refuses_another_number_of_boundaries(name: str) -> None:
     model = MODELS[name]()
     inputs, lengths = precomputed(model, "cpu")
-    with pytest.raises(ValueError, match=r"`cu_seqlens_cpu` must hold one integer per boundary of `cu_seqlens` \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"`cu_seqlens_cpu` must hold one integer per boundary of `cu_seqlens` \(4,\)"
+    ):
         model(**inputs, cu_seqlens_cpu=lengths[1:])
 
 

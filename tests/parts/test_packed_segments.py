@@ -11,7 +11,9 @@ from vlparts.parts.packed_segments import Pass, Segments, split_passes
 LIMIT = 100
 
 
-def split(lengths: list[int], with_rotary: bool = False, with_host_lengths: bool = True) -> tuple[Segments, list[Pass]]:
+def split(
+    lengths: list[int], with_rotary: bool = False, with_host_lengths: bool = True
+) -> tuple[Segments, list[Pass]]:
     """Segments of the given lengths, and their passes of at most 100 tokens."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total = sum(lengths)
