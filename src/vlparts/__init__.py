@@ -7,7 +7,7 @@ on first use, so that `import vlparts.coordinates` needs neither torch nor trans
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._import_hook import register_with_transformers
+from ._import_hook import import_frameworks, register_with_transformers
 
 if TYPE_CHECKING:
     from ._public import *
@@ -59,6 +59,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        import_frameworks()
         return getattr(importlib.import_module("vlparts._public"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
