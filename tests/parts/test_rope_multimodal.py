@@ -223,10 +223,10 @@ IMAGES = torch.tensor([[TEXT_ID] * 6, [TEXT_ID, IMAGE_ID, IMAGE_ID, TEXT_ID, IMA
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "Sample 1 has 2 placeholders more than the 0 grids of `image_grid_thw`"),
-        (grid(1, 1, 2), "Sample 1 has 1 placeholders more than the 1 grids of `image_grid_thw`"),
-        (grid(1, 2, 2), r"Sample 1 has 2 consecutive placeholders for a frame of `image_grid_thw\[0\]`, expected 4"),
-        (grid(1, 1, 2, 1, 1, 2), r"Sample 1 has 1 consecutive placeholders .* `image_grid_thw\[1\]`, expected 2"),
+        ({}, "Sample 1 has 2 placeholders more than `image_grid_thw` describes with 0 grids"),
+        (grid(1, 1, 2), "Sample 1 has 1 placeholders more than `image_grid_thw` describes with 1 grids"),
+        (grid(1, 2, 2), r"Sample 1 has 2 placeholders in a row where a frame of `image_grid_thw\[0\]` takes 4"),
+        (grid(1, 1, 2, 1, 1, 2), r"Sample 1 has 1 placeholders in a row where .* `image_grid_thw\[1\]` takes 2"),
         (grid(1, 1, 2, 2, 1, 1), r"Sample 1 ends with 1 frames of `image_grid_thw\[1\]` without placeholders"),
         (grid(3, 1, 1, 1, 1, 1), "`image_grid_thw` holds 2 grids, but the 2 samples have placeholders for 1 of them"),
         (

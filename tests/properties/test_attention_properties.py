@@ -14,7 +14,7 @@ from vlparts.kernels.cpu import attention_blocks
 from vlparts.kernels.cpu import linear as linear_cpu
 from vlparts.parts.ops_attention import packed_attention
 from vlparts.parts.ops_attention_reference import block_mask, packed_attention_reference
-from vlparts.parts.packed_bins import plan_packing
+from vlparts.training.bins import plan_packing
 
 lengths = st.integers(0, 6) | st.sampled_from([1, 13, 64, 129])
 segments = st.lists(st.tuples(lengths, lengths), max_size=7)

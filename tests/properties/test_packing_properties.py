@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.parts.packed_bins import plan_packing
 from vlparts.parts.packed_index import (
     get_cu_seqlens,
     get_max_seqlen,
@@ -15,6 +14,7 @@ from vlparts.parts.packed_index import (
     segment_ids,
     validate_grid,
 )
+from vlparts.training.bins import plan_packing
 
 strategies = st.sampled_from(["first_fit", "best_fit_decreasing", "next_fit"])
 limits = st.none() | st.integers(1, 5)

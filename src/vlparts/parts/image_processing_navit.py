@@ -118,7 +118,8 @@ class NaViTImageProcessor(PackedImageProcessor):
         packed, grids = [], []
         for image in images:
             if do_resize:
-                image = self._resize_to(image, self._target_size(*image.shape[-2:], options), resample)
+                height, width = image.shape[-2:]
+                image = self._resize_to(image, self._target_size(height, width, options), resample)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
             if do_normalize:

@@ -215,11 +215,11 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
                 self.process_image(frame, options["do_convert_rgb"], input_data_format=options["input_data_format"])
                 for frame in video
             ]
-            size = frames[0].shape[-2:]
             if options["do_resize"]:
+                height, width = frames[0].shape[-2:]
                 factor = options["patch_size"] * options["merge_size"]
-                size = smart_resize(*size, factor, *limits, options["max_aspect_ratio"])
-            frames = [self._resize_to(frame, size, options["resample"]) for frame in frames]
+                size = smart_resize(height, width, factor, *limits, options["max_aspect_ratio"])
+                frames = [self._resize_to(frame, size, options["resample"]) for frame in frames]
             patches, grid = patchify(np.stack(frames), options["patch_size"], options["merge_size"])
             packed.append(patches)
             grids.append(grid)

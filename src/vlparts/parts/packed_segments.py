@@ -80,7 +80,10 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
     for first, last in pairwise(cuts):
         start, end = bounds[first], bounds[last]
         own = [bound - start for bound in bounds[first : last + 1]]
-        rotary = None if segments.rotary is None else tuple(table[start:end] for table in segments.rotary)
+        rotary = None
+        if segments.rotary is not None:
+            cos, sin = segments.rotary
+            rotary = cos[start:end], sin[start:end]
         longest = max(right - left for left, right in pairwise(own))
         cu_seqlens = segments.cu_seqlens[first : last + 1] - start
         passes.append(Pass(Segments(cu_seqlens, longest, own, rotary), end - start, limit))

@@ -162,8 +162,8 @@ class _Grids:
         if not self.frames_left:
             if self.taken == len(self.sizes):
                 raise ValueError(
-                    f"Sample {sample} has {placeholders} placeholders more than the {len(self.sizes)} grids of "
-                    f"`{self.name}`."
+                    f"Sample {sample} has {placeholders} placeholders more than `{self.name}` describes with "
+                    f"{len(self.sizes)} grids."
                 )
             self.frames_left = self.sizes[self.taken][0]
             self.taken += 1
@@ -171,8 +171,8 @@ class _Grids:
         _, rows, columns = self.sizes[self.taken - 1]
         if rows * columns > placeholders:
             raise ValueError(
-                f"Sample {sample} has {placeholders} consecutive placeholders for a frame of "
-                f"`{self.name}[{self.taken - 1}]`, expected {rows * columns}."
+                f"Sample {sample} has {placeholders} placeholders in a row where a frame of "
+                f"`{self.name}[{self.taken - 1}]` takes {rows * columns}."
             )
         return rows, columns
 

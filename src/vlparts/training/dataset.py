@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from ..parts.packed_bins import plan_packing
+from .bins import plan_packing
 from .encoding import IGNORE, Sample, SampleEncoder, join_images
 from .images.balance import divided
 from .records import Line, RecordError, RecordFile

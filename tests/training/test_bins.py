@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.parts.packed_bins import FirstFitPacker, plan_packing
+from vlparts.training.bins import FirstFitPacker, plan_packing
 
 STRATEGIES = ["first_fit", "best_fit_decreasing", "next_fit"]
 LENGTHS = st.lists(st.integers(1, 20), max_size=60)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from .utils import positive_integer
+from ..parts.utils import positive_integer
 
 __all__ = ["FirstFitPacker", "plan_packing"]
 
