@@ -16,8 +16,9 @@ from vlparts.coordinates import FORMATS, Frame, Region, SmartResize, decode, enc
 from vlparts.parts.moe_options import RoutingOptions
 from vlparts.parts.moe_routing import route
 from vlparts.parts.ops_attention import packed_attention
-from vlparts.parts.packed_index import get_position_ids, plan_packing
+from vlparts.parts.packed_index import get_position_ids
 from vlparts.parts.pos_embed import PositionEmbedding
+from vlparts.training.bins import plan_packing
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import PackedImageDataset
 from vlparts.training.images.resolution import ResolutionSampler

@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
-from vlparts.parts.packed_windows import get_windows, permute_cells
+from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
 
 # Qwen2.5-VL's tower: 32 layers of a ViT-H, four of them without windows.
 VIT_H = {"hidden_size": 1280, "intermediate_size": 3420, "num_attention_heads": 16}
@@ -88,7 +88,7 @@ def copy_weights(source: nn.Module, target: WindowFreeViTModel) -> None:
 
 def in_reading_order(states: Tensor, grid: Tensor) -> Tensor:
     """The native tower's states, which stand window by window, in the order of the patches."""
-    return permute_cells(states, get_windows(grid, WINDOW // 28, 2).inverse)
+    return permute_blocks(states, get_windows(grid, WINDOW // 28, 2).inverse)
 
 
 class Counter(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Pixels as rows of patches: cutting by hand, the fused normalisation, and what is refused."""
+"""Pixels of packed images: cutting into patches, normalization, and bad input."""
 
 import numpy as np
 import pytest
@@ -25,32 +25,31 @@ def two_steps(pixel_values: Tensor, mean: list[float], std: list[float]) -> Tens
     st.integers(1, 3),
     st.integers(1, 3),
     st.integers(1, 3),
+    st.integers(1, 3),
     st.integers(1, 4),
     st.integers(1, 4),
-    st.sampled_from("uf"),
+    st.sampled_from([np.uint8, np.float64]),
 )
 def test_patches_are_cut_block_by_block(
-    rows: int, columns: int, merge: int, patch: int, channels: int, kind: str
+    frames: int, rows: int, columns: int, merge: int, patch: int, channels: int, dtype: type
 ) -> None:
-    height, width = rows * merge * patch, columns * merge * patch
-    dtype = np.uint8 if kind == "u" else np.float64
-    image = np.random.default_rng(0).integers(0, 256, (channels, height, width)).astype(dtype)
-    patches, grid_rows, grid_columns = patchify(image, patch, merge)
+    shape = (frames, channels, rows * merge * patch, columns * merge * patch)
+    video = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    patches, grid = patchify(video, patch, merge)
     expected = []
-    for block_row in range(rows):
-        for block_column in range(columns):
-            for row in range(block_row * merge, (block_row + 1) * merge):
-                for column in range(block_column * merge, (block_column + 1) * merge):
-                    cut = image[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
-                    expected.append(cut.ravel())
-    assert (grid_rows, grid_columns) == (rows * merge, columns * merge)
+    for frame, block_row, block_column in np.ndindex(frames, rows, columns):
+        for row in range(block_row * merge, (block_row + 1) * merge):
+            for column in range(block_column * merge, (block_column + 1) * merge):
+                cut = video[frame, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+                expected.append(cut.ravel())
+    assert grid == (frames, rows * merge, columns * merge)
     assert patches.dtype == dtype
     np.testing.assert_array_equal(patches, np.stack(expected))
 
 
 def test_an_image_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="30 x 28 pixels.*multiples of 28"):
-        patchify(np.zeros((3, 28, 30), dtype=np.uint8), 14, 2)
+        patchify(np.zeros((1, 3, 28, 30), dtype=np.uint8), 14, 2)
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -97,7 +96,7 @@ def test_raw_and_normalised_pixels_pass() -> None:
     ("pixels", "message"),
     [
         (raw_pixels(2, 588).float(), "up to 255 in torch.float32.*raw pixels.*uint8"),
-        (torch.tensor([-16.5]), "up to 16.5.*stay below 16"),
+        (torch.tensor([-16.5]), "up to 16.5.*at most 16"),
         (torch.tensor([0.0, torch.nan]), "up to nan"),
         (torch.tensor([torch.inf]), "up to inf"),
         (raw_pixels(2, 588).int(), "torch.int32; expected raw pixels as uint8"),
@@ -112,12 +111,12 @@ def test_what_is_neither_raw_nor_normalised_is_refused(pixels: Tensor, message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": torch.zeros(2, 12)}, "float32: pixels in floating point are already normalised"),
+        ({"pixel_values": torch.zeros(2, 12)}, "float32: floating-point pixels are normalized already"),
         ({"pixel_values": torch.zeros(2, 12, dtype=torch.int64)}, "int64; expected raw pixels, uint8"),
         ({"pixel_values": raw_pixels(2, 13)}, r"shape \(2, 13\).*C = 3 channels"),
         ({"pixel_values": raw_pixels(2, 0)}, r"shape \(2, 0\)"),
         ({"pixel_values": raw_pixels(2, 12)[0]}, r"shape \(12,\)"),
-        ({"mean": [0.5, 0.5]}, "one value for each channel, got 2 and 3 values"),
+        ({"mean": [0.5, 0.5]}, "one value per channel, got 2 and 3 values"),
         ({"mean": [], "std": []}, "got 0 and 0 values"),
         ({"std": [0.5, 0.0, 0.5]}, r"`std` must be positive, got \(0.5, 0.0, 0.5\)"),
         ({"std": [0.5, -1.0, 0.5]}, "`std` must be positive"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from tests.parts.navit_oracle import oracle
 from tests.tiny import navit, navit_config, packed_images
@@ -97,9 +98,9 @@ def test_a_batch_without_images_is_empty() -> None:
     ("patches", "grids", "message"),
     [
         (torch.zeros(4, 47), [[1, 2, 2]], r"`pixel_values` must have shape \(patches, 48\), got \(4, 47\)"),
-        (torch.zeros(5, 48), [[1, 2, 2]], "4.*5|5.*4"),
-        (torch.zeros(4, 48), [[1, 0, 2]], "image 0|0"),
-        (torch.zeros(4, 48), [[2, 2]], "shape"),
+        (torch.zeros(5, 48), [[1, 2, 2]], "`image_grid_thw` describes 4 patches, but `pixel_values` holds 5"),
+        (torch.zeros(4, 48), [[1, 0, 2]], r"`image_grid_thw\[0\]` must hold positive .*, got \[1, 0, 2\]"),
+        (torch.zeros(4, 48), [[2, 2]], r"`image_grid_thw` must be an integer tensor of shape \(n, 3\), .* \(1, 2\)"),
     ],
 )
 def test_bad_input(patches: torch.Tensor, grids: list, message: str) -> None:
@@ -110,22 +111,31 @@ def test_bad_input(patches: torch.Tensor, grids: list, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 30, "num_attention_heads": 4}, "num_attention_heads"),
-        ({"patch_size": 0}, "patch_size"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers"),
-        ({"position_coordinates": "polar"}, "position_coordinates"),
-        ({"pooling": "median"}, "pooling"),
-        ({"hidden_size": "wide"}, "hidden_size"),
-        ({"position_kind": "sinusoidal", "position_combination": "flat"}, "combination"),
-        ({"rotary_theta": 0.0}, "rotary_theta"),
-        ({"rotary_theta": 10.0, "hidden_size": 36, "num_attention_heads": 6}, "rotary_theta.*6 channels"),
-        ({"max_frames": 0}, "max_frames"),
-        ({"num_register_tokens": -1}, "num_register_tokens"),
+        (
+            {"hidden_size": 30, "num_attention_heads": 4},
+            "`num_attention_heads` must divide `hidden_size`, got 4 and 30",
+        ),
+        ({"patch_size": 0}, "`patch_size` must be at least 1, got 0"),
+        ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0, got 0.1"),
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` must not be negative, got -1"),
+        ({"position_coordinates": "polar"}, "'position_coordinates' expected one of .* got polar"),
+        ({"pooling": "median"}, "'pooling' expected one of .* got median"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        (
+            {"position_kind": "sinusoidal", "position_combination": "flat"},
+            "`position_combination` must be one of .*'flat'",
+        ),
+        ({"rotary_theta": 0.0}, "`rotary_theta` must be positive .*, got 0.0 and 16 channels"),
+        (
+            {"rotary_theta": 10.0, "hidden_size": 36, "num_attention_heads": 6},
+            "`rotary_theta` must .*, got 10.0 and 6 channels",
+        ),
+        ({"max_frames": 0}, "`max_frames` must be at least 1 or None, got 0"),
+        ({"num_register_tokens": -1}, "`num_register_tokens` must not be negative, got -1"),
     ],
 )
 def test_bad_configuration(changes: dict, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         navit_config(**changes)
 
 

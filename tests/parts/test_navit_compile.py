@@ -1,4 +1,4 @@
-"""The encoder as one graph: `torch.compile(fullgraph=True)` and `torch.export` with the host's part precomputed."""
+"""NaViT as one graph: `torch.compile(fullgraph=True)` and `torch.export` with precomputed index tensors."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def inputs(grids: list[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
 
 
 def fixed(grids: list[tuple[int, int]], capacity: int = 48, items: int = 5, seed: int = 0) -> dict[str, Any]:
-    """Some patches dropped, filled up to a fixed size: shapes do not depend on the images."""
+    """Some patches dropped, padded to a fixed size, so that shapes do not depend on the images."""
     patches, grid_thw = packed_images(grids, seed=seed)
     kept = torch.arange(0, len(patches), 2)
     firsts = grid_thw.prod(-1).cumsum(0)[:-1]
@@ -50,7 +50,7 @@ def fixed(grids: list[tuple[int, int]], capacity: int = 48, items: int = 5, seed
 
 
 class Counter:
-    """A compiler that counts the graphs that it is given."""
+    """A compiler that counts its graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -85,6 +85,16 @@ def test_one_graph_serves_packs_of_fixed_size(options: str) -> None:
     assert counter.graphs == 1
 
 
+def test_dense_attention_compiles() -> None:
+    torch.compiler.reset()
+    model, counter = navit(pooling="class_token", rotary_theta=100.0), Counter()
+    model.set_attn_implementation("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for grids in BATCHES:
+        agree(compiled(**inputs(grids)), model(**inputs(grids)))
+    assert counter.graphs <= 2
+
+
 def test_gradients_of_the_compiled_encoder() -> None:
     torch.compiler.reset()
     model = navit().train()
@@ -110,7 +120,7 @@ def test_the_default_compiler_takes_it() -> None:
 
 
 class Bare(torch.nn.Module):
-    """Tensors in, tensors out, which is what export wants; the bound on segments is a constant."""
+    """Wrapper with tensors as arguments and results, for export; the bound on segments is a constant."""
 
     def __init__(self, model: NaViTModel, max_seqlen: int) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ import torch
 
 from tests.parts.navit_oracle import fractional_positions, oracle, rotation, run_layers
 from tests.tiny import navit, packed_images
+from vlparts.parts import packed_segments
 from vlparts.parts.packed_index import get_position_ids
 
 
@@ -110,7 +111,9 @@ def test_class_tokens_of_frames_are_averaged() -> None:
 
 
 def test_more_frames_than_the_table_are_refused() -> None:
-    with pytest.raises(ValueError, match="image_grid_thw.*3 frames.*max_frames.*2"):
+    with pytest.raises(
+        ValueError, match="`image_grid_thw` must not hold videos of more than `max_frames`=2 frames, got .* 3 frames"
+    ):
         navit(max_frames=2)(*packed_images([(3, 2, 2)]))
 
 
@@ -127,14 +130,12 @@ def test_registers_are_no_patches() -> None:
 
 
 def test_large_sequences_are_encoded_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlparts.parts import packed_segments as segments
-
     model = navit(pooling="class_token", rotary_theta=100.0)
     patches, grids = packed_images([(4, 4), (2, 3), (5, 5), (1, 1), (3, 3)])
     patches.requires_grad_()
     whole = model(patches, grids, output_hidden_states=True)
     expected = torch.autograd.grad(whole.pooler_output.pow(2).sum(), patches)[0]
-    monkeypatch.setattr(segments, "CPU_ACTIVATION_BYTES", 20 * 48 * 4)
+    monkeypatch.setattr(packed_segments, "_tokens_per_pass", lambda hidden_states, width: 20)
     outputs = model(patches, grids, output_hidden_states=True)
     assert len(outputs.hidden_states) == len(whole.hidden_states)
     for mine, theirs in zip(outputs.hidden_states, whole.hidden_states, strict=True):
@@ -146,7 +147,7 @@ def test_large_sequences_are_encoded_in_passes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_absolute_positions_refuse_larger_grids_and_fractional_ones_do_not() -> None:
     patches, grids = packed_images([(2, 9)])
-    with pytest.raises(ValueError, match=r"position_ids.*8"):
+    with pytest.raises(ValueError, match="`position_ids` and `grid_sizes` need 9 positions, but the table .* has 8"):
         navit(position_coordinates="absolute")(patches, grids)
     for changes in (
         {"position_coordinates": "fractional"},

@@ -265,12 +265,12 @@ def test_position_biases_are_added() -> None:
 def test_what_neither_has_is_refused() -> None:
     with pytest.raises(ValueError, match="softcap"):
         call(heads(), softcap=30.0)
-    with pytest.raises(ValueError, match=r"vlparts_packed has no attention sinks \(s_aux\)"):
+    with pytest.raises(ValueError, match=r"`s_aux` \(attention sinks\) is not supported by 'vlparts_packed'"):
         call(heads(), s_aux=torch.zeros(4))
 
 
 def test_boundaries_that_do_not_cover_the_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the number of tokens, 10, got"):
+    with pytest.raises(ValueError, match="`cu_seqlens_q` must rise from 0 to the number of tokens, 10, got"):
         call(heads(), [5, 4])
 
 
@@ -350,9 +350,9 @@ def test_dense_dropout_acts_in_training_only() -> None:
 
 def test_dense_boundaries_are_checked() -> None:
     tensors = heads()
-    with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to the number of tokens, 10, got"):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must rise from 0 to the number of tokens, 10, got"):
         dense_attention_forward(Layer(), *tensors, None, cu_seq_lens_q=boundaries([3, 4]))
-    with pytest.raises(ValueError, match="cu_seq_lens_q needs a batch of 1, got a batch of 2"):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` needs a batch of 1, got a batch of 2"):
         dense_attention_forward(
             Layer(), *(x.expand(2, -1, -1, -1) for x in tensors), None, cu_seq_lens_q=boundaries(LENGTHS)
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlparts.parts.packed_layers import PrefixTokens, get_prefix_places, insert_unrotated
+from vlparts.parts.packed_layers import PrefixTokens, get_prefix_layout, insert_unrotated
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 0, 3, 0], [0], [5]])
@@ -13,13 +13,13 @@ def test_equal_to_joining_lists(lengths: list[int], count: int) -> None:
     patches = torch.randn(sum(lengths), 4, dtype=torch.float64)
     prefix = PrefixTokens(count, 4).double()
     torch.nn.init.normal_(prefix.tokens)
-    places = get_prefix_places(cu_seqlens, len(patches), count)
-    longer = prefix(patches, places)
+    layout = get_prefix_layout(cu_seqlens, len(patches), count)
+    longer = prefix(patches, layout)
     expected = [piece for part in patches.split(lengths) for piece in (prefix.tokens, part)]
     assert torch.equal(longer, torch.cat(expected))
-    assert places.cu_seqlens.diff().tolist() == [length + count for length in lengths]
-    assert torch.equal(longer[places.patches], patches)
-    assert torch.equal(longer[places.prefix], prefix.tokens.expand(len(lengths), -1, -1))
+    assert layout.cu_seqlens.diff().tolist() == [length + count for length in lengths]
+    assert torch.equal(longer[layout.patches], patches)
+    assert torch.equal(longer[layout.prefix], prefix.tokens.expand(len(lengths), -1, -1))
 
 
 def test_gradients_reach_patches_and_tokens() -> None:
@@ -27,17 +27,17 @@ def test_gradients_reach_patches_and_tokens() -> None:
     patches = torch.randn(5, 4, requires_grad=True)
     prefix = PrefixTokens(2, 4)
     weights = torch.randn(9, 4)
-    places = get_prefix_places(cu_seqlens, 5, 2)
-    (prefix(patches, places) * weights).sum().backward()
-    assert torch.equal(patches.grad, weights[places.patches])
-    torch.testing.assert_close(prefix.tokens.grad, weights[places.prefix].sum(0))
+    layout = get_prefix_layout(cu_seqlens, 5, 2)
+    (prefix(patches, layout) * weights).sum().backward()
+    assert torch.equal(patches.grad, weights[layout.patches])
+    torch.testing.assert_close(prefix.tokens.grad, weights[layout.prefix].sum(0))
 
 
 def test_prefix_tokens_are_not_rotated() -> None:
-    places = get_prefix_places(torch.tensor([0, 1, 3], dtype=torch.int32), 3, 2)
+    layout = get_prefix_layout(torch.tensor([0, 1, 3], dtype=torch.int32), 3, 2)
     angles = torch.rand(3, 8)
-    cos, sin = insert_unrotated((angles.cos(), angles.sin()), places)
-    assert torch.equal(cos[places.patches], angles.cos())
-    assert torch.equal(sin[places.patches], angles.sin())
-    assert (cos[places.prefix] == 1).all()
-    assert (sin[places.prefix] == 0).all()
+    cos, sin = insert_unrotated((angles.cos(), angles.sin()), layout)
+    assert torch.equal(cos[layout.patches], angles.cos())
+    assert torch.equal(sin[layout.patches], angles.sin())
+    assert (cos[layout.prefix] == 1).all()
+    assert (sin[layout.prefix] == 0).all()

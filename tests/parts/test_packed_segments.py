@@ -1,35 +1,60 @@
-"""A layer's passes: whole segments, in order, none lost."""
+"""Passes of a layer: whole segments, in order, none lost; one pass without a kernel that limits them."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.parts.packed_segments import CPU_ACTIVATION_BYTES, Segments, split_passes
+from vlparts.parts import packed_segments
+from vlparts.parts.packed_segments import Pass, Segments, split_passes
 
-WIDTH = CPU_ACTIVATION_BYTES // (4 * 100)  # 100 tokens of float32 at a time
+LIMIT = 100
 
 
-@given(st.lists(st.integers(0, 260), min_size=1, max_size=12), st.booleans())
-def test_passes_cover_the_sequence(lengths: list[int], rotated: bool) -> None:
+def split(
+    lengths: list[int], with_rotary: bool = False, with_host_lengths: bool = True
+) -> tuple[Segments, list[Pass]]:
+    """Segments of the given lengths, and their passes of at most 100 tokens."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total = sum(lengths)
-    rotary = (torch.rand(total, 4), torch.rand(total, 4)) if rotated else None
-    hidden_states = torch.zeros(total, 2)
-    passes = split_passes(Segments(cu_seqlens, max(lengths), rotary), hidden_states, WIDTH)
-    if total <= 100:
-        assert len(passes) == 1
-    assert all(one.rows == (100 if total > 100 else 0) for one in passes)
-    assert [n for one in passes for n in one.cu_seqlens.diff().tolist()] == lengths
-    assert all(one.cu_seqlens[0] == 0 and one.cu_seqlens.dtype == torch.int32 for one in passes)
-    assert all(one.cu_seqlens[-1] <= 100 or (one.cu_seqlens.diff() > 0).sum() == 1 for one in passes)
-    if len(passes) > 1:
-        assert [one.tokens for one in passes] == [int(one.cu_seqlens[-1]) for one in passes]
-        assert [one.max_seqlen for one in passes] == [int(one.cu_seqlens.diff().max()) for one in passes]
-    if rotated:
-        assert torch.equal(torch.cat([one.rotary[0] for one in passes]), rotary[0])
-        assert torch.equal(torch.cat([one.rotary[1] for one in passes]), rotary[1])
+    rotary = (torch.rand(total, 4), torch.rand(total, 4)) if with_rotary else None
+    cu_seqlens_cpu = cu_seqlens.tolist() if with_host_lengths else None
+    segments = Segments(cu_seqlens, max(lengths), cu_seqlens_cpu, rotary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_segments, "_tokens_per_pass", lambda hidden_states, width: LIMIT)
+        return segments, split_passes(segments, torch.zeros(total, 2), 8)
 
 
-def test_other_devices_take_all_at_once() -> None:
+@given(st.lists(st.integers(0, 260), min_size=1, max_size=12), st.booleans(), st.booleans())
+def test_passes_cover_the_sequence(lengths: list[int], with_rotary: bool, with_host_lengths: bool) -> None:
+    segments, passes = split(lengths, with_rotary, with_host_lengths)
+    if sum(lengths) <= LIMIT:
+        assert passes == [Pass(segments)]
+        return
+    parts = [one.segments for one in passes]
+    assert [length for part in parts for length in part.cu_seqlens.diff().tolist()] == lengths
+    for one, part in zip(passes, parts, strict=True):
+        own = part.cu_seqlens.diff()
+        assert part.cu_seqlens[0] == 0
+        assert part.cu_seqlens.dtype == torch.int32
+        assert part.cu_seqlens_cpu == part.cu_seqlens.tolist()
+        assert part.max_seqlen == own.max()
+        assert one.tokens == own.sum()
+        assert one.mlp_chunk_size == LIMIT
+        assert one.tokens <= LIMIT or (own > 0).sum() == 1
+    if with_rotary:
+        for index in (0, 1):
+            assert torch.equal(torch.cat([part.rotary[index] for part in parts]), segments.rotary[index])
+    else:
+        assert all(part.rotary is None for part in parts)
+
+
+def test_without_a_kernel_all_tokens_are_one_pass() -> None:
     segments = Segments(torch.tensor([0, 500, 1000], dtype=torch.int32), 500)
-    assert split_passes(segments, torch.zeros(1000, 2, device="meta"), WIDTH) == [segments]
+    assert split_passes(segments, torch.zeros(1000, 2, device="meta"), 10**9) == [Pass(segments)]
+
+
+def test_compiled_programs_have_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    segments = Segments(torch.tensor([0, 500, 1000], dtype=torch.int32), 500)
+    assert split_passes(segments, torch.zeros(1000, 2), 10**9) == [Pass(segments)]

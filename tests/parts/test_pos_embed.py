@@ -80,7 +80,9 @@ def test_a_grid_beyond_the_table_is_refused(combination: str) -> None:
     module = PositionEmbedding(8, 5, coordinates="absolute", combination=combination)
     position_ids, grid_sizes = place_patches([(2, 3), (6, 5)])
     reach = 30 if combination == "flat" else 6
-    message = f"reach {reach} places, but the table of absolute positions has {25 if reach == 30 else 5}.*interpolate"
+    message = (
+        f"need {reach} positions, but the table of absolute positions has {25 if reach == 30 else 5}.*interpolate"
+    )
     with pytest.raises(ValueError, match=message):
         module(position_ids, grid_sizes)
     with pytest.raises(ValueError, match=message):  # whichever patches were kept
@@ -89,7 +91,7 @@ def test_a_grid_beyond_the_table_is_refused(combination: str) -> None:
 
 def test_a_position_beyond_the_table_is_refused() -> None:
     module = PositionEmbedding(8, 5, coordinates="absolute")
-    with pytest.raises(ValueError, match="`position_ids` and `grid_sizes` reach 8 places"):
+    with pytest.raises(ValueError, match="`position_ids` and `grid_sizes` need 8 positions"):
         module(torch.tensor([[0, 7]]), torch.tensor([[1, 5]]))
 
 

@@ -1,4 +1,4 @@
-"""Which options of position embeddings go together, and what users read where they do not."""
+"""Options of position embeddings that exclude each other, and their error messages."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ from vlparts.parts.pos_embed_options import check_position_options
         ({"overflow": "clamp"}, "`overflow` must be one of error, interpolate, got 'clamp'"),
         (
             {"kind": "sinusoidal", "combination": "joint"},
-            "`combination` must be one of add, stack, product with kind='sinusoidal', got 'joint'",
+            "`combination` must be one of add, stack, product with `kind`='sinusoidal', got 'joint'",
         ),
-        ({"kind": "sinusoidal", "combination": "flat"}, "`combination` .* with kind='sinusoidal', got 'flat'"),
+        ({"kind": "sinusoidal", "combination": "flat"}, "`combination` .* with `kind`='sinusoidal', got 'flat'"),
         (
             {"kind": "fourier", "combination": "flat", "coordinates": "absolute"},
-            "`combination` must be one of add, stack, product, joint with kind='fourier', got 'flat'",
+            "`combination` must be one of add, stack, product, joint with `kind`='fourier', got 'flat'",
         ),
-        ({"combination": "flat"}, "`coordinates` must be 'absolute' with combination='flat', got 'fractional'"),
+        ({"combination": "flat"}, "`coordinates` must be 'absolute' with `combination`='flat', got 'fractional'"),
         ({"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
         ({"max_grid_size": 0}, "`max_grid_size` must be at least 1, got 0"),
         ({"hidden_size": 9, "combination": "stack"}, "`hidden_size` must be a multiple of 2 .*, got 9"),
@@ -35,7 +35,7 @@ from vlparts.parts.pos_embed_options import check_position_options
         ({"hidden_size": 9, "kind": "fourier", "combination": "joint"}, "`hidden_size` must be a multiple of 2"),
         (
             {"hidden_size": 10, "kind": "fourier", "combination": "stack"},
-            "`hidden_size` must be a multiple of 4 with kind='fourier' and combination='stack', got 10",
+            "`hidden_size` must be a multiple of 4 with `kind`='fourier' and `combination`='stack', got 10",
         ),
     ],
 )
@@ -48,9 +48,9 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     ("options", "message"),
     [
         ({"kind": "none"}, "`position_kind` must"),
-        ({"kind": "fourier", "combination": "flat"}, "`position_combination` must .* with position_kind='fourier'"),
-        ({"combination": "flat"}, "`position_coordinates` must be 'absolute' with position_combination='flat'"),
-        ({"hidden_size": 9, "kind": "fourier"}, "`hidden_size` must .* with position_kind='fourier'"),
+        ({"kind": "fourier", "combination": "flat"}, "`position_combination` must .* with `position_kind`='fourier'"),
+        ({"combination": "flat"}, "`position_coordinates` must be 'absolute' with `position_combination`='flat'"),
+        ({"hidden_size": 9, "kind": "fourier"}, "`hidden_size` must .* with `position_kind`='fourier'"),
     ],
 )
 def test_names_carry_the_prefix(options: dict[str, Any], message: str) -> None:

@@ -45,7 +45,9 @@ def test_sections_that_are_no_counts_are_refused(sections: Any) -> None:
 
 
 def test_the_last_place_needs_a_frequency_of_time() -> None:
-    with pytest.raises(ValueError, match="`mrope_section` must give time a frequency if `force_last`, got .0, 2, 2."):
+    with pytest.raises(
+        ValueError, match="`mrope_section` must give time a frequency with `force_last`, got .0, 2, 2."
+    ):
         interleave_axes([0, 2, 2])
 
 
@@ -61,7 +63,7 @@ def test_axes_of_rope_parameters() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"mrope_section": [1, 2, 2]}, r"must add up to half of `head_dim`, 4, got \[1, 2, 2\] \(sum 5\)"),
+        ({"mrope_section": [1, 2, 2]}, r"must sum to half of `head_dim`, 4, got \[1, 2, 2\] \(sum 5\)"),
         ({"mrope_section": [2, 2]}, "must hold three integers"),
         ({"mrope_section": [2, 1, 1], "mrope_interleaved": 1}, "`mrope_interleaved` must be true or false"),
         ({"mrope_interleaved": True}, "only with `mrope_section`"),
@@ -126,7 +128,7 @@ def test_types_of_angles_and_of_axes() -> None:
     [
         ((2, 5), [0, 1], r"`position_ids` must have shape \(3, samples, tokens\), got \(2, 5\)"),
         ((4, 2, 5), [0, 1], r"`position_ids` must have shape .* got \(4, 2, 5\)"),
-        ((3, 2, 5), [0, 1, 2], r"one axis for each frequency of `inv_freq`, got \(3,\) and \(2,\)"),
+        ((3, 2, 5), [0, 1, 2], r"one axis per frequency of `inv_freq`, got shapes \(3,\) and \(2,\)"),
         ((3, 2, 5), [0, 3], r"`axes` must hold 0, 1 and 2, got \[0, 3\]"),
         ((3, 2, 5), [0, -1], r"`axes` must hold 0, 1 and 2, got \[0, -1\]"),
     ],
@@ -221,8 +223,8 @@ IMAGES = torch.tensor([[TEXT_ID] * 6, [TEXT_ID, IMAGE_ID, IMAGE_ID, TEXT_ID, IMA
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "Sample 1 has 2 placeholders more than `image_grid_thw` describes; it holds 0 grids"),
-        (grid(1, 1, 2), "Sample 1 has 1 placeholders more than `image_grid_thw` describes; it holds 1 grids"),
+        ({}, "Sample 1 has 2 placeholders more than `image_grid_thw` describes with 0 grids"),
+        (grid(1, 1, 2), "Sample 1 has 1 placeholders more than `image_grid_thw` describes with 1 grids"),
         (grid(1, 2, 2), r"Sample 1 has 2 placeholders in a row where a frame of `image_grid_thw\[0\]` takes 4"),
         (grid(1, 1, 2, 1, 1, 2), r"Sample 1 has 1 placeholders in a row where .* `image_grid_thw\[1\]` takes 2"),
         (grid(1, 1, 2, 2, 1, 1), r"Sample 1 ends with 1 frames of `image_grid_thw\[1\]` without placeholders"),
@@ -237,7 +239,7 @@ IMAGES = torch.tensor([[TEXT_ID] * 6, [TEXT_ID, IMAGE_ID, IMAGE_ID, TEXT_ID, IMA
         ({**grid(3, 1, 1), "video_grid_thw": torch.ones(1, 3).long()}, "`video_grid_thw` holds 1 grids"),
         ({"video_token_id": None, "video_grid_thw": torch.ones(1, 3).long()}, "`video_token_id` must be given"),
         ({"video_token_id": IMAGE_ID}, f"`video_token_id` must not be `image_token_id`, got {IMAGE_ID} for both"),
-        ({"spatial_merge_size": 0}, "spatial_merge_size must be an integer of at least 1, got 0"),
+        ({"spatial_merge_size": 0}, "`spatial_merge_size` must be an integer of at least 1, got 0"),
         ({"attention_mask": torch.ones(2, 5)}, r"`attention_mask` must have the shape .* \(2, 6\), got \(2, 5\)"),
         ({"input_ids": IMAGES[0]}, r"`input_ids` must be an integer tensor of shape \(samples, tokens\).*\(6,\)"),
         ({"input_ids": IMAGES.float()}, "`input_ids` must be an integer tensor .* torch.float32"),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -11,10 +12,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from tests.parts.windowfree_oracle import oracle
 from tests.tiny import WINDOWED, order_one, packed_images, windowfree, windowfree_config
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
-from vlparts.parts import packed_segments as segments
+from vlparts.parts import packed_segments
 from vlparts.parts.image_pixels import normalize_raw_pixels
+from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
 from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
-from vlparts.parts.packed_windows import get_windows, permute_cells
 
 GRIDS = [(1, 4, 4), (2, 6, 10), (1, 2, 2), (1, 10, 2)]
 PATTERNS = {"full": {}, "hybrid": {"attention_pattern": WINDOWED}}
@@ -76,7 +77,7 @@ def test_equals_the_native_tower_of_qwen2_5_vl(full_layers: list[int]) -> None:
     pixels = torch.randn(int(grids.prod(-1).sum()), 96)  # two different frames in every patch
     with torch.no_grad():
         hidden = native(pixels, grids).last_hidden_state  # in the order of the windows, before the merger's norm
-        expected = permute_cells(native.merger.ln_q(hidden), get_windows(grids, 2, 2).inverse)
+        expected = permute_blocks(native.merger.ln_q(hidden), get_windows(grids, 2, 2).inverse)
         torch.testing.assert_close(model(pixels, grids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -157,11 +158,11 @@ def test_what_is_computed_beforehand_changes_nothing(pattern: str) -> None:
 
 
 @every_pattern
-def test_passes_and_pieces_of_the_mlp_change_nothing(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_and_chunks_of_the_mlp_change_nothing(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (pixels, grids) = windowfree(**PATTERNS[pattern]), packed_images(GRIDS)
     outcomes = []
-    for size in (10**9, 7 * 48 * 4):  # all at once; seven tokens at a time
-        monkeypatch.setattr(segments, "CPU_ACTIVATION_BYTES", size)
+    for limit in (0, 7):  # one pass; seven tokens per pass and chunk
+        monkeypatch.setattr(packed_segments, "_tokens_per_pass", lambda hidden_states, width, limit=limit: limit)
         model.zero_grad()
         hidden = model(pixels, grids).last_hidden_state
         hidden.pow(2).mean().backward()
@@ -204,11 +205,11 @@ def test_bfloat16_is_near_float32(pattern: str) -> None:
     ("pixels", "grids", "message"),
     [
         (torch.zeros(6, 48), [[1, 2, 3]], "3 columns, which spatial_merge_size=2 does not divide"),
-        (torch.zeros(4, 48), [[1, 2, 4]], "describes 8 patches, but pixel_values holds 4"),
+        (torch.zeros(4, 48), [[1, 2, 4]], "describes 8 patches, but `pixel_values` holds 4"),
         (torch.zeros(4, 47), [[1, 2, 2]], r"`pixel_values` must have shape \(patches, 48\) or \(patches, 96\), got"),
         (torch.zeros(4, 48) + 255, [[1, 2, 2]], "`pixel_values`.*raw"),
         (torch.zeros(4, 48, dtype=torch.int64), [[1, 2, 2]], "`pixel_values`.*int64"),
-        (torch.zeros(4, 48), [[1.0, 2, 2]], "image_grid_thw must be an integer tensor"),
+        (torch.zeros(4, 48), [[1.0, 2, 2]], "`image_grid_thw` must be an integer tensor"),
     ],
     ids=["not divisible", "count", "width", "raw floats", "integers", "float grid"],
 )
@@ -224,21 +225,21 @@ def test_bad_input(pixels: Tensor, grids: list[list[int]], message: str, pattern
         ({"attention_pattern": {"window_size": 20, "full_attention_layers": []}}, "positive multiple of 8 pixels"),
         ({"attention_pattern": {"window_size": 0, "full_attention_layers": []}}, "positive multiple of 8 pixels"),
         ({"attention_pattern": {"window_size": 16, "full_attention_layers": [4]}}, "layers from 0 to 3, got .4."),
-        ({"attention_pattern": {"window_size": 16}}, "the keys window_size and full_attention_layers"),
-        ({"attention_pattern": "windows"}, "attention_pattern"),
+        ({"attention_pattern": {"window_size": 16}}, "the keys 'window_size' and 'full_attention_layers'"),
+        ({"attention_pattern": "windows"}, "'attention_pattern' with value 'windows'"),
         ({"feature_layers": [-1, 4]}, "`feature_layers` must name layers from -4 to 3, got .-1, 4."),
         ({"feature_layers": [-1, 3]}, "`feature_layers` must name each layer once"),
         ({"feature_layers": []}, "`feature_layers` must name layers"),
-        ({"num_attention_heads": 16}, "heads of a multiple of 4 channels, got 16 heads"),
+        ({"num_attention_heads": 16}, "heads of a multiple of 4 channels, got 16 and 32"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0"),
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0, got 0.1"),
         ({"rotary_theta": 0.0}, "`rotary_theta` must be positive, got 0.0"),
-        ({"image_mean": [0.5]}, "`image_mean` must have a value for each of 3 channels"),
+        ({"image_mean": [0.5]}, "`image_mean` must have one value per channel, 3, got"),
         ({"image_std": [0.5, 0.0, 0.5]}, "`image_std` must be positive"),
     ],
 )
 def test_bad_configuration(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         windowfree_config(**changes)
 
 

@@ -14,7 +14,7 @@ from vlparts.kernels.cpu import attention_blocks
 from vlparts.kernels.cpu import linear as linear_cpu
 from vlparts.parts.ops_attention import packed_attention
 from vlparts.parts.ops_attention_reference import block_mask, packed_attention_reference
-from vlparts.parts.packed_index import plan_packing
+from vlparts.training.bins import plan_packing
 
 lengths = st.integers(0, 6) | st.sampled_from([1, 13, 64, 129])
 segments = st.lists(st.tuples(lengths, lengths), max_size=7)
@@ -135,10 +135,10 @@ def test_blocks_of_any_size_are_the_reference(
         patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
         patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
         patch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
-        patch.setattr(attention_blocks, "LENGTH_FROM", 1)
-        patch.setattr(attention_blocks, "THREADS_UP_TO", 64)
-        patch.setattr(attention_blocks, "SCORES_AT_A_TIME", scores)
-        patch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", steps)
+        patch.setattr(attention_blocks, "MIN_LENGTH", 1)
+        patch.setattr(attention_blocks, "MAX_THREADS", 64)
+        patch.setattr(attention_blocks, "SCORES_PER_BLOCK", scores)
+        patch.setattr(attention_blocks, "LENGTH_MULTIPLE", steps)
         output = attend(tensors, pairs)
         direction = torch.randn(output.shape, dtype=torch.float64)
         found = gradients(output, tensors, direction)

@@ -19,8 +19,8 @@ def test_onednn_gives_what_float64_gives(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
         patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
-        patch.setattr(linear_cpu, "ROWS_IN_STEPS_OF", 16)
-        patch.setattr(linear_cpu, "ROWS_AT_A_TIME", rows_at_a_time)
+        patch.setattr(linear_cpu, "ROW_MULTIPLE", 16)
+        patch.setattr(linear_cpu, "ROWS_PER_CHUNK", rows_at_a_time)
         x = torch.randn(features, rows).t() if turned else torch.randn(rows, features)
         tensors = [x.requires_grad_(), torch.randn(outputs, features).requires_grad_()]
         tensors += [torch.randn(outputs).requires_grad_()] * bias

@@ -11,10 +11,10 @@ from vlparts.parts.packed_index import (
     get_max_seqlen,
     get_position_ids,
     merge_order,
-    plan_packing,
     segment_ids,
     validate_grid,
 )
+from vlparts.training.bins import plan_packing
 
 strategies = st.sampled_from(["first_fit", "best_fit_decreasing", "next_fit"])
 limits = st.none() | st.integers(1, 5)

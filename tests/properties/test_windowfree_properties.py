@@ -10,7 +10,7 @@ from tests.tiny import WINDOWED, packed_images, windowfree
 from transformers.vision_utils import get_vision_window_index
 
 from vlparts import WindowFreeViTModel
-from vlparts.parts.packed_windows import get_windows, permute_cells
+from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
 
 VARIANTS = {
     "full": {"pooling": "mean"},
@@ -95,5 +95,5 @@ def test_the_inverse_brings_cells_back(grids: list[tuple[int, int, int]], window
     grid_thw = torch.tensor(grids)
     windows = get_windows(grid_thw, window, 2)
     patches = torch.arange(int(grid_thw.prod(-1).sum())).unsqueeze(1)
-    assert torch.equal(permute_cells(permute_cells(patches, windows.order), windows.inverse), patches)
+    assert torch.equal(permute_blocks(permute_blocks(patches, windows.order), windows.inverse), patches)
     assert int(windows.cu_seqlens[-1]) == len(patches)

@@ -31,7 +31,7 @@ def packed_attention_cuda(
     cu_seqlens_q_cpu: Sequence[int] | None = None,
     cu_seqlens_k_cpu: Sequence[int] | None = None,
 ) -> Tensor:
-    """PyTorch's variable-length flash attention where it applies, otherwise the reference.
+    """CUDA kernel of `vlparts::varlen_attention`: PyTorch's flash attention where it applies, else the reference.
 
     Arguments and result are those of [`packed_attention_reference`]. The values of the boundaries are not checked on
     the fast path, since that would synchronize with the device.
@@ -53,11 +53,11 @@ def packed_attention_cuda(
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return cast(Tensor, output)  # a tuple only where more is asked for
+    return cast(Tensor, output)  # a tuple only with `return_aux`
 
 
 def varlen_applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's flash attention takes these inputs: half precision, equal head sizes."""
+    """Whether PyTorch's flash attention supports these inputs: half precision, equal head sizes."""
     try:
         import torch.nn.attention.varlen
     except ImportError:

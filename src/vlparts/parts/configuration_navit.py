@@ -5,11 +5,17 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .pos_embed_options import check_position_options
+from .pos_embed_options import (
+    PositionCombination,
+    PositionCoordinates,
+    PositionInterpolation,
+    PositionOverflow,
+    check_position_options,
+)
 from .utils import NamedPresets
 
-# "b32", "b16" and "l16" are the encoders that the paper trains (Table 2): 94.5, 92.8 and 315.7 million parameters, of
-# which attention pooling has 7.1 or 12.6.
+# "b32", "b16" and "l16" are the encoders of the paper (Table 2), with 94.5, 92.8 and 315.7 million parameters;
+# attention pooling has 7.1 (width 768) or 12.6 million of them.
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
@@ -28,7 +34,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class NaViTConfig(NamedPresets, PreTrainedConfig):
     """Configuration of [`NaViTModel`], a ViT over packed images of any size (NaViT, arXiv 2307.06304).
 
-    The defaults are ViT-B/16 with the paper's three changes (section 3): query-key normalisation, no biases in the
+    The defaults are ViT-B/16 with the paper's three changes (section 3): query-key normalization, no biases in the
     attention projections, and masked attention pooling.
 
     Args:
@@ -38,40 +44,38 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
         num_attention_heads: Number of heads; divides `hidden_size`.
         num_channels: Channels C of the images.
         patch_size: Side P of a patch in pixels.
-        spatial_merge_size: Side m of the block of patches that a consumer will merge into one token. It sets the
-            order of the patches (block after block) and makes grids multiples of m; the encoder itself does not merge.
+        spatial_merge_size: Side m of the block of patches that a projector merges into one token. It sets the order of
+            patches (block after block), and grids must be multiples of m; the encoder itself does not merge.
         hidden_act: Activation of the MLP.
-        layer_norm_eps: Epsilon of every normalisation.
-        attention_dropout: Only 0.0: the packed kernels have no dropout.
+        layer_norm_eps: Epsilon of the normalizations.
+        attention_dropout: Must be 0.0: packed kernels do not support dropout.
         qkv_bias: Whether the query, key and value projections have biases.
         mlp_bias: Whether the MLP has biases.
-        layer_norm_bias: Whether the layer normalisations have biases.
-        use_qk_norm: Whether queries and keys are layer-normalised per head (ViT-22B, arXiv 2302.05442, eq. 2).
-        max_grid_size: Positions N of each axis in a learned or sinusoidal table.
+        layer_norm_bias: Whether the layer normalizations have biases.
+        use_qk_norm: Whether queries and keys are layer-normalized per head (ViT-22B, arXiv 2302.05442, eq. 2).
+        max_grid_size: Rows N per axis of a learned or sinusoidal table.
         position_kind: "learned" tables, fixed "sinusoidal" ones, a learned "fourier" map, or "none". See
             [`PositionEmbedding`] for this and the next four fields.
-        position_coordinates: "absolute" counts rows and columns; "fractional" divides each by its side of the image
-            (paper, section 3.4), and so takes any size; "fractional_aspect" divides both by the longer side.
-        position_combination: How the two axes come together: "add", "stack", "product", or as one: "joint" (a 2-D
-            table, or the paper's Fourier map), "flat" (ViT's 1-D table).
-        position_interpolation: How fractional coordinates read a learned table: "bilinear" or "bicubic", with
-            "_antialias" to widen the filter on images of fewer patches than the table.
-        position_overflow: A grid that is larger than an absolute table is an "error", or lets the table
+        position_coordinates: "absolute" counts rows and columns; "fractional" divides each by the size of its axis
+            (paper, section 3.4), for images of any size; "fractional_aspect" divides both by the longer axis.
+        position_combination: How the two axes are combined: "add", "stack", "product", or one function of both:
+            "joint" (a 2-D table, or the paper's Fourier map), "flat" (ViT's 1-D table).
+        position_interpolation: Interpolation of tables: "bilinear" or "bicubic", with "_antialias" for wider filters
+            where an image has fewer patches than the table has rows.
+        position_overflow: Whether a grid that exceeds an absolute table is an "error", or the table is resampled,
             "interpolate".
         rotary_theta: Base of 2-D axial rotary positions in attention (absolute coordinates, as in Qwen2-VL); None
             for none.
         max_frames: Rows of a learned table of frame positions, for video; None for none.
-        video_attention: Whether a patch of a video attends to its "frame", or to the whole "clip".
-        num_register_tokens: Learned tokens beside the patches of each attention segment (arXiv 2309.16588).
-        pooling: One vector for each image: "map" for masked attention pooling (one learned query for each image),
-            "mean" or "max" over its patches, "class_token" for a learned token beside its patches (the mean over
-            frames where they are attended one by one), "none" for no pooled output.
+        video_attention: Whether a patch of a video attends to its "frame" or to the whole "clip".
+        num_register_tokens: Number of learned register tokens per attention segment (arXiv 2309.16588).
+        pooling: "map" for masked attention pooling (one learned query per image), "mean" or "max" over the patches of
+            an image, "class_token" for a learned token per segment (averaged over the frames of a video), or "none".
         initializer_range: Standard deviation of the initial weights.
         position_initializer_range: Standard deviation of the initial position tables. At 0.02 positions are small
-            next to the embedded pixels; a larger value helps where a small model must learn from little data where
-            things are.
+            relative to embedded pixels; a larger value helps small models to learn positions from little data.
         position_fourier_std: Standard deviation of the initial frequencies of a Fourier map, in radians along a whole
-            axis (of `max_grid_size` patches where coordinates are absolute). The paper does not state it.
+            axis (of `max_grid_size` patches with absolute coordinates). The paper does not state it.
     """
 
     model_type = "vlparts_navit"
@@ -94,10 +98,10 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
     use_qk_norm: bool = True
     max_grid_size: int = 64
     position_kind: Literal["learned", "sinusoidal", "fourier", "none"] = "learned"
-    position_coordinates: Literal["absolute", "fractional", "fractional_aspect"] = "fractional"
-    position_combination: Literal["add", "stack", "product", "joint", "flat"] = "add"
-    position_interpolation: Literal["bilinear", "bilinear_antialias", "bicubic", "bicubic_antialias"] = "bilinear"
-    position_overflow: Literal["error", "interpolate"] = "error"
+    position_coordinates: PositionCoordinates = "fractional"
+    position_combination: PositionCombination = "add"
+    position_interpolation: PositionInterpolation = "bilinear"
+    position_overflow: PositionOverflow = "error"
     rotary_theta: float | None = None
     max_frames: int | None = None
     video_attention: Literal["frame", "clip"] = "frame"
@@ -108,11 +112,11 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
     position_fourier_std: float = 10.0
 
     def validate_architecture(self) -> None:
-        """Check that the sizes fit together.
+        """Check sizes.
 
         Raises:
-            ValueError: If a size is not positive, if the heads do not divide `hidden_size`, or if attention dropout
-                is asked for.
+            ValueError: If a size is not positive, the heads do not divide `hidden_size`, `attention_dropout` is not
+                zero, or position options exclude each other.
         """
         for name in (
             "hidden_size",
@@ -129,8 +133,8 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
             raise ValueError(f"`num_hidden_layers` must not be negative, got {self.num_hidden_layers}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads "
-                f"for a width of {self.hidden_size}."
+                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} and "
+                f"{self.hidden_size}."
             )
         if self.attention_dropout != 0.0:
             raise ValueError(f"`attention_dropout` must be 0.0, got {self.attention_dropout}.")
@@ -144,7 +148,7 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
         head_dim = self.hidden_size // self.num_attention_heads
         if self.rotary_theta is not None and (head_dim % 4 or self.rotary_theta <= 0):
             raise ValueError(
-                f"`rotary_theta` must be positive, and heads must have a multiple of 4 channels, got "
+                f"`rotary_theta` must be positive and heads must have a multiple of 4 channels, got "
                 f"{self.rotary_theta} and {head_dim} channels."
             )
         if self.position_kind != "none":

@@ -32,13 +32,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @strict
 class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
-    """Configuration of [`WindowFreeViTModel`], a native-resolution ViT whose shape suits matrix units.
+    """Configuration of [`WindowFreeViTModel`], a native-resolution ViT whose sizes suit matrix units.
 
     It is wide and shallow, and the sizes of its matrix products are multiples of large powers of two. The defaults are
-    those of openPangu-VL-7B's vision encoder but for its windows: 26 layers of 1,536 channels, 615,624,192 parameters,
-    RMS normalisation, 2-D rotary positions, an MLP of two layers with the exact GELU. The released encoder itself is a
-    hybrid of 22 layers with windows and 4 without: preset "openpangu_vl_vit". "window_free_tiny" and "hybrid_tiny" are
-    small ones of either kind.
+    those of openPangu-VL-7B's vision encoder without windows: 26 layers of 1,536 channels, 615,624,192 parameters, RMS
+    normalization, 2-D rotary positions, an MLP of two layers with the exact GELU. The released encoder is a hybrid of
+    22 layers with windows and 4 without: preset "openpangu_vl_vit". "window_free_tiny" and "hybrid_tiny" are small
+    encoders of each kind.
 
     Args:
         hidden_size: Width D of the residual stream.
@@ -47,23 +47,22 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
         num_attention_heads: Number of heads; divides `hidden_size`.
         num_channels: Channels C of the images.
         patch_size: Side P of a patch in pixels.
-        temporal_patch_size: Frames T that the patch embedding has weights for. Patches of one frame are repeated, as
-            the published models do.
-        spatial_merge_size: Side m of the block of patches that a projector will merge into one token; it sets the
-            order of the patches.
+        temporal_patch_size: Frames T of the weights of the patch embedding. Patches of one frame are repeated, as in
+            the published models.
+        spatial_merge_size: Side m of the block of patches that a projector merges into one token; it sets the order of
+            patches.
         hidden_act: Activation of the MLP.
-        gated_mlp: Whether the MLP has a gate, `down(act(gate(x)) * up(x))` as in Qwen2.5-VL, or is
-            `down(act(up(x)))`.
-        rms_norm_eps: Epsilon of every normalisation.
+        gated_mlp: Whether the MLP is gated, `down(act(gate(x)) * up(x))` as in Qwen2.5-VL, or `down(act(up(x)))`.
+        rms_norm_eps: Epsilon of the normalizations.
         qkv_bias: Whether the attention projections have biases.
         mlp_bias: Whether the MLP has biases.
-        attention_dropout: Only 0.0: the packed kernels have no dropout.
+        attention_dropout: Must be 0.0: packed kernels do not support dropout.
         rotary_theta: Base of the 2-D axial rotary positions.
-        attention_pattern: "full" where every layer attends over the whole frame; or a dictionary with "window_size",
-            the side of a window in pixels, and "full_attention_layers", the indices of the layers without windows.
-        feature_layers: The layers whose output, normalised by the shared final norm, a projector takes; -1 is the
+        attention_pattern: "full" if every layer attends over the whole frame; or a dictionary with "window_size", the
+            side of a window in pixels, and "full_attention_layers", the indices of the layers without windows.
+        feature_layers: Layers whose output, normalized by the final norm, is returned in `feature_maps`; -1 is the
             last.
-        pooling: One vector for each image: "mean" over its patches, or "none".
+        pooling: "mean" over the patches of each image, or "none".
         image_mean: Mean of each channel in [0, 1], for raw pixels.
         image_std: Standard deviation of each channel in [0, 1], for raw pixels.
         initializer_range: Standard deviation of the initial weights.
@@ -96,28 +95,29 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # JSON has lists only; what was saved shall equal what is loaded.
+        # JSON has no tuples: a saved configuration must equal the loaded one.
         self.feature_layers, self.image_mean = list(self.feature_layers), list(self.image_mean)
         self.image_std = list(self.image_std)
         super().__post_init__(**kwargs)
 
     @property
-    def window_cells(self) -> int | None:
-        """Side of a window in merged blocks of patches; None where there are no windows."""
+    def window_blocks(self) -> int | None:
+        """Side of a window in merge blocks; None without windows."""
         if isinstance(self.attention_pattern, str):
             return None
         return self.attention_pattern["window_size"] // (self.patch_size * self.spatial_merge_size)
 
     def has_windows(self, layer: int) -> bool:
-        """Whether a layer attends inside windows."""
+        """Whether a layer attends within windows."""
         pattern = self.attention_pattern
         return not isinstance(pattern, str) and layer not in pattern["full_attention_layers"]
 
     def validate_architecture(self) -> None:
-        """Check that the sizes fit together.
+        """Check sizes and statistics.
 
         Raises:
-            ValueError: If a size is not positive, if heads or windows do not fit, or if a layer does not exist.
+            ValueError: If a size is not positive, the heads do not divide `hidden_size` into multiples of 4 channels,
+                `attention_dropout` is not zero, or `image_mean` or `image_std` does not match the channels.
         """
         for name in (
             "hidden_size",
@@ -134,7 +134,7 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
         if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 4:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size` into heads of a multiple of 4 channels, got "
-                f"{self.num_attention_heads} heads for a width of {self.hidden_size}."
+                f"{self.num_attention_heads} and {self.hidden_size}."
             )
         if self.rotary_theta <= 0:
             raise ValueError(f"`rotary_theta` must be positive, got {self.rotary_theta}.")
@@ -143,38 +143,38 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.num_channels:
                 raise ValueError(
-                    f"`{name}` must have a value for each of {self.num_channels} channels, got {getattr(self, name)}."
+                    f"`{name}` must have one value per channel, {self.num_channels}, got {getattr(self, name)}."
                 )
         if min(self.image_std) <= 0:
             raise ValueError(f"`image_std` must be positive, got {self.image_std}.")
 
     def validate_layers(self) -> None:
-        """Check what names layers: taps, and the pattern of attention.
+        """Check `feature_layers` and `attention_pattern`.
 
         Raises:
-            ValueError: If a layer does not exist, is named twice, or if the pattern is malformed.
+            ValueError: If a layer does not exist or occurs twice, or the pattern is malformed.
         """
         layers = self.num_hidden_layers
-        taps = [tap % layers for tap in self.feature_layers if -layers <= tap < layers]
-        if not taps or len(taps) != len(self.feature_layers):
+        indices = [index % layers for index in self.feature_layers if -layers <= index < layers]
+        if not indices or len(indices) != len(self.feature_layers):
             raise ValueError(
                 f"`feature_layers` must name layers from {-layers} to {layers - 1}, got {list(self.feature_layers)}."
             )
-        if len(set(taps)) != len(taps):
+        if len(set(indices)) != len(indices):
             raise ValueError(f"`feature_layers` must name each layer once, got {list(self.feature_layers)}.")
         pattern = self.attention_pattern
         if isinstance(pattern, str):
             return
         if set(pattern) != {"window_size", "full_attention_layers"}:
             raise ValueError(
-                "`attention_pattern` must be 'full' or have the keys window_size and full_attention_layers, got "
+                "`attention_pattern` must be 'full' or have the keys 'window_size' and 'full_attention_layers', got "
                 f"{sorted(pattern)}."
             )
         window, block = pattern["window_size"], self.patch_size * self.spatial_merge_size
         if not isinstance(window, int) or window < 1 or window % block:
             raise ValueError(
-                f"`attention_pattern['window_size']` must be a positive multiple of {block} pixels (patch_size * "
-                f"spatial_merge_size), got {window!r}."
+                f"`attention_pattern['window_size']` must be a positive multiple of {block} pixels (`patch_size` * "
+                f"`spatial_merge_size`), got {window!r}."
             )
         outside = [layer for layer in pattern["full_attention_layers"] if layer not in range(layers)]
         if outside:

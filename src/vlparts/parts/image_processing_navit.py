@@ -1,11 +1,10 @@
-"""Images to packed patches, on the CPU with Pillow and NumPy."""
+"""Image processor of [`NaViTModel`]: images to packed patches, with Pillow and NumPy."""
 
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -14,12 +13,13 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .image_packing import PackedImageProcessor
 from .image_pixels import patchify
 from .image_transforms import check_image_size, fit_to_grid, get_area_limits, read_image
 
 
 class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Keyword arguments of [`NaViTImageProcessor`] beyond those of every image processor."""
+    """Keyword arguments of [`NaViTImageProcessor`] in addition to those of every image processor."""
 
     patch_size: int
     merge_size: int
@@ -27,19 +27,19 @@ class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     on_extreme_aspect: str
 
 
-class NaViTImageProcessor(PilBackend):
-    """Cut images of any size into patches and pack them into one sequence, aspect ratio kept.
+class NaViTImageProcessor(PackedImageProcessor):
+    """Image processor that cuts images of any size into patches and packs them into one sequence.
 
-    An image is resized only as far as its sides must become multiples of `patch_size * merge_size`, and its area must
-    lie between `size["shortest_edge"]` and `size["longest_edge"]` (both areas in pixels, as in the Qwen-VL
-    processors). Patches come in reading order, block after block of `merge_size` x `merge_size` patches.
+    An image is resized, keeping its aspect ratio, only so that its sides are multiples of `patch_size * merge_size`
+    and its area is between `size["shortest_edge"]` and `size["longest_edge"]` (areas in pixels, as in the Qwen-VL
+    processors). Patches are in reading order of blocks of `merge_size` x `merge_size` patches.
 
     Args:
         patch_size: Side P of a patch in pixels.
-        merge_size: Side m of the block of patches that a consumer will merge into one token.
-        size: Smallest and largest area in pixels, under the keys "shortest_edge" and "longest_edge".
-        max_aspect_ratio: Longest side over shortest side that is accepted.
-        on_extreme_aspect: "raise" a ValueError beyond `max_aspect_ratio`, or "clamp": stretch the image to it.
+        merge_size: Side m of the block of patches that a projector merges into one token.
+        size: Smallest and largest area in pixels, with the keys "shortest_edge" and "longest_edge".
+        max_aspect_ratio: Largest ratio of the longer to the shorter side.
+        on_extreme_aspect: "raise" a ValueError beyond `max_aspect_ratio`, or "clamp" to stretch the image to it.
         **kwargs: `do_resize`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`, `image_std`,
             `do_convert_rgb`, as in every image processor.
     """
@@ -58,11 +58,16 @@ class NaViTImageProcessor(PilBackend):
     merge_size = 1
     max_aspect_ratio = 200.0
     on_extreme_aspect = "raise"
+    grid_options = (*PackedImageProcessor.grid_options, "on_extreme_aspect")
     valid_kwargs = NaViTImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """Bring one image to `(C, H, W)`; Pillow images of any mode become 8-bit RGB (see `images.to_rgb`)."""
+        """Convert one image to `(C, H, W)`; Pillow images of any mode become 8-bit RGB, see [`to_rgb`].
+
+        Raises:
+            ValueError: If an image cannot be read, is empty, or holds values that are not finite.
+        """
         if isinstance(image, Image.Image):
             image = read_image(image, bool(do_convert_rgb))
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
@@ -113,39 +118,17 @@ class NaViTImageProcessor(PilBackend):
         packed, grids = [], []
         for image in images:
             if do_resize:
-                height, width = self._target_size(image.shape[-2], image.shape[-1], options)
-                if image.shape[-2:] != (height, width):
-                    image = self.resize(image, SizeDict(height=height, width=width), resample)
+                height, width = image.shape[-2:]
+                image = self._resize_to(image, self._target_size(height, width, options), resample)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
-            patches, rows, columns = patchify(image, patch_size, merge_size)
+            patches, grid = patchify(image[None], patch_size, merge_size)
             packed.append(patches.astype(np.float32, copy=False))
-            grids.append((1, rows, columns))
-        data = {
-            "pixel_values": np.concatenate(packed),
-            "image_grid_thw": np.array(grids, dtype=np.int64).reshape(-1, 3),
-        }
+            grids.append(grid)
+        data = {"pixel_values": np.concatenate(packed), "image_grid_thw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
-
-    def get_grid_thw(self, height: int, width: int, **images_kwargs: Any) -> tuple[int, int, int]:
-        """Frames, rows and columns in patches that an image will be cut into.
-
-        Args:
-            height: Height of the image in pixels.
-            width: Width of the image in pixels.
-            **images_kwargs: Options that replace the processor's own.
-        """
-        names = ("size", "patch_size", "merge_size", "max_aspect_ratio", "on_extreme_aspect")
-        options = {name: images_kwargs.get(name) or getattr(self, name) for name in names}
-        new_height, new_width = self._target_size(height, width, options)
-        return 1, new_height // options["patch_size"], new_width // options["patch_size"]
-
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Patches that an image of this size will be cut into (the name that inference servers call)."""
-        _, rows, columns = self.get_grid_thw(height, width, **(images_kwargs or {}))
-        return rows * columns
 
 
 __all__ = ["NaViTImageProcessor"]

@@ -1,4 +1,4 @@
-"""Images and videos to packed patches for the window-free encoder, on the CPU with Pillow and NumPy."""
+"""Image processor of [`WindowFreeViTModel`]: images and videos to packed patches, with Pillow and NumPy."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
+from .image_packing import PackedImageProcessor
 from .image_pixels import normalize_raw_pixels, patchify
 from .image_transforms import (
     check_image_size,
@@ -26,12 +26,12 @@ from .image_transforms import (
 TINY_SIDE = 28
 """Images with a side of at most this many pixels are enlarged first."""
 TINY_SIDE_TARGET = 56
-"""The short side in pixels that they are enlarged to."""
+"""Shorter side in pixels that they are enlarged to."""
 CHANNELS = 3
 
 
 class WindowFreeViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Keyword arguments of [`WindowFreeViTImageProcessor`] beyond those of every image processor."""
+    """Keyword arguments of [`WindowFreeViTImageProcessor`] in addition to those of every image processor."""
 
     patch_size: int
     temporal_patch_size: int
@@ -44,31 +44,30 @@ class WindowFreeViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ign
     video_max_frame_pixels: int
 
 
-class WindowFreeViTImageProcessor(PilBackend):
-    """Cut images and videos into patches as openPangu-VL does, and pack them into one sequence.
+class WindowFreeViTImageProcessor(PackedImageProcessor):
+    """Image processor that cuts images and videos into patches as openPangu-VL does and packs them into one sequence.
 
-    Images leave as raw uint8 pixels, a quarter of the size of float32, and the model normalises them. With
-    `do_rescale` and `do_normalize` they leave normalised, in float32. The dtype tells the model which (see
-    `pixels.py`). Videos are always normalised here.
+    By default images stay raw uint8 pixels, a quarter of the size of float32, which the model normalizes. With
+    `do_rescale` and `do_normalize` they are normalized here, in float32. The model distinguishes them by dtype (see
+    `image_pixels.py`). Videos are always normalized here.
 
-    An image with a side of at most 28 pixels is first enlarged to a short side of 56. Then its size is chosen as
-    Qwen2-VL does (see `images.smart_resize`). Patches come in reading order, block after block of `merge_size` x
-    `merge_size` patches.
+    An image with a side of at most 28 pixels is first enlarged to a shorter side of 56. Then its size is chosen as in
+    Qwen2-VL, see [`smart_resize`]. Patches are in reading order of blocks of `merge_size` x `merge_size` patches.
 
     Args:
         patch_size: Side P of a patch in pixels.
-        merge_size: Side m of the block of patches that the model merges into one token.
-        temporal_patch_size: Always 1: a row holds one frame, and the model repeats it where its weights have two.
-        size: Smallest and largest area of an image in pixels, under the keys "shortest_edge" and "longest_edge".
-        max_aspect_ratio: Longest side over shortest side that is accepted.
+        merge_size: Side m of the block of patches that a projector merges into one token.
+        temporal_patch_size: Must be 1: a row holds one frame, and the model repeats it where its weights have two.
+        size: Smallest and largest area of an image in pixels, with the keys "shortest_edge" and "longest_edge".
+        max_aspect_ratio: Largest ratio of the longer to the shorter side.
         do_rescale: Divide by 255; only together with `do_normalize`.
         do_normalize: Subtract `image_mean` and divide by `image_std`; only together with `do_rescale`.
-        video_dynamic_pixels: Share the total areas out over the frames of a call, in place of fixed limits
-            (`any_res_dynamic_video_pixels` in openPangu-VL's files; the next four are named likewise).
-        video_min_total_pixels: Area that the frames of a call should have together at least.
-        video_max_total_pixels: Area that they should have together at most.
-        video_min_frame_pixels: Smallest area of a frame, whatever the total.
-        video_max_frame_pixels: Largest area of a frame, whatever the total.
+        video_dynamic_pixels: Divide the total areas by the number of frames of a call instead of using the limits of a
+            frame alone (`any_res_dynamic_video_pixels` in openPangu-VL's files; the next four are named likewise).
+        video_min_total_pixels: Smallest total area of the frames of a call.
+        video_max_total_pixels: Largest total area of the frames of a call.
+        video_min_frame_pixels: Smallest area of a frame, regardless of the total.
+        video_max_frame_pixels: Largest area of a frame, regardless of the total.
         **kwargs: `do_resize`, `resample`, `image_mean`, `image_std`, `do_convert_rgb`, as in every image processor.
     """
 
@@ -103,8 +102,8 @@ class WindowFreeViTImageProcessor(PilBackend):
         do_rescale, do_normalize = bool(kwargs["do_rescale"]), bool(kwargs["do_normalize"])
         if do_rescale != do_normalize:
             raise ValueError(
-                f"`do_rescale` is {do_rescale} and `do_normalize` is {do_normalize}: the pixels would be half "
-                "normalised. Set both to False (raw uint8 pixels, normalised in the model) or both to True."
+                f"`do_rescale` and `do_normalize` must be equal, got {do_rescale} and {do_normalize}. Set both to "
+                "False (raw uint8 pixels, normalized by the model) or both to True."
             )
         if not math.isclose(kwargs["rescale_factor"] or 0.0, 1 / 255):
             raise ValueError(f"`rescale_factor` must be 1/255, got {kwargs['rescale_factor']}.")
@@ -118,11 +117,11 @@ class WindowFreeViTImageProcessor(PilBackend):
                 raise ValueError(f"`{name}` must have {CHANNELS} values, got {kwargs[name]}.")
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """Bring one 8-bit image to `(3, H, W)` uint8; Pillow images of any mode become RGB (see `images.to_rgb`).
+        """Convert one 8-bit image to `(3, H, W)` uint8; Pillow images of any mode become RGB, see [`to_rgb`].
 
         Raises:
-            ValueError: For arrays and tensors that are not uint8, since nothing tells whether their values are raw,
-                and for images that cannot be read or are not RGB.
+            ValueError: If an array or tensor is not uint8, so that its range is unknown, or an image cannot be read or
+                is not RGB.
         """
         if isinstance(image, Image.Image):
             image = read_image(image, bool(do_convert_rgb))
@@ -140,13 +139,8 @@ class WindowFreeViTImageProcessor(PilBackend):
     def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
         smallest, largest = get_area_limits(options["size"])
         factor = options["patch_size"] * options["merge_size"]
-        check_image_size(height, width, options["max_aspect_ratio"])  # so that the message names the original
+        check_image_size(height, width, options["max_aspect_ratio"])  # so that the message has the original size
         return smart_resize(*enlarge_tiny(height, width), factor, smallest, largest, options["max_aspect_ratio"])
-
-    def _resize_to(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
-        if image.shape[-2:] == size:
-            return image
-        return self.resize(image, SizeDict(height=size[0], width=size[1]), resample)
 
     def _preprocess(
         self,
@@ -172,9 +166,9 @@ class WindowFreeViTImageProcessor(PilBackend):
                 target = self._target_size(height, width, options)
                 image = self._resize_to(image, enlarge_tiny(height, width), resample)
                 image = self._resize_to(image, target, resample)
-            patches, rows, columns = patchify(image, patch_size, merge_size)
+            patches, grid = patchify(image[None], patch_size, merge_size)
             packed.append(patches)
-            grids.append((1, rows, columns))
+            grids.append(grid)
         pixel_values = np.concatenate(packed)
         if do_rescale and do_normalize:
             pixel_values = _normalize(pixel_values, image_mean, image_std)
@@ -182,24 +176,23 @@ class WindowFreeViTImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def preprocess_videos(self, videos: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
-        """Cut videos into patches, normalised in float32. No frames are dropped and none are merged.
+        """Cut videos into patches, normalized in float32. No frames are dropped or merged.
 
-        The frames of all videos of a call share one budget of pixels (see `video_frames.get_frame_area_limits`), so
-        a long video gets smaller frames. The option `size` is for images alone.
+        The frames of all videos of a call share one budget of pixels, see [`get_frame_area_limits`], so that a long
+        video gets smaller frames. The option `size` applies to images only.
 
         Args:
-            videos: One video or a list of videos (see `media_lists.flat_list_of_videos`). A video is a list of frames
-                (Pillow images or uint8 arrays), or a uint8 array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`.
+            videos: One video or a list of videos, see [`flat_list_of_videos`]. A video is a list of frames (Pillow
+                images or uint8 arrays), or a uint8 array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`.
             return_tensors: "pt" or "np".
             **kwargs: Options that replace the processor's own.
 
         Returns:
-            `pixel_values_videos` `(L, 3*P*P)` float32, and `video_grid_thw` `(n, 3)` int64: frames, and rows and
-            columns of patches in a frame.
+            `pixel_values_videos` `(L, 3*P*P)` float32, and `video_grid_thw` `(n, 3)` int64: frames, rows and columns
+            of each video in patches.
 
         Raises:
-            ValueError: If there is no frame, the frames of a video differ in size, or a frame or an option is one that
-                is refused for images.
+            ValueError: If there is no frame, the frames of a video differ in size, or a frame or option is invalid.
         """
         options = self._get_video_options(kwargs)
         videos = flat_list_of_videos(videos)
@@ -222,15 +215,14 @@ class WindowFreeViTImageProcessor(PilBackend):
                 self.process_image(frame, options["do_convert_rgb"], input_data_format=options["input_data_format"])
                 for frame in video
             ]
-            height, width = frames[0].shape[-2:]
             if options["do_resize"]:
+                height, width = frames[0].shape[-2:]
                 factor = options["patch_size"] * options["merge_size"]
-                height, width = smart_resize(height, width, factor, *limits, options["max_aspect_ratio"])
-            for frame in frames:
-                frame = self._resize_to(frame, (height, width), options["resample"])
-                patches, rows, columns = patchify(frame, options["patch_size"], options["merge_size"])
-                packed.append(patches)
-            grids.append((len(frames), rows, columns))
+                size = smart_resize(height, width, factor, *limits, options["max_aspect_ratio"])
+                frames = [self._resize_to(frame, size, options["resample"]) for frame in frames]
+            patches, grid = patchify(np.stack(frames), options["patch_size"], options["merge_size"])
+            packed.append(patches)
+            grids.append(grid)
         data = {
             "pixel_values_videos": _normalize(np.concatenate(packed), options["image_mean"], options["image_std"]),
             "video_grid_thw": np.array(grids, dtype=np.int64),
@@ -241,45 +233,27 @@ class WindowFreeViTImageProcessor(PilBackend):
         validate_typed_dict(self.valid_kwargs, kwargs)
         if kwargs.get("size") is not None:
             raise ValueError(
-                f"`size` is an option for images, got {kwargs['size']}; the size of frames follows from `video_*`."
+                f"`size` must not be given for videos, got {kwargs['size']}; use the options `video_*` instead."
             )
         for name in ("do_rescale", "do_normalize"):
             if kwargs.get(name) is False:
-                raise ValueError(f"`{name}` is False; videos are always rescaled and normalised here.")
+                raise ValueError(f"`{name}` must be True for videos, got False.")
         own = {name: getattr(self, name) for name in self._valid_kwargs_names}
         options: dict[str, Any] = {**own, **kwargs, "size": self.size, "do_rescale": True, "do_normalize": True}
         options = self._standardize_kwargs(**options)
         self._validate_preprocess_kwargs(**options)
         return options
 
-    def get_grid_thw(self, height: int, width: int, **images_kwargs: Any) -> tuple[int, int, int]:
-        """Frames, rows and columns in patches that an image will be cut into.
-
-        Args:
-            height: Height of the image in pixels.
-            width: Width of the image in pixels.
-            **images_kwargs: Options that replace the processor's own.
-        """
-        names = ("size", "patch_size", "merge_size", "max_aspect_ratio")
-        options = {name: images_kwargs.get(name) or getattr(self, name) for name in names}
-        new_height, new_width = self._target_size(height, width, options)
-        return 1, new_height // options["patch_size"], new_width // options["patch_size"]
-
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Patches that an image of this size will be cut into (the name that inference servers call)."""
-        _, rows, columns = self.get_grid_thw(height, width, **(images_kwargs or {}))
-        return rows * columns
-
 
 def enlarge_tiny(height: int, width: int) -> tuple[int, int]:
-    """Size of an image after openPangu-VL's first step, which enlarges images with a side of at most 28 pixels.
+    """Size of an image after the first step of openPangu-VL, which enlarges images with a side of at most 28 pixels.
 
     Args:
         height: Height in pixels.
         width: Width in pixels.
 
     Returns:
-        Height and width, the shorter 56 and the longer one in proportion, rounded down; unchanged for other images.
+        Height and width: the shorter one 56, the longer one in proportion, rounded down; unchanged for other images.
     """
     if min(height, width) > TINY_SIDE:
         return height, width
@@ -293,8 +267,8 @@ def _check_eight_bits(image: Any) -> None:
     dtype = str(getattr(image, "dtype", type(image).__name__)).removeprefix("torch.")
     if dtype != "uint8":
         raise ValueError(
-            f"The image is an array of {dtype}; expected a Pillow image, or raw pixels as uint8 (0..255). Whether "
-            "other values are raw, rescaled or normalised already cannot be told."
+            f"The image is an array of {dtype}; expected a Pillow image, or raw pixels as uint8 (0 to 255). The range "
+            "of other dtypes is unknown."
         )
 
 

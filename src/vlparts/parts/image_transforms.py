@@ -1,9 +1,4 @@
-"""Images before they become patches: files, colour modes, and sizes that fit a patch grid.
-
-How large a frame of a video may be.
-
-Images and videos as users nest them, in the order of their placeholders.
-"""
+"""Images and videos before they are cut into patches: reading, colour modes, sizes, and nested lists."""
 
 import math
 import os
@@ -14,9 +9,6 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_utils import SizeDict, get_image_size, make_flat_list_of_images
 from transformers.video_utils import is_valid_video
-
-__all__ = ["flat_list_of_videos", "images_by_sample", "videos_by_sample"]
-
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -48,11 +40,11 @@ def open_image(path: str | os.PathLike[str], convert_rgb: bool = True) -> Image.
 
 
 def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
-    """Decode a Pillow image that may not be loaded from its file yet, and convert it to 8-bit RGB.
+    """Read a Pillow image, whose pixels may not be loaded yet, and convert it to 8-bit RGB.
 
     Args:
         image: A Pillow image.
-        convert_rgb: Convert it, see [`to_rgb`].
+        convert_rgb: Whether to convert it, see [`to_rgb`].
 
     Raises:
         ValueError: If the file is truncated or damaged, or the mode has an unknown range.
@@ -60,20 +52,20 @@ def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # as in `open_image`
-        raise ValueError(f"The image cannot be read: {str(error) or type(error).__name__}") from None
+        raise ValueError(f"The image cannot be read: {str(error) or type(error).__name__}.") from None
     return to_rgb(image) if convert_rgb else image
 
 
 def check_image_size(height: int, width: int, max_aspect_ratio: float = math.inf) -> None:
-    """Refuse an image without pixels, or one that is too long and thin.
+    """Check that an image has pixels and is not too elongated.
 
     Args:
         height: Height in pixels.
         width: Width in pixels.
-        max_aspect_ratio: Longest side over shortest side that is accepted.
+        max_aspect_ratio: Largest ratio of the longer to the shorter side.
 
     Raises:
-        ValueError: If a side is not positive, or the aspect ratio is too extreme.
+        ValueError: If a side is not positive, or the aspect ratio is too large.
     """
     if height < 1 or width < 1:
         raise ValueError(
@@ -88,10 +80,10 @@ def check_image_size(height: int, width: int, max_aspect_ratio: float = math.inf
 
 
 def get_area_limits(size: SizeDict | Mapping[str, int]) -> tuple[int, int]:
-    """Smallest and largest area in pixels that the `size` of an image processor stands for.
+    """Smallest and largest area in pixels from the `size` of an image processor.
 
     Args:
-        size: Both areas, under the keys "shortest_edge" and "longest_edge", as in the Qwen-VL processors.
+        size: Both areas, with the keys "shortest_edge" and "longest_edge" as in the Qwen-VL processors.
 
     Raises:
         ValueError: If a key is missing or its value is zero.
@@ -106,8 +98,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
     Transparency (alpha channels, transparent palette entries) is composited onto white. 16-bit grey is scaled by
-    255 / 65535, rather than cut off at 255 as `Image.convert` does. CMYK, palette, grey, 1-bit, YCbCr, LAB and HSV are
-    converted by Pillow.
+    255 / 65535, whereas `Image.convert` clips it at 255. CMYK, palette, grey, 1-bit, YCbCr, LAB and HSV are converted
+    by Pillow.
 
     Args:
         image: A Pillow image.
@@ -116,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         The image in mode "RGB".
 
     Raises:
-        ValueError: For float images and for integers beyond 16 bits, whose range is unknown.
+        ValueError: If the image is float or has integers beyond 16 bits, so that its range is unknown.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -144,24 +136,24 @@ def fit_to_grid(
     max_aspect_ratio: float = 200.0,
     on_extreme_aspect: str = "raise",
 ) -> tuple[int, int]:
-    """Find the size nearest to an image's own whose sides are multiples of `factor`, within a range of areas.
+    """Compute the size closest to an image's own whose sides are multiples of `factor`, within a range of areas.
 
-    The aspect ratio is kept but for rounding. An image that is too large or too small is scaled as a whole.
+    The aspect ratio is kept up to rounding.
 
     Args:
         height: Height in pixels.
         width: Width in pixels.
         factor: Side of a patch, or of a block of patches, in pixels.
         min_pixels: Smallest area in pixels; smaller images are enlarged.
-        max_pixels: Largest area in pixels; at least `factor ** 2`. Never exceeded.
-        max_aspect_ratio: Longest side over shortest side that is accepted.
+        max_pixels: Largest area in pixels, never exceeded; at least `factor ** 2`.
+        max_aspect_ratio: Largest ratio of the longer to the shorter side.
         on_extreme_aspect: "raise", or "clamp" to stretch the image to `max_aspect_ratio`.
 
     Returns:
-        New height and width in pixels, each a positive multiple of `factor`.
+        New height and width in pixels, positive multiples of `factor`.
 
     Raises:
-        ValueError: If a side is not positive, the limits make no sense, or the aspect ratio is too extreme.
+        ValueError: If a side is not positive, the limits are inconsistent, or the aspect ratio is too large.
     """
     check_image_size(height, width)
     _check_limits(factor, min_pixels, max_pixels)
@@ -185,7 +177,7 @@ def fit_to_grid(
     if rows * columns > blocks:
         scale = math.sqrt(max_pixels / (exact_height * exact_width)) / factor
         rows, columns = max(1, math.floor(exact_height * scale)), max(1, math.floor(exact_width * scale))
-        # Only when one side came up to a single block can the area still be too large.
+        # The area can exceed the limit still if one side was rounded up to one block.
         rows, columns = min(rows, blocks // columns or 1), min(columns, blocks // rows or 1)
     return rows * factor, columns * factor
 
@@ -193,12 +185,12 @@ def fit_to_grid(
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int, max_aspect_ratio: float = 200.0
 ) -> tuple[int, int]:
-    """Find the size that the Qwen2-VL family of image processors gives an image (`smart_resize` there).
+    """Compute the size of an image as `smart_resize` of the Qwen2-VL family of image processors.
 
-    Sides are rounded to multiples of `factor` (halves to even multiples, as Python's `round`). Where the area is then
-    outside the limits, the image is scaled to the limit as a whole and its sides are rounded inwards. The
-    result may still lie outside: where a short side came down to one block, or where the limits lie so close together
-    that no grid of whole blocks is found between them. [`fit_to_grid`] never exceeds `max_pixels`.
+    Sides are rounded to multiples of `factor` (halves to even multiples, as by Python's `round`). If the area is then
+    outside of the limits, the image is scaled to the limit and its sides are rounded inwards. The result may still be
+    outside: if a short side is one block, or if no grid of blocks is between the limits. [`fit_to_grid`] never exceeds
+    `max_pixels`.
 
     Args:
         height: Height in pixels.
@@ -206,13 +198,13 @@ def smart_resize(
         factor: Side of a block of patches in pixels.
         min_pixels: Smallest area in pixels.
         max_pixels: Largest area in pixels; at least `factor ** 2`.
-        max_aspect_ratio: Longest side over shortest side that is accepted.
+        max_aspect_ratio: Largest ratio of the longer to the shorter side.
 
     Returns:
-        New height and width in pixels, each a positive multiple of `factor`.
+        New height and width in pixels, positive multiples of `factor`.
 
     Raises:
-        ValueError: If a side is not positive, the limits make no sense, or the aspect ratio is too extreme.
+        ValueError: If a side is not positive, the limits are inconsistent, or the aspect ratio is too large.
     """
     check_image_size(height, width, max_aspect_ratio)
     _check_limits(factor, min_pixels, max_pixels)
@@ -231,7 +223,7 @@ def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
     if not factor**2 <= max_pixels or not min_pixels <= max_pixels:
         raise ValueError(
             f"`max_pixels` must be at least {factor}**2 and at least `min_pixels`, got {max_pixels} "
-            f"with min_pixels={min_pixels}."
+            f"with `min_pixels`={min_pixels}."
         )
 
 
@@ -243,21 +235,21 @@ def get_frame_area_limits(
     max_total_pixels: int,
     dynamic: bool = True,
 ) -> tuple[int, int]:
-    """Share out the pixel budget of a call over its frames, as openPangu-VL's video processor does.
+    """Area limits of one frame from the pixel budget of a call, as in openPangu-VL's video processor.
 
     Args:
-        num_frames: Frames of all videos of the call together.
-        min_frame_pixels: Smallest area of a frame, whatever the budget.
-        max_frame_pixels: Largest area of a frame, whatever the budget.
-        min_total_pixels: Area that all frames together should have at least.
-        max_total_pixels: Area that all frames together should have at most.
-        dynamic: False: the limits of a frame alone count.
+        num_frames: Number of frames of all videos of the call.
+        min_frame_pixels: Smallest area of a frame, regardless of the budget.
+        max_frame_pixels: Largest area of a frame, regardless of the budget.
+        min_total_pixels: Smallest total area of all frames.
+        max_total_pixels: Largest total area of all frames.
+        dynamic: Whether the total areas are divided by the number of frames; False for the limits of a frame only.
 
     Returns:
         Smallest and largest area of one frame in pixels.
 
     Raises:
-        ValueError: If a limit or `num_frames` is not positive, or a smallest area is above the largest.
+        ValueError: If a limit or `num_frames` is not positive, or a smallest area exceeds the largest.
     """
     if num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
@@ -278,14 +270,14 @@ def get_frame_area_limits(
 
 
 def images_by_sample(images: Any) -> list[list[Any]] | None:
-    """The images of each sample where they are given as lists, otherwise None (one image, or a flat list)."""
+    """Lists of the images of each sample if they are nested, otherwise None (one image, or a flat list)."""
     if not isinstance(images, (list, tuple)) or not any(isinstance(item, (list, tuple)) for item in images):
         return None
     return [make_flat_list_of_images(item) if item else [] for item in images]
 
 
 def videos_by_sample(videos: Any) -> list[list[Any]] | None:
-    """The videos of each sample where they are given as lists of videos, otherwise None (one, or a flat list)."""
+    """Lists of the videos of each sample if they are nested, otherwise None (one video, or a flat list)."""
     if not isinstance(videos, (list, tuple)):
         return None
     if any(not isinstance(item, (list, tuple)) or is_valid_video(item) for item in videos):
@@ -294,17 +286,17 @@ def videos_by_sample(videos: Any) -> list[list[Any]] | None:
 
 
 def flat_list_of_videos(videos: Any) -> list[Any]:
-    """The videos of any nesting as one list.
+    """Flatten nested videos to one list.
 
     Args:
-        videos: A video is a list of frames (images, all of one size) or an array with four axes; videos may stand
-            alone, in lists, in lists of lists (one list for each sample), or be an array with five axes.
+        videos: One video, a list of videos, a list of such lists (one per sample), or an array with five axes. A video
+            is a list of frames (images of one size) or an array with four axes.
 
     Returns:
-        The videos, each as it was given.
+        The videos, unchanged.
 
     Raises:
-        ValueError: If something in it is no video (a path, for example: files are not decoded), or frames of a video
+        ValueError: If an element is not a video (for example a path: files are not decoded), or frames of a video
             differ in size.
     """
     if is_valid_video(videos):

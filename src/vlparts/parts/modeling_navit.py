@@ -1,11 +1,7 @@
-"""The packed-sequence NaViT encoder (arXiv 2307.06304) and its classification head.
+"""NaViT (arXiv 2307.06304), a vision transformer over packed images, and its classification head.
 
-Shapes: L patches of all images of a batch, n images, S attention segments, K prefix tokens of a segment, D width,
-H heads, C channels, P side of a patch.
-
-Embeddings and blocks of the NaViT encoder (arXiv 2307.06304). Their `config` is a [`NaViTConfig`].
-
-Shapes: L tokens of all segments, D width, H heads, C channels, P side of a patch.
+Shapes: `L` patches of all images, `n` images, `S` attention segments, `K` prefix tokens per segment, `D` width, `H`
+heads, `C` channels, `P` side of a patch.
 """
 
 import os
@@ -15,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -24,8 +21,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_navit import NaViTConfig
 from .ops_activations import get_activation
-from .ops_attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
-from .ops_attention import dense_attention_forward
 from .ops_linear import Linear
 from .ops_rotary import axial_rotary
 from .packed_index import (
@@ -34,11 +29,19 @@ from .packed_index import (
     get_kept_cu_seqlens,
     get_patch_layout,
     resolve_seqlens,
+    segment_ids,
     validate_grid,
 )
-from .packed_layers import PackedLayer, PackedSelfAttention, PrefixTokens, get_prefix_places, insert_unrotated
+from .packed_layers import (
+    PackedLayer,
+    PackedSelfAttention,
+    PrefixTokens,
+    get_prefix_layout,
+    insert_unrotated,
+    plan_passes,
+)
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
-from .packed_segments import Pass, Segments, split_passes
+from .packed_segments import Segments
 from .pos_embed import PositionEmbedding
 from .utils import IGNORE_INDEX, add_auto_classes
 
@@ -46,7 +49,7 @@ __all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]
 
 
 class NaViTEmbeddings(nn.Module):
-    """Patches to vectors: a linear layer on the flattened pixels, plus the position of each patch."""
+    """Patch embedding: a linear layer on the flattened pixels, plus position embeddings."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -79,15 +82,15 @@ class NaViTEmbeddings(nn.Module):
             limit, frames = self.frame_embedding.num_embeddings, layout.frame_ids
             if not torch.compiler.is_compiling() and frames.numel() and int(frames.max()) >= limit:
                 raise ValueError(
-                    f"`image_grid_thw` holds a video of {int(frames.max()) + 1} frames or more, "
-                    f"but `max_frames` is {limit}."
+                    f"`image_grid_thw` must not hold videos of more than `max_frames`={limit} frames, got one of at "
+                    f"least {int(frames.max()) + 1} frames."
                 )
             hidden_states = hidden_states + self.frame_embedding(frames)
         return hidden_states
 
 
 class NaViTAttention(PackedSelfAttention):
-    """Self-attention inside each segment, with normalised queries and keys."""
+    """Self-attention within each segment, with normalized queries and keys."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -98,12 +101,12 @@ class NaViTAttention(PackedSelfAttention):
             self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise queries and keys `(L, H, D / H)` head by head."""
+        """Normalize queries and keys `(L, H, D / H)` per head."""
         return self.q_norm(query), self.k_norm(key)
 
 
 class NaViTMLP(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation in between."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -117,7 +120,7 @@ class NaViTMLP(nn.Module):
 
 
 class NaViTLayer(PackedLayer):
-    """A pre-norm transformer block with layer normalisations."""
+    """Pre-norm transformer block with layer normalizations."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         norms = [
@@ -128,17 +131,17 @@ class NaViTLayer(PackedLayer):
 
 @dataclass
 class NaViTOutput(BaseModelOutputWithPooling):
-    """What [`NaViTModel`] returns.
+    """Output of [`NaViTModel`].
 
     Attributes:
-        last_hidden_state: `(L, D)`, one vector for each row of `pixel_values`.
-        pooler_output: `(n, D)`, one vector for each image; None if `pooling` is "none".
-        hidden_states: With `output_hidden_states`, the input of each layer and the output of the last; with prefix
-            tokens in front of the patches of each segment; see `patch_index`.
-        attentions: With `output_attentions` ("eager" only), `(1, H, L + S*K, L + S*K)` for each layer.
-        prefix_hidden_state: `(S, K, D)`, class token and registers of each segment, where there are any.
-        patch_index: `(L,)` int64 places of the patches in each of `hidden_states`, where there are prefix tokens.
-        keep_index: `(L,)` int64 as it was given: where the rows stand in the sequence of all patches. A map over all
+        last_hidden_state: `(L, D)`, one vector per row of `pixel_values`.
+        pooler_output: `(n, D)`, one vector per image; None if `pooling` is "none".
+        hidden_states: With `output_hidden_states`, the input of each layer and the output of the last, prefix tokens
+            included; see `patch_index`.
+        attentions: With `output_attentions` ("eager" only), `(1, H, L + S*K, L + S*K)` per layer.
+        prefix_hidden_state: `(S, K, D)`, class token and registers of each segment; None if there are none.
+        patch_index: `(L,)` int64 indices of the patches in each of `hidden_states`; None without prefix tokens.
+        keep_index: `(L,)` int64, the argument: index of each row in the sequence of all patches. A map over all
             patches is `torch.zeros(total, D).index_copy(0, keep_index, last_hidden_state)` (without padding rows).
     """
 
@@ -148,7 +151,7 @@ class NaViTOutput(BaseModelOutputWithPooling):
 
 
 class NaViTPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the abilities that transformers asks a model for."""
+    """Base class: weight initialization and the attributes that transformers expects."""
 
     config: NaViTConfig
     base_model_prefix = "navit"
@@ -176,7 +179,7 @@ class NaViTPreTrainedModel(PreTrainedModel):
 class NaViTModel(NaViTPreTrainedModel):
     """NaViT: a vision transformer over images of any size, packed into one sequence.
 
-    An image's output does not depend on the images that it is packed with: attention and pooling stay inside an image,
+    The output of an image does not depend on the images packed with it: attention and pooling stay within an image,
     and no gradient crosses between images.
     """
 
@@ -210,23 +213,23 @@ class NaViTModel(NaViTPreTrainedModel):
         """Encode packed images.
 
         Args:
-            pixel_values: `(L, C*P*P)` flattened patches of all images, image after image, channels first inside a
-                patch; the order of patches inside an image is that of [`get_position_ids`].
-            image_grid_thw: `(n, 3)` int64, frames, rows and columns of each image in patches, before any were dropped.
-                With `keep_index`, a row of zeros is a padding example; its `pooler_output` means nothing.
-            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts, one segment for each frame (or each image
-                where `video_attention` is "clip"); computed if absent. Padding rows are a segment of their own, at
-                the end; padding examples are empty segments.
-            max_seqlen: Longest segment, or a bound on it; computed if absent.
+            pixel_values: `(L, C*P*P)` flattened patches of all images, image after image, channels first within a
+                patch; the patches of an image in the order of [`get_position_ids`].
+            image_grid_thw: `(n, 3)` int64, frames, rows and columns of each image in patches, before patches were
+                dropped. With `keep_index`, a row of zeros is a padding example; its `pooler_output` is undefined.
+            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts, one segment per frame (per image if
+                `video_attention` is "clip"); computed if absent. Padding rows are a last segment of their own; padding
+                examples are empty segments.
+            max_seqlen: Longest segment, or an upper bound; computed if absent.
             position_ids: `(L, 2)` int64, row and column of each patch; computed if absent.
-            keep_index: `(L,)` int64, where patches were dropped or padding rows added: the index of each row in the
-                sequence of all patches, rising, then -1 for each padding row. None if the rows are all patches.
-            cu_seqlens_cpu: `cu_seqlens` as host integers, which spares kernels that need them a copy from the device.
+            keep_index: `(L,)` int64 index of each row in the sequence of all patches, increasing, then -1 for each
+                padding row; None if no patches were dropped and no padding rows added.
+            cu_seqlens_cpu: `cu_seqlens` as host integers, so that kernels that need them do not copy from the device.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
-            ValueError: If the patches do not have C*P*P values, if the grids are malformed, if they do not add up
-                to L patches, or if `keep_index` does not fit to them.
+            ValueError: If patches do not have C*P*P values, grids are malformed or do not sum to L patches, or
+                `keep_index` does not match them.
         """
         features, patches = self.embeddings.patch_embedding.in_features, pixel_values.shape[0]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != features:
@@ -261,38 +264,34 @@ class NaViTModel(NaViTPreTrainedModel):
         """Run the layers over `(L, D)`.
 
         Returns:
-            Normalised patches `(L, D)`; prefix tokens `(S, K, D)` and the places `(L,)` of patches among them, if any.
+            Normalized patches `(L, D)`; prefix tokens `(S, K, D)` and `patch_index` `(L,)`, or None twice.
         """
-        config, rotary, places = self.config, None, None
+        config, rotary, prefix = self.config, None, None
         if config.rotary_theta is not None:
             head_dim = config.hidden_size // config.num_attention_heads
             rotary = axial_rotary(layout.position_ids, head_dim, config.rotary_theta)
         if self.prefix is not None:
             count = self.prefix.count
-            places = get_prefix_places(segments.cu_seqlens, hidden_states.shape[0], count, segments.cu_seqlens_cpu)
-            hidden_states = self.prefix(hidden_states, places)
-            rotary = None if rotary is None else insert_unrotated(rotary, places)
-            segments = Segments(places.cu_seqlens, segments.max_seqlen + count, places.cu_seqlens_cpu)
-        segments = segments._replace(rotary=rotary)
-        # Dense weights are those of all pairs of tokens, so they are made in one go.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, dense_attention_forward)
-        is_dense = attend is dense_attention_forward
-        passes = [Pass(segments)] if is_dense else split_passes(segments, hidden_states, config.intermediate_size)
+            prefix = get_prefix_layout(segments.cu_seqlens, hidden_states.shape[0], count, segments.cu_seqlens_cpu)
+            hidden_states = self.prefix(hidden_states, prefix)
+            rotary = None if rotary is None else insert_unrotated(rotary, prefix)
+            segments = Segments(prefix.cu_seqlens, segments.max_seqlen + count, prefix.cu_seqlens_cpu)
+        passes = plan_passes(segments._replace(rotary=rotary), hidden_states, config)
         for layer in self.layers:
             hidden_states = layer(hidden_states, passes, **options)
         hidden_states = self.norm(hidden_states)
-        if places is None:
+        if prefix is None:
             return hidden_states, None, None
-        return hidden_states[places.patches], hidden_states[places.prefix], places.patches
+        return hidden_states[prefix.patches], hidden_states[prefix.prefix], prefix.patches
 
     def _pool(
         self, hidden_states: Tensor, prefix: Tensor | None, layout: PatchLayout, frames: Tensor, segments: Segments
     ) -> Tensor | None:
-        """One vector for each image, `(n, D)`; those of padding examples mean nothing."""
+        """Pool to one vector per image, `(n, D)`; those of padding examples are undefined."""
         images, kind = frames.shape[0], self.config.pooling
         if self.pooling is not None:
-            one_segment_each = layout.cu_images.shape == segments.cu_seqlens.shape
-            cu_images_cpu = segments.cu_seqlens_cpu if one_segment_each else None
+            one_segment_per_image = layout.cu_images.shape == segments.cu_seqlens.shape
+            cu_images_cpu = segments.cu_seqlens_cpu if one_segment_per_image else None
             return self.pooling(hidden_states, layout.cu_images, hidden_states.shape[0], cu_images_cpu)[:images]
         if kind == "mean":
             return mean_pooling(hidden_states, layout.image_ids, images)
@@ -302,11 +301,10 @@ class NaViTModel(NaViTPreTrainedModel):
             return None
         if self.config.video_attention == "clip":
             return prefix[:images, 0]
-        # The mean over the frames of a video, but for those of which no patch was kept.
+        # The mean over the frames of a video of which patches were kept.
         lengths = segments.cu_seqlens.diff()
-        owners = frames.clamp(min=1).cumsum(0)
-        owners = torch.searchsorted(owners, torch.arange(lengths.shape[0], device=owners.device), right=True)
-        return mean_pooling(prefix[:, 0], torch.where(lengths > 0, owners, images), images)
+        image_ids = segment_ids(pad(frames.clamp(min=1).cumsum(0), (1, 0)), lengths.shape[0])
+        return mean_pooling(prefix[:, 0], torch.where(lengths > 0, image_ids, images), images)
 
 
 class NaViTForImageClassification(NaViTPreTrainedModel):
@@ -321,7 +319,7 @@ class NaViTForImageClassification(NaViTPreTrainedModel):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the model and its code, such that `AutoModel` finds the encoder there too."""
+        """Save the model and its code, such that `AutoModel` loads the encoder from the folder."""
         add_auto_classes(self, AutoModel=NaViTModel)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -339,32 +337,30 @@ class NaViTForImageClassification(NaViTPreTrainedModel):
         Args:
             pixel_values: `(L, C*P*P)` patches, as for [`NaViTModel`].
             image_grid_thw: `(n, 3)` int64.
-            labels: `(n,)` int64 classes; or `(n, num_labels)` float, for several classes at once (sigmoid
-                cross-entropy, as the paper trains) or for regression, by `config.problem_type` as everywhere in
-                transformers. An image with the label -100 (everywhere in its row) counts nowhere: padding examples
-                have it.
-            num_items_in_batch: Number of images that the loss of classes is divided by, in place of those in this
-                batch; the Trainer gives it where it accumulates gradients.
-            **kwargs: Everything else that [`NaViTModel`] takes.
+            labels: `(n,)` int64 classes; or `(n, num_labels)` float, for multi-label classification (sigmoid
+                cross-entropy, as in the paper) or regression, by `config.problem_type` as in transformers. Images with
+                the label -100 (in the whole row), such as padding examples, are ignored.
+            num_items_in_batch: Number of images that the loss of classes is divided by instead of the number in this
+                batch; passed by the Trainer when it accumulates gradients.
+            **kwargs: Other arguments of [`NaViTModel`].
 
         Returns:
-            `logits` `(n, num_labels)`, and the mean `loss` over the images with labels.
+            `logits` `(n, num_labels)`, and the mean `loss` over the labelled images.
 
         Raises:
-            ValueError: If the number of labels is not that of the images.
+            ValueError: If there is not one label per image.
         """
         outputs = self.navit(pixel_values, image_grid_thw, **kwargs)
         logits, loss = self.classifier(outputs.pooler_output), None
         if labels is not None:
             if labels.shape[:1] != logits.shape[:1]:
                 raise ValueError(
-                    f"`labels` must hold one entry for each of the {logits.shape[0]} images, "
-                    f"got {tuple(labels.shape)}."
+                    f"`labels` must hold one entry per image, {logits.shape[0]}, got shape {tuple(labels.shape)}."
                 )
             rows = logits
             if labels.is_floating_point():
-                counted = (labels != IGNORE_INDEX).flatten(1).any(-1) if labels.ndim > 1 else labels != IGNORE_INDEX
-                rows, labels = logits[counted], labels[counted]
+                labelled = (labels != IGNORE_INDEX).flatten(1).any(-1) if labels.ndim > 1 else labels != IGNORE_INDEX
+                rows, labels = logits[labelled], labels[labelled]
             loss = self.loss_function(labels, rows, self.config, num_items_in_batch=num_items_in_batch)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

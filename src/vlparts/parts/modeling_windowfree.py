@@ -1,19 +1,17 @@
-"""The window-free vision transformer, and the hybrid with windows that openPangu-VL released.
+"""Window-free vision transformer over packed images, and the hybrid with windows that openPangu-VL released.
 
-Shapes: L patches of all images of a batch, n images, D width, H heads, C channels, T frames of a patch, P side of a
-patch, m side of a merged block, B = L / m^2 blocks.
-
-Embedding and blocks of the window-free encoder. Their `config` is a [`WindowFreeViTConfig`].
-
-Shapes: L patches of all images, D width, C channels, T frames of a patch, P side of a patch.
+Shapes: `L` patches of all images, `n` images, `D` width, `H` heads, `C` channels, `T` frames of a patch, `P` side of a
+patch, `m` side of a merge block, `B = L / m^2` merge blocks, `w` blocks along the side of a window.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -24,22 +22,95 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_windowfree import WindowFreeViTConfig
 from .image_pixels import check_normalized, normalize_raw_pixels
 from .ops_activations import get_activation
-from .ops_attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
-from .ops_attention import dense_attention_forward
 from .ops_linear import Linear
 from .ops_rms_norm import RMSNorm
 from .ops_rotary import axial_rotary
 from .packed_index import get_cu_seqlens, get_position_ids, resolve_seqlens, segment_ids, validate_grid
-from .packed_layers import PackedLayer, PackedSelfAttention
+from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
-from .packed_segments import Pass, Segments, split_passes
-from .packed_windows import get_windows, permute_cells
+from .packed_segments import Segments
+from .utils import positive_integer
 
-__all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel"]
+__all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
+
+
+class Windows(NamedTuple):
+    """Windows of packed images.
+
+    Attributes:
+        order: `(B,)` int64 index of the merge block at each position of window order.
+        inverse: `(B,)` int64 inverse permutation: the position in window order of each merge block.
+        cu_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    cu_seqlens: Tensor
+
+
+def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: int = 1) -> Windows:
+    """Divide each frame into windows of w x w merge blocks, in reading order; those at the edges may be smaller.
+
+    The order is that of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), in closed form: without padding, sorting, or
+    synchronizing with the device.
+
+    Args:
+        image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches.
+        window_blocks: Side w of a window in merge blocks.
+        spatial_merge_size: Side m of a merge block in patches; it divides rows and columns.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+    window = positive_integer(window_blocks, "window_blocks")
+    merge_size = positive_integer(spatial_merge_size, "spatial_merge_size")
+    frames, height, width = image_grid_thw.long().unbind(1)
+    frame_height = (height // merge_size).repeat_interleave(frames)
+    frame_width = (width // merge_size).repeat_interleave(frames)
+    inverse = _window_order(frame_height, frame_width, window)
+    lengths = _window_lengths(frame_height, frame_width, window) * merge_size**2
+    cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Windows(_invert(inverse), inverse, cu_seqlens)
+
+
+def _window_order(height: Tensor, width: Tensor, window: int) -> Tensor:
+    """Position in window order, `(B,)`, of each block of frames with `height` and `width` `(frames,)` in blocks."""
+    blocks = height * width
+    frame = torch.repeat_interleave(blocks)
+    start = (blocks.cumsum(0) - blocks)[frame]
+    offset = torch.arange(frame.shape[0], device=blocks.device) - start
+    height, width = height[frame], width[frame]
+    row, column = offset // width, offset % width
+    top, left = row // window * window, column // window * window
+    rows, columns = (height - top).clamp(max=window), (width - left).clamp(max=window)
+    # Before a window come the windows in the rows above it, then those on its left.
+    return start + top * width + left * rows + (row - top) * columns + column - left
+
+
+def _window_lengths(height: Tensor, width: Tensor, window: int) -> Tensor:
+    """Number of blocks of each window, `(windows,)`."""
+    down, across = -(-height // window), -(-width // window)
+    windows = down * across
+    frame = torch.repeat_interleave(windows)
+    index = torch.arange(frame.shape[0], device=height.device) - (windows.cumsum(0) - windows)[frame]
+    top, left = index // across[frame] * window, index % across[frame] * window
+    return (height[frame] - top).clamp(max=window) * (width[frame] - left).clamp(max=window)
+
+
+def _invert(permutation: Tensor) -> Tensor:
+    """Inverse of a permutation `(B,)`."""
+    positions = torch.arange(permutation.shape[0], device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, positions)
+
+
+def permute_blocks(rows: Tensor, index: Tensor) -> Tensor:
+    """Reorder the rows `(L, ...)` of merge blocks by `index` `(B,)`; the rows of a block stay together."""
+    blocks = rearrange(rows, "(b p) ... -> b p ...", b=index.shape[0])
+    return rearrange(blocks.index_select(0, index), "b p ... -> (b p) ...")
 
 
 class WindowFreeViTPatchEmbedding(nn.Module):
-    """Patches to vectors by one matrix product, without a bias and without positions."""
+    """Patch embedding: a linear layer on the flattened pixels, without bias or positions."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -53,20 +124,19 @@ class WindowFreeViTPatchEmbedding(nn.Module):
         Raises:
             ValueError: If patches have another number of values.
         """
-        given, wanted = pixel_values.shape[-1], (self.features, self.features * self.frames)
-        if pixel_values.ndim != 2 or given not in wanted:
+        one_frame, all_frames = self.features, self.features * self.frames
+        if pixel_values.ndim != 2 or pixel_values.shape[1] not in (one_frame, all_frames):
             raise ValueError(
-                f"`pixel_values` must have shape (patches, {wanted[0]}) or (patches, {wanted[1]}), got "
+                f"`pixel_values` must have shape (patches, {one_frame}) or (patches, {all_frames}), got "
                 f"{tuple(pixel_values.shape)}."
             )
-        if given != wanted[1]:
-            planes = pixel_values.unflatten(1, (self.channels, 1, -1))
-            pixel_values = planes.expand(-1, -1, self.frames, -1).flatten(1)
+        if pixel_values.shape[1] != all_frames:
+            pixel_values = repeat(pixel_values, "l (c p) -> l (c t p)", c=self.channels, t=self.frames)
         return self.projection(pixel_values)
 
 
 class WindowFreeViTMLP(nn.Module):
-    """Two linear layers with an activation between them; or, with a gate, three."""
+    """Two linear layers with an activation in between; three with a gate."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -84,11 +154,11 @@ class WindowFreeViTMLP(nn.Module):
 
 
 class WindowFreeViTAttention(PackedSelfAttention):
-    """Self-attention inside each segment: a frame, or a window."""
+    """Self-attention within each segment: a frame or a window."""
 
 
 class WindowFreeViTLayer(PackedLayer):
-    """A pre-norm transformer block with RMS normalisations."""
+    """Pre-norm transformer block with RMS normalizations."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         norms = [RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)]
@@ -97,17 +167,16 @@ class WindowFreeViTLayer(PackedLayer):
 
 @dataclass
 class WindowFreeViTOutput(BaseModelOutputWithPooling):
-    """What [`WindowFreeViTModel`] returns.
+    """Output of [`WindowFreeViTModel`].
 
     Attributes:
-        last_hidden_state: `(L, D)`, one normalised vector for each row of `pixel_values`.
+        last_hidden_state: `(L, D)`, one normalized vector per row of `pixel_values`.
         pooler_output: `(n, D)`, the mean of each image; None if `pooling` is "none".
         hidden_states: With `output_hidden_states`, the input of each layer and the output of the last, `(L, D)` each,
-            in the order of the windows; see `patch_index`.
-        attentions: With `output_attentions` ("eager" only), `(1, H, L, L)` for each layer, in the order of the
-            windows.
-        feature_maps: For each of `config.feature_layers`, the layer's normalised output `(L, D)`.
-        patch_index: `(L,)` int64 places of the patches in each of `hidden_states`, where windows reorder them.
+            in window order; see `patch_index`.
+        attentions: With `output_attentions` ("eager" only), `(1, H, L, L)` per layer, in window order.
+        feature_maps: The normalized output `(L, D)` of each of `config.feature_layers`.
+        patch_index: `(L,)` int64 indices of the patches in each of `hidden_states`; None without windows.
     """
 
     feature_maps: tuple[Tensor, ...] | None = None
@@ -115,7 +184,7 @@ class WindowFreeViTOutput(BaseModelOutputWithPooling):
 
 
 class WindowFreeViTPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the abilities that transformers asks a model for."""
+    """Base class: weight initialization and the attributes that transformers expects."""
 
     config: WindowFreeViTConfig
     base_model_prefix = "windowfree"
@@ -139,8 +208,8 @@ class WindowFreeViTPreTrainedModel(PreTrainedModel):
 class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
     """A vision transformer over images of any size, packed into one sequence.
 
-    Every layer attends over the whole image (over each frame of a video), or, where `attention_pattern` says so,
-    inside windows. An image's output does not depend on the images that it is packed with.
+    Each layer attends over the whole image (each frame of a video), or within windows, as `attention_pattern` says.
+    The output of an image does not depend on the images packed with it.
     """
 
     def __init__(self, config: WindowFreeViTConfig) -> None:
@@ -171,23 +240,22 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         """Encode packed images.
 
         Args:
-            pixel_values: `(L, C*P*P)` flattened patches of all images, image after image, frame after frame, channels
-                first inside a patch, the m x m patches of a block one after the other; or `(L, C*T*P*P)`, channel by
-                channel the T frames of a patch. uint8 pixels are raw, and normalised here with `config.image_mean` and
-                `config.image_std`; floating-point pixels are normalised already.
+            pixel_values: `(L, C*P*P)` flattened patches of all images, image after image and frame after frame,
+                channels first within a patch, the m x m patches of a merge block consecutive; or `(L, C*T*P*P)` with
+                the T frames of each channel. uint8 pixels are raw and are normalized here with `config.image_mean` and
+                `config.image_std`; floating-point pixels must be normalized.
             image_grid_thw: `(n, 3)` int64, frames, rows and columns of each image in patches.
             cu_seqlens: `(frames + 1,)` int32 cumulative patch counts of all frames; computed if absent.
-            max_seqlen: Patches of the largest frame, or a bound on it; computed if absent.
+            max_seqlen: Patches of the largest frame, or an upper bound; computed if absent.
             position_ids: `(L, 2)` int64, row and column of each patch; computed if absent.
-            window_index: `(B,)` int64, which block stands at each place when windows stand together; computed if
-                absent, as the next.
+            window_index: `(B,)` int64, `order` of [`get_windows`]; computed if it or `cu_window_seqlens` is absent.
             cu_window_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
-            cu_seqlens_cpu: `cu_seqlens` as host integers, which spares kernels that need them a copy from the device.
+            cu_seqlens_cpu: `cu_seqlens` as host integers, so that kernels that need them do not copy from the device.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
-            ValueError: If patches have the wrong size, if grids are malformed, do not divide into blocks of m x m, or
-                do not add up to L patches, or if floating-point pixels are plainly not normalised.
+            ValueError: If patches have the wrong size, grids are malformed, not divisible into merge blocks or do not
+                sum to L patches, or floating-point pixels are out of the range of normalized ones.
         """
         patches, merge_size = pixel_values.shape[0], self.config.spatial_merge_size
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
@@ -200,30 +268,28 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             position_ids = get_position_ids(image_grid_thw, merge_size)
 
         inverse = None
-        if self.config.window_cells is not None:
+        if self.config.window_blocks is not None:
             if window_index is None or cu_window_seqlens is None:
                 window_index, inverse, cu_window_seqlens = get_windows(
-                    image_grid_thw, self.config.window_cells, merge_size
+                    image_grid_thw, self.config.window_blocks, merge_size
                 )
             else:
-                inverse = torch.empty_like(window_index).scatter_(
-                    0, window_index, torch.arange(window_index.shape[0], device=window_index.device)
-                )
-            pixel_values, position_ids = (permute_cells(rows, window_index) for rows in (pixel_values, position_ids))
+                inverse = _invert(window_index)
+            pixel_values, position_ids = (permute_blocks(rows, window_index) for rows in (pixel_values, position_ids))
         maps = self._encode(self._embed(pixel_values), position_ids, segments, cu_window_seqlens, kwargs)
         if inverse is not None:
-            maps = {layer: permute_cells(states, inverse) for layer, states in maps.items()}
+            maps = {layer: permute_blocks(states, inverse) for layer, states in maps.items()}
         layers = self.config.num_hidden_layers
         last = maps[layers - 1]
         return WindowFreeViTOutput(
             last_hidden_state=last,
             pooler_output=self._pool(last, image_grid_thw),
             feature_maps=tuple(maps[layer % layers] for layer in self.config.feature_layers),
-            patch_index=None if inverse is None else _patches_of(inverse, merge_size),
+            patch_index=None if inverse is None else _patches_of_blocks(inverse, merge_size),
         )
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
-        """Patches `(L, C*P*P)`, raw or normalised, to `(L, D)`."""
+        """Embed raw or normalized patches `(L, C*P*P)` as `(L, D)`."""
         dtype = self.patch_embedding.projection.weight.dtype
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(dtype)
@@ -239,30 +305,21 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         cu_window_seqlens: Tensor | None,
         options: dict[str, Any],
     ) -> dict[int, Tensor]:
-        """Run the layers over `(L, D)`; returns the normalised output `(L, D)` of the last layer and of each tap."""
+        """Run the layers; returns the normalized output `(L, D)` of each feature layer and of the last layer."""
         config = self.config
         rotary = axial_rotary(position_ids, config.hidden_size // config.num_attention_heads, config.rotary_theta)
-        full = self._passes(segments._replace(rotary=rotary), hidden_states)
-        windows = full
-        if config.window_cells is not None and cu_window_seqlens is not None:
-            longest = (config.window_cells * config.spatial_merge_size) ** 2
-            on_host = None if segments.cu_seqlens_cpu is None else cu_window_seqlens.tolist()
-            windows = self._passes(Segments(cu_window_seqlens, longest, on_host, rotary), hidden_states)
-        taps = {layer % config.num_hidden_layers for layer in (*config.feature_layers, -1)}
+        full = windows = plan_passes(segments._replace(rotary=rotary), hidden_states, config)
+        if config.window_blocks is not None and cu_window_seqlens is not None:
+            longest = (config.window_blocks * config.spatial_merge_size) ** 2
+            cu_windows_cpu = None if segments.cu_seqlens_cpu is None else cu_window_seqlens.tolist()
+            windows = plan_passes(Segments(cu_window_seqlens, longest, cu_windows_cpu, rotary), hidden_states, config)
+        feature_layers = {layer % config.num_hidden_layers for layer in (*config.feature_layers, -1)}
         maps = {}
         for index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, windows if config.has_windows(index) else full, **options)
-            if index in taps:
+            if index in feature_layers:
                 maps[index] = self.norm(hidden_states)
         return maps
-
-    def _passes(self, segments: Segments, hidden_states: Tensor) -> list[Pass]:
-        """The passes in which a layer computes the segments."""
-        # Dense weights are those of all pairs of tokens, so they are made in one go.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
-        if attend is dense_attention_forward:
-            return [Pass(segments)]
-        return split_passes(segments, hidden_states, self.config.intermediate_size)
 
     def _pool(self, hidden_states: Tensor, image_grid_thw: Tensor) -> Tensor | None:
         if self.config.pooling == "none":
@@ -272,7 +329,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         return mean_pooling(hidden_states, segment_ids(ends, patches), images)
 
 
-def _patches_of(cells: Tensor, merge_size: int) -> Tensor:
-    """Places `(L,)` of patches from the places `(B,)` of their blocks."""
-    inside = torch.arange(merge_size**2, device=cells.device)
-    return (cells.unsqueeze(1) * merge_size**2 + inside).flatten()
+def _patches_of_blocks(blocks: Tensor, merge_size: int) -> Tensor:
+    """Indices `(L,)` of the patches of merge blocks with the indices `(B,)`."""
+    inside = torch.arange(merge_size**2, device=blocks.device)
+    return (blocks.unsqueeze(1) * merge_size**2 + inside).flatten()

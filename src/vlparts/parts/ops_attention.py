@@ -1,8 +1,8 @@
 """Attention within the segments of a packed sequence: function, torch operation, and transformers implementation.
 
-The operation `vlparts::varlen_attention` has one reference form (`ops_attention_reference.py`); kernels for devices
-are registered from outside. Compiled programs call `vlparts::varlen_attention_opaque`, which is not traced into, since
-the lengths of segments are data; at run time it calls the same operation, so it needs no kernels of its own.
+The reference form of the operation `vlparts::varlen_attention` is in `ops_attention_reference.py`. Compiled programs
+call `vlparts::varlen_attention_opaque`, which is not traced into, since the lengths of segments are data; at run time
+it calls the same operation, so it needs no kernels of its own.
 
 Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of a head, `Dv` of
 values; `B` batch.
@@ -71,7 +71,7 @@ def _opaque_backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _define_opaque() -> None:
-    """Define the twin for compiled programs, once per process."""
+    """Define the operation for compiled programs, unless it is defined already."""
     library, name = torch.library, f"vlparts::{_OPERATION}_opaque"
     if hasattr(torch.ops.vlparts, f"{_OPERATION}_opaque"):
         return
@@ -113,12 +113,13 @@ def packed_attention(
         value: `(Lk, Hkv, Dv)`.
         cu_seqlens_q: `(segments + 1,)` int32 cumulative query counts, from 0 to `Lq`.
         cu_seqlens_k: The same for keys, from 0 to `Lk`; None if queries and keys have the same segments.
-        max_seqlen_q: Longest segment of queries, or a bound on it. Pass it where many layers share the segments:
-            computing it synchronizes with the device. While compiling, the number of tokens is the default.
+        max_seqlen_q: Longest segment of queries, or an upper bound. Pass it where many layers share the segments:
+            computing it synchronizes with the device. While compiling, the default is the number of tokens.
         max_seqlen_k: Longest segment of keys.
         scale: Factor on the scores; None for `D ** -0.5`.
         causal: Whether a query attends only to keys up to its own position, counted from the end of the segment as
-            in FlashAttention: the last query sees all keys, and of more queries than keys the first see none.
+            in FlashAttention: the last query attends to all keys. Where there are more queries than keys, the first
+            attend to none.
         cu_seqlens_q_cpu: `cu_seqlens_q` as host integers, so that kernels which need lengths on the host do not copy
             them from the device. Ignored while compiling.
         cu_seqlens_k_cpu: The same for keys; None if queries and keys have the same segments.
@@ -127,8 +128,8 @@ def packed_attention(
         `(Lq, H, Dv)` in the dtype of the inputs.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit together, or (where the boundaries can be read without
-            synchronizing) they do not rise from 0 to the number of tokens.
+        ValueError: If shapes, dtypes or devices do not match, or (where the boundaries are read on the host) they do
+            not rise from 0 to the number of tokens.
     """
     same_segments = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     if cu_seqlens_k is None:
@@ -221,10 +222,10 @@ def packed_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention implementation `vlparts_packed` for transformers models.
 
-    With a batch of one, `cu_seq_lens_q` defines the segments and `attention_mask` is ignored. What the packed kernels
-    do not support (dropout, a sliding window shorter than a segment, position biases) runs in transformers' `sdpa`,
-    with the segments merged into the mask. Without `cu_seq_lens_q`, or with earlier keys in a cache, it is `sdpa` with
-    the given mask.
+    With a batch of one, `cu_seq_lens_q` defines the segments and `attention_mask` is ignored. Options that packed
+    kernels do not support (dropout, a sliding window shorter than a segment, position biases) run in transformers'
+    `sdpa`, with the segments merged into the mask. Without `cu_seq_lens_q`, or with earlier keys in a cache, it is
+    `sdpa` with the given mask.
 
     Args:
         module: Attention layer; its `is_causal` is the default of the argument.
@@ -247,7 +248,7 @@ def packed_attention_forward(
         `(B, Lq, H, Dv)`, and None for the weights.
 
     Raises:
-        ValueError: If `s_aux` (attention sinks) is given, which neither supports.
+        ValueError: If `s_aux` (attention sinks) is given, which is not supported.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"`s_aux` (attention sinks) is not supported by {PACKED_ATTENTION_NAME!r}, got a tensor.")
@@ -259,7 +260,7 @@ def packed_attention_forward(
             plain = dropout == 0.0 and all(kwargs.get(name) is None for name in ("softcap", "position_bias"))
             if plain and not _is_longer(cu_seq_lens_k, key, max_length_k, sliding_window):
                 output = packed_attention(
-                    query.squeeze(0).transpose(0, 1),  # whose gradient is a view, unlike that of query[0]
+                    query.squeeze(0).transpose(0, 1),  # unlike that of query[0], its gradient is a view
                     key.squeeze(0).transpose(0, 1),
                     value.squeeze(0).transpose(0, 1),
                     cu_seq_lens_q,
@@ -290,7 +291,7 @@ def packed_attention_forward(
 
 
 def _are_segments_of(cu_q: Tensor, cu_k: Tensor, query: Tensor, key: Tensor, causal: bool) -> bool:
-    """Whether the boundaries belong to these queries and keys, not to an earlier prompt."""
+    """Whether the boundaries belong to these queries and keys, and not to an earlier prompt."""
     length_q, length_k = query.shape[2], key.shape[2]
     if length_q == length_k:
         return True
@@ -300,7 +301,7 @@ def _are_segments_of(cu_q: Tensor, cu_k: Tensor, query: Tensor, key: Tensor, cau
 
 
 def _is_longer(cu_seqlens_k: Tensor, key: Tensor, max_length_k: int | None, window: int | None) -> bool:
-    """Whether some segment of the keys `(1, Hkv, Lk, D)` is longer than the window."""
+    """Whether a segment of the keys `(1, Hkv, Lk, D)` is longer than the window."""
     if window is None:
         return False
     return window < (_longest(cu_seqlens_k, key[0, 0]) if max_length_k is None else max_length_k)
@@ -314,7 +315,7 @@ def _restrict(mask: Tensor | None, block: Tensor) -> Tensor:
 
 
 def _register_implementation() -> AttentionInterface:
-    """Register `vlparts_packed` for all models, and return the interface for packed models."""
+    """Register `vlparts_packed` for all models; return the interface of packed models."""
     packed = AttentionInterface()
     if PACKED_ATTENTION_NAME not in packed:
         AttentionInterface.register(PACKED_ATTENTION_NAME, packed_attention_forward)
@@ -323,5 +324,5 @@ def _register_implementation() -> AttentionInterface:
     return packed
 
 
-# transformers' `ALL_ATTENTION_FUNCTIONS`, in which `sdpa` means the packed operation: its own would need a dense mask.
+# transformers' `ALL_ATTENTION_FUNCTIONS` with "sdpa" as the packed operation, since transformers' needs a dense mask.
 PACKED_ATTENTION_FUNCTIONS = _register_implementation()

@@ -1,4 +1,4 @@
-"""Attention within packed segments in plain PyTorch: the reference of the operation, and the dense oracle.
+"""Attention within packed segments in plain PyTorch: the reference of the operation, and dense attention ("eager").
 
 Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries and keys,
 `Dv` of values; `B` batch. `cu_seqlens_q` and `cu_seqlens_k` divide both into the same number of segments.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .packed_index import segment_ids
@@ -37,7 +37,7 @@ def packed_attention_reference(
     cu_seqlens_q_cpu: Sequence[int] | None = None,
     cu_seqlens_k_cpu: Sequence[int] | None = None,
 ) -> Tensor:
-    """Scaled dot product attention of one segment after the other; consecutive segments of equal length are batched.
+    """Scaled dot product attention of each segment; consecutive segments of equal length are batched.
 
     Args:
         query: `(Lq, H, D)`.
@@ -45,7 +45,7 @@ def packed_attention_reference(
         value: `(Lk, Hkv, Dv)`.
         cu_seqlens_q: `(segments + 1,)` int32 cumulative lengths.
         cu_seqlens_k: `(segments + 1,)` int32.
-        max_seqlen_q: Unused here; kernels for accelerators need it on the host.
+        max_seqlen_q: Unused here; kernels for accelerators need it.
         max_seqlen_k: Unused here.
         scale: Factor on the scores; None for `D ** -0.5`.
         causal: Whether a query attends only to keys up to its own position, counted from the end of both.
@@ -76,7 +76,7 @@ def segment_lengths(
 
     Args:
         cu_seqlens: `(segments + 1,)` cumulative lengths.
-        total: Number of tokens that the segments must cover.
+        total: Number of tokens.
         name: Name of `cu_seqlens` in an error message.
         cu_seqlens_cpu: The same boundaries as host integers; None to copy them from the device.
 
@@ -100,13 +100,13 @@ def segment_runs(lengths_q: list[int], lengths_k: list[int]) -> list[SegmentRun]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """Attention of `(B, H, Lq, D)` over `(B, Hkv, Lk, D)`; queries that see no key give zeros."""
+    """Attention of `(B, H, Lq, D)` over `(B, Hkv, Lk, D)`; queries that attend to no key give zeros."""
     length_q, length_k = query.shape[2], key.shape[2]
     if length_q == 0 or length_k == 0:
         return zeros_like_output(query, value)
     if causal and length_q > length_k:
-        blind, seeing = query.split((length_q - length_k, length_k), dim=2)
-        return torch.cat((zeros_like_output(blind, value), attend(seeing, key, value, scale, causal)), dim=2)
+        first, last = query.split((length_q - length_k, length_k), dim=2)
+        return torch.cat((zeros_like_output(first, value), attend(last, key, value, scale, causal)), dim=2)
     mask = None
     if causal and length_q < length_k:
         mask = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(length_k - length_q)
@@ -122,7 +122,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causa
 
 
 def zeros_like_output(query: Tensor, value: Tensor) -> Tensor:
-    """Zeros of the output's shape which stay part of the autograd graph of `query`."""
+    """Zeros of the output's shape that are part of the autograd graph of `query`."""
     return query[..., :0].sum(-1, keepdim=True).expand(*query.shape[:-1], value.shape[-1])
 
 
@@ -139,34 +139,35 @@ def dense_attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with explicit weights over all pairs: slow, and the measure for every other implementation.
+    """Attention with explicit weights over all pairs of tokens, the "eager" implementation of packed models.
 
-    Packed models use it as "eager". The softmax runs in float32 or better; rows without any key give zeros.
+    Slow; the tests compare every other implementation with it. The softmax runs in float32 or better. Queries that
+    attend to no key give zeros.
 
     Args:
-        module: the attention layer; its `is_causal` (False if absent) counts where the argument is None.
+        module: Attention layer; its `is_causal` (False if absent) is the default of the argument.
         query: `(B, H, Lq, D)`.
         key: `(B, Hkv, Lk, D)`.
         value: `(B, Hkv, Lk, Dv)`.
-        attention_mask: `(B or 1, 1 or H, Lq, >= Lk)`, bool (True for pairs that see each other) or additive.
-        scaling: factor on the scores; `None` for `D ** -0.5`.
-        dropout: probability of dropping a weight while `module` trains.
-        is_causal: whether a query sees only the keys up to its own place, counted from the end. Ignored where
-            only a mask is given, which then says it.
-        cu_seq_lens_q: `(segments + 1,)`; needs a batch of one.
-        cu_seq_lens_k: the same for keys; `None` for the segments of the queries.
-        **kwargs: ignored.
+        attention_mask: `(B or 1, 1 or H, Lq, >= Lk)`, bool (True for pairs that attend) or additive.
+        scaling: Factor on the scores; None for `D ** -0.5`.
+        dropout: Probability of dropping a weight while `module` trains.
+        is_causal: Whether a query attends only to keys up to its own position, counted from the end. Ignored if there
+            is a mask and no `cu_seq_lens_q`.
+        cu_seq_lens_q: `(segments + 1,)` int32; needs a batch of one.
+        cu_seq_lens_k: The same for keys; None for the segments of the queries.
+        **kwargs: Ignored.
 
     Returns:
-        `(B, Lq, H, Dv)`, and the weights `(B, H, Lq, Lk)`, both in the type of `query`.
+        `(B, Lq, H, Dv)`, and the weights `(B, H, Lq, Lk)`, both in the dtype of `query`.
 
     Raises:
-        ValueError: `cu_seq_lens_q` with a batch of more than one, or boundaries that do not rise from 0 to
-            the number of tokens.
+        ValueError: If `cu_seq_lens_q` is given with a batch of more than one, or boundaries do not rise from 0 to the
+            number of tokens.
     """
     groups = query.shape[1] // key.shape[1]
     precise = torch.promote_types(query.dtype, torch.float32)
-    keys, values = (x.to(precise).repeat_interleave(groups, dim=1) for x in (key, value))
+    keys, values = (repeat(x.to(precise), "b h l d -> b (h g) l d", g=groups) for x in (key, value))
     scores = query.to(precise) @ keys.transpose(-1, -2)
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
@@ -176,15 +177,16 @@ def dense_attention_forward(
     else:
         cu_q, cu_k = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         _check_segments(query, key, cu_q, cu_k)
-    seen = block_mask(cu_q, cu_k, query.shape[2], key.shape[2], causal)
+    mask = block_mask(cu_q, cu_k, query.shape[2], key.shape[2], causal)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        seen = seen & attention_mask[..., : key.shape[2]]
+        mask = mask & attention_mask[..., : key.shape[2]]
     elif attention_mask is not None:
         additive = attention_mask[..., : key.shape[2]]
-        scores, seen = scores + additive, seen & ~torch.isneginf(additive)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+        scores, mask = scores + additive, mask & ~torch.isneginf(additive)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0)
     weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ values).transpose(1, 2).to(query.dtype).contiguous(), weights.to(query.dtype)
+    output = rearrange(weights @ values, "b h l d -> b l h d")
+    return output.to(query.dtype).contiguous(), weights.to(query.dtype)
 
 
 def _one_segment(length: int, device: torch.device) -> Tensor:
@@ -193,29 +195,29 @@ def _one_segment(length: int, device: torch.device) -> Tensor:
 
 def _check_segments(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     if query.shape[0] != 1:
-        raise ValueError(f"cu_seq_lens_q needs a batch of 1, got a batch of {query.shape[0]}")
+        raise ValueError(f"`cu_seq_lens_q` needs a batch of 1, got a batch of {query.shape[0]}.")
     if not torch.compiler.is_compiling():
         segment_lengths(cu_q, query.shape[2], "cu_seq_lens_q")
         segment_lengths(cu_k, key.shape[2], "cu_seq_lens_k")
 
 
 def block_mask(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, length_q: int, length_k: int, causal: bool) -> Tensor:
-    """Which query sees which key.
+    """Mask of the pairs of query and key that attend to each other.
 
     Args:
         cu_seqlens_q: `(segments + 1,)` int32 cumulative query counts, from 0 to `length_q`.
-        cu_seqlens_k: the same for keys.
-        length_q: number of queries.
-        length_k: number of keys.
-        causal: a query sees the keys up to its own place, counted from the end of the segment.
+        cu_seqlens_k: The same for keys.
+        length_q: Number of queries.
+        length_k: Number of keys.
+        causal: Whether a query attends only to keys up to its own position, counted from the end of the segment.
 
     Returns:
         `(length_q, length_k)` bool, True where query and key are of one segment (and in causal order).
     """
     segment_q, segment_k = segment_ids(cu_seqlens_q, length_q), segment_ids(cu_seqlens_k, length_k)
-    seen = segment_q[:, None] == segment_k[None, :]
+    mask = segment_q[:, None] == segment_k[None, :]
     if causal:
-        from_end_q = cu_seqlens_q[1:][segment_q] - torch.arange(length_q, device=seen.device)
-        from_end_k = cu_seqlens_k[1:][segment_k] - torch.arange(length_k, device=seen.device)
-        seen = seen & (from_end_q[:, None] <= from_end_k[None, :])
-    return seen
+        from_end_q = cu_seqlens_q[1:][segment_q] - torch.arange(length_q, device=mask.device)
+        from_end_k = cu_seqlens_k[1:][segment_k] - torch.arange(length_k, device=mask.device)
+        mask = mask & (from_end_q[:, None] <= from_end_k[None, :])
+    return mask

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def define_operation(schema: str, reference: Callable[..., Any]) -> None:
+def define_operation(schema: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """Define `vlparts::<schema>` with a reference form that runs on every device, unless it is defined already.
 
     The reference is composed of PyTorch operations, so that autograd, autocast and compilation follow from it. Another
@@ -19,9 +19,18 @@ def define_operation(schema: str, reference: Callable[..., Any]) -> None:
     Args:
         schema: Name, arguments and result, for example `"swiglu(Tensor gate_up) -> Tensor"`.
         reference: Computes the operation.
+
+    Returns:
+        A function that calls the operation, and therefore the device's kernel. In compiled and exported programs it is
+        the reference, which consists of PyTorch's own operations.
     """
     name = schema.partition("(")[0]
-    if hasattr(torch.ops.vlparts, name):
-        return
-    torch.library.define(f"vlparts::{name}", schema.removeprefix(name))
-    torch.library.impl(f"vlparts::{name}", "CompositeImplicitAutograd", reference)
+    if not hasattr(torch.ops.vlparts, name):
+        torch.library.define(f"vlparts::{name}", schema.removeprefix(name))
+        torch.library.impl(f"vlparts::{name}", "CompositeImplicitAutograd", reference)
+    operation = getattr(torch.ops.vlparts, name)
+
+    def call(*arguments: Any) -> Any:
+        return reference(*arguments) if torch.compiler.is_compiling() else operation(*arguments)
+
+    return call

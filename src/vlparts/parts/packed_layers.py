@@ -1,16 +1,16 @@
-"""Pre-norm transformer blocks over packed sequences, which vision parts share and complete.
+"""Layers of vision encoders over packed sequences: self-attention, pre-norm blocks, and prefix tokens.
 
-Shapes: L tokens of all segments, D width, H heads.
+Prefix tokens (class tokens and registers) are learned tokens in front of the patches of each attention segment.
 
-Learned tokens in front of the patches of every attention segment: class tokens and registers.
-
-Shapes: `L` patches, `S` segments, `K` prefix tokens of a segment, `D` width, `d` channels of a head.
+Shapes: `L` tokens of all segments, without prefix tokens; `S` segments; `K` prefix tokens per segment; `D` width; `H`
+heads; `d` channels of a head.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,11 +20,25 @@ from .ops_attention import dense_attention_forward
 from .ops_linear import Linear
 from .ops_rotary import apply_rotary_pair
 from .packed_index import segment_ids
-from .packed_segments import Pass, Segments
+from .packed_segments import Pass, Segments, split_passes
+
+
+def plan_passes(segments: Segments, hidden_states: Tensor, config: PreTrainedConfig) -> list[Pass]:
+    """Divide a sequence into the passes of a layer; see [`split_passes`].
+
+    Args:
+        segments: All segments.
+        hidden_states: `(L, D)`, for its device and dtype.
+        config: A configuration with `intermediate_size`.
+    """
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, dense_attention_forward)
+    if attend is dense_attention_forward:  # returns the weights of all pairs of tokens, so there is one pass
+        return [Pass(segments)]
+    return split_passes(segments, hidden_states, config.intermediate_size)
 
 
 class PackedSelfAttention(nn.Module):
-    """Self-attention inside each segment.
+    """Self-attention within each segment.
 
     Args:
         config: A configuration with `hidden_size`, `num_attention_heads` and `qkv_bias`.
@@ -41,11 +55,11 @@ class PackedSelfAttention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """What happens to queries and keys `(L, H, D / H)` before they are rotated: nothing here."""
+        """Normalize queries and keys `(L, H, d)` before they are rotated. By default they are returned unchanged."""
         return query, key
 
     def forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attend `(L, D)` tokens inside their segments; returns `(L, D)` and the weights, if any."""
+        """Attend within segments; returns `(L, D)` and the attention weights, if any."""
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         query, key = self.normalize(query, key)
         if segments.rotary is not None:
@@ -71,7 +85,7 @@ class PackedSelfAttention(nn.Module):
 
 
 class PackedLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block: `norm1`, `self_attn`, `norm2` and `mlp`, which a part gives."""
+    """Pre-norm transformer block of the given attention, MLP and normalizations."""
 
     def __init__(self, self_attn: PackedSelfAttention, mlp: nn.Module, norm1: nn.Module, norm2: nn.Module) -> None:
         super().__init__()
@@ -81,28 +95,28 @@ class PackedLayer(GradientCheckpointingLayer):
         self.mlp = mlp
 
     def forward(self, hidden_states: Tensor, passes: list[Pass], **kwargs: Any) -> Tensor:
-        """Map `(L, D)` to `(L, D)`, one pass after the other."""
+        """Map `(L, D)` to `(L, D)`, pass by pass."""
         if len(passes) == 1:
-            return self._forward(hidden_states, passes[0], **kwargs)
+            return self._forward_pass(hidden_states, passes[0], **kwargs)
         parts = hidden_states.split([one.tokens for one in passes])
-        return torch.cat([self._forward(part, one, **kwargs) for part, one in zip(parts, passes, strict=True)])
+        return torch.cat([self._forward_pass(part, one, **kwargs) for part, one in zip(parts, passes, strict=True)])
 
-    def _forward(self, hidden_states: Tensor, one: Pass, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(self.norm1(hidden_states), one.segments, **kwargs)
+    def _forward_pass(self, hidden_states: Tensor, current: Pass, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.norm1(hidden_states), current.segments, **kwargs)
         hidden_states = hidden_states + attended
-        if 0 < one.mlp_chunk_size < one.tokens:
-            chunks = hidden_states.split(one.mlp_chunk_size)
+        if 0 < current.mlp_chunk_size < current.tokens:
+            chunks = hidden_states.split(current.mlp_chunk_size)
             return torch.cat([chunk + self.mlp(self.norm2(chunk)) for chunk in chunks])
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
-class PrefixPlaces(NamedTuple):
-    """Where patches and prefix tokens stand in the longer sequence of `L + S * K` tokens.
+class PrefixLayout(NamedTuple):
+    """Indices of patches and prefix tokens in the joint sequence of `L + S * K` tokens.
 
     Attributes:
-        patches: `(L,)` int64 places of the patches.
-        prefix: `(S, K)` int64 places of the prefix tokens.
-        cu_seqlens: `(S + 1,)` int32 cumulative lengths of the longer segments.
+        patches: `(L,)` int64 indices of the patches.
+        prefix: `(S, K)` int64 indices of the prefix tokens.
+        cu_seqlens: `(S + 1,)` int32 cumulative lengths of the segments with their prefix tokens.
         cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
     """
 
@@ -112,10 +126,10 @@ class PrefixPlaces(NamedTuple):
     cu_seqlens_cpu: Sequence[int] | None
 
 
-def get_prefix_places(
+def get_prefix_layout(
     cu_seqlens: Tensor, num_patches: int, count: int, cu_seqlens_cpu: Sequence[int] | None = None
-) -> PrefixPlaces:
-    """Compute the places.
+) -> PrefixLayout:
+    """Compute where prefix tokens go.
 
     Args:
         cu_seqlens: `(S + 1,)` int32 cumulative patch counts.
@@ -123,22 +137,21 @@ def get_prefix_places(
         count: K.
         cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
     """
-    numbers = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-    longer = cu_seqlens + count * numbers
+    device = cu_seqlens.device
+    longer = cu_seqlens + count * torch.arange(cu_seqlens.shape[0], device=device, dtype=torch.int32)
     longer_cpu = None
     if cu_seqlens_cpu is not None:
-        longer_cpu = [bound + count * number for number, bound in enumerate(cu_seqlens_cpu)]
-    patches = torch.arange(num_patches, device=cu_seqlens.device)
-    patches = patches + count * (segment_ids(cu_seqlens, num_patches) + 1)
-    prefix = longer[:-1, None].long() + torch.arange(count, device=cu_seqlens.device)
-    return PrefixPlaces(patches, prefix, longer, longer_cpu)
+        longer_cpu = [bound + count * index for index, bound in enumerate(cu_seqlens_cpu)]
+    patches = torch.arange(num_patches, device=device) + count * (segment_ids(cu_seqlens, num_patches) + 1)
+    prefix = longer[:-1, None].long() + torch.arange(count, device=device)
+    return PrefixLayout(patches, prefix, longer, longer_cpu)
 
 
 class PrefixTokens(nn.Module):
-    """Learned tokens that every segment gets a copy of.
+    """Learned tokens that are inserted in front of each segment.
 
-    A class token gathers what the whole segment holds (ViT, arXiv 2010.11929); registers give attention a place to
-    put what belongs to no patch (arXiv 2309.16588).
+    A class token aggregates the segment (ViT, arXiv 2010.11929). Registers hold global information that would
+    otherwise replace that of some patches (arXiv 2309.16588).
 
     Args:
         count: K.
@@ -150,18 +163,18 @@ class PrefixTokens(nn.Module):
         self.count = count
         self.tokens = nn.Parameter(torch.zeros(count, hidden_size))
 
-    def forward(self, hidden_states: Tensor, places: PrefixPlaces) -> Tensor:
-        """Put the tokens in front of each segment of `(L, D)`; returns `(L + S * K, D)`."""
-        segments = places.prefix.shape[0]
+    def forward(self, hidden_states: Tensor, layout: PrefixLayout) -> Tensor:
+        """Insert the tokens in front of each segment of `(L, D)`; returns `(L + S * K, D)`."""
+        segments = layout.prefix.shape[0]
         longer = hidden_states.new_empty(hidden_states.shape[0] + segments * self.count, hidden_states.shape[1])
-        longer = longer.index_copy(0, places.patches, hidden_states)
-        tokens = self.tokens.to(hidden_states.dtype).repeat(segments, 1)
-        return longer.index_copy(0, places.prefix.flatten(), tokens)
+        longer = longer.index_copy(0, layout.patches, hidden_states)
+        tokens = repeat(self.tokens.to(hidden_states.dtype), "k d -> (s k) d", s=segments)
+        return longer.index_copy(0, layout.prefix.flatten(), tokens)
 
 
-def insert_unrotated(rotary: tuple[Tensor, Tensor], places: PrefixPlaces) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(L, d)` with rows for prefix tokens, which have no place and so are not rotated."""
+def insert_unrotated(rotary: tuple[Tensor, Tensor], layout: PrefixLayout) -> tuple[Tensor, Tensor]:
+    """Add rows for prefix tokens, which have no position and are not rotated, to cosines and sines `(L, d)`."""
     cos, sin = rotary
-    length = cos.shape[0] + places.prefix.numel()
+    length = cos.shape[0] + layout.prefix.numel()
     ones, zeros = cos.new_ones(length, cos.shape[1]), sin.new_zeros(length, sin.shape[1])
-    return ones.index_copy(0, places.patches, cos), zeros.index_copy(0, places.patches, sin)
+    return ones.index_copy(0, layout.patches, cos), zeros.index_copy(0, layout.patches, sin)

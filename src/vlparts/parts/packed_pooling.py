@@ -1,6 +1,6 @@
-"""Pooling of packed segments: one vector for each image.
+"""Pooling of packed images: one vector per image.
 
-Shapes: L patches of all images, n images, D width, H heads.
+Shapes: `L` patches of all images, `n` images, `D` width.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from .ops_linear import Linear
 
 
 class MaskedAttentionPooling(nn.Module):
-    """Attention pooling with one learned query for each image, restricted to that image's patches.
+    """Attention pooling with one learned query per image, which attends to that image's patches.
 
     The MAP head of arXiv 2106.04560 as NaViT uses it (arXiv 2307.06304, section 2.1): a learned probe attends to the
-    patches of one image; a normalised MLP follows as a residual.
+    patches of one image; a pre-norm residual MLP follows.
 
     Args:
         config: Fields `hidden_size`, `intermediate_size`, `num_attention_heads`, `layer_norm_eps`, `hidden_act`.
@@ -45,31 +45,33 @@ class MaskedAttentionPooling(nn.Module):
         max_seqlen: int,
         cu_seqlens_cpu: Sequence[int] | None = None,
     ) -> Tensor:
-        """Pool each segment.
+        """Pool each image.
 
         Args:
             hidden_states: `(L, D)` patches of all images.
             cu_seqlens: `(n + 1,)` int32 cumulative patch counts of the images.
-            max_seqlen: Longest segment, or a bound on it.
+            max_seqlen: Longest image, or an upper bound.
             cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
 
         Returns:
-            `(n, D)`, one vector for each image.
+            `(n, D)`.
         """
         images = cu_seqlens.shape[0] - 1
         query = self.q_proj(self.probe).expand(images, -1).unflatten(-1, (self.num_heads, -1))
         key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
-        one_each = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
+        cu_probes = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
+        # While compiling, the number of images is symbolic, and host lengths are ignored.
+        cu_probes_cpu = None if torch.compiler.is_compiling() else range(images + 1)
         pooled = packed_attention(
             query,
             key,
             value,
-            one_each,
+            cu_probes,
             cu_seqlens,
             max_seqlen_q=1,
             max_seqlen_k=max_seqlen,
-            cu_seqlens_q_cpu=range(images + 1),
+            cu_seqlens_q_cpu=cu_probes_cpu,
             cu_seqlens_k_cpu=cu_seqlens_cpu,
         )
         pooled = self.o_proj(pooled.flatten(-2))
@@ -81,11 +83,11 @@ def mean_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> T
 
     Args:
         hidden_states: `(L, D)`.
-        image_ids: `(L,)` int64 image of each row; rows with `num_images` count nowhere.
+        image_ids: `(L,)` int64 image of each row; rows with the index n (padding) are ignored.
         num_images: n.
 
     Returns:
-        `(n, D)` in the type of `hidden_states`; zeros for an image without rows.
+        `(n, D)` in the dtype of `hidden_states`; zeros for an image without rows.
     """
     precise = torch.promote_types(hidden_states.dtype, torch.float32)
     sums = hidden_states.new_zeros(num_images + 1, hidden_states.shape[1], dtype=precise)
@@ -97,7 +99,7 @@ def mean_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> T
 
 
 def max_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> Tensor:
-    """Largest value of each channel over the rows of each image; arguments and result as in [`mean_pooling`]."""
+    """Maximum over the rows of each image; arguments and result are those of [`mean_pooling`]."""
     index = image_ids[:, None].expand_as(hidden_states)
     largest = hidden_states.new_zeros(num_images + 1, hidden_states.shape[1])
     return largest.scatter_reduce(0, index, hidden_states, "amax", include_self=False)[:num_images]

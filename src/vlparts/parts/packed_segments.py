@@ -1,4 +1,4 @@
-"""The attention segments of a packed sequence, and the passes in which a layer computes them.
+"""Attention metadata of a packed sequence, and the passes in which a layer computes it.
 
 Shapes: `L` tokens, `S` segments, `d` channels of a head.
 """
@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .ops_library import define_operation
 
 
 class Segments(NamedTuple):
-    """Attention metadata: tokens that attend to one another, and their rotary positions.
+    """Attention metadata: which tokens attend to each other, and their rotary positions.
 
     Attributes:
         cu_seqlens: `(S + 1,)` int32 cumulative lengths.
-        max_seqlen: Longest segment, or a bound on it.
+        max_seqlen: Longest segment, or an upper bound.
         cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
         rotary: Cosines and sines, `(L, d)` float32 each, or None.
     """
@@ -30,11 +29,11 @@ class Segments(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Consecutive segments that a layer computes at a time.
+    """Consecutive segments that a layer computes together.
 
     Attributes:
-        segments: The segments, with boundaries from 0.
-        tokens: Their number of tokens; 0 where the sequence is one pass.
+        segments: The segments; boundaries start at 0.
+        tokens: Number of tokens; 0 if the sequence is one pass.
         mlp_chunk_size: Tokens per chunk of the MLP; 0 disables chunking.
     """
 
@@ -43,19 +42,21 @@ class Pass(NamedTuple):
     mlp_chunk_size: int = 0
 
 
-def _tokens_per_pass(hidden_states: Tensor, width: int) -> int:
-    """Number of tokens of a pass; 0 for all. Kernels may return another number, see [`split_passes`]."""
+def _tokens_per_pass_reference(hidden_states: Tensor, width: int) -> int:
+    """Number of tokens per pass; 0 for all. Kernels may return another number, see [`split_passes`]."""
     return 0
 
 
-define_operation("tokens_per_pass(Tensor hidden_states, int width) -> int", _tokens_per_pass)
+_tokens_per_pass = define_operation(
+    "tokens_per_pass(Tensor hidden_states, int width) -> int", _tokens_per_pass_reference
+)
 
 
 def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[Pass]:
-    """Divide a sequence between segments into passes, which a layer computes one after the other.
+    """Divide a sequence into passes of whole segments.
 
-    Smaller activations are faster where they stay in cache. The operation `vlparts::tokens_per_pass` decides how many
-    tokens a pass has; without a kernel for the device, all tokens are one pass.
+    Smaller activations are faster where they fit in the cache. The operation `vlparts::tokens_per_pass` returns the
+    number of tokens per pass; without a kernel for the device, and in compiled programs, all tokens are one pass.
 
     Args:
         segments: All segments.
@@ -63,12 +64,10 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
         width: Channels of the widest activation of a layer.
 
     Returns:
-        One or more passes. A segment is never divided; where one is longer than a pass should be, the MLP runs in
+        One or more passes. A segment is never divided; in a pass that is longer than the limit, the MLP runs in
         chunks.
     """
-    if torch.compiler.is_compiling():
-        return [Pass(segments)]
-    limit = torch.ops.vlparts.tokens_per_pass(hidden_states, width)
+    limit = _tokens_per_pass(hidden_states, width)
     if not limit or hidden_states.shape[0] <= limit:
         return [Pass(segments)]
     bounds = segments.cu_seqlens.tolist() if segments.cu_seqlens_cpu is None else segments.cu_seqlens_cpu
@@ -81,7 +80,10 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
     for first, last in pairwise(cuts):
         start, end = bounds[first], bounds[last]
         own = [bound - start for bound in bounds[first : last + 1]]
-        rotary = None if segments.rotary is None else tuple(table[start:end] for table in segments.rotary)
+        rotary = None
+        if segments.rotary is not None:
+            cos, sin = segments.rotary
+            rotary = cos[start:end], sin[start:end]
         longest = max(right - left for left, right in pairwise(own))
         cu_seqlens = segments.cu_seqlens[first : last + 1] - start
         passes.append(Pass(Segments(cu_seqlens, longest, own, rotary), end - start, limit))

@@ -1,4 +1,4 @@
-"""Position embeddings of packed images: the ones of NaViT (arXiv 2307.06304, section 3.4 and appendix B.1).
+"""Position embeddings of packed images, as in NaViT (arXiv 2307.06304, section 3.4 and appendix B.1).
 
 Shapes: `L` patches of all images, `D` width, `N` rows of a table (`max_grid_size`).
 """
@@ -13,36 +13,36 @@ from .pos_embed_tables import resample_axis, resample_grid, sinusoids
 
 
 class PositionEmbedding(nn.Module):
-    """A vector for the row and the column of each patch in its own image.
+    """Embedding of the row and column of each patch in its own image.
 
-    Whatever the options, the vector depends on the patch's row and column and on the size of its image's grid alone,
-    so that patches may be left out and images packed in any way.
+    It depends only on the row, the column and the size of the image's grid, so that patches may be dropped and images
+    packed in any way.
 
     Args:
         hidden_size: Width D.
-        max_grid_size: Rows N of a table: the longest axis under absolute coordinates.
-        kind: "learned" takes a vector from a table of parameters; "sinusoidal" is the fixed table of Vaswani et al.,
-            without parameters and buffers; "fourier" is [sin(W c), cos(W c)] of the coordinates c with learned W
-            (Tancik et al., arXiv 2006.10739).
+        max_grid_size: Rows N of a table; the longest axis with absolute coordinates.
+        kind: "learned" is a table of parameters; "sinusoidal" is the fixed table of Vaswani et al., without parameters
+            or buffers; "fourier" is [sin(W c), cos(W c)] of the coordinates c with learned W (Tancik et al., arXiv
+            2006.10739).
         coordinates: "absolute" counts patches; "fractional" divides the centre of a patch by the size of the axis,
-            (y + 1/2) / H; "fractional_aspect" divides both axes by the longer of them. Tables, learned and sinusoidal,
+            (y + 1/2) / H; "fractional_aspect" divides both axes by the longer of them. Learned and sinusoidal tables
             are resampled to fractional coordinates.
-        combination: "add", "product" and "stack" (D/2 channels each) have a function for each axis. "joint" is one
+        combination: "add", "product" and "stack" (D/2 channels each) combine one function per axis. "joint" is one
             function of both coordinates: a learned table `(N, N, D)` (Pix2Struct, arXiv 2210.03347), or Fourier
-            features with W `(D/2, 2)`, the paper's form. "flat" is a learned table `(N * N, D)` indexed by the number
-            of a patch in its own image, row by row (ViT, arXiv 2010.11929).
-        interpolation: How tables are resampled: "bilinear", "bicubic", or either with "_antialias". For whole grids
-            they give what `torch.nn.functional.interpolate` gives. A joint learned table under fractional coordinates
-            and antialiasing reads the sizes on the host, for each distinct grid; nothing else does.
-        overflow: What happens to a grid that is larger than a learned table of absolute positions: "error", or
-            "interpolate" for resampling its longer axes (those of other images keep their rows). Otherwise it has no
-            effect: sinusoids, Fourier features and fractional coordinates have no limit.
+            features with W `(D/2, 2)`, the paper's form. "flat" is a learned table `(N * N, D)` indexed by the raster
+            index of a patch in its own image (ViT, arXiv 2010.11929).
+        interpolation: How tables are resampled: "bilinear", "bicubic", or either with "_antialias". Whole grids equal
+            `torch.nn.functional.interpolate`. Only a joint learned table with fractional coordinates and antialiasing
+            reads the grid sizes on the host.
+        overflow: What to do with a grid that exceeds a learned table of absolute positions: "error", or "interpolate"
+            to resample the table along the axes that exceed it. No effect for sinusoids, Fourier features and
+            fractional coordinates, which have no limit.
 
     Raises:
-        ValueError: If the options do not fit together; see [`check_position_options`].
+        ValueError: If the options exclude each other; see [`check_position_options`].
     """
 
-    # Which there are depends on the options.
+    # The options decide which of these exist.
     row: nn.Parameter
     column: nn.Parameter
     table: nn.Parameter
@@ -98,9 +98,9 @@ class PositionEmbedding(nn.Module):
 
         Args:
             std: Standard deviation of learned tables; with `combination="product"` that of the product.
-            fourier_std: Standard deviation of W, in radians along a whole axis; under absolute coordinates along
-                `max_grid_size` patches. The paper does not state it. The larger it is, the faster the similarity of
-                two patches falls with their distance: at 10 it is about a half at an eighth of the axis.
+            fourier_std: Standard deviation of W, in radians along a whole axis; with absolute coordinates along
+                `max_grid_size` patches. The paper does not state it. The similarity of two patches decreases with
+                their distance, faster for larger values: at 10 it is about a half at an eighth of the axis.
         """
         if self.kind == "fourier":
             std = fourier_std / self.max_grid_size if self.coordinates == "absolute" else fourier_std
@@ -114,17 +114,16 @@ class PositionEmbedding(nn.Module):
 
         Args:
             position_ids: `(L, 2)` int64, row and column of each patch in its own image.
-            grid_sizes: `(L, 2)` int64, rows and columns of the image that each patch belongs to; zeros, for padding,
-                count as 1.
-            dtype: Type of the result; by default that of the parameters, and float32 where there are none. Sinusoids
-                and Fourier features are computed in float32 at least.
+            grid_sizes: `(L, 2)` int64, rows and columns of the image of each patch; zeros, for padding, count as 1.
+            dtype: Dtype of the result; by default that of the parameters, or float32 without parameters. Sinusoids
+                and Fourier features are computed in float32 or better.
 
         Returns:
             `(L, D)`.
 
         Raises:
-            ValueError: If a grid is larger than a learned table of absolute positions and `overflow` is "error". It
-                is not checked while compiling.
+            ValueError: If a grid exceeds a learned table of absolute positions and `overflow` is "error". Not checked
+                while compiling.
         """
         parameter = next(self.parameters(), None)
         if dtype is None:
@@ -134,15 +133,15 @@ class PositionEmbedding(nn.Module):
         if self.coordinates == "fractional_aspect":
             sizes = sizes.amax(1, keepdim=True).expand(-1, 2)
         if self.combination == "flat":
-            places = position_ids[:, 0] * sizes[:, 1] + position_ids[:, 1]
-            embedded = self._look_up(self.table, places, sizes.prod(1))
+            index = position_ids[:, 0] * sizes[:, 1] + position_ids[:, 1]
+            embedded = self._look_up(self.table, index, sizes.prod(1))
         elif self.combination == "joint" and self.kind == "learned":
             embedded = self._look_up_joint(position_ids, sizes)
         elif self.combination == "joint":
-            places = self._coordinates(position_ids, sizes, compute_dtype)
+            coordinates = self._coordinates(position_ids, sizes, compute_dtype)
             frequencies = self.frequencies.to(compute_dtype)
             # Not a matrix product: autocast would round the coordinates.
-            embedded = _waves(places[:, :1] * frequencies[:, 0] + places[:, 1:] * frequencies[:, 1])
+            embedded = _waves(coordinates[:, :1] * frequencies[:, 0] + coordinates[:, 1:] * frequencies[:, 1])
         else:
             axes = zip(("row", "column"), position_ids.unbind(1), sizes.unbind(1), strict=True)
             embedded = self._combine(*(self._embed_axis(*axis, compute_dtype) for axis in axes))
@@ -154,7 +153,7 @@ class PositionEmbedding(nn.Module):
         return row * column if self.combination == "product" else row + column
 
     def _embed_axis(self, axis: str, index: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed the `(L,)` places on the axis "row" or "column"."""
+        """Embed the positions `(L,)` on the axis "row" or "column"."""
         if self.kind == "learned":
             return self._look_up(getattr(self, axis), index, size)
         if self.kind == "fourier":
@@ -166,21 +165,21 @@ class PositionEmbedding(nn.Module):
         return resample_axis(sinusoids(rows, self.axis_width, dtype), index, size, self.interpolation)
 
     def _coordinates(self, index: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
-        """What Fourier features are functions of."""
+        """Coordinates of Fourier features."""
         return index.to(dtype) if self.coordinates == "absolute" else (index.to(dtype) + 0.5) / size
 
     def _look_up(self, table: Tensor, index: Tensor, size: Tensor) -> Tensor:
-        """Take `(L,)` places on axes from a learned table of one axis."""
+        """Embed the positions `(L,)` on axes of `size` by a learned table of one axis."""
         if self.coordinates != "absolute":
             return resample_axis(table, index, size, self.interpolation)
         if self.overflow == "error":
             _check_fits(index, size, table.shape[0])
             return embedding(index, table)
-        # An axis of as many patches as the table has rows keeps them as they are.
+        # An axis of as many patches as the table has rows leaves them unchanged.
         return resample_axis(table, index, size.clamp(min=table.shape[0]), self.interpolation, enlarging=True)
 
     def _look_up_joint(self, position_ids: Tensor, sizes: Tensor) -> Tensor:
-        """Take `(L, 2)` places from the learned table of both axes."""
+        """Embed the positions `(L, 2)` by the learned table of both axes."""
         if self.coordinates != "absolute":
             return resample_grid(self.table, position_ids, sizes, self.interpolation)
         rows = self.max_grid_size
@@ -195,12 +194,13 @@ def _waves(angles: Tensor) -> Tensor:
 
 
 def _check_fits(index: Tensor, sizes: Tensor, rows: int) -> None:
-    """Check that places and grids lie inside of a table, if values can be read."""
+    """Check that positions and grids do not exceed a table; not while compiling."""
     if torch.compiler.is_compiling() or not index.numel():
         return
     needed = int(torch.maximum(index.max() + 1, sizes.max()))
     if needed > rows:
         raise ValueError(
-            f"`position_ids` and `grid_sizes` reach {needed} places, but the table of absolute positions has {rows}. "
-            "Use smaller images, a larger `max_grid_size`, fractional coordinates, or `overflow='interpolate'`."
+            f"`position_ids` and `grid_sizes` need {needed} positions, but the table of absolute positions has "
+            f"{rows}. Use smaller images, a larger `max_grid_size`, fractional coordinates, or "
+            "`overflow='interpolate'`."
         )

@@ -1,4 +1,7 @@
-"""The options of position embeddings, and which of them go together; [`PositionEmbedding`] explains them."""
+"""Options of [`PositionEmbedding`], and which of them can be combined.
+
+In a file without layers, since configurations use it too.
+"""
 
 from typing import Literal, get_args
 
@@ -26,21 +29,21 @@ def check_position_options(
     overflow: str = "error",
     prefix: str = "",
 ) -> None:
-    """Check that there is such a position embedding.
+    """Check the options of a position embedding.
 
     Args:
         hidden_size: Width of the embedding.
         max_grid_size: Rows of a table.
-        kind: How a coordinate becomes a vector.
-        coordinates: What a coordinate is.
-        combination: How the two axes become one vector.
+        kind: Function from a coordinate to a vector.
+        coordinates: Definition of coordinates.
+        combination: How the two axes are combined.
         interpolation: How tables are resampled.
-        overflow: What happens to grids that are larger than a table.
-        prefix: What stands before the last five names where the user sees them, for example "position_".
+        overflow: What to do with grids that exceed a table.
+        prefix: Prefix of the last five names in error messages, for example "position_".
 
     Raises:
-        ValueError: If an option is unknown, if the options exclude each other, or if a size is not positive or not a
-            multiple of what the combination needs.
+        ValueError: If an option is unknown, options exclude each other, or a size is not positive or not a multiple of
+            what `kind` and `combination` need.
     """
     options = (
         ("kind", kind, get_args(PositionKind)),
@@ -54,12 +57,12 @@ def check_position_options(
             raise ValueError(f"`{prefix}{name}` must be one of {', '.join(possible)}, got {value!r}.")
     if combination not in _COMBINATIONS[kind]:
         raise ValueError(
-            f"`{prefix}combination` must be one of {', '.join(_COMBINATIONS[kind])} with {prefix}kind={kind!r}, "
+            f"`{prefix}combination` must be one of {', '.join(_COMBINATIONS[kind])} with `{prefix}kind`={kind!r}, "
             f"got {combination!r}."
         )
     if combination == "flat" and coordinates != "absolute":
         raise ValueError(
-            f"`{prefix}coordinates` must be 'absolute' with {prefix}combination='flat', got {coordinates!r}."
+            f"`{prefix}coordinates` must be 'absolute' with `{prefix}combination`='flat', got {coordinates!r}."
         )
     for name, size in (("hidden_size", hidden_size), ("max_grid_size", max_grid_size)):
         if size < 1:
@@ -67,6 +70,6 @@ def check_position_options(
     multiple = (1 if kind == "learned" else 2) * (2 if combination == "stack" else 1)
     if hidden_size % multiple:
         raise ValueError(
-            f"`hidden_size` must be a multiple of {multiple} with {prefix}kind={kind!r} and "
-            f"{prefix}combination={combination!r}, got {hidden_size}."
+            f"`hidden_size` must be a multiple of {multiple} with `{prefix}kind`={kind!r} and "
+            f"`{prefix}combination`={combination!r}, got {hidden_size}."
         )

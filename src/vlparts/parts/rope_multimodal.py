@@ -1,8 +1,9 @@
-"""Multimodal rotary positions (M-RoPE) of a language model: three axes, time, row and column, share the frequencies.
+"""Multimodal rotary positions (M-RoPE) of language models, and generation with them.
 
-Shapes: B samples of S tokens, D channels of a head, so D/2 frequencies; n images or videos. Axes are 0 for time (T),
-1 for rows (H), 2 for columns (W). A frame of h x w patches takes h*w / m^2 placeholder tokens, where m x m patches
-become one token.
+The frequencies are divided among three axes: 0 is time (T), 1 rows (H), 2 columns (W). A frame of h x w patches has
+h*w / m^2 placeholder tokens, where m x m patches become one token.
+
+Shapes: `B` samples of `S` tokens, `D` channels of a head and D/2 frequencies, `n` images or videos.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,19 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
+from .packed_index import INTEGER_DTYPES, check_grid_layout
 from .utils import positive_integer
+
+__all__ = [
+    "MultiAxisGenerationMixin",
+    "get_multimodal_position_ids",
+    "interleave_axes",
+    "multimodal_rotary",
+    "rotary_axes",
+]
 
 AXES = 3
 _TEXT, _IMAGE, _VIDEO = 0, 1, 2
-_INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _check_sections(sections: Sequence[int]) -> None:
@@ -30,51 +39,51 @@ def _check_sections(sections: Sequence[int]) -> None:
 
 
 def interleave_axes(sections: Sequence[int], force_last: bool = True) -> list[int]:
-    """Spread the axes over the frequencies, such that each has fast and slow ones.
+    """Interleave the axes over the frequencies, such that each axis has fast and slow ones.
 
-    Slot by slot the axis is taken whose share is filled least (the lower axis, if equal), but not the one before as
-    long as there is another. This is the order of openPangu-VL, in which [10, 27, 27] gives nine times THWHWHW and a
-    T. Qwen3-VL interleaves differently.
+    Each frequency gets the axis with the smallest filled share of its section (the lower axis of equals), other than
+    the previous axis if possible. This is the order of openPangu-VL, in which [10, 27, 27] gives nine times THWHWHW
+    and one T. Qwen3-VL interleaves differently.
 
     Args:
         sections: Number of frequencies of T, H and W.
-        force_last: Whether the slowest frequency is kept for T.
+        force_last: Whether the slowest frequency is reserved for T.
 
     Returns:
         The axis of each of the `sum(sections)` frequencies, fastest first.
 
     Raises:
-        ValueError: If `sections` are not three counts, or if T has none to keep for the last place.
+        ValueError: If `sections` are not three counts, or `force_last` is set and T has no frequency.
     """
     _check_sections(sections)
     if force_last and not sections[0]:
-        raise ValueError(f"`mrope_section` must give time a frequency if `force_last`, got {list(sections)}.")
+        raise ValueError(f"`mrope_section` must give time a frequency with `force_last`, got {list(sections)}.")
     counts = [sections[0] - force_last, *sections[1:]]
     placed, axes = [0] * AXES, list[int]()
     for _ in range(sum(counts)):
-        left = [axis for axis in range(AXES) if placed[axis] < counts[axis]]
-        others = [axis for axis in left if not axes or axis != axes[-1]]
-        chosen = min(others or left, key=lambda axis: placed[axis] / counts[axis])
+        unfilled = [axis for axis in range(AXES) if placed[axis] < counts[axis]]
+        others = [axis for axis in unfilled if not axes or axis != axes[-1]]
+        chosen = min(others or unfilled, key=lambda axis: placed[axis] / counts[axis])
         placed[chosen] += 1
         axes.append(chosen)
     return axes + [0] * force_last
 
 
-def rotary_axes(rope_parameters: Mapping[str, Any], slots: int) -> list[int]:
-    """The axis of each frequency, from a configuration's `rope_parameters`.
+def rotary_axes(rope_parameters: Mapping[str, Any], num_frequencies: int) -> list[int]:
+    """Axis of each frequency, from a configuration's `rope_parameters`.
 
     Args:
         rope_parameters: "mrope_section", the frequencies of T, H and W, and "mrope_interleaved": true for the order
             of [`interleave_axes`], false (or absent) for one axis after the other as in Qwen2-VL (arXiv 2409.12191,
-            section 2.1). Without sections all frequencies turn with T, which is plain RoPE.
-        slots: Number D/2 of frequencies.
+            section 2.1). Without sections all frequencies belong to T, which is plain RoPE.
+        num_frequencies: D/2.
 
     Returns:
-        `slots` axes, fastest frequency first.
+        `(D/2,)` axes, fastest frequency first.
 
     Raises:
-        ValueError: If the sections are malformed or do not add up to `slots`, if "mrope_interleaved" is not a bool, or
-            is true without sections.
+        ValueError: If the sections are malformed or do not sum to D/2, or "mrope_interleaved" is not a bool, or is
+            true without sections.
     """
     sections, interleaved = rope_parameters.get("mrope_section"), rope_parameters.get("mrope_interleaved", False)
     if type(interleaved) is not bool or (interleaved and sections is None):
@@ -82,11 +91,12 @@ def rotary_axes(rope_parameters: Mapping[str, Any], slots: int) -> list[int]:
             f"`mrope_interleaved` must be true or false, and true only with `mrope_section`, got {interleaved!r}."
         )
     if sections is None:
-        return [0] * slots
+        return [0] * num_frequencies
     _check_sections(sections)
-    if sum(sections) != slots:
+    if sum(sections) != num_frequencies:
         raise ValueError(
-            f"`mrope_section` must add up to half of `head_dim`, {slots}, got {list(sections)} (sum {sum(sections)})."
+            f"`mrope_section` must sum to half of `head_dim`, {num_frequencies}, got {list(sections)} (sum "
+            f"{sum(sections)})."
         )
     if interleaved:
         return interleave_axes(sections)
@@ -94,22 +104,22 @@ def rotary_axes(rope_parameters: Mapping[str, Any], slots: int) -> list[int]:
 
 
 def multimodal_rotary(position_ids: Tensor, inv_freq: Tensor, axes: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Angles by which the channels of a head are rotated, from three positions of each token.
+    """Cosines and sines of the rotary angles of each token, from its three positions.
 
-    Channel c is rotated together with channel c + D/2. Where the three positions are equal this is plain RoPE, to the
+    Channel c is rotated together with channel c + D/2. Where the three positions are equal, this is plain RoPE to the
     bit.
 
     Args:
         position_ids: `(3, B, S)` integers, T, H and W.
         inv_freq: `(D/2,)` frequencies in radians per position.
-        axes: `(D/2,)` the axis of each frequency, int64 if a tensor; see [`rotary_axes`].
+        axes: `(D/2,)` axis of each frequency, see [`rotary_axes`]; int64 if a tensor.
 
     Returns:
         Cosines and sines, each `(B, S, D)` float32.
 
     Raises:
-        ValueError: If a shape is another, or a number in `axes` is no axis (not checked in a tensor: that would wait
-            for the device).
+        ValueError: If a shape is wrong, or an element of `axes` is not an axis (not checked for a tensor, which would
+            synchronize with the device).
     """
     if position_ids.ndim != 3 or position_ids.shape[0] != AXES:
         raise ValueError(f"`position_ids` must have shape (3, samples, tokens), got {tuple(position_ids.shape)}.")
@@ -119,7 +129,7 @@ def multimodal_rotary(position_ids: Tensor, inv_freq: Tensor, axes: Sequence[int
         axes = torch.tensor(axes, dtype=torch.int64)
     if inv_freq.ndim != 1 or axes.shape != inv_freq.shape:
         raise ValueError(
-            f"`axes` must hold one axis for each frequency of `inv_freq`, got {tuple(axes.shape)} and "
+            f"`axes` must hold one axis per frequency of `inv_freq`, got shapes {tuple(axes.shape)} and "
             f"{tuple(inv_freq.shape)}."
         )
     device = position_ids.device
@@ -130,18 +140,14 @@ def multimodal_rotary(position_ids: Tensor, inv_freq: Tensor, axes: Sequence[int
 
 
 class _Grids:
-    """The grids of images or of videos of a batch, handed out frame by frame."""
+    """Iterator over the frames of the images, or videos, of a batch."""
 
     def __init__(self, name: str, grid_thw: Tensor | None, merge_size: int) -> None:
         self.name, self.taken, self.frames_left = name, 0, 0
         self.sizes: list[list[int]] = []
         if grid_thw is None:
             return
-        if grid_thw.dtype not in _INTEGER_DTYPES or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
-            raise ValueError(
-                f"`{name}` must be an integer tensor of shape (n, 3), got {grid_thw.dtype} of shape "
-                f"{tuple(grid_thw.shape)}."
-            )
+        check_grid_layout(grid_thw, name)
         self.sizes = grid_thw.tolist()
         for index, (frames, rows, columns) in enumerate(self.sizes):
             if min(frames, rows, columns) < 1 or rows % merge_size or columns % merge_size:
@@ -152,11 +158,11 @@ class _Grids:
             self.sizes[index] = [frames, rows // merge_size, columns // merge_size]
 
     def next_frame(self, sample: int, placeholders: int) -> tuple[int, int]:
-        """Rows and columns of the next frame in tokens, which must fit into the placeholders that follow."""
+        """Rows and columns of the next frame in tokens, of which there must be that many placeholders in a row."""
         if not self.frames_left:
             if self.taken == len(self.sizes):
                 raise ValueError(
-                    f"Sample {sample} has {placeholders} placeholders more than `{self.name}` describes; it holds "
+                    f"Sample {sample} has {placeholders} placeholders more than `{self.name}` describes with "
                     f"{len(self.sizes)} grids."
                 )
             self.frames_left = self.sizes[self.taken][0]
@@ -170,8 +176,8 @@ class _Grids:
             )
         return rows, columns
 
-    def check_whole(self, sample: int) -> None:
-        """Refuse a video that goes on after its sample."""
+    def check_complete(self, sample: int) -> None:
+        """Check that no video continues after its sample."""
         if self.frames_left:
             raise ValueError(
                 f"Sample {sample} ends with {self.frames_left} frames of `{self.name}[{self.taken - 1}]` without "
@@ -179,7 +185,7 @@ class _Grids:
             )
 
     def check_used(self, samples: int) -> None:
-        """Refuse grids that no placeholder stands for."""
+        """Check that all grids have placeholders."""
         if self.taken < len(self.sizes):
             raise ValueError(
                 f"`{self.name}` holds {len(self.sizes)} grids, but the {samples} samples have placeholders for "
@@ -188,13 +194,13 @@ class _Grids:
 
 
 def _frame_positions(start: int, rows: int, columns: int) -> Tensor:
-    """`(3, rows * columns)`: the frame's first position, plus the row, plus the column."""
-    places = torch.arange(rows * columns)
-    return start + torch.stack((torch.zeros_like(places), places // columns, places % columns))
+    """Positions `(3, rows * columns)` of the tokens of a frame that starts at position `start`."""
+    index = torch.arange(rows * columns)
+    return start + torch.stack((torch.zeros_like(index), index // columns, index % columns))
 
 
 def _sample_positions(kinds: list[int], grids: dict[int, _Grids], sample: int) -> tuple[Tensor, int]:
-    """Positions `(3, tokens)` of the attended tokens of one sample, and the position that comes next."""
+    """Positions `(3, tokens)` of the attended tokens of one sample, and the next position."""
     parts, start = [torch.empty(AXES, 0, dtype=torch.int64)], 0
     for kind, run in groupby(kinds):
         length = len(list(run))
@@ -205,13 +211,13 @@ def _sample_positions(kinds: list[int], grids: dict[int, _Grids], sample: int) -
             rows, columns = grids[kind].next_frame(sample, length)
             parts.append(_frame_positions(start, rows, columns))
             start, length = start + max(rows, columns), length - rows * columns
-    for one in grids.values():
-        one.check_whole(sample)
+    for modality_grids in grids.values():
+        modality_grids.check_complete(sample)
     return torch.cat(parts, dim=1), start
 
 
 def _kinds_of_tokens(input_ids: Tensor, image_token_id: int, video_token_id: int | None, has_videos: bool) -> Tensor:
-    if input_ids.dtype not in _INTEGER_DTYPES or input_ids.ndim != 2:
+    if input_ids.dtype not in INTEGER_DTYPES or input_ids.ndim != 2:
         raise ValueError(
             "`input_ids` must be an integer tensor of shape (samples, tokens), got "
             f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
@@ -236,31 +242,30 @@ def get_multimodal_position_ids(
 ) -> tuple[Tensor, Tensor]:
     """Positions T, H and W of each token of texts with images and videos, as in openPangu-VL.
 
-    A text token has the next free position p on all axes. The token of row a and column b of a frame has
-    (p, p + a, p + b), and what follows the frame goes on at p plus the longer side. So T is constant in a frame, and
-    counts no seconds. The frames of a video follow each other, and whatever tokens stand between them (the marks of
-    end and start) are text. For texts and single images this is Qwen2-VL's (arXiv 2409.12191, section 2.1).
+    A text token has the next position p on all axes. The token at row a and column b of a frame has (p, p + a, p + b),
+    and the token after the frame has p plus the longer side. T is constant in a frame and does not count seconds. The
+    frames of a video are consecutive; tokens between them (end and start markers) are text. For texts and single
+    images the positions are those of Qwen2-VL (arXiv 2409.12191, section 2.1).
 
-    Works on the host; call it once for a prompt. Tokens that are generated later have p = their place among the
-    attended tokens plus `rope_deltas`.
+    Runs on the host, once per prompt. The position of a token that is generated later is its index among the attended
+    tokens plus `rope_deltas`.
 
     Args:
-        input_ids: `(B, S)` integers; a placeholder for each token of an image or of a video's frame.
+        input_ids: `(B, S)` integers; one placeholder per token of an image or of a frame of a video.
         image_token_id: Id of the image placeholder.
-        image_grid_thw: `(n, 3)` frames, rows and columns of each image in patches, sample after sample. Several
-            frames are treated as those of a video. Images may follow each other without a token between.
+        image_grid_thw: `(n, 3)` frames, rows and columns of each image in patches, sample after sample. An image of
+            several frames is treated as a video. Images may be adjacent, without a token in between.
         video_token_id: Id of the video placeholder.
         video_grid_thw: `(n, 3)` the same for videos.
         spatial_merge_size: Side m of the block of patches that becomes one token.
-        attention_mask: `(B, S)`, 0 at padding, on whichever side; None if there is none.
+        attention_mask: `(B, S)`, 0 at padding, on either side; None if there is none.
 
     Returns:
-        `position_ids` `(3, B, S)` int64, 0 at padding; `rope_deltas` `(B, 1)` int64, the next free position minus the
+        `position_ids` `(3, B, S)` int64, 0 at padding; `rope_deltas` `(B, 1)` int64, the next position minus the
         number of attended tokens.
 
     Raises:
-        ValueError: If a tensor has another shape or dtype, or if the placeholders of a sample are not those of its
-            grids; names the sample and the grids.
+        ValueError: If a tensor has another shape or dtype, or the placeholders of a sample do not match its grids.
     """
     merge_size = positive_integer(spatial_merge_size, "spatial_merge_size")
     kinds = _kinds_of_tokens(input_ids, image_token_id, video_token_id, video_grid_thw is not None).cpu()
@@ -282,21 +287,13 @@ def get_multimodal_position_ids(
         tokens = kinds[sample, mask].tolist()
         position_ids[:, sample, mask], following = _sample_positions(tokens, grids, sample)
         rope_deltas[sample] = following - len(tokens)
-    for one in grids.values():
-        one.check_used(len(kinds))
+    for modality_grids in grids.values():
+        modality_grids.check_used(len(kinds))
     return position_ids.to(input_ids.device), rope_deltas.to(input_ids.device)
 
 
-__all__ = [
-    "get_multimodal_position_ids",
-    "interleave_axes",
-    "multimodal_rotary",
-    "rotary_axes",
-]
-
-
 class MultiAxisGenerationMixin(GenerationMixin):
-    """transformers' `generate` for `position_ids` that may have axes: `(B, S)`, `(3, B, S)` or `(4, B, S)`."""
+    """`GenerationMixin` for `position_ids` of shape `(B, S)`, `(3, B, S)` or `(4, B, S)`."""
 
     def _expand_inputs_for_generation(
         self,
@@ -305,7 +302,7 @@ class MultiAxisGenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        # Older transformers repeat the first dimension, which here may be the axes.
+        # Some versions of transformers repeat the first dimension, which may be the axes here.
         position_ids = model_kwargs.pop("position_ids", None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithFlattening
 
-from ..parts.packed_index import plan_packing
 from ..parts.utils import IGNORE_INDEX
+from .bins import plan_packing
 from .encoding import Sample, SampleEncoder, join_images
 from .images.balance import split_packs
 from .records import Line, RecordError, RecordFile

@@ -35,10 +35,10 @@ def computed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     monkeypatch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
-    monkeypatch.setattr(attention_blocks, "LENGTH_FROM", 1)
+    monkeypatch.setattr(attention_blocks, "MIN_LENGTH", 1)
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(attention_blocks, "SCORES_AT_A_TIME", 200)
-    monkeypatch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", 4)
+    monkeypatch.setattr(attention_blocks, "SCORES_PER_BLOCK", 200)
+    monkeypatch.setattr(attention_blocks, "LENGTH_MULTIPLE", 4)
     if not torch.backends.mkldnn.is_available():
         monkeypatch.setattr(attention_blocks, "product", F.linear)
     return shapes
@@ -80,8 +80,8 @@ def test_any_blocks(
     scores: int,
     steps: int,
 ) -> None:
-    monkeypatch.setattr(attention_blocks, "SCORES_AT_A_TIME", scores)
-    monkeypatch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", steps)
+    monkeypatch.setattr(attention_blocks, "SCORES_PER_BLOCK", scores)
+    monkeypatch.setattr(attention_blocks, "LENGTH_MULTIPLE", steps)
     tensors = small(dtype)
     assert_like_oracle(attention(tensors), tensors, LENGTHS, False, tolerance)
     assert [shape[2] for shape in computed] == [20, 9, 33]
@@ -218,8 +218,8 @@ def test_few_shapes_occur(computed: list[tuple[int, ...]], monkeypatch: pytest.M
         return multiply(x, weight, bias)
 
     monkeypatch.setattr(attention_blocks, "product", noted)
-    monkeypatch.setattr(attention_blocks, "LENGTHS_IN_STEPS_OF", 32)
-    monkeypatch.setattr(attention_blocks, "SCORES_AT_A_TIME", 10**6)
+    monkeypatch.setattr(attention_blocks, "LENGTH_MULTIPLE", 32)
+    monkeypatch.setattr(attention_blocks, "SCORES_PER_BLOCK", 10**6)
     for length in range(33, 65, 4):
         tensors = inputs(([length], [length]), dtype=torch.float32)
         packed_attention(*tensors, boundaries([length])).sum().backward()

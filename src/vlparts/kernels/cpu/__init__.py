@@ -8,17 +8,17 @@ from ...parts.ops_rms_norm import rms_norm_reference
 from .attention import packed_attention_cpu
 from .linear import linear_cpu, linear_cpu_autograd
 
-# Largest activation of a layer's pass, in bytes. Beyond about 32 MiB the C library returns memory to the system after
-# every use, and fetching it again costs more than the arithmetic: a ViT-S takes 0.8 of the time with 2,000 to 8,000
-# tokens per pass that it takes with 14,000 (2 cores of a Zen 5, float32 and bfloat16, inference).
+# Largest activation of a pass, in bytes. Beyond about 32 MiB the C library returns memory to the system after every
+# use, and allocating it again costs more than the arithmetic: with 2,000 to 8,000 tokens per pass, a ViT-S takes 0.8
+# of its time with 14,000 (2 cores of a Zen 5, float32 and bfloat16, inference).
 ACTIVATION_BYTES = 24 * 2**20
 
-# Rows per chunk of RMS normalization. Their float32 copies then stay in the cache and in reused memory: 4,784 rows of
-# 1,280 channels take a seventh (float32) and a fifth (bfloat16) of the reference's time (2 cores of a Zen 5); 64 to
-# 1,024 rows differ by a fifth.
+# Rows per chunk of RMS normalization, so that their float32 copies stay in the cache and in reused memory: 4,784 rows
+# of 1,280 channels take a seventh (float32) and a fifth (bfloat16) of the reference's time (2 cores of a Zen 5).
+# Chunks of 64 to 1,024 rows differ by a fifth.
 RMS_NORM_CHUNK_SIZE = 1024
 
-# Up to this many elements the reference is as fast or faster: they are in the cache, and it has fewer steps.
+# Up to this many elements, which fit in the cache, the reference is as fast or faster.
 RMS_NORM_REFERENCE_UP_TO = 2**18
 
 

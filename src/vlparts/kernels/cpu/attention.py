@@ -1,7 +1,7 @@
-"""Attention over packed segments on CPU: segments of equal length are computed together, nothing is padded.
+"""Attention within packed segments on CPU: segments of equal length are batched, nothing is padded.
 
-Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries
-and keys, `Dv` of values. `cu_seqlens_q` and `cu_seqlens_k` cut both into equally many segments.
+Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries and keys,
+`Dv` of values; `B` segments of a batch.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...parts.ops_attention_reference import SegmentRun, attend, segment_lengths, segment_runs, zeros_like_output
-from .attention_blocks import attend_in_blocks, blocks_apply, with_mean
+from .attention_blocks import append_mean, attend_in_blocks, blocks_apply
 
-# Segments up to this length are copied next to others of equal length and computed as one batch. Copied, eight
-# segments take this share of the time of eight calls, forward (8 heads of 64 channels, 2 cores of a Zen 5, a shared
-# machine): 0.7 to 0.8 at 8 or 16 tokens, about 0.87 at 32, no clear gain from 64 up. Neighbours of equal length need
-# no copy and are computed together at every length.
+# Segments up to this length are copied into one batch with others of equal length. Copied, eight segments take this
+# share of the time of eight calls, forward (8 heads of 64 channels, 2 cores of a Zen 5, a shared machine): 0.7 to 0.8
+# at 8 or 16 tokens, about 0.87 at 32, no clear gain from 64 up. Neighbours of equal length need no copy and are
+# batched at every length.
 BATCH_UP_TO = 32
 
-# In bfloat16 training, segments up to this length go through `_BFloat16Attention`. Its Lq * Lk weights per head stay
-# in memory until the backward pass.
+# In bfloat16 training, segments up to this length go through `_BFloat16Attention` (table in `_attend`). Its Lq * Lk
+# weights per head stay in memory until the backward pass.
 BFLOAT16_TRAINING_UP_TO = 512
 
-# Largest number of scores that `_BFloat16Attention` holds at a time: 8 MiB, the fastest or equal of bounds from 1 to
-# 8 MiB.
-SCORES_AT_A_TIME = 2**21
+# Largest number of scores that `_BFloat16Attention` computes at once, 8 MiB: the fastest, or equal, of bounds from 1
+# to 8 MiB.
+SCORES_PER_CHUNK = 2**21
 
 
 def packed_attention_cpu(
@@ -42,11 +42,7 @@ def packed_attention_cpu(
     cu_seqlens_q_cpu: Sequence[int] | None = None,
     cu_seqlens_k_cpu: Sequence[int] | None = None,
 ) -> Tensor:
-    """Attention inside each segment on CPU.
-
-    Neighbours of equal length need no copy. Others of equal length are brought together while they are short
-    (`BATCH_UP_TO`). Arguments and result are those of `packed_attention_reference`.
-    """
+    """CPU kernel of `vlparts::varlen_attention`; arguments and result are those of [`packed_attention_reference`]."""
     lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q", cu_seqlens_q_cpu)
     lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k", cu_seqlens_k_cpu)
     runs = segment_runs(lengths_q, lengths_k)
@@ -54,36 +50,36 @@ def packed_attention_cpu(
     keys = _split_heads_first(key, [run.segments * run.length_k for run in runs])
     values = _split_heads_first(value, [run.segments * run.length_k for run in runs])
     outputs: dict[int, Tensor] = {}
-    for members in _buckets(runs):
-        counts = [runs[i].segments for i in members]
-        q, k, v = (_batch([parts[i] for i in members], sum(counts)) for parts in (queries, keys, values))
+    for batch in _batches(runs):
+        counts = [runs[i].segments for i in batch]
+        q, k, v = (_join_runs([parts[i] for i in batch], sum(counts)) for parts in (queries, keys, values))
         output = _attend(q, k, v, scale, causal)
-        outputs.update(zip(members, output.split(counts) if len(counts) > 1 else (output,), strict=True))
+        outputs.update(zip(batch, output.split(counts) if len(counts) > 1 else (output,), strict=True))
     return _join_segments([outputs[i] for i in range(len(runs))], query, value)
 
 
-def _buckets(runs: Sequence[SegmentRun]) -> list[list[int]]:
-    """Indices of the runs that are computed together."""
-    buckets: dict[tuple[int, ...], list[int]] = {}
+def _batches(runs: Sequence[SegmentRun]) -> list[list[int]]:
+    """Indices of the runs that are computed as one batch: short ones of equal lengths, or one long run."""
+    batches: dict[tuple[int, ...], list[int]] = {}
     for index, (_, length_q, length_k) in enumerate(runs):
-        apart = index if max(length_q, length_k) > BATCH_UP_TO else -1
-        buckets.setdefault((length_q, length_k, apart), []).append(index)
-    return list(buckets.values())
+        alone = index if max(length_q, length_k) > BATCH_UP_TO else -1
+        batches.setdefault((length_q, length_k, alone), []).append(index)
+    return list(batches.values())
 
 
-def _batch(parts: list[Tensor], count: int) -> Tensor:
-    """Runs `(1, H, segments * length, D)` of one length as `(count, H, length, D)`."""
+def _join_runs(parts: list[Tensor], count: int) -> Tensor:
+    """Reshape runs `(1, H, segments * length, D)` of one length to `(count, H, length, D)`."""
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return joined if count == 1 else joined[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _split_heads_first(tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-    """Views `(1, H, length, D)` of the segments of `(L, H, D)`, which is how SDPA wants them."""
+    """Split `(L, H, D)` into views `(1, H, length, D)`, the layout of SDPA."""
     return tokens.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
 
 
 def _join_segments(outputs: list[Tensor], query: Tensor, value: Tensor) -> Tensor:
-    """Put outputs `(B, H, length, Dv)`, one after the other, into `(L, H, Dv)`."""
+    """Concatenate outputs `(B, H, length, Dv)` to `(L, H, Dv)`."""
     if not outputs:
         return zeros_like_output(query, value)
     rows = [
@@ -94,9 +90,10 @@ def _join_segments(outputs: list[Tensor], query: Tensor, value: Tensor) -> Tenso
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """Attention of `(B, H, Lq, D)` by the kernel that is the fastest for it.
+    """Attention of `(B, H, Lq, D)` by the fastest kernel for these inputs.
 
-    Times as shares of those of fused SDPA, 6 heads of 64 channels, one thread on a Zen 5, a shared machine:
+    Times relative to fused SDPA, by length of the segments (6 heads of 64 channels, one thread of a Zen 5, a shared
+    machine):
 
     | length                            |   64 |  128 |  256 |  384 |  512 |  768 | 1024 | 2048 |
     |-----------------------------------|------|------|------|------|------|------|------|------|
@@ -116,7 +113,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, caus
 
 
 def _is_short(query: Tensor, key: Tensor) -> bool:
-    """Whether explicit weights are worth their memory; without queries or keys there are none."""
+    """Whether explicit weights are worth their memory; segments without queries or keys have none."""
     lengths = query.shape[2], key.shape[2]
     return min(lengths) > 0 and max(lengths) <= BFLOAT16_TRAINING_UP_TO
 
@@ -130,22 +127,22 @@ def _trains_in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Attention of `(B, H, Lq, D)` by `_BFloat16Attention`, so many segments at a time that the scores fit."""
+    """Attention of `(B, H, Lq, D)` by `_BFloat16Attention`, in chunks of segments."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    step = max(1, SCORES_AT_A_TIME // (query.shape[1] * query.shape[2] * key.shape[2]))
-    pieces = zip(query.split(step), key.split(step), value.split(step), strict=True)
-    outputs = [_BFloat16Attention.apply(*piece, scale)[0] for piece in pieces]
+    size = max(1, SCORES_PER_CHUNK // (query.shape[1] * query.shape[2] * key.shape[2]))
+    chunks = zip(query.split(size), key.split(size), value.split(size), strict=True)
+    outputs = [_BFloat16Attention.apply(*chunk, scale)[0] for chunk in chunks]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class _BFloat16Attention(torch.autograd.Function):
-    """Full attention with explicit weights and a bfloat16 backward pass, for short segments on CPU.
+    """Full attention with explicit weights and a bfloat16 backward pass, for short segments.
 
-    As in fused kernels, scores and softmax are computed in float32, and the weights are rounded to bfloat16
-    before they multiply the values.
+    As in fused kernels, scores and softmax are float32, and the weights are rounded to bfloat16 before they multiply
+    the values.
     """
 
     @staticmethod
@@ -169,8 +166,8 @@ class _BFloat16Attention(torch.autograd.Function):
             return None, None, None, None
         query, key, value, output, weights = ctx.saved_tensors
         grad_value = weights.transpose(-1, -2) @ grad
-        extended, values = with_mean(grad, output, value)
-        grad_scores = (extended @ values.transpose(-1, -2)).mul_(weights)
+        extended_grad, extended_value = append_mean(grad, output, value)
+        grad_scores = (extended_grad @ extended_value.transpose(-1, -2)).mul_(weights)
         grad_query = (grad_scores @ key).mul_(ctx.scale)
         grad_key = (grad_scores.transpose(-1, -2) @ query).mul_(ctx.scale)
         return grad_query, grad_key, grad_value, None

@@ -1,8 +1,8 @@
-"""Products in float32 on CPU by oneDNN, where MKL leaves half of the processor unused.
+"""Matrix products in float32 on CPU by oneDNN, where it is faster than MKL.
 
-PyTorch multiplies float32 matrices with MKL, which keeps its AVX-512 code to Intel's processors. On others oneDNN,
-which PyTorch brings as well, does the same sums 2.2 times as fast (one and two cores of a Zen 5, layers of a ViT-S and
-a ViT-B); with AVX2 alone the two are equal. `torch.backends.mkldnn.flags(enabled=False)` gives MKL's results back.
+PyTorch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors only. On AMD processors with
+AVX-512, oneDNN, also part of PyTorch, is 2.2 times as fast (one and two cores of a Zen 5, layers of a ViT-S and a
+ViT-B); with AVX2 alone the two are equal. `torch.backends.mkldnn.flags(enabled=False)` restores MKL.
 
 Shapes: `M` rows, `K` input and `N` output channels.
 """
@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# From this many multiplications for each thread on oneDNN gains: it needs about 15 microseconds more for each call.
-# Measured gains on one thread: 1.05 at 1 M, 1.2 at 2 M, 1.4 at 4 M, 2 at 30 M.
+# Fewest multiplications per thread for which oneDNN is used: a call costs about 15 microseconds more than with MKL.
+# Measured speedups on one thread: 1.05 at 1 M, 1.2 at 2 M, 1.4 at 4 M, 2 at 30 M.
 MULTIPLICATIONS_FROM = 2**20
 
-# Rows of a weight gradient's terms that are turned over at a time. All at once, their copy leaves the cache and takes
-# longer than the product from about 4,000 rows on.
-ROWS_AT_A_TIME = 1024
+# Rows per chunk of a weight gradient, whose factors are transposed by copying. All rows at once leave the cache, and
+# from about 4,000 rows on the copy takes longer than the product.
+ROWS_PER_CHUNK = 1024
 
-# A weight gradient takes whole multiples of this many rows by oneDNN, so that few shapes occur: oneDNN compiles each
-# new one, which takes a millisecond and half a megabyte.
-ROWS_IN_STEPS_OF = 64
+# Rows of a weight gradient beyond the last multiple of this are left to MKL, so that few shapes occur: oneDNN compiles
+# each new one, which takes a millisecond and half a megabyte.
+ROW_MULTIPLE = 64
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,9 +35,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: `(..., K)` float32.
-        weight: `(N, K)` float32, it or its transpose contiguous. With other strides oneDNN takes a path that is
-            hundreds of times slower.
-        bias: `(N,)` float32 contiguous.
+        weight: `(N, K)` float32; the matrix or its transpose is contiguous. For other strides oneDNN is hundreds of
+            times slower.
+        bias: `(N,)` float32, contiguous.
 
     Returns:
         `(..., N)` float32.
@@ -46,10 +46,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_is_faster(rows: int, inner: int, columns: int) -> bool:
-    """Whether [`product`] of `(rows, inner)` and `(columns, inner)` may be used now and is faster than MKL.
+    """Whether [`product`] of `(rows, inner)` and `(columns, inner)` may be used and is faster than MKL.
 
-    It is not used where somebody follows the operations (dispatch modes such as the FLOP counter, function
-    transforms), nor where float32 products were asked for in a lower precision.
+    It is not used under dispatch modes (such as the FLOP counter) and function transforms, or where
+    `torch.backends.mkldnn` is disabled or set to a lower precision.
     """
     return (
         rows * inner * columns >= MULTIPLICATIONS_FROM * torch.get_num_threads()
@@ -75,7 +75,7 @@ def mkl_is_slow() -> bool:
 
 
 def _processor() -> str:
-    """What the system tells about its first processor."""
+    """Description of the first processor."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
@@ -84,7 +84,7 @@ def _processor() -> str:
 
 
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The CPU kernel of `vlparts::linear`, without gradients.
+    """CPU kernel of `vlparts::linear`, without gradients.
 
     Args:
         x: `(..., K)`.
@@ -98,7 +98,7 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_cpu_autograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The CPU kernel of `vlparts::linear` under autograd; arguments and result are those of [`linear_cpu`]."""
+    """CPU kernel of `vlparts::linear` under autograd; arguments and result are those of [`linear_cpu`]."""
     if not _applies(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
@@ -107,7 +107,7 @@ def linear_cpu_autograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN computes this layer; what `F.linear` would refuse is left to it."""
+    """Whether oneDNN computes this layer. False for shapes that `F.linear` refuses, so that its error is raised."""
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         return False
     columns, inner = weight.shape
@@ -120,12 +120,12 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is no subclass and has no tangent of forward-mode differentiation, which kernels here know not."""
+    """True for a plain Tensor or Parameter without a forward-mode tangent."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and forward_ad.unpack_dual(tensor).tangent is None
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose products are oneDNN's, forward and backward."""
+    """Linear layer with oneDNN products, forward and backward."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,7 +134,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _ = inputs
-        # As in PyTorch, a frozen weight does not keep the layer's input alive.
+        # As in PyTorch, the input of a frozen layer is not kept.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
@@ -157,24 +157,24 @@ def weight_gradient(x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tenso
     Args:
         x: `(M, K)`, the layer's input.
         grad: `(M, N)`, the gradient of its output.
-        out: `(N, K)` to write to, where no gradients are recorded; None for a new tensor.
+        out: `(N, K)` to write to; only without gradient recording. None for a new tensor.
 
     Returns:
         `(N, K)`.
     """
     columns, inner = grad.shape[1], x.shape[1]
-    whole = len(x) - len(x) % ROWS_IN_STEPS_OF
+    whole = len(x) - len(x) % ROW_MULTIPLE
     if (
         torch.is_grad_enabled()
         or x.dtype != torch.float32
-        or not onednn_is_faster(columns, min(whole, ROWS_AT_A_TIME), inner)
+        or not onednn_is_faster(columns, min(whole, ROWS_PER_CHUNK), inner)
     ):
         return grad.t() @ x if out is None else torch.mm(grad.t(), x, out=out)
-    # oneDNN must have one of the factors turned over, so that is the narrower one.
-    turned, other = (grad, x.contiguous()) if columns <= inner else (x, grad.contiguous())
-    total = turned[whole:].t() @ other[whole:]
-    for start in range(0, whole, ROWS_AT_A_TIME):
-        rows = slice(start, min(start + ROWS_AT_A_TIME, whole))
-        total += product(turned[rows].t(), other[rows].t())
+    # oneDNN transposes one of the factors by copying: the narrower one.
+    narrow, wide = (grad, x.contiguous()) if columns <= inner else (x, grad.contiguous())
+    total = narrow[whole:].t() @ wide[whole:]
+    for start in range(0, whole, ROWS_PER_CHUNK):
+        rows = slice(start, min(start + ROWS_PER_CHUNK, whole))
+        total += product(narrow[rows].t(), wide[rows].t())
     result = total if columns <= inner else total.t()
     return result if out is None else out.copy_(result)

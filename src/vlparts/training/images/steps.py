@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ...parts.packed_bins import FirstFitPacker
 from ...parts.utils import positive_integer
+from ..bins import FirstFitPacker
 from .balance import balanced_steps, encoder_work, split_packs
 from .plan import ImagePlan, ImagePlanner, checked_sizes
 from .resolution import seeded_generator

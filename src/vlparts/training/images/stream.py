@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...parts.image_processing_navit import NaViTImageProcessor
-from ...parts.packed_bins import FirstFitPacker
+from ..bins import FirstFitPacker
 from .packing import ImageCutter, PatchedImage
 from .plan import ImagePlanner, ResolutionPolicy
 from .token_drop import DropPolicy

@@ -1,7 +1,7 @@
-"""Packing plans: which items share a sequence of fixed capacity.
+"""Bin packing: which items share a sequence of fixed capacity.
 
-The bin packing strategies are the ones that NaViT (arXiv 2307.06304, appendix A.3) and its successors use. First fit
-is also there as an object that takes items one by one, for data whose end is far or unknown.
+The strategies are those of NaViT (arXiv 2307.06304, appendix A.3) and its successors. [`FirstFitPacker`] takes items
+one by one, for streams of data.
 """
 
 from bisect import bisect_left, insort
@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from .utils import positive_integer
+from ..parts.utils import positive_integer
 
 __all__ = ["FirstFitPacker", "plan_packing"]
 
@@ -18,18 +18,18 @@ Item = TypeVar("Item")
 
 
 class FirstFitPacker(Generic[Item]):
-    """Put items into bins as they come, each into the oldest open bin with room.
+    """Online first-fit bin packing: each item goes into the oldest open bin with room.
 
-    At most `open_bins` bins stay open: when one more is needed, the fullest one is closed (the oldest of equals),
-    because it is the one that loses the least room. A bin that can take nothing more is closed at once.
+    At most `open_bins` bins are open: when one more is needed, the fullest is closed (the oldest of equals), since it
+    wastes the least room. A full bin is closed at once.
 
     Args:
-        capacity: largest sum of lengths in a bin.
-        max_items: largest number of items in a bin; `None` for no limit.
-        open_bins: how many bins stay open. 8 to 32 lose hardly more room than any number.
+        capacity: Largest sum of lengths in a bin.
+        max_items: Largest number of items in a bin; None for no limit.
+        open_bins: Largest number of open bins. 8 to 32 waste hardly more room than any larger number.
 
     Raises:
-        ValueError: a limit is not an integer of at least one.
+        ValueError: If a limit is not an integer of at least 1.
     """
 
     def __init__(self, capacity: int, max_items: int | None = None, open_bins: int = 16) -> None:
@@ -40,23 +40,23 @@ class FirstFitPacker(Generic[Item]):
         self._room: list[int] = []
 
     def add(self, item: Item, length: int) -> list[list[Item]]:
-        """Place one item.
+        """Add one item.
 
         Args:
-            item: whatever the bins shall hold.
-            length: its length, from 1 to `capacity`.
+            item: Any object.
+            length: Its length, from 1 to `capacity`.
 
         Returns:
-            The bins that this item closed, each with its items in the order placed: none, one, or two (the fullest
-            one to make place, and the new one that the item fills).
+            The bins that this item closed, each with its items in the order added: none, one, or two (the fullest one
+            to make room, and the new one that the item fills).
 
         Raises:
-            ValueError: the length is not a positive integer, or exceeds `capacity`.
+            ValueError: If the length is not a positive integer or exceeds `capacity`.
         """
         if positive_integer(length, "length") > self.capacity:
-            raise ValueError(f"length is {length}, which exceeds capacity={self.capacity}")
+            raise ValueError(f"`length` is {length}, which exceeds capacity={self.capacity}.")
         closed = []
-        chosen = next((place for place, room in enumerate(self._room) if room >= length), len(self._room))
+        chosen = next((index for index, room in enumerate(self._room) if room >= length), len(self._room))
         if chosen == len(self._room):
             if chosen == self.open_bins:
                 closed.append(self._close(self._room.index(min(self._room))))
@@ -70,44 +70,44 @@ class FirstFitPacker(Generic[Item]):
         return closed
 
     def flush(self) -> list[list[Item]]:
-        """Close all open bins and return them, the oldest first."""
+        """Close all open bins and return them, oldest first."""
         bins, self._bins, self._room = self._bins, [], []
         return bins
 
     def state_dict(self) -> dict[str, Any]:
-        """What is open: `{"bins": [{"items": [...], "length": int}, ...]}`, with the items as they were given."""
+        """Open bins: `{"bins": [{"items": [...], "length": int}, ...]}`, with the items as they were given."""
         open_bins = zip(self._bins, self._room, strict=True)
         return {"bins": [{"items": list(items), "length": self.capacity - room} for items, room in open_bins]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Restore open bins.
 
         Args:
-            state: as `state_dict` returns it.
+            state: Result of `state_dict`.
 
         Raises:
-            ValueError: an open bin has no room or no items, or the bins exceed a limit of this packer.
+            ValueError: If an open bin has no room or no items, or the bins exceed a limit of this packer.
         """
         bins = state["bins"]
         if len(bins) > self.open_bins:
-            raise ValueError(f"state has {len(bins)} open bins, more than open_bins={self.open_bins}")
+            raise ValueError(f"`state` has {len(bins)} open bins, expected at most open_bins={self.open_bins}.")
         for index, one in enumerate(bins):
             if not 0 < one["length"] < self.capacity:
                 raise ValueError(
-                    f"bins[{index}] of state has length {one['length']}; an open bin of capacity={self.capacity} has "
-                    f"1..{self.capacity - 1}"
+                    f"`state['bins'][{index}]` has length {one['length']}, expected 1 to {self.capacity - 1} for an "
+                    f"open bin of capacity={self.capacity}."
                 )
             if not one["items"] or (self.max_items is not None and len(one["items"]) >= self.max_items):
                 raise ValueError(
-                    f"bins[{index}] of state has {len(one['items'])} items; an open bin has at least one, and less "
-                    f"than max_items={self.max_items}"
+                    f"`state['bins'][{index}]` has {len(one['items'])} items, expected at least one and fewer than "
+                    f"max_items={self.max_items}."
                 )
         self._bins = [list(one["items"]) for one in bins]
         self._room = [self.capacity - one["length"] for one in bins]
 
-    def _close(self, place: int) -> list[Item]:
-        del self._room[place]
-        return self._bins.pop(place)
+    def _close(self, index: int) -> list[Item]:
+        del self._room[index]
+        return self._bins.pop(index)
 
 
 def plan_packing(
@@ -121,33 +121,32 @@ def plan_packing(
 ) -> list[list[int]]:
     """Distribute items over bins so that the lengths in a bin sum to at most `capacity`.
 
-    Every index occurs in exactly one bin, and equal input gives equal output.
+    Each index occurs in exactly one bin. The result is deterministic.
 
-    - `first_fit`: takes items as they come, see [`FirstFitPacker`]. O(n * open_bins).
-    - `best_fit_decreasing`: needs all items beforehand; longest first, each into the bin that it fills best.
-      O(n log n) comparisons.
-    - `next_fit`: one open bin; keeps the order of the items across bins. O(n).
+    - "first_fit": items in the given order, see [`FirstFitPacker`]. O(n * open_bins).
+    - "best_fit_decreasing": longest item first, each into the fullest bin with room. O(n log n) comparisons.
+    - "next_fit": one open bin, which keeps the order of the items across bins. O(n).
 
     Args:
-        lengths: positive integer length of each item (patches of an image, tokens of a sample).
-        capacity: largest sum of lengths in a bin.
-        max_items: largest number of items in a bin; `None` for no limit.
-        strategy: one of the names above.
-        open_bins: how many bins `first_fit` keeps open; the other strategies ignore it.
-        oversize: what happens to an item longer than `capacity`: `"raise"`, or `"own_bin"` for a bin of its
-            own (which then exceeds `capacity`).
+        lengths: Positive integer length of each item (patches of an image, tokens of a sample).
+        capacity: Largest sum of lengths in a bin.
+        max_items: Largest number of items in a bin; None for no limit.
+        strategy: One of the names above.
+        open_bins: Largest number of open bins of "first_fit"; ignored by the other strategies.
+        oversize: What to do with an item longer than `capacity`: "raise", or "own_bin" for a bin of its own (which
+            exceeds `capacity`).
 
     Returns:
-        Item indices per bin: bins in the order of opening, items in the order placed.
+        Item indices per bin: bins in the order of opening, items in the order added.
 
     Raises:
-        ValueError: a length is not a positive integer, an item exceeds `capacity` while `oversize="raise"`,
-            a limit is below one, or `strategy` or `oversize` is unknown.
+        ValueError: If a length is not a positive integer, an item exceeds `capacity` with `oversize="raise"`, a limit
+            is below 1, or `strategy` or `oversize` is unknown.
     """
     if strategy not in _STRATEGIES:
-        raise ValueError(f"strategy must be one of {sorted(_STRATEGIES)}, got {strategy!r}")
+        raise ValueError(f"`strategy` must be one of {sorted(_STRATEGIES)}, got {strategy!r}.")
     if oversize not in ("raise", "own_bin"):
-        raise ValueError(f"oversize must be 'raise' or 'own_bin', got {oversize!r}")
+        raise ValueError(f"`oversize` must be 'raise' or 'own_bin', got {oversize!r}.")
     capacity = positive_integer(capacity, "capacity")
     open_bins = positive_integer(open_bins, "open_bins")
     limit = None if max_items is None else positive_integer(max_items, "max_items")
@@ -157,8 +156,8 @@ def plan_packing(
         for index, size in enumerate(sizes):
             if size > capacity:
                 raise ValueError(
-                    f"lengths[{index}] is {size}, which exceeds capacity={capacity}; shrink the item, "
-                    "raise the capacity, or pass oversize='own_bin'"
+                    f"`lengths[{index}]` is {size}, which exceeds capacity={capacity}. Shrink the item, "
+                    "raise `capacity`, or pass oversize='own_bin'."
                 )
     return _STRATEGIES[strategy](sizes, capacity, limit or max(len(sizes), 1), open_bins)
 
@@ -168,16 +167,16 @@ def _first_fit(sizes: list[int], capacity: int, max_items: int, open_bins: int) 
     bins: list[list[int]] = []
     for index, size in enumerate(sizes):
         bins += [[index]] if size > capacity else packer.add(index, size)
-    return sorted(bins + packer.flush())  # by the first item, which opened the bin
+    return sorted(bins + packer.flush())  # by first item, which is the order of opening
 
 
 def _best_fit_decreasing(sizes: list[int], capacity: int, max_items: int, open_bins: int) -> list[list[int]]:
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, bin), sorted
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        at = bisect_left(rooms, (sizes[index], -1))
-        if at < len(rooms):
-            free, chosen = rooms.pop(at)
+        fullest = bisect_left(rooms, (sizes[index], -1))
+        if fullest < len(rooms):
+            free, chosen = rooms.pop(fullest)
         else:
             free, chosen = capacity, len(bins)
             bins.append([])

@@ -1,4 +1,4 @@
-"""The torch operations of packed attention: compile, export, copies of the file, other devices."""
+"""The torch operations of packed attention: compile, export, copies of the file, kernels of other packages."""
 
 import importlib.util
 import subprocess
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parts.attention_oracle import SEGMENTS, assert_like_oracle, boundaries, inputs
-from vlparts.parts.ops_attention import packed_attention, packed_attention_cuda, varlen_applies
+from tests.parts.attention_oracle import SEGMENTS, boundaries, inputs
+from vlparts.parts.ops_attention import packed_attention
 
 
 def layer(
@@ -70,7 +70,7 @@ def test_export_keeps_one_node() -> None:
 def test_the_opaque_operation_is_sound() -> None:
     cu_q, cu_k = map(boundaries, SEGMENTS["cross"])
     arguments = (*inputs(SEGMENTS["cross"]), cu_q, cu_k, 5, 4, None, False)
-    torch.library.opcheck(torch.ops.vlparts.packed_attention_opaque.default, arguments)
+    torch.library.opcheck(torch.ops.vlparts.varlen_attention_opaque.default, arguments)
 
 
 def second_copy() -> ModuleType:
@@ -96,9 +96,7 @@ def test_a_second_copy_of_the_file_works_beside_the_first() -> None:
 
 
 def test_another_package_takes_over_a_device_by_registration_alone() -> None:
-    """A tensor subclass without kernels of its own stands for the device. It runs in another process,
-    because registrations last for ever.
-    """
+    """The device is a tensor subclass without kernels. Runs in another process, since registrations are permanent."""
     program = """
         import torch
         from vlparts.parts.ops_attention import packed_attention
@@ -107,7 +105,7 @@ def test_another_package_takes_over_a_device_by_registration_alone() -> None:
 
         def kernel(key):
             def attend(query, *arguments):
-                calls.append((key, len(arguments), *arguments[4:]))
+                calls.append((key, len(arguments), *arguments[4:8], *map(list, arguments[8:])))
                 return query
 
             return attend
@@ -125,15 +123,15 @@ def test_another_package_takes_over_a_device_by_registration_alone() -> None:
 
         library = torch.library.Library("vlparts", "IMPL")
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            library.impl("packed_attention", kernel(key), key)
+            library.impl("varlen_attention", kernel(key), key)
 
         cu_seqlens = Device(torch.tensor([0, 2, 5], dtype=torch.int32))
         query, key, value = (Device(torch.randn(5, 2, 8)) for _ in range(3))
-        options = dict(max_seqlen_q=3, max_seqlen_k=4, scale=0.5, causal=True)
+        options = dict(max_seqlen_q=3, max_seqlen_k=4, scale=0.5, causal=True, cu_seqlens_q_cpu=[0, 2, 5])
         assert packed_attention(query, key, value, cu_seqlens, **options) is query
         with torch.inference_mode(), torch._C._DisableTorchDispatch():
             assert packed_attention(query, key, value, cu_seqlens, **options) is query
-        settings = (8, 3, 4, 0.5, True)
+        settings = (10, 3, 4, 0.5, True, [0, 2, 5], [0, 2, 5])
         assert calls == [("AutogradPrivateUse1", *settings), ("PrivateUse1", *settings)], calls
 
         plain = torch.randn(5, 2, 8)
@@ -144,42 +142,3 @@ def test_another_package_takes_over_a_device_by_registration_alone() -> None:
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_kernels_stand_at_their_keys() -> None:
-    for key in ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "CompositeImplicitAutograd"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("vlparts::packed_attention", key), key
-
-
-def test_flash_attention_is_asked_only_for_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
-    assert varlen_applies(q, q, q)
-    assert not varlen_applies(q.float(), q.float(), q.float())
-    assert not varlen_applies(q, q, q[..., :4])
-    assert not varlen_applies(q[..., :4], q[..., :4], q[..., :4])
-    assert not varlen_applies(q[:0], q, q)
-    assert not varlen_applies(q, q[:0], q[:0])
-    wide = torch.zeros(4, 2, 264, dtype=torch.bfloat16)
-    assert not varlen_applies(wide, wide, wide)
-    assert not varlen_applies(q, q, q.transpose(1, 2).contiguous().transpose(1, 2))
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert not varlen_applies(q, q, q)
-
-
-def test_the_cuda_kernel_calls_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta tensors: the call is accepted, and the result has the right shape."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    query, key, value = (
-        torch.empty(n, h, 64, dtype=torch.float16, device="meta") for n, h in ((6, 4), (9, 2), (9, 2))
-    )
-    cu_q, cu_k = boundaries([1, 5]).to("meta"), boundaries([4, 5]).to("meta")
-    output = packed_attention_cuda(query, key, value, cu_q, cu_k, 5, 5, 0.5, True)
-    assert output.shape == query.shape
-    assert output.dtype == torch.float16
-
-
-def test_the_cuda_kernel_turns_to_the_reference_for_the_rest() -> None:
-    segments = SEGMENTS["cross"]
-    tensors = inputs(segments)
-    output = packed_attention_cuda(*tensors, *map(boundaries, segments), 5, 4)
-    assert_like_oracle(output, tensors, segments, False, 1e-10)
