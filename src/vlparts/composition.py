@@ -14,7 +14,7 @@ from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
-from .parts.vlm_features import tower_kind
+from .parts.vlm_features import pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
 
 PathLike = str | os.PathLike[str]
@@ -60,7 +60,7 @@ def compose(
     if isinstance(text, (str, os.PathLike)):
         text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
     language_model, head = _text_model(text)
-    tower_kind(tower)
+    pixel_layout(tower)
     config = VisionLanguageConfig(
         vision_config=tower.config,
         text_config=language_model.config,
@@ -82,7 +82,7 @@ def compose(
             tower.config.hidden_size,
             language_model.config.hidden_size,
             config.merge_size,
-            config.feature_taps,
+            config.num_feature_layers,
             **(config.projector_options or {}),
         ),
     )
@@ -146,7 +146,7 @@ def compose_processor(
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
     vision = model.config.vision_config
-    kind = tower_kind(model.model.vision_tower)
+    kind = pixel_layout(model.model.vision_tower)
     return VisionLanguageProcessor(
         image_processor or _image_processor(kind, vision),
         tokenizer,

@@ -22,7 +22,7 @@ FILE_KINDS = (
     "generation",
 )
 COMPOSED = {"vlm", "navit_dual_encoder"}  # the parts that may name others
-COMPOSING_FILES = {"part_table"}  # its table of them
+COMPOSING_FILES = {"part_configs", "part_models"}  # their tables of them
 ALLOWED_PACKAGES = {
     "torch",
     "transformers",
