@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vlparts import PaddedCoordinateTokenizer
+from vlparts.registration import PARTS as PARTS_TABLE
+
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 PARTS = SOURCE / "vlparts" / "parts"
@@ -58,6 +61,15 @@ def imports_of(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
 def siblings_of(path: Path) -> set[str]:
     """Return the names in the file's `from .name import X` lines."""
     return {node.module or "" for node in imports_of(path) if isinstance(node, ast.ImportFrom) and node.level}
+
+
+def reached_from(stems: set[str]) -> set[str]:
+    """Return the given files and all files of parts/ that they import, directly or not."""
+    reached: set[str] = set()
+    while stems:
+        reached |= stems
+        stems = {name for stem in stems for name in siblings_of(PARTS / f"{stem}.py")} - reached
+    return reached
 
 
 def packages_of(path: Path) -> set[str]:
@@ -118,6 +130,20 @@ def test_no_part_imports_another(path: Path) -> None:
         return
     others = {name for name in siblings_of(path) if part_of(name) not in (None, own)}
     assert others == set(), "a part, or a shared file, imports a part"
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in PART_FILES if path.stem.startswith("configuration_")])
+def test_configurations_reach_no_model(stem: str) -> None:
+    assert {name for name in reached_from({stem}) if name.startswith("modeling_")} == set()
+
+
+def test_every_file_is_reached_from_a_registered_class() -> None:
+    """What no saved class reaches belongs outside of parts/."""
+    classes = {PaddedCoordinateTokenizer}
+    for part in PARTS_TABLE:
+        classes |= {part.config, *part.models.values(), part.image_processor, part.processor} - {None}
+    reached = reached_from({one.__module__.rpartition(".")[2] for one in classes})
+    assert {path.stem for path in PART_FILES} - reached == {"__init__"}
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
