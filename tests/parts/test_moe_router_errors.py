@@ -1,4 +1,4 @@
-"""What the router refuses, with its messages."""
+"""Errors of the router and their messages."""
 
 from typing import Any
 

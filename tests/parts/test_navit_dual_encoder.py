@@ -1,4 +1,4 @@
-"""The two-tower model: parity with native CLIP, texts and images of every kind, padding, and its bad inputs."""
+"""The dual encoder: parity with native CLIP, kinds of texts and images, padding, and bad inputs."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Composed models with videos, raw pixels and several taps: features, placeholders, generation, training."""
+"""Composed models with videos, raw pixels and several feature layers: placeholders, generation, training."""
 
 import itertools
 from typing import Any
@@ -79,7 +79,7 @@ def test_towers_that_do_not_normalise_refuse_raw_pixels(kind: str) -> None:
         model(**inputs)
 
 
-def test_every_tap_reaches_its_merger() -> None:
+def test_every_feature_layer_reaches_its_merger() -> None:
     model, processor = openpangu()
     inputs = encode(processor, [user(picture(48, 40))])
     tower = model.model.vision_tower
@@ -99,12 +99,12 @@ def test_a_projector_of_one_layer_takes_the_one_that_is_named(layers: list[int])
     vision = WindowFreeViTConfig.from_preset("hybrid_tiny", **VISION, feature_layers=layers)
     model, processor = openpangu(vision=vision, projector="mlp2_gelu")
     inputs = encode(processor, [user(picture(48, 40))])
-    tap = model.model.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"]).feature_maps[0]
+    features = model.model.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"]).feature_maps[0]
     found = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
-    torch.testing.assert_close(found, model.model.projector(tap))
+    torch.testing.assert_close(found, model.model.projector(features))
 
 
-def test_a_hidden_state_of_a_tower_with_windows_is_one_tap() -> None:
+def test_a_hidden_state_of_a_window_encoder_is_one_layer() -> None:
     vision = WindowFreeViTConfig.from_preset("hybrid_tiny", **VISION)
     model, processor = openpangu(vision=vision, projector="patch_merger", vision_feature_layer=2)
     inputs = encode(processor, [user(picture(48, 40))])

@@ -38,7 +38,7 @@ OPENPANGU_VISION_TOKENS = {
 }
 
 # Turns of openPangu-VL-7B: `[unused9]` role `：` content `[unused10]`, after one `<s>` and a system turn, which may be
-# empty. Options: `add_vision_id` numbers the images and videos of the conversation; `thinking_mode`, which is not in the
+# empty. Options: `add_vision_id` numbers the images and videos of the conversation; `thinking_mode`, not in the
 # published template, has the effect of `with_thinking_mode` on the messages.
 OPENPANGU_CHAT_TEMPLATE = (
     "{%- set names = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具', 'function': '方法'} -%}"
