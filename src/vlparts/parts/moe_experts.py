@@ -55,11 +55,11 @@ class RoutedExperts(nn.Module):
         """
         outputs = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
-            token, place = torch.where(top_k_index == expert)
+            token, rank = torch.where(top_k_index == expert)
             if not token.numel():
                 continue
             gated = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
-            weighted = F.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
+            weighted = F.linear(gated, self.down_proj[expert]) * top_k_weights[token, rank, None]
             outputs.index_add_(0, token, weighted.to(outputs.dtype))
         return outputs
 

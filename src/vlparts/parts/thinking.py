@@ -75,8 +75,8 @@ def split_thinking(
     pieces: list[str] = []
     for index, part in enumerate(text.split(start)):
         pieces.extend([start] if index else [])
-        for place, piece in enumerate(part.split(end)):
-            pieces.extend([end, piece] if place else [piece])
+        for position, piece in enumerate(part.split(end)):
+            pieces.extend([end, piece] if position else [piece])
     blocks, answer, is_complete = _split(pieces, start, end, prompt_opens)
     texts = ("".join(block).strip() for block in blocks)
     return ThinkingAnswer("\n".join(text for text in texts if text), "".join(answer).strip(), is_complete)
