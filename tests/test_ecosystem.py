@@ -1,4 +1,4 @@
-"""The composed model with the tools that people use around transformers."""
+"""The composed model with peft, gradient checkpointing, device_map, pipelines, autocast and torch.compile."""
 
 import pytest
 import torch

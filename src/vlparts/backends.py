@@ -1,10 +1,10 @@
-"""Loading of backends: kernels for one kind of hardware, registered for the operations of `vlparts`.
+"""Loads backends: packages of kernels for one kind of hardware, registered for the operations of `vlparts`.
 
 The backends "cpu" and "cuda" are built in (`vlparts.kernels`). Others are entry points of the group
 `vlparts.backends` that name a function without arguments, which registers the backend's kernels. Its module may also
 have a function `check_kernels` without arguments, which compares the kernels with their references and returns a dict
-from kernel to what is wrong with it, "" for nothing. A backend that fails never breaks `import vlparts`: the reason is
-kept, and `vlparts info` shows it.
+from kernel name to error, "" without one. A backend that fails never breaks `import vlparts`; `vlparts info` shows the
+reason.
 """
 
 import importlib
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What became of one backend.
+    """Status of one backend.
 
     Attributes:
-        name: The entry point's name, for example `npu`.
+        name: Name of the entry point, for example `npu`.
         active: Whether its register function returned without an error.
         reason: Why it is not active; empty for an active backend.
     """
@@ -46,8 +46,8 @@ _statuses: dict[str, BackendStatus] = {}
 def load_backends() -> dict[str, BackendStatus]:
     """Register every installed backend that the environment variable `VLPARTS_BACKENDS` allows.
 
-    Unset, the variable allows all. Empty or `none` switches all off. Otherwise it is a comma-separated list
-    of the names to load. A backend that is already active is not registered a second time.
+    If the variable is unset, all are loaded; if it is empty or `none`, none. Otherwise it is a comma-separated list of
+    names. A backend that is already active is not registered again.
 
     Returns:
         The status of each installed or requested backend, by name, in alphabetical order.
@@ -72,23 +72,23 @@ def load_backends() -> dict[str, BackendStatus]:
 
 
 def backend_status() -> dict[str, BackendStatus]:
-    """Return what the last `load_backends` found, by backend name, without loading anything."""
+    """Return the result of the last `load_backends`, without loading anything."""
     return dict(_statuses)
 
 
 def check_backends() -> dict[str, dict[str, str]]:
-    """Let every active backend that can compare its kernels with their references.
+    """Compare the kernels of every active backend with their references, if it has `check_kernels`.
 
     Returns:
-        By backend name, for each kernel what is wrong with it; empty for nothing.
+        By backend name, the error of each kernel; empty without one.
     """
-    faults = {}
+    errors = {}
     for point in _entry_points():
         if point.name in _statuses and _statuses[point.name].active:
             check = getattr(importlib.import_module(point.module), "check_kernels", None)
             if check is not None:
-                faults[point.name] = check()
-    return dict(sorted(faults.items()))
+                errors[point.name] = check()
+    return dict(sorted(errors.items()))
 
 
 def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
@@ -97,7 +97,7 @@ def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
 
 
 def _requested_backends() -> set[str] | None:
-    """Return the names that the environment asks for, or None where it does not limit them."""
+    """Return the names in the environment variable, or None if it is unset."""
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     if value is None:
         return None
@@ -110,7 +110,7 @@ def _register(point: importlib.metadata.EntryPoint) -> BackendStatus:
     try:
         point.load()()
     except (Exception, SystemExit) as error:  # a vendor's package may raise anything while it is imported
-        # A missing package is the usual case of a backend that is not wanted; anything else is news.
+        # A missing package is the usual case of a backend that is not needed; other errors are unexpected.
         level = logging.DEBUG if isinstance(error, ModuleNotFoundError) else logging.WARNING
         reason = f"{type(error).__name__}: {error}"
         logger.log(level, "The backend %r is not active: %s", point.name, reason)

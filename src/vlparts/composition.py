@@ -14,7 +14,7 @@ from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
-from .parts.vlm_features import tower_kind
+from .parts.vlm_features import pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
 
 PathLike = str | os.PathLike[str]
@@ -32,37 +32,37 @@ def compose(
     trust_remote_code: bool = False,
     **config_changes: Any,
 ) -> VisionLanguageForConditionalGeneration:
-    """Join a vision tower and a text model to a vision-language model.
+    """Build a vision-language model from a vision encoder and a text model.
 
-    Models and paths keep their weights, and modules are shared with the models that are given, not copied.
-    Configurations give new weights. The projector is always new.
+    Models and checkpoints keep their weights; the modules of given models are shared, not copied. Configurations give
+    new weights. The projector is always new.
 
     Args:
-        vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. Of a dual encoder
-            (CLIP, Siglip2) the vision tower is taken.
+        vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. The vision tower of a
+            dual encoder (CLIP, Siglip2) is used.
         text: A decoder-only text model with or without its head, its configuration, or the folder of a checkpoint.
         projector: Name of a registered projector.
-        image_token_id: Id of the placeholder token; [`compose_processor`] sets it too.
-        video_token_id: The same for videos.
+        image_token_id: Id of the image placeholder; [`compose_processor`] sets it too.
+        video_token_id: Id of the video placeholder; [`compose_processor`] sets it too.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
-        trust_remote_code: Passed on when a folder is loaded.
+        trust_remote_code: Passed to `from_pretrained` when a folder is loaded.
         **config_changes: Further fields of [`VisionLanguageConfig`].
 
     Returns:
-        The model, in evaluation mode if nothing in it is new but the projector.
+        The model, in evaluation mode if only the projector is new.
 
     Raises:
-        ValueError: If an argument is of none of these kinds, or if the parts do not fit together.
+        ValueError: If an argument has another type, or the parts do not fit together.
     """
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
-    tower = _vision_tower(vision, trust_remote_code)
+    encoder = _vision_encoder(vision, trust_remote_code)
     if isinstance(text, (str, os.PathLike)):
         text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
     language_model, head = _text_model(text)
-    tower_kind(tower)
+    pixel_layout(encoder)  # raises a ValueError if the encoder takes no images
     config = VisionLanguageConfig(
-        vision_config=tower.config,
+        vision_config=encoder.config,
         text_config=language_model.config,
         projector_type=projector,
         projector_options=projector_options,
@@ -73,16 +73,16 @@ def compose(
     )
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
-    model.model.vision_tower = tower
+    model.model.vision_tower = encoder
     model.model.language_model = language_model
     model.model.projector = _new_weights(
         model,
         Projector(
             projector,
-            tower.config.hidden_size,
+            encoder.config.hidden_size,
             language_model.config.hidden_size,
             config.merge_size,
-            config.feature_taps,
+            config.num_feature_layers,
             **(config.projector_options or {}),
         ),
     )
@@ -110,25 +110,26 @@ def compose_processor(
 ) -> VisionLanguageProcessor:
     """Build the processor of a composed model.
 
-    Adds the tokens that are missing to the tokenizer, enlarges the model's embeddings if the vocabulary outgrew them,
-    and sets `config.image_token_id` and `config.video_token_id`, and the end-of-sequence and padding ids of generation
-    where they are unset.
+    Adds missing tokens to the tokenizer, resizes the model's embeddings if the vocabulary has outgrown them, and sets
+    `config.image_token_id` and `config.video_token_id`, and the end-of-sequence and padding ids of generation if they
+    are unset.
 
     Args:
         model: The composed model.
         tokenizer: A tokenizer, or the folder of one.
-        image_processor: An image processor; the default is the one that fits the vision tower.
+        image_processor: An image processor; the default is the one that fits the vision encoder.
         chat_template: Jinja template; the default is ChatML.
-        image_token: The placeholder in the text.
-        video_token: The placeholder of a video; None for a model that takes none.
-        vision_start_token: Stands before the placeholder of a video; see [`VisionLanguageProcessor`].
-        vision_end_token: Stands after it. Both are given or none.
+        image_token: Placeholder of an image.
+        video_token: Placeholder of a video; None for a model without videos.
+        vision_start_token: Token before the placeholder of a video; see [`VisionLanguageProcessor`].
+        vision_end_token: Token after it. Both or neither are given.
 
     Returns:
         The processor.
 
     Raises:
-        ValueError: If the tokens contradict each other.
+        ValueError: If the placeholders are the same, or only one of `vision_start_token` and `vision_end_token` is
+            given.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -146,13 +147,13 @@ def compose_processor(
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
     vision = model.config.vision_config
-    kind = tower_kind(model.model.vision_tower)
+    layout = pixel_layout(model.model.vision_tower)
     return VisionLanguageProcessor(
-        image_processor or _image_processor(kind, vision),
+        image_processor or _image_processor(layout, vision),
         tokenizer,
         chat_template=chat_template,
         spatial_merge_size=model.config.merge_size,
-        image_seq_length=_square_tokens(model) if kind == "square" else None,
+        image_seq_length=_square_tokens(model) if layout == "square" else None,
         image_token=image_token,
         video_token=video_token,
         vision_start_token=vision_start_token,
@@ -160,10 +161,10 @@ def compose_processor(
     )
 
 
-def _vision_tower(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
+def _vision_encoder(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
     if isinstance(vision, PreTrainedConfig):
         fields = vision.to_dict()
-        if "pooling" in fields:  # A pooled output would be computed for nobody.
+        if "pooling" in fields:  # The pooled output would not be used.
             vision = type(vision)(**{**fields, "pooling": "none"})
         return model_from_config(vision)
     if isinstance(vision, (str, os.PathLike)):
@@ -194,17 +195,17 @@ def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
     return module.to(model.config.dtype)
 
 
-def _image_processor(kind: str, vision: PreTrainedConfig) -> Any:
+def _image_processor(layout: str, vision: PreTrainedConfig) -> Any:
     if vision.model_type == WindowFreeViTConfig.model_type:
         from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
-    if kind == "packed":
+    if layout == "packed":
         from .parts.image_processing_navit import NaViTImageProcessor
 
         return NaViTImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
-    if kind == "naflex":
+    if layout == "naflex":
         from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
         return Siglip2ImageProcessorPil(

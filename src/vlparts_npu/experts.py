@@ -17,8 +17,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 
+from vlparts.moe.expert_weights import check_routing, get_expert_weights
 from vlparts.moe.experts_sorted import sorted_experts_forward
-from vlparts.parts.moe_expert_weights import check_routing, get_expert_weights
 from vlparts.parts.moe_experts import RoutedExperts
 from vlparts.parts.ops_activations import swiglu
 

@@ -12,6 +12,7 @@ from vlparts import backends
 from vlparts.backends import BackendStatus, backend_status, check_backends, load_backends
 
 calls: list[str] = []
+BUILT_IN = backends.BUILT_IN
 
 
 def register_good() -> None:
@@ -98,6 +99,13 @@ def test_only_active_backends_that_can_are_checked(monkeypatch: pytest.MonkeyPat
     assert check_backends() == {"good": {"norm": "", "attention": "off by 2"}}
     monkeypatch.delattr(module, "check_kernels")
     assert check_backends() == {}
+
+
+def test_the_kernels_of_vlparts_are_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "BUILT_IN", BUILT_IN)
+    statuses = load_backends()
+    assert list(statuses) == ["absent", "broken", "cpu", "cuda", "exiting", "good"]
+    assert statuses["cpu"] == BackendStatus("cpu", True)
 
 
 def test_npu_says_that_torch_npu_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

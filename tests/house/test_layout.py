@@ -27,19 +27,6 @@ FILE_KINDS = (
 )
 COMPOSED = {"vlm", "navit_dual_encoder"}  # the parts that may name others
 COMPOSING_FILES = {"part_configs", "part_models"}  # their tables of them
-ROOMS = (
-    *FILE_KINDS,
-    "ops",
-    "packed",
-    "pos_embed",
-    "rope",
-    "moe",
-    "vlm",
-    "dual_encoder",
-    "image",
-    "coordinate",
-    "chat",
-)
 ALLOWED_PACKAGES = {
     "torch",
     "transformers",

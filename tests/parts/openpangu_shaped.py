@@ -42,7 +42,7 @@ def openpangu(
 
     Args:
         text: "pangu" (three-axis positions) or a kind of `tests.tiny.TEXTS`.
-        vision: The vision tower; by default the small hybrid with two taps.
+        vision: The vision encoder; by default the small hybrid with two feature layers.
         **changes: Further arguments of `compose`.
     """
     words = tokenizer()

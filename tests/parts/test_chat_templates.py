@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 
@@ -182,7 +183,7 @@ def test_every_turn_opens_and_closes_once(chat: list[dict[str, Any]]) -> None:
     ],
 )
 def test_bad_conversations_are_refused(chat: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(TemplateError, match=message):
         processor().apply_chat_template(chat, **options)
 
 
@@ -253,7 +254,7 @@ def test_the_default_template_takes_videos_where_there_is_a_token() -> None:
         "<|im_start|>user\n[unused18][unused32][unused20]\n[unused18][unused19][unused20]\nWhat?<|im_end|>\n"
     )
     without = processor(chat_template=None, video_token=None, vision_start_token=None, vision_end_token=None)
-    with pytest.raises(Exception, match="must have the type image or text, got video"):
+    with pytest.raises(TemplateError, match="must have the type image or text, got video"):
         without.apply_chat_template(chat)
 
 
@@ -304,7 +305,7 @@ def test_videos_need_a_token_and_a_processor() -> None:
         processor(video_token=None)(text="a", videos=[frames(1)])
     images_only = processor(NaViTImageProcessor(patch_size=4, merge_size=2))
     assert not hasattr(images_only, "video_processor")
-    with pytest.raises(ValueError, match="NaViTImageProcessor has no method preprocess_videos"):
+    with pytest.raises(ValueError, match="NaViTImageProcessor has no method `preprocess_videos`"):
         images_only(text=PLACE, videos=[frames(1)])
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from vlparts import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 
@@ -63,14 +64,14 @@ def test_a_published_configuration() -> None:
         ),
         ({"rope_scaling": [2, 3, 3]}, r"`rope_scaling` must be a dictionary, got \[2, 3, 3\]"),
         ({"num_key_value_heads": 3}, "`num_attention_heads` must be a positive multiple .* got 4 and 3"),
-        ({"head_dim": 15}, "even"),
+        ({"head_dim": 15}, "even rotary dimension, but got `head_dim`=15"),
         ({"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
-        ({"num_hidden_layers": -1}, "`num_hidden_layers` must not be negative, got -1"),
-        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 0, got -1"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
     ],
 )
 def test_bad_configuration(changes: dict, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         PanguEmbeddedConfig.from_preset("tiny", **changes)
 
 

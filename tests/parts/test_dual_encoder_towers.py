@@ -1,4 +1,4 @@
-"""From tokens to vectors, and padding examples."""
+"""Pooling of tokens and masks of padding examples."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which numbers of processes can share grouped experts, as transformers asks when it loads a model."""
+"""The numbers of processes over which grouped experts can be distributed."""
 
 from types import SimpleNamespace
 

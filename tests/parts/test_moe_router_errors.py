@@ -1,4 +1,4 @@
-"""What the router refuses, with its messages."""
+"""Errors of the router and their messages."""
 
 from typing import Any
 
@@ -20,23 +20,23 @@ from vlparts.parts.moe_routing import route
         (dict(num_experts_per_tok=13), "`num_experts_per_tok` must be at most `num_experts`=12, got 13"),
         (dict(scoring="tanh"), "`scoring` must be one of 'softmax', .* got 'tanh'"),
         (dict(grouping="some"), "`grouping` must be one of .* got 'some'"),
-        (dict(num_expert_groups=4), "`num_expert_groups` needs a `grouping`, got 4 with 'none'"),
+        (dict(num_expert_groups=4), "`num_expert_groups` must be None if `grouping` is 'none', got 4"),
         (dict(grouping="equal"), "`num_expert_groups` must be an integer of at least 1, got None"),
         (dict(EQUAL, num_expert_groups=5), "`num_expert_groups` must divide `num_experts`=12, got 5"),
         (dict(EQUAL, num_expert_groups=3), "must be a multiple of `num_expert_groups`=3 .* got 4"),
-        (dict(EQUAL, num_limited_groups=1), "`num_limited_groups` is for grouping='limited', got 1 with 'equal'"),
-        (dict(EQUAL, group_score="max"), "`group_score` is for grouping='limited', got 'max' with 'equal'"),
-        (dict(group_mask="zero"), "`group_mask` is for grouping='limited', got 'zero' with 'none'"),
+        (dict(EQUAL, num_limited_groups=1), "`num_limited_groups` must be None unless .*, got 1 with 'equal'"),
+        (dict(EQUAL, group_score="max"), "`group_score` must be None unless .*, got 'max' with 'equal'"),
+        (dict(group_mask="zero"), "`group_mask` must be None unless `grouping` is 'limited', got 'zero' with 'none'"),
         (LIMITED, "`group_score` must be one of .* got None"),
         (dict(LIMITED, group_score="max", group_mask="no"), "`group_mask` must be one of .* got 'no'"),
         (dict(LIMITED, num_limited_groups=5), "`num_limited_groups` must be at most `num_expert_groups`=4, got 5"),
         (
             dict(LIMITED, num_limited_groups=1),
-            "`num_experts_per_tok` must be at most the 3 experts of 1 groups, got 4",
+            "`num_experts_per_tok` must be at most 3, the number of experts of 1 groups, got 4",
         ),
         (
             dict(LIMITED, num_limited_groups=3, group_score="topm_sum"),
-            "must be a multiple of `num_limited_groups`=3 with group_score='topm_sum', got 4",
+            "must be a multiple of `num_limited_groups`=3 if `group_score` is 'topm_sum', got 4",
         ),
         (
             dict(grouping="limited", num_expert_groups=12, num_limited_groups=4, group_score="top2_sum"),
@@ -44,15 +44,18 @@ from vlparts.parts.moe_routing import route
         ),
         (
             dict(LIMITED, group_score="max", group_mask="zero", scoring="softmax_over_chosen"),
-            "`group_mask`='zero' needs scores that are not negative",
+            "`group_mask` 'zero' needs non-negative scores, got `scoring` 'softmax_over_chosen'",
         ),
-        (dict(scoring="softmax_over_chosen", selection_bias=True), "`selection_bias` must be off"),
-        (dict(scoring="softmax_over_chosen", renormalize=True), "`renormalize` must be off"),
+        (dict(scoring="softmax_over_chosen", selection_bias=True), "`selection_bias` must be False if .* got True"),
+        (
+            dict(scoring="softmax_over_chosen", renormalize=True),
+            "`renormalize` must be False if .* got True",
+        ),
         (
             dict(num_voted_experts=2),
-            "`num_voted_experts` needs grouping='equal' with one choice per group, got 'none'",
+            "`num_voted_experts` needs `grouping` 'equal' with one choice per group, got 'none'",
         ),
-        (dict(EQUAL, num_voted_experts=2), "needs grouping='equal' with one choice per group, got 'equal' with 4"),
+        (dict(EQUAL, num_voted_experts=2), "needs `grouping` 'equal' with one choice per group, got 'equal' with 4"),
         (dict(GROUPS["voted"], num_voted_experts=4), "`num_voted_experts` must be at most the group size 3, got 4"),
         (dict(renormalize_eps=-1.0), "`renormalize_eps` must be a finite number of at least 0, got -1.0"),
         (dict(routed_scaling_factor=float("nan")), "`routed_scaling_factor` must be a finite number, got nan"),
@@ -80,7 +83,7 @@ def test_unknown_presets_are_refused() -> None:
         (torch.zeros(3, 5), torch.ones(4, dtype=torch.bool), r"`token_mask` must be bool with shape \(3,\)"),
         (torch.zeros(2, 3, 5), torch.ones(3, 2, dtype=torch.bool), r"`token_mask` must be .* \(2, 3\) or \(6,\)"),
         (torch.zeros(3, 5), torch.ones(3), "got torch.float32"),
-        (torch.full((3, 5), torch.nan), None, "`logits` must not be NaN, got 3 tokens with NaN"),
+        (torch.full((3, 5), torch.nan), None, "`logits` must not hold NaN, got NaN for 3 tokens"),
     ],
 )
 def test_bad_input_is_refused(hidden: Tensor, mask: Tensor | None, message: str) -> None:
@@ -92,8 +95,8 @@ def test_bad_input_is_refused(hidden: Tensor, mask: Tensor | None, message: str)
     ("changes", "arguments", "message"),
     [
         ({}, dict(logits=torch.zeros(3, 11)), r"`logits` must be floating point with shape \(tokens, 12\)"),
-        ({}, dict(selection_bias=torch.zeros(12)), "`selection_bias` must be given just where .* got a bias"),
-        (dict(selection_bias=True), {}, "`selection_bias` must be given just where .* got no bias"),
+        ({}, dict(selection_bias=torch.zeros(12)), "`selection_bias` must be given if and only if .* got a bias"),
+        (dict(selection_bias=True), {}, "`selection_bias` must be given if and only if .* got no bias"),
         (
             dict(selection_bias=True),
             dict(selection_bias=torch.zeros(11)),
@@ -111,7 +114,7 @@ def test_bad_routes_are_refused(changes: dict[str, Any], arguments: dict[str, An
 @pytest.mark.parametrize(
     ("bias", "arguments", "message"),
     [
-        (False, {}, "`update_selection_bias` needs a router with selection_bias=True"),
+        (False, {}, "`update_selection_bias` needs a router with `selection_bias`"),
         (True, dict(counts=torch.ones(3)), r"`counts` must have shape \(4,\), got \(3,\)"),
         (True, dict(counts=torch.tensor([1, -1, 0, 0])), "`counts` must be finite and not negative"),
         (True, dict(rate=-1.0), "`rate` must be a finite number of at least 0, got -1.0"),

@@ -1,4 +1,4 @@
-"""The balance loss of Pangu Pro MoE against loops, and what it is part of."""
+"""The balance loss of Pangu Pro MoE against loops, and its share in the loss."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Processes that share a mixture of experts, by tensor and by expert parallelism, against one that has it all."""
+"""Tensor and expert parallelism of a mixture of experts against a single process."""
 
 import os
 from pathlib import Path

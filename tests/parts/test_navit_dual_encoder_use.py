@@ -1,4 +1,4 @@
-"""The two-tower model in other people's hands: processor, pipeline, Trainer, compiler, composition."""
+"""The dual encoder with a native processor, pipeline, Trainer, torch.compile and composition."""
 
 import copy
 from pathlib import Path

@@ -296,7 +296,7 @@ def test_positions_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_three_axes_need_sections() -> None:
-    with pytest.raises(ValueError, match=r"where `rope_parameters` has no 'mrope_section', got \(3, 2, 9\)"):
+    with pytest.raises(ValueError, match=r"if `rope_parameters` has no 'mrope_section', got \(3, 2, 9\)"):
         pangu("tiny")(tokens(), position_ids=torch.zeros(3, 2, 9, dtype=torch.int64))
 
 

@@ -31,7 +31,7 @@ def wrong(change: str) -> PreTrainedTokenizerFast:
     [
         ("characters", r"`tokenizer` has no token for the single characters \['0', '2'"),
         ("unigram", r"`tokenizer` has no token for the single characters \['\)'\]"),
-        ("normalizer", "writes two pairs in"),
+        ("normalizer", "writes two pairs with .* tokens, expected 19"),
         ("pre-tokenizer", r"pre-tokenizers \['Digits', 'ByteLevel'\]"),
         ("7", "added token '7'"),
         ("12,3", "added token '12,3'"),
@@ -53,10 +53,10 @@ def test_a_tokenizer_that_cannot_write_pairs_is_refused(change: str, message: st
         ({"markers": {"box_end": "<b>"}}, "'box_end' without 'box_start'"),
         ({"markers": {"box_start": "<b>", "box_end": "<b>"}}, "`markers` must be distinct"),
         ({"markers": {"box_start": "(", "box_end": ")"}}, "`markers` must be distinct texts of more than"),
-        ({"markers": {"box_start": "", "box_end": "x"}}, "`markers` must be texts without spaces"),
+        ({"markers": {"box_start": "", "box_end": "x"}}, "`markers` must be texts without leading or trailing spaces"),
         ({"location_tokens": "nowhere"}, "`location_tokens` must be None, one of"),
         ({"location_tokens": {"template": "<{}>", "step": 1}}, "`location_tokens` must be None"),
-        ({"location_tokens": {"template": "<x>"}}, "`template` must give a text of its own"),
+        ({"location_tokens": {"template": "<x>"}}, "`template` must give a distinct text for each code, got '<x>'"),
         ({"location_tokens": {"template": "<{} {}>"}}, "`template` must have one field"),
         ({"location_tokens": {"template": "<{}>", "levels": 1}}, "`levels` must be an integer of at least 2"),
         ({"location_tokens": {"template": "<{}>", "per_point": 3}}, "`per_point` must be 1 or 2"),
@@ -74,7 +74,7 @@ def test_what_is_no_fast_tokenizer_or_has_coordinates_already_is_refused() -> No
     with pytest.raises(ValueError, match="has a coordinate format already"):
         PaddedCoordinateTokenizer.from_tokenizer(PaddedCoordinateTokenizer.from_tokenizer(made("bytes")))
     bare = PaddedCoordinateTokenizer(tokenizer_object=made("bytes").backend_tokenizer)
-    with pytest.raises(ValueError, match="has no coordinate format; make it with `from_tokenizer`"):
+    with pytest.raises(ValueError, match="has no coordinate format; build it with `from_tokenizer`"):
         bare.coordinate_token_ids()
 
 
@@ -85,8 +85,8 @@ def test_what_is_no_fast_tokenizer_or_has_coordinates_already_is_refused() -> No
         ({"width": 0}, r"`width` must lie in 1\.\.9"),
         ({"per_point": 3}, "`per_point` must be 1 or 2"),
         ({"markers": {"circle": 50}}, r"`markers` has the unknown names \['circle'\]"),
-        ({"comma": 3}, "an id of its own"),
-        ({"comma": -3}, "an id of its own, not negative"),
+        ({"comma": 3}, r"All ids must be distinct and not negative, got \[3\]"),
+        ({"comma": -3}, r"All ids must be distinct and not negative, got \[-3\]"),
     ],
 )
 def test_wrong_ids(fields: dict, message: str) -> None:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 import vlparts
 from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import VisionLanguageConfig, VisionLanguageForConditionalGeneration
-from vlparts.parts.vlm_placeholders import check_placeholders
+from vlparts.parts.vlm_inputs import check_placeholders
 
 GROUPS = [[picture(20, 9), picture(5, 13)], [], [picture(11, 11)]]
 
@@ -209,21 +210,24 @@ def test_a_sample_truncated_inside_an_image_is_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projector_type": "conv"}, "projector_type"),
-        ({"spatial_merge_size": 2}, "spatial_merge_size"),
-        ({"image_token_id": 10**6}, "image_token_id"),
-        ({"vision_config": {"hidden_size": 8}}, "vision_config.*model_type"),
-        ({"text_config": {"model_type": "no_such_model"}}, "text_config.*no_such_model"),
+        ({"projector_type": "conv"}, "`projector_type` must be one of linear, .* got 'conv'"),
+        ({"spatial_merge_size": 2}, "`spatial_merge_size` must be that of `vision_config`, 1, got 2"),
+        ({"image_token_id": 10**6}, "`image_token_id` must lie in the vocabulary of 151936 tokens, got 1000000"),
+        ({"vision_config": {"hidden_size": 8}}, "`vision_config` must have a 'model_type' .* got None"),
+        (
+            {"text_config": {"model_type": "no_such_model"}},
+            "`text_config` must .* got 'no_such_model'",
+        ),
     ],
 )
 def test_bad_configuration(changes: dict, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         VisionLanguageConfig(**changes)
 
 
 def test_ids_and_embeddings_exclude_each_other() -> None:
     model, _ = composed()
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds` must be given, got none"):
         model()
 
 
@@ -231,7 +235,7 @@ def test_images_without_a_placeholder_id_are_refused() -> None:
     model, processor = composed()
     inputs = batch(processor, [[picture(8, 8)]])
     model.config.image_token_id = None
-    with pytest.raises(ValueError, match="image_token_id"):
+    with pytest.raises(ValueError, match="`config.image_token_id` must be set for inputs with images, got None"):
         model(**inputs)
 
 
@@ -240,5 +244,5 @@ def test_a_missing_image_input_is_named(vision: str, missing: str) -> None:
     model, processor = composed(vision)
     inputs = dict(batch(processor, [[picture(8, 8)]]))
     inputs.pop(missing)
-    with pytest.raises(ValueError, match=missing):
+    with pytest.raises(ValueError, match=f"`{missing}` must be given with `pixel_values`"):
         model(**inputs)

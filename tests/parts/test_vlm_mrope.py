@@ -325,7 +325,7 @@ def test_going_on_without_the_grids_is_refused() -> None:
 
 def test_positions_are_made_of_ids_or_embeddings() -> None:
     model, _ = openpangu()
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds` must be given, got none"):
         model.model.get_multimodal_position_ids()
 
 

@@ -69,12 +69,12 @@ def test_a_patch_merger_is_qwen2_5_vls() -> None:
 
 
 @pytest.mark.parametrize("merge_size", [1, 2])
-def test_several_taps_are_summed_each_by_its_own_merger(merge_size: int) -> None:
-    merger = order_one(MultiTapMerger(WIDTH, merge_size, TEXT, taps=3).double())
-    taps = [rows() for _ in range(3)]
-    expected = sum(merged(one, tap, merge_size) for one, tap in zip(merger.mergers, taps, strict=True))
-    torch.testing.assert_close(merger(*taps), expected)
-    swapped = merger(taps[1], taps[0], taps[2])
+def test_several_layers_are_summed_each_by_its_own_merger(merge_size: int) -> None:
+    merger = order_one(MultiTapMerger(WIDTH, merge_size, TEXT, num_layers=3).double())
+    layers = [rows() for _ in range(3)]
+    expected = sum(merged(one, layer, merge_size) for one, layer in zip(merger.mergers, layers, strict=True))
+    torch.testing.assert_close(merger(*layers), expected)
+    swapped = merger(layers[1], layers[0], layers[2])
     assert (swapped - expected).abs().max() > 1e-2
 
 
@@ -86,26 +86,28 @@ def test_the_activation_comes_before_the_linear_layer() -> None:
 
 
 def test_openpangus_projector_goes_by_way_of_an_inner_width() -> None:
-    projector = order_one(Projector("multi_tap_merger", WIDTH, TEXT, MERGE, taps=2, hidden_size=7).double())
-    taps = [rows(), rows()]
-    inner = projector.projection.merger(*taps)
+    projector = order_one(Projector("multi_tap_merger", WIDTH, TEXT, MERGE, num_layers=2, hidden_size=7).double())
+    layers = [rows(), rows()]
+    inner = projector.projection.merger(*layers)
     assert inner.shape == (2, 7)
     output = projector.projection.output.fc
-    torch.testing.assert_close(projector(*taps), nn.functional.silu(inner) @ output.weight.T + output.bias)
-    layers = ["norm.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    torch.testing.assert_close(projector(*layers), nn.functional.silu(inner) @ output.weight.T + output.bias)
+    weights = ["norm.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert set(projector.state_dict()) == {
-        *(f"projection.merger.mergers.{index}.{layer}" for index in range(2) for layer in layers),
+        *(f"projection.merger.mergers.{index}.{weight}" for index in range(2) for weight in weights),
         "projection.output.fc.weight",
         "projection.output.fc.bias",
     }
 
 
 def test_without_an_inner_width_the_mergers_give_the_text_width() -> None:
-    projector = order_one(Projector("multi_tap_merger", WIDTH, TEXT, MERGE, taps=2).double())
-    taps = [rows(), rows()]
+    projector = order_one(Projector("multi_tap_merger", WIDTH, TEXT, MERGE, num_layers=2).double())
+    layers = [rows(), rows()]
     assert projector.projection.output is None
-    expected = sum(merged(one, tap, MERGE) for one, tap in zip(projector.projection.merger.mergers, taps, strict=True))
-    torch.testing.assert_close(projector(*taps), expected)
+    expected = sum(
+        merged(one, layer, MERGE) for one, layer in zip(projector.projection.merger.mergers, layers, strict=True)
+    )
+    torch.testing.assert_close(projector(*layers), expected)
 
 
 @pytest.mark.parametrize("merge_size", [1, 2])
@@ -116,24 +118,26 @@ def test_a_patch_merger_as_a_projector(merge_size: int) -> None:
     torch.testing.assert_close(projector(features), merged(projector.projection, features, merge_size))
 
 
-def test_gradients_reach_every_tap_and_weight() -> None:
-    projector = order_one(Projector("multi_tap_merger", WIDTH, TEXT, MERGE, taps=2, hidden_size=4).double())
-    taps = [rows(4).requires_grad_() for _ in range(2)]
-    assert torch.autograd.gradcheck(projector, taps)
-    projector(*taps).square().sum().backward()
+def test_gradients_reach_every_layer_and_weight() -> None:
+    projector = order_one(Projector("multi_tap_merger", WIDTH, TEXT, MERGE, num_layers=2, hidden_size=4).double())
+    layers = [rows(4).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(projector, layers)
+    projector(*layers).square().sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in projector.parameters())
 
 
-def build_custom(vision_width: int, text_width: int, merge_size: int, taps: int, scale: float = 1.0) -> nn.Module:
+def build_custom(
+    vision_width: int, text_width: int, merge_size: int, num_layers: int, scale: float = 1.0
+) -> nn.Module:
     class Custom(nn.Module):
         def forward(self, *given: Tensor) -> Tensor:
-            return scale * torch.cat(given).mean(0).expand(merge_size, text_width, vision_width)[..., 0] * taps
+            return scale * torch.cat(given).mean(0).expand(merge_size, text_width, vision_width)[..., 0] * num_layers
 
     return Custom()
 
 
-def build_open(vision_width: int, text_width: int, merge_size: int, taps: int, **options: Any) -> nn.Module:
-    return build_custom(vision_width, text_width, merge_size, taps, scale=options["anything"])
+def build_open(vision_width: int, text_width: int, merge_size: int, num_layers: int, **options: Any) -> nn.Module:
+    return build_custom(vision_width, text_width, merge_size, num_layers, scale=options["anything"])
 
 
 def test_a_projector_of_ones_own_takes_patches_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,34 +145,48 @@ def test_a_projector_of_ones_own_takes_patches_and_options(monkeypatch: pytest.M
     register_projector("test_custom", build_custom, takes_patches=True)
     register_projector("test_custom", build_custom, takes_patches=True)
     assert "test_custom" in projector_names()
-    taps = [torch.ones(4, 1), 3 * torch.ones(4, 1)]
-    projector = Projector("test_custom", 1, TEXT, MERGE, taps=2, scale=5.0)
-    torch.testing.assert_close(projector(*taps), torch.full((MERGE, TEXT), 20.0))
+    layers = [torch.ones(4, 1), 3 * torch.ones(4, 1)]
+    projector = Projector("test_custom", 1, TEXT, MERGE, num_layers=2, scale=5.0)
+    torch.testing.assert_close(projector(*layers), torch.full((MERGE, TEXT), 20.0))
     register_projector("test_open", build_open, takes_patches=True)
-    open_ended = Projector("test_open", 1, TEXT, MERGE, taps=2, anything=5.0)
-    torch.testing.assert_close(open_ended(*taps), torch.full((MERGE, TEXT), 20.0))
+    open_ended = Projector("test_open", 1, TEXT, MERGE, num_layers=2, anything=5.0)
+    torch.testing.assert_close(open_ended(*layers), torch.full((MERGE, TEXT), 20.0))
 
 
-def test_a_name_stands_for_one_projector() -> None:
-    with pytest.raises(ValueError, match="'linear' is taken"):
-        register_projector("linear", nn.Linear, takes_patches=True)
+def test_projectors_merge_neighbours() -> None:
+    projector = Projector("linear", vision_width=3, text_width=7, merge_size=2)
+    features = torch.randn(8, 3)
+    expected = projector.projection(torch.stack([features[:4].flatten(), features[4:].flatten()]))
+    torch.testing.assert_close(projector(features), expected)
+
+
+def test_a_name_is_registered_for_one_projector() -> None:
+    register_projector("linear", nn.Linear)
+    for build, takes_patches in ((lambda width, out: nn.Identity(), False), (nn.Linear, True)):
+        with pytest.raises(ValueError, match="'linear' is taken"):
+            register_projector("linear", build, takes_patches=takes_patches)
+    assert {"linear", "mlp2_gelu"} <= set(projector_names())
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: Projector("no such", 3, 7), "`kind` must be one of .*, got 'no such'"),
         (lambda: check_projector("conv"), "`kind` must be one of .*multi_tap_merger.*'conv'"),
-        (lambda: Projector("linear", 3, 5, taps=2), "'linear' takes one layer.*names 2.*multi_tap_merger"),
-        (lambda: Projector("patch_merger", 3, 5, taps=2), "'patch_merger' takes one layer, got `taps`=2"),
+        (lambda: Projector("linear", 3, 5, num_layers=2), "'linear' takes one layer.*names 2.*multi_tap_merger"),
+        (
+            lambda: Projector("patch_merger", 3, 5, num_layers=2),
+            "`num_layers` must be 1 for the projector 'patch_merger', got 2",
+        ),
         (lambda: Projector("mlp2_gelu", 3, 5, hidden_size=4), "'mlp2_gelu' has no option hidden_size; it has none"),
         (
             lambda: Projector("multi_tap_merger", 3, 5, hidden=4, wide=2),
             "'multi_tap_merger' has no option hidden, wide; it has eps, hidden_size",
         ),
         (lambda: Projector("multi_tap_merger", 3, 5, hidden_size=0), "`hidden_size` must be at least 1"),
-        (lambda: Projector("multi_tap_merger", 3, 5, taps=2)(rows()), "`taps` must hold 2 layers.*got 1"),
-        (lambda: Projector("linear", 3, 5)(rows(), rows()), "`taps` must hold 1 layers.*got 2"),
-        (lambda: MultiTapMerger(3, 1, 5, 2)(rows()), "`taps` must hold 2 layers, one for each merger, got 1"),
+        (lambda: Projector("multi_tap_merger", 3, 5, num_layers=2)(rows()), "`features` must hold 2 layers, got 1"),
+        (lambda: Projector("linear", 3, 5)(rows(), rows()), "`features` must hold 1 layers, got 2"),
+        (lambda: MultiTapMerger(3, 1, 5, 2)(rows()), "`features` must hold 2 layers, one per merger, got 1"),
     ],
 )
 def test_bad_arguments(build: Callable[[], Any], message: str) -> None:

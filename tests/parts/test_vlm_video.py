@@ -1,10 +1,11 @@
-"""Composed models with videos, raw pixels and several taps: features, placeholders, generation, training."""
+"""Composed models with videos, raw pixels and several feature layers: placeholders, generation, training."""
 
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 import vlparts
@@ -12,7 +13,7 @@ from tests.parts.openpangu_shaped import CHATS, VISION, encode, openpangu, user,
 from tests.tiny import navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import NaViTImageProcessor, VisionLanguageConfig, WindowFreeViTConfig, WindowFreeViTImageProcessor
 from vlparts.parts.image_pixels import normalize_raw_pixels
-from vlparts.parts.vlm_placeholders import check_placeholders
+from vlparts.parts.vlm_inputs import check_placeholders
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -74,11 +75,11 @@ def test_towers_that_do_not_normalise_refuse_raw_pixels(kind: str) -> None:
     model, processor = openpangu("qwen3", vision=vision_config(kind))
     inputs = encode(processor, [user(picture(16, 16))])
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.uint8)
-    with pytest.raises(ValueError, match="`pixel_values` is torch.uint8; the vision tower .* takes normalised pixels"):
+    with pytest.raises(ValueError, match="`pixel_values` is torch.uint8; .* takes normalised pixels"):
         model(**inputs)
 
 
-def test_every_tap_reaches_its_merger() -> None:
+def test_every_feature_layer_reaches_its_merger() -> None:
     model, processor = openpangu()
     inputs = encode(processor, [user(picture(48, 40))])
     tower = model.model.vision_tower
@@ -98,12 +99,12 @@ def test_a_projector_of_one_layer_takes_the_one_that_is_named(layers: list[int])
     vision = WindowFreeViTConfig.from_preset("hybrid_tiny", **VISION, feature_layers=layers)
     model, processor = openpangu(vision=vision, projector="mlp2_gelu")
     inputs = encode(processor, [user(picture(48, 40))])
-    tap = model.model.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"]).feature_maps[0]
+    features = model.model.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"]).feature_maps[0]
     found = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
-    torch.testing.assert_close(found, model.model.projector(tap))
+    torch.testing.assert_close(found, model.model.projector(features))
 
 
-def test_a_hidden_state_of_a_tower_with_windows_is_one_tap() -> None:
+def test_a_hidden_state_of_a_window_encoder_is_one_layer() -> None:
     vision = WindowFreeViTConfig.from_preset("hybrid_tiny", **VISION)
     model, processor = openpangu(vision=vision, projector="patch_merger", vision_feature_layer=2)
     inputs = encode(processor, [user(picture(48, 40))])
@@ -301,10 +302,10 @@ def test_a_composed_part_keeps_its_weights() -> None:
         ({"projector_options": {"hidden_size": 3}}, "'mlp2_gelu' has no option hidden_size"),
         (
             {"vision_config": WindowFreeViTConfig.from_preset("hybrid_tiny")},
-            "'mlp2_gelu' takes one layer of the vision model, but `feature_layers` names 2",
+            "'mlp2_gelu' takes one layer of the vision encoder, but `feature_layers` names 2",
         ),
     ],
 )
 def test_bad_configuration(changes: dict, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         VisionLanguageConfig(**changes)

@@ -1,4 +1,4 @@
-"""One environment without vlparts for all tests of this folder."""
+"""An environment without vlparts, shared by all tests of this folder."""
 
 from pathlib import Path
 

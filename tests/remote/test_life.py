@@ -1,5 +1,5 @@
-"""A checkpoint's life without us: saved, loaded from its bare folder where vlparts cannot be imported, saved again
-from there, loaded again, with outputs equal to the bit."""
+"""Encoders and composed models as remote code: saved, loaded where vlparts is not installed, saved and loaded again
+there, with equal outputs."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path) -
     save_file({"pixel_values": patches, "image_grid_thw": grids}, tmp_path / "inputs.safetensors")
     picture(21, 10).save(tmp_path / "picture.png")
     run_without(bare_python, ENCODER, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
-    # Loaded like there: where weights lie in memory decides the order of sums.
+    # Loaded from the folder as well, since the memory alignment of weights affects the order of sums.
     with torch.no_grad():
         expected = AutoModel.from_pretrained(tmp_path / "model").eval()(patches, grids)
     found = load_file(tmp_path / "outputs.safetensors")

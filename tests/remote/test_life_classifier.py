@@ -1,4 +1,4 @@
-"""The classifier's life without us: loaded from its bare folder, used by a pipeline, saved again, loaded again."""
+"""The image classifier as remote code, with a pipeline; see `test_life.py`."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_a_classifier(bare_python: Path, tmp_path: Path, options: dict) -> None:
     save_file(inputs, tmp_path / "inputs.safetensors")
     picture(21, 10).save(tmp_path / "picture.png")
     run_without(bare_python, CLASSIFIER, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
-    # Loaded like there: where weights lie in memory decides the order of sums.
+    # Loaded from the folder as well, since the memory alignment of weights affects the order of sums.
     with torch.no_grad():
         expected = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()(**inputs).logits
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["logits"], expected)

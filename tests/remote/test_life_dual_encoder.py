@@ -1,4 +1,4 @@
-"""A two-tower checkpoint's life without us; see `test_life.py`."""
+"""The dual encoder as remote code; see `test_life.py`."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.parts.test_navit_dual_encoder import CAPTIONS, WORDS, dual_encoder
 from tests.remote.test_life import PREAMBLE
 from tests.tiny import picture
 from vlparts import NaViTImageProcessor
-from vlparts.demo.isolation import environment_without, run_without
+from vlparts.demo.isolation import run_without
 
 SCRIPT = (
     PREAMBLE
@@ -44,7 +44,7 @@ save_file(first, work / "outputs.safetensors")
 )
 
 
-def test_a_dual_encoder_and_its_processor(tmp_path: Path) -> None:
+def test_a_dual_encoder_and_its_processor(bare_python: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     dual_encoder(loss="sigmoid").save_pretrained(folder)
     VisionTextDualEncoderProcessor(NaViTImageProcessor(patch_size=4), WORDS).save_pretrained(folder)
@@ -52,7 +52,6 @@ def test_a_dual_encoder_and_its_processor(tmp_path: Path) -> None:
     for index, one in enumerate(pictures):
         one.save(tmp_path / f"{index}.png")
     arguments = (folder, tmp_path, json.dumps(CAPTIONS))
-    bare_python = environment_without(tmp_path / "environment")
     run_without(bare_python, SCRIPT, *arguments, modules_cache=tmp_path / "code")
 
     model = AutoModel.from_pretrained(folder).eval()

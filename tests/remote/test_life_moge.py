@@ -1,4 +1,4 @@
-"""The mixture of experts' life without us: loaded from its bare folder, generating, saved again, loaded again."""
+"""The mixture of experts as remote code; see `test_life.py`."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_a_mixture_of_experts(bare_python: Path, tmp_path: Path) -> None:
     save_file(inputs, tmp_path / "inputs.safetensors")
     run_without(bare_python, MIXTURE, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
     found = load_file(tmp_path / "outputs.safetensors")
-    # Loaded like there: where weights lie in memory decides the order of sums.
+    # Loaded from the folder as well, since the memory alignment of weights affects the order of sums.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         outputs = model(**inputs, output_router_logits=True)

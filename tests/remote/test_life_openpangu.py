@@ -1,4 +1,4 @@
-"""The life without us of a model of openPangu-VL's shape: an image and a video, from its bare folder."""
+"""A model of openPangu-VL's shape as remote code, with an image and a video; see `test_life.py`."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_model_of_openpangus_shape(bare_python: Path, tmp_path: Path) -> None:
     found = load_file(tmp_path / "outputs.safetensors")
     inputs = encode(processor, [user(image, frames, question="Where?")])
     assert all(torch.equal(found[name], inputs[name]) for name in inputs)
-    # Loaded like there: where weights lie in memory decides the order of sums.
+    # Loaded from the folder as well, since the memory alignment of weights affects the order of sums.
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         assert torch.equal(found["logits"], model(**inputs).logits)

@@ -1,4 +1,4 @@
-"""The language model's life without us: loaded from its bare folder, used to generate, saved again, loaded again."""
+"""The openPangu language model as remote code; see `test_life.py`."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_a_language_model(bare_python: Path, tmp_path: Path, preset: str) -> Non
     save_file(inputs, tmp_path / "inputs.safetensors")
     run_without(bare_python, LANGUAGE_MODEL, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
     found = load_file(tmp_path / "outputs.safetensors")
-    # Loaded like there: where weights lie in memory decides the order of sums.
+    # Loaded from the folder as well, since the memory alignment of weights affects the order of sums.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         assert torch.equal(found["logits"], model(**inputs).logits)

@@ -1,4 +1,4 @@
-"""The life of a window-free encoder without us: saved, loaded from its bare folder, saved again, loaded again."""
+"""The window-free encoder as remote code; see `test_life.py`."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path, p
     save_file({"pixel_values": pixels, "image_grid_thw": grids}, tmp_path / "inputs.safetensors")
     picture(41, 60).save(tmp_path / "picture.png")
     run_without(bare_python, OUTPUTS, tmp_path / "model", tmp_path, modules_cache=tmp_path / "code")
-    # Loaded like there: where weights lie in memory decides the order of sums.
+    # Loaded from the folder as well, since the memory alignment of weights affects the order of sums.
     with torch.no_grad():
         expected = AutoModel.from_pretrained(tmp_path / "model").eval()(pixels, grids)
     found = load_file(tmp_path / "outputs.safetensors")

@@ -1,4 +1,4 @@
-"""The padded-coordinate tokenizer's life without us: loaded from its bare folder, saved from there, loaded again."""
+"""The coordinate tokenizer as remote code; see `test_life.py`."""
 
 import json
 from pathlib import Path

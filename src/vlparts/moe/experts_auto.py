@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
 
-from ..parts.moe_expert_weights import check_routing, get_expert_weights
+from .expert_weights import check_routing, get_expert_weights
 from .experts_dense import MERGED_EXPERTS_NAME, merged_experts_forward
 from .experts_sorted import SORTED_EXPERTS_NAME, sorted_experts_forward
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
 from ..parts import ops_linear  # noqa: F401 (defines the operation)
-from ..parts.moe_expert_weights import ExpertWeights, check_routing, get_expert_weights
+from .expert_weights import ExpertWeights, check_routing, get_expert_weights
 
 MERGED_EXPERTS_NAME = "vlparts_merged"
 

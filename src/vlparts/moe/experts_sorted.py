@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from ..kernels.cpu.linear import linear_cpu, onednn_is_faster, weight_gradient
-from ..parts.moe_expert_weights import ExpertWeights, check_routing, get_expert_weights
+from .expert_weights import ExpertWeights, check_routing, get_expert_weights
 
 SORTED_EXPERTS_NAME = "vlparts_sorted"
 

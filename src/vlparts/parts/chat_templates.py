@@ -1,7 +1,8 @@
 """Chat templates of composed models: ChatML, and openPangu's.
 
-A template is the Jinja text that transformers keeps beside a processor. It knows `raise_exception`, `messages`,
-`add_generation_prompt`, the tokenizer's special tokens, and what a user passes to `apply_chat_template` by name.
+A template is Jinja text, which transformers saves with a processor. Its variables are `messages`,
+`add_generation_prompt`, the tokenizer's special tokens, and keyword arguments of `apply_chat_template`; it can call
+`raise_exception`.
 """
 
 from .thinking import THINKING_SWITCHES
@@ -13,7 +14,7 @@ __all__ = [
     "default_chat_template",
 ]
 
-# ChatML with the tokenizer's own end-of-sequence token, so that generation stops where training said it should.
+# ChatML with the tokenizer's own end-of-sequence token, at which generation stops.
 DEFAULT_CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -28,7 +29,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
-# Arguments of `VisionLanguageProcessor` that belong to openPangu's template.
+# Arguments of `VisionLanguageProcessor` for openPangu's template.
 OPENPANGU_VISION_TOKENS = {
     "image_token": "[unused19]",
     "video_token": "[unused32]",
@@ -36,9 +37,9 @@ OPENPANGU_VISION_TOKENS = {
     "vision_end_token": "[unused20]",
 }
 
-# openPangu-VL-7B's turns: `[unused9]` role `：` content `[unused10]`, after one `<s>` and a system turn that may be
-# empty. Options: `add_vision_id` counts images and videos through the conversation; `thinking_mode` is ours, and does
-# what `with_thinking_mode` does to the messages.
+# Turns of openPangu-VL-7B: `[unused9]` role `：` content `[unused10]`, after one `<s>` and a system turn, which may be
+# empty. Options: `add_vision_id` numbers the images and videos of the conversation; `thinking_mode`, not in the
+# published template, has the effect of `with_thinking_mode` on the messages.
 OPENPANGU_CHAT_TEMPLATE = (
     "{%- set names = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具', 'function': '方法'} -%}"
     f"{{%- set switches = {THINKING_SWITCHES} -%}}"
@@ -97,13 +98,13 @@ OPENPANGU_CHAT_TEMPLATE = (
 def default_chat_template(
     image_token: str, video_token: str | None = None, vision_start_token: str = "", vision_end_token: str = ""
 ) -> str:
-    """`DEFAULT_CHAT_TEMPLATE` with the placeholders of a processor.
+    """Return `DEFAULT_CHAT_TEMPLATE` with the placeholders of a processor.
 
     Args:
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None to refuse videos.
-        vision_start_token: Stands before each placeholder.
-        vision_end_token: Stands after each placeholder.
+        vision_start_token: Token before each placeholder.
+        vision_end_token: Token after each placeholder.
 
     Returns:
         The Jinja template.

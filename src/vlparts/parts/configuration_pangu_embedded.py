@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from .decoders import check_decoder_sizes, merge_rope_parameters
 from .rope_multimodal import rotary_axes
 from .utils import NamedPresets
 
@@ -41,7 +42,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class PanguEmbeddedConfig(NamedPresets, LlamaConfig):
     """Configuration of [`PanguEmbeddedModel`]: transformers' Llama with biases in all attention projections.
 
-    The defaults are openPangu-Embedded-7B. Fields that are not named here are those of `LlamaConfig`.
+    The defaults are those of openPangu-Embedded-7B. Fields that are not listed here are those of `LlamaConfig`.
 
     Args:
         vocab_size: Number of tokens.
@@ -51,16 +52,16 @@ class PanguEmbeddedConfig(NamedPresets, LlamaConfig):
         num_attention_heads: Number of query heads.
         num_key_value_heads: Number of key and value heads; divides `num_attention_heads`.
         head_dim: Channels D of a head, even.
-        max_position_embeddings: Tokens of the longest text.
+        max_position_embeddings: Longest sequence in tokens.
         rms_norm_eps: Epsilon of every normalisation.
         attention_bias: Whether the query, key, value and output projections have biases; published as "bias".
         pad_token_id: Id of padding, whose embedding is not trained.
-        bos_token_id: Id of the first token of a text.
-        eos_token_id: Id of the last token of an answer.
-        rope_parameters: "rope_type" and "rope_theta" as everywhere in transformers. With "mrope_section", the
-            frequencies of time, rows and columns, positions have three axes; "mrope_interleaved" spreads the axes over
-            the frequencies, otherwise they lie one after the other as in Qwen2-VL; see [`rotary_axes`]. The
-            `rope_scaling` and `rope_theta` of a published configuration are taken too.
+        bos_token_id: Id of the beginning-of-sequence token.
+        eos_token_id: Id of the end-of-sequence token.
+        rope_parameters: "rope_type" and "rope_theta" as in transformers. With "mrope_section", the numbers of
+            frequencies of time, rows and columns, positions have three axes; "mrope_interleaved" interleaves the axes
+            over the frequencies, otherwise they follow one another as in Qwen2-VL; see [`rotary_axes`]. `rope_scaling`
+            and `rope_theta` of a published configuration are accepted too.
     """
 
     model_type = "vlparts_pangu_embedded"
@@ -86,48 +87,23 @@ class PanguEmbeddedConfig(NamedPresets, LlamaConfig):
     rope_parameters: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
-        if not isinstance(parameters, dict):
-            raise ValueError(f"`rope_scaling` must be a dictionary, got {parameters!r}.")
-        parameters = dict(parameters)  # transformers writes into it, and the caller's must stay
-        theta = kwargs.pop("rope_theta", None)
-        if theta is not None and parameters.setdefault("rope_theta", theta) != theta:
-            raise ValueError(
-                f"`rope_theta` must be that of `rope_parameters`, {parameters['rope_theta']}, if both are given, "
-                f"got {theta}."
-            )
-        kind = parameters.setdefault("rope_type", parameters.pop("type", "default"))
-        if kind == "mrope":
+        parameters = merge_rope_parameters(self.rope_parameters, kwargs)
+        rope_type = parameters.setdefault("rope_type", parameters.pop("type", "default"))
+        if rope_type == "mrope":
             parameters["rope_type"] = "default"
         self.rope_parameters = parameters
         super().__post_init__(**kwargs)
 
     def validate_sizes(self) -> None:
-        """Check that the sizes fit together.
-
-        Raises:
-            ValueError: If a size is not positive, the key and value heads do not divide the query heads, or `head_dim`
-                is odd.
-        """
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.num_hidden_layers < 0:
-            raise ValueError(f"`num_hidden_layers` must not be negative, got {self.num_hidden_layers}.")
-        if self.num_attention_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_attention_heads` must be a positive multiple of `num_key_value_heads`, got "
-                f"{self.num_attention_heads} and {self.num_key_value_heads}."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, got {self.head_dim}.")
+        """Check that the sizes fit together; see [`check_decoder_sizes`]."""
+        check_decoder_sizes(self)
 
     def validate_mrope(self) -> None:
         """Check the sections of multimodal rotary positions.
 
         Raises:
-            ValueError: If "mrope_section" does not hold three counts that add up to half of `head_dim`, or if
-                "mrope_interleaved" is not a bool or stands without them.
+            ValueError: If "mrope_section" does not hold three counts that add up to half of `head_dim`, or
+                "mrope_interleaved" is not a bool or is true without "mrope_section".
         """
         rotary_axes(self.rope_parameters or {}, self.head_dim // 2)
 

@@ -1,12 +1,10 @@
-r"""How a fast tokenizer's pipeline is changed so that a coordinate pair is always cut into its characters.
+r"""Edits of a fast tokenizer's pipeline that split coordinate pairs into characters, and checks of the result.
 
-A pipeline is the content of a `tokenizer.json`. Only its pre-tokenizer changes, and where the pipeline writes a space
-in front of each text, that space is left out before a pair. The model, its vocabulary and its merges stay.
+A pipeline is the content of a `tokenizer.json`. Only its pre-tokenizer changes; if the pipeline prepends a space to
+each text, none is prepended to a pair. The model, its vocabulary and its merges do not change.
 
 Regular expressions are Oniguruma's, in which `\A` is the start of the piece that is split, and a look-behind has a
 fixed length.
-
-Whether a pipeline writes coordinate pairs as it must, found out by writing some.
 """
 
 import re
@@ -27,7 +25,7 @@ __all__ = [
 
 Component = dict[str, Any]
 
-# A code point that Unicode reserves for use inside programs: it marks the start of a text for one step.
+# A Unicode noncharacter, which marks the start of a text during one step.
 _MARK = "\ufdd0"
 _BLANK = "\t"
 
@@ -44,14 +42,14 @@ def pair_pattern(digits: int) -> str:
 
 
 def _character_pattern(digits: int) -> str:
-    """Return the regular expression of one character of a pair where it stands."""
+    """Return the regular expression of one character inside a pair."""
     symbols = _symbols(digits)
-    places: dict[str, list[str]] = {}
+    contexts: dict[str, list[str]] = {}
     for index, symbol in enumerate(symbols):
         before, after = "".join(symbols[: index + 1]), "".join(symbols[index + 1 :])
-        # The character itself comes first, so that most places of a text are left at once.
-        places.setdefault(symbol, []).append(f"(?<={before})(?={after})")
-    return "|".join(f"{symbol}(?:{'|'.join(around)})" for symbol, around in places.items())
+        # The character itself comes first, so that matching fails early at most positions of a text.
+        contexts.setdefault(symbol, []).append(f"(?<={before})(?={after})")
+    return "|".join(f"{symbol}(?:{'|'.join(around)})" for symbol, around in contexts.items())
 
 
 def _split(pattern: str, behavior: str) -> Component:
@@ -65,7 +63,7 @@ def _metaspace(replacement: str, prepend_scheme: str) -> Component:
 
 
 def _flatten(component: Component | None, name: str) -> list[Component]:
-    """Return the steps of a sequence, however nested; `name` is the key of its steps."""
+    """Return the steps of a possibly nested sequence; `name` is the key of its steps."""
     if component is None:
         return []
     if component["type"] != "Sequence":
@@ -74,19 +72,19 @@ def _flatten(component: Component | None, name: str) -> list[Component]:
 
 
 def _join(steps: list[Component], name: str) -> Component:
-    """Return one component that takes the steps in order."""
+    """Return one component that applies the steps in order."""
     return steps[0] if len(steps) == 1 else {"type": "Sequence", name: steps}
 
 
 def _prepends(step: Component) -> bool:
-    """Tell whether the pre-tokenizer writes a space in front of pieces that begin without one."""
+    """Return whether the pre-tokenizer prepends a space to pieces that begin without one."""
     if step["type"] == "Metaspace":
         return step.get("prepend_scheme", "always") != "never"
     return step["type"] == "ByteLevel" and step.get("add_prefix_space", True)
 
 
 def _pieces_of(step: Component) -> tuple[str, Component, list[Component]]:
-    """Take a pre-tokenizer that prepends apart: the character, prepending alone, and what it does afterwards."""
+    """Split a pre-tokenizer that prepends into the character, the prepending step, and the steps after it."""
     if step["type"] == "ByteLevel":
         return " ", _metaspace(" ", "always"), [{**step, "add_prefix_space": False}]
     space = step["replacement"]
@@ -94,34 +92,34 @@ def _pieces_of(step: Component) -> tuple[str, Component, list[Component]]:
     return space, alone, [_split(re.escape(space), "MergedWithNext")] if step.get("split", True) else []
 
 
-def _split_after_prepending(steps: list[Component], place: int, digits: int) -> list[Component]:
-    """Return the steps with pairs cut after the step at `place`, which prepends a space.
+def _split_after_prepending(steps: list[Component], index: int, digits: int) -> list[Component]:
+    """Return the steps with pairs split after step `index`, which prepends a space.
 
-    Cutting before it would give every character a space of its own; cutting after it has to tell a prepended space
-    from one of the text.
+    Splitting before it would prepend a space to every character. Splitting after it has to distinguish a prepended
+    space from one of the text.
     """
     pair = pair_pattern(digits)
-    before, after = steps[:place], steps[place + 1 :]
-    space, prepend, rest = _pieces_of(steps[place])
+    before, after = steps[:index], steps[index + 1 :]
+    space, prepend, rest = _pieces_of(steps[index])
     cut = _split(_character_pattern(digits), "Isolated")
     remove = _split(rf"\A{re.escape(space)}(?={pair})", "Removed")
     if prepend["prepend_scheme"] == "first":
-        # Nothing is prepended after the first piece, so pairs can be set apart before.
+        # Only the first piece gets a space, so pairs can be isolated before.
         return [_split(pair, "Isolated"), *before, prepend, remove, cut, *rest, *after]
     if not before:
         real = _split(rf"\A[ {re.escape(space)}]+(?={pair})", "Isolated")
         return [real, prepend, remove, cut, *rest, *after]
-    if [step["type"] for step in before] == ["WhitespaceSplit"] and steps[place]["type"] == "Metaspace":
-        # Spaces are lost before they are written again, so the start of the text is marked beforehand.
+    if [step["type"] for step in before] == ["WhitespaceSplit"] and steps[index]["type"] == "Metaspace":
+        # Spaces are removed before they are prepended again, so the start of the text is marked beforehand.
         mark = [_metaspace(_BLANK, "never"), _metaspace(_MARK, "always"), _split(rf"\A{_MARK}(?!{pair})", "Removed")]
         remove = _split(rf"\A{re.escape(space)}{_MARK}", "Removed")
         return [*mark, *before, prepend, remove, cut, *rest, *after]
     kinds = [step["type"] for step in steps]
-    raise ValueError(f"`tokenizer` has the pre-tokenizers {kinds}, in which no place for splitting pairs is known.")
+    raise ValueError(f"`tokenizer` has the pre-tokenizers {kinds}, for which splitting pairs is not implemented.")
 
 
 def _leave_prefix_out(normalizer: Component | None, digits: int) -> Component | None:
-    """Return the normalizer without the space that it writes in front of a text, where a pair begins the text."""
+    """Return the normalizer that prepends no space to a text which begins with a pair."""
     steps: list[Component] = []
     for step in _flatten(normalizer, "normalizers"):
         steps.append(step)
@@ -132,25 +130,24 @@ def _leave_prefix_out(normalizer: Component | None, digits: int) -> Component | 
 
 
 def split_pairs(pipeline: Component, digits: int) -> Component:
-    """Return the pipeline in which every pair of codes is cut into its characters, and nothing else changes.
+    """Return the pipeline in which every pair of codes is split into characters, and nothing else changes.
 
-    The text is normalized as before, as a whole. In the result each character of a pair is a piece of its own; the
-    text between two pairs goes on through the pipeline like a text that begins and ends there, except that a space
-    which the pipeline writes in front of a text is not written in front of it.
+    The text is normalized as a whole, as before. Each character of a pair becomes a piece of its own; the text between
+    two pairs passes through the pipeline like a separate text, except that no space is prepended to it.
 
     Args:
-        pipeline: Content of a `tokenizer.json`. It is not changed.
+        pipeline: Content of a `tokenizer.json`; not modified.
         digits: Digits of a code.
 
     Raises:
-        ValueError: If the pre-tokenizers leave no place to cut.
+        ValueError: If splitting is not implemented for the pre-tokenizers.
     """
     steps = _flatten(pipeline.get("pre_tokenizer"), "pretokenizers")
-    place = next((index for index, step in enumerate(steps) if _prepends(step)), None)
-    if place is None:
+    prepending = next((index for index, step in enumerate(steps) if _prepends(step)), None)
+    if prepending is None:
         steps = [_split(_character_pattern(digits), "Isolated"), *steps]
     else:
-        steps = _split_after_prepending(steps, place, digits)
+        steps = _split_after_prepending(steps, prepending, digits)
     normalizer = _leave_prefix_out(pipeline.get("normalizer"), digits)
     return {**pipeline, "normalizer": normalizer, "pre_tokenizer": _join(steps, "pretokenizers")}
 
@@ -161,9 +158,9 @@ def _replace(pattern: str, content: str) -> Component:
 
 
 def decode_word_ends(pipeline: Component) -> Component:
-    """Return the pipeline whose decoder writes a space for a word's end, if the model marks ends of words in bytes.
+    """Return the pipeline whose decoder replaces the end-of-word suffix of a byte-level model by a space.
 
-    CLIP's tokenizer does this in Python, in a wrapped method that is not part of its file.
+    CLIP's tokenizer does this in Python, in a method that is not part of its file.
     """
     decoder, suffix = pipeline.get("decoder"), pipeline["model"].get("end_of_word_suffix")
     if not suffix or decoder is None or decoder["type"] != "ByteLevel":
@@ -173,11 +170,11 @@ def decode_word_ends(pipeline: Component) -> Component:
 
 
 def close_gaps(pipeline: Component, written: str, digits: int) -> Component:
-    """Return the pipeline whose decoder writes pairs without spaces, where tokens are words and spaces join them.
+    """Return the pipeline whose decoder removes the spaces of pairs, for decoders that join tokens by spaces.
 
     Args:
-        pipeline: Content of a `tokenizer.json`. It is not changed.
-        written: How its decoder writes one pair, with spaces, for example `( 1 2 3, 4 5 6 )`.
+        pipeline: Content of a `tokenizer.json`; not modified.
+        written: One pair as its decoder writes it, with spaces, for example `( 1 2 3, 4 5 6 )`.
         digits: Digits of a code.
     """
     symbols = ["[0-9]" if one.isdigit() else rf"\{one}" if one in "()" else one for one in written]
@@ -187,7 +184,7 @@ def close_gaps(pipeline: Component, written: str, digits: int) -> Component:
         if one == " "
     ]
     pair = "".join(_symbols(digits))
-    # Without a decoder, tokens are joined by spaces: so does this one, with a prefix that no token has.
+    # Without a decoder, tokens are joined by spaces; this decoder does the same, with a prefix that no token has.
     joined = {"type": "WordPiece", "prefix": _MARK, "cleanup": False}
     steps = _flatten(pipeline.get("decoder"), "decoders") or [joined]
     closing = [{"type": "Fuse"}, _replace("|".join(gaps), ""), _replace(f"(?<={pair}) ?, ?(?={pair})", ",")]
@@ -203,7 +200,7 @@ def check_characters(model: Any, stored: dict[str, Any]) -> None:
     missing = [one for one, found in tokens.items() if len(found) != 1 or found[0].id == unknown]
     if missing:
         raise ValueError(
-            f"`tokenizer` has no token for the single characters {missing}, with which pairs are written."
+            f"`tokenizer` has no token for the single characters {missing}, which pairs are written with."
         )
 
 
@@ -221,10 +218,8 @@ def pair_ids(encode: Callable[[str], list[int]], digits: int) -> tuple[int, tupl
     found = {digit: encode(f"{pair_of(digit, digits)},{pair_of(digit, digits)}") for digit in "0123456789"}
     lengths = {len(ids) for ids in found.values()}
     if lengths != {4 * digits + 7}:
-        raise ValueError(
-            f"The tokenizer writes two pairs in {sorted(lengths)} tokens, where {4 * digits + 7} are right."
-        )
-    opening, comma, closing = (found["0"][place] for place in (0, digits + 1, 2 * digits + 2))
+        raise ValueError(f"The tokenizer writes two pairs with {sorted(lengths)} tokens, expected {4 * digits + 7}.")
+    opening, comma, closing = (found["0"][index] for index in (0, digits + 1, 2 * digits + 2))
     values = []
     for digit, ids in found.items():
         value = ids[1]
@@ -238,10 +233,10 @@ def pair_ids(encode: Callable[[str], list[int]], digits: int) -> tuple[int, tupl
 
 
 def check_surroundings(encode: Callable[[str], list[int]], digits: int) -> None:
-    """Raise ValueError if a pair's tokens depend on what stands beside it."""
+    """Raise ValueError if a pair's tokens depend on the adjacent text."""
     pair = pair_of("0", digits)
     expected = encode(pair)
     for text in ("a", "1", "(", ",", ".", "\n", "\u6f22", "\u0301"):
         before, after = encode(text + pair), encode(pair + text)
         if before[-len(expected) :] != expected or after[: len(expected)] != expected:
-            raise ValueError(f"The tokenizer writes {text + pair!r} as {before}, where the pair alone is {expected}.")
+            raise ValueError(f"The tokenizer writes {text + pair!r} as {before}, but the pair alone as {expected}.")

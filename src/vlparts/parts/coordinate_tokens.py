@@ -1,4 +1,4 @@
-"""The tokens that coordinates are written with: ids, location-token vocabularies and what may mark a region."""
+"""The tokens of coordinates: ids, vocabularies of location tokens, marker tokens of regions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 __all__ = ["LOCATION_STYLES", "MARKER_NAMES", "CoordinateTokenIds", "LocationTokens", "location_tokens_from"]
 
 MARKER_NAMES: tuple[str, ...] = ("box_start", "box_end", "point_start", "point_end", "label_start", "label_end")
-"""What a marker token may stand for; a `_start` and its `_end` come together."""
+"""Roles of marker tokens; a `_start` and its `_end` are given together."""
 
 
 @dataclass(frozen=True)
 class LocationTokens:
-    """A vocabulary of added tokens, one for each code, instead of digits.
+    """A vocabulary of added tokens, one per code, instead of digits.
 
     Args:
         template: Text of a token, with one replacement field for the code, for example `"<loc{:04d}>"`.
-        levels: Number of tokens; the codes run from 0 to `levels - 1`.
-        per_point: 2 where a point is written as two tokens, one for each axis; 1 where a token names a cell of a
-            square grid of `levels` cells, row by row.
+        levels: Number of tokens; codes are 0 to `levels - 1`.
+        per_point: 2 if a point is written as two tokens, one per axis; 1 if a token is a cell of a square grid of
+            `levels` cells, row by row.
 
     Raises:
-        ValueError: For a template that does not give `levels` distinct texts, or a number outside its range.
+        ValueError: If the template does not give `levels` distinct texts, or a number is out of range.
     """
 
     template: str
@@ -33,16 +33,16 @@ class LocationTokens:
         if self.per_point not in (1, 2):
             raise ValueError(f"`per_point` must be 1 or 2, got {self.per_point!r}.")
         if self.per_point == 1 and round(self.levels**0.5) ** 2 != self.levels:
-            raise ValueError(f"`levels` must be a square number where `per_point` is 1, got {self.levels}.")
+            raise ValueError(f"`levels` must be a square number if `per_point` is 1, got {self.levels}.")
         try:
             texts = self.texts()
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`template` must have one field for an integer, got {self.template!r}.") from error
         if len(set(texts)) != self.levels or any(text != text.strip() or not text for text in texts):
-            raise ValueError(f"`template` must give a text of its own for each code, got {self.template!r}.")
+            raise ValueError(f"`template` must give a distinct text for each code, got {self.template!r}.")
 
     def texts(self) -> list[str]:
-        """Return the text of each token, by its code."""
+        """Return the texts of the tokens, indexed by code."""
         return [self.template.format(code) for code in range(self.levels)]
 
 
@@ -60,7 +60,7 @@ def location_tokens_from(value: object) -> LocationTokens | None:
     """Return the vocabulary that a style's name, a dictionary of fields or a `LocationTokens` describes.
 
     Raises:
-        ValueError: If it describes none.
+        ValueError: If `value` is none of these.
     """
     if value is None or isinstance(value, LocationTokens):
         return value
@@ -75,7 +75,7 @@ def location_tokens_from(value: object) -> LocationTokens | None:
 
 @dataclass(frozen=True)
 class CoordinateTokenIds:
-    """Ids of the tokens that coordinates are written with.
+    """Ids of the tokens of coordinates.
 
     Args:
         digits: Ids of the ten digits, 0 first.
@@ -83,8 +83,8 @@ class CoordinateTokenIds:
         comma: Id of ",", inside a pair and between two pairs.
         closing: Id of ")".
         width: Digits of a code.
-        locations: Ids of the location tokens by their code; empty where codes are digits.
-        per_point: Location tokens of a point.
+        locations: Ids of the location tokens, indexed by code; empty if codes are digits.
+        per_point: Number of location tokens per point.
         markers: Ids of the marker tokens, by names of `MARKER_NAMES`.
     """
 
@@ -109,4 +109,5 @@ class CoordinateTokenIds:
             raise ValueError(f"`markers` has the unknown names {unknown}; known are {list(MARKER_NAMES)}.")
         ids = [*self.digits, self.opening, self.comma, self.closing, *self.locations, *self.markers.values()]
         if len(set(ids)) != len(ids) or min(ids) < 0:
-            raise ValueError("Every token must have an id of its own, not negative.")
+            wrong = sorted({one for one in ids if one < 0 or ids.count(one) > 1})
+            raise ValueError(f"All ids must be distinct and not negative, got {wrong[:5]}.")

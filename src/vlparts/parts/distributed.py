@@ -1,6 +1,6 @@
-"""Rows of one batch in several processes.
+"""A batch whose rows are distributed over processes, and the process groups of losses.
 
-Shapes: n rows of this process, N of all processes, D columns.
+Shapes: n rows of this process, N rows of all processes, D columns.
 """
 
 from typing import Any
@@ -13,21 +13,21 @@ __all__ = ["SharedBatch"]
 
 
 class SharedBatch:
-    """A batch whose rows lie in several processes, which may have different numbers of them.
+    """A batch whose rows are distributed over processes, which may hold different numbers of rows.
 
-    For one process alone every exchange is the identity.
+    In a single process, all collectives are the identity.
 
     Args:
         group: A process group; None for the default group if there is one, "local" for this process alone.
         features: `(n, D)`, the rows of this process.
 
     Attributes:
-        sizes: Rows n of each process.
-        own: Where this process' rows stand among all N.
+        sizes: Number of rows of each process.
+        own: Slice of this process' rows among all N.
         divisor: N, but at least 1.
 
     Raises:
-        ValueError: If `group` is no group of this process, or the rows of another process have another width.
+        ValueError: If `group` does not hold this process, or the rows of another process have another width.
     """
 
     def __init__(self, group: Any, features: Tensor) -> None:
@@ -40,14 +40,14 @@ class SharedBatch:
             dist.all_gather(list(shapes.unbind()), shape, group=self.group)
             widths = shapes[:, 1].tolist()
             if len(set(widths)) > 1:
-                raise ValueError(f"`image_features` must be equally wide in all processes, got widths {widths}.")
+                raise ValueError(f"`image_features` must have the same width in all processes, got {widths}.")
             self.sizes, rank = shapes[:, 0].tolist(), dist.get_rank(self.group)
         first = sum(self.sizes[:rank])
         self.own = slice(first, first + self.sizes[rank])
         self.divisor = max(sum(self.sizes), 1)
 
     def gather(self, features: Tensor) -> Tensor:
-        """`(n, D)` of every process as `(N, D)`."""
+        """Concatenate the `(n, D)` of all processes to `(N, D)`."""
         if self.group is None:
             return features
         longest = max(self.sizes)
@@ -64,7 +64,7 @@ class SharedBatch:
         return tensor
 
     def logsumexp(self, partial: Tensor) -> Tensor:
-        """Join the log-sum-exps `(N,)` that each process has over its own rows."""
+        """Combine the log-sum-exps `(N,)` of all processes, each over the rows of its process."""
         if self.group is None:
             return partial
         largest = partial.clone()
@@ -73,7 +73,14 @@ class SharedBatch:
 
 
 def resolve_group(group: Any) -> Any:
-    """The group to exchange with, or None if this process is alone."""
+    """Return the process group for collectives, or None if this process is alone.
+
+    Args:
+        group: A process group; None for the default group if there is one, "local" for this process alone.
+
+    Raises:
+        ValueError: If `group` is another string, or does not hold this process.
+    """
     if isinstance(group, str):
         if group != "local":
             raise ValueError(f"`group` must be a process group, None or 'local', got {group!r}.")

@@ -1,8 +1,8 @@
 """Contrastive losses of images and texts in blocks of pairs, over all processes.
 
-The matrix of all logits is never held: forward and backward compute it block by block, and a process computes only the
-rows of its own images. The idea is that of the chunked loss of NaViT (arXiv 2307.06304, section 3); the paper has no
-formulas, and the sums here are exact.
+The matrix of all logits is never materialised: forward and backward compute it block by block, and each process
+computes only the rows of its own images. NaViT's chunked loss (arXiv 2307.06304, section 3) is the same idea, without
+formulas in the paper; the sums here are exact.
 
 Shapes: n real pairs of this process, N of all processes, D features, c the chunk size.
 """
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .distributed import SharedBatch
+from .utils import positive_integer
 
 __all__ = ["DEFAULT_CHUNK_SIZE", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]
 
 DEFAULT_CHUNK_SIZE = 1024
-# Beyond it log(1 + exp(x)) is x to the last bit of float64; PyTorch's own threshold of 20 is not.
+# Above it log(1 + exp(x)) equals x in float64; above PyTorch's default of 20 it does not.
 _SOFTPLUS_THRESHOLD = 40.0
 
 
@@ -33,23 +34,23 @@ def softmax_contrastive_loss(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     group: Any = None,
 ) -> Tensor:
-    """Mean of the image-to-text and the text-to-image cross-entropy (CLIP, arXiv 2103.00020, figure 3).
+    """Mean of the image-to-text and text-to-image cross-entropies (CLIP, arXiv 2103.00020, figure 3).
 
-    The loss of logits `z_ij = logit_scale * image_i . text_j`, whose right answers are `z_ii`. It holds blocks of
-    c x c logits, computes in float32 (float64 for float64 inputs) also under autocast, and is differentiable
-    once (`create_graph=True` is a RuntimeError).
+    The logits are `z_ij = logit_scale * image_i . text_j`, with targets `z_ii`. They are computed in blocks of c x c,
+    in float32 (float64 for float64 inputs) also under autocast. The loss is differentiable once (`create_graph=True`
+    raises a RuntimeError).
 
-    Across processes, every process returns the loss of the whole batch, the pairs of all processes, which may have
-    different numbers of them. Gradients are those of the sum of the returned values over the processes, so that the
-    mean of them over the processes, as DistributedDataParallel takes it, is the gradient of the loss of the whole
-    batch. All processes must call the function, and backward, equally often, with the same inputs frozen.
+    Every process returns the loss of the whole batch, the pairs of all processes, whose numbers of pairs may differ.
+    Gradients are those of the sum of the returned values over the processes, so that their mean, as
+    DistributedDataParallel computes it, is the gradient of the loss of the whole batch. All processes must call the
+    function, and backward, equally often, with the same inputs frozen.
 
     Args:
-        image_features: `(pairs, D)`, taken as they are: normalise them for cosine similarity.
-        text_features: `(pairs, D)`; row i belongs to row i of the images.
+        image_features: `(pairs, D)`, not normalised here: normalise them for cosine similarity.
+        text_features: `(pairs, D)`; row i is paired with row i of the images.
         logit_scale: The factor itself, not its logarithm; a number, or a tensor with one element.
-        pair_mask: `(pairs,)` bool, false at padding: such a pair stands in no sum and no count, and gets gradients of
-            exactly zero, whatever it holds. None if all pairs are real.
+        pair_mask: `(pairs,)` bool, false at padding. Padding is in no sum and no count, and its gradients are exactly
+            zero, also if it holds NaN. None if all pairs are real.
         chunk_size: Side c of a block.
         group: The process group that shares the batch; None for the default group if there is one, "local" for this
             process alone.
@@ -58,7 +59,7 @@ def softmax_contrastive_loss(
         The loss, of shape `()`; zero, with gradients of zero, if no process has a real pair.
 
     Raises:
-        ValueError: If shapes or types do not fit, `chunk_size` is below one, or `group` is no group of this process.
+        ValueError: If shapes or dtypes do not fit, `chunk_size` is below one, or `group` does not hold this process.
     """
     pairs = _prepare(image_features, text_features, pair_mask, chunk_size)
     scale = _scalar(logit_scale, "logit_scale", image_features, text_features)
@@ -75,13 +76,13 @@ def sigmoid_contrastive_loss(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     group: Any = None,
 ) -> Tensor:
-    """Sum over all pairs of the binary cross-entropy, divided by the number of images (SigLIP, arXiv 2303.15343).
+    """Sum of the binary cross-entropies of all pairs, divided by the number of images (SigLIP, arXiv 2303.15343).
 
-    `-1/N sum_ij log sigmoid(s_ij (logit_scale * image_i . text_j + logit_bias))`, with `s_ij` 1 where i = j and -1
-    elsewhere. All else is as in [`softmax_contrastive_loss`].
+    `-1/N sum_ij log sigmoid(s_ij (logit_scale * image_i . text_j + logit_bias))`, with `s_ij` 1 if i = j, otherwise
+    -1. Precision, gradients and processes are as in [`softmax_contrastive_loss`].
 
     Args:
-        image_features: `(pairs, D)`, taken as they are: normalise them for cosine similarity.
+        image_features: `(pairs, D)`, not normalised here: normalise them for cosine similarity.
         text_features: `(pairs, D)`.
         logit_scale: The factor itself, not its logarithm; a number, or a tensor with one element.
         logit_bias: A number, or a tensor with one element.
@@ -93,7 +94,7 @@ def sigmoid_contrastive_loss(
         The loss, of shape `()`.
 
     Raises:
-        ValueError: As [`softmax_contrastive_loss`].
+        ValueError: If shapes or dtypes do not fit, `chunk_size` is below one, or `group` does not hold this process.
     """
     pairs = _prepare(image_features, text_features, pair_mask, chunk_size)
     scale = _scalar(logit_scale, "logit_scale", image_features, text_features)
@@ -102,14 +103,13 @@ def sigmoid_contrastive_loss(
 
 
 def _prepare(images: Tensor, texts: Tensor, mask: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Check the inputs and keep the real pairs."""
+    """Check the inputs and select the real pairs."""
     if images.ndim != 2 or images.shape != texts.shape:
         raise ValueError(
             "`image_features` and `text_features` must have the same shape (pairs, width), got "
             f"{tuple(images.shape)} and {tuple(texts.shape)}."
         )
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}.")
+    positive_integer(chunk_size, "chunk_size")
     if mask is None:
         return images, texts
     if mask.dtype != torch.bool or mask.shape != images.shape[:1]:
@@ -120,7 +120,7 @@ def _prepare(images: Tensor, texts: Tensor, mask: Tensor | None, chunk_size: int
 
 
 def _scalar(value: Tensor | float, name: str, images: Tensor, texts: Tensor) -> Tensor:
-    """Bring a number or a tensor with one element to shape `()`, in the type of the computation."""
+    """Convert a number or a tensor with one element to shape `()`, in the dtype of the computation."""
     dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
     tensor = torch.as_tensor(value, dtype=dtype, device=images.device)
     if tensor.numel() != 1:
@@ -130,7 +130,7 @@ def _scalar(value: Tensor | float, name: str, images: Tensor, texts: Tensor) -> 
 
 @dataclass
 class _Pairs:
-    """All pairs of this process' images with the texts of all processes, block by block."""
+    """Logits of this process' images with the texts of all processes, in blocks."""
 
     images: Tensor
     texts: Tensor
@@ -140,7 +140,7 @@ class _Pairs:
     chunk_size: int
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and the logits `(c, c)` between them."""
+        """Yield rows, columns and logits `(c, c)` of each block."""
         for rows in _chunks(len(self.images), self.chunk_size):
             images = self.images[rows].to(self.scale.dtype) * self.scale
             for columns in _chunks(len(self.texts), self.chunk_size):
@@ -148,18 +148,18 @@ class _Pairs:
                 logits = images @ texts.T if self.bias is None else torch.addmm(self.bias, images, texts.T)
                 yield rows, columns, logits
 
-    def true(self, rows: slice, columns: slice, block: Tensor) -> tuple[slice, Tensor]:
-        """The rows of a block whose own text is in it, and a view of these entries."""
+    def positives(self, rows: slice, columns: slice, block: Tensor) -> tuple[slice, Tensor]:
+        """Return the rows of a block whose own text is in it, and a view of these entries."""
         start = max(rows.start, columns.start - self.own.start)
         entries = block.diagonal(rows.start + self.own.start - columns.start)
         return slice(start, start + len(entries)), entries
 
     def gradients(self, needs: tuple[bool, ...], slopes: Iterator[tuple[slice, slice, Tensor]]) -> list[Tensor | None]:
-        """Gradients of images `(n, D)`, texts `(N, D)`, scale and bias.
+        """Compute the gradients of images `(n, D)`, texts `(N, D)`, scale and bias.
 
         Args:
-            needs: Which of the four are wanted.
-            slopes: For each block the loss' derivative by its logits.
+            needs: Which of the four are needed.
+            slopes: Rows, columns and the derivative of the loss by the logits of each block.
         """
         dtype = self.scale.dtype
         images = torch.zeros_like(self.images, dtype=dtype)
@@ -173,8 +173,8 @@ class _Pairs:
             if needs[3]:
                 bias += slope.sum()
         scale = (images * self.images).sum()
-        found = [images.mul_(self.scale), texts.mul_(self.scale), scale, bias]
-        return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
+        gradients = [images.mul_(self.scale), texts.mul_(self.scale), scale, bias]
+        return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:
@@ -182,39 +182,39 @@ def _chunks(length: int, size: int) -> Iterator[slice]:
 
 
 def _logsumexp(block: Tensor, dim: int) -> Tensor:
-    """Log-sum-exp of finite numbers; four times as fast on a CPU as `torch.logsumexp`, which looks for infinities."""
+    """Log-sum-exp of finite numbers; four times as fast on a CPU as `torch.logsumexp`, which handles infinities."""
     largest = block.amax(dim, keepdim=True)
     return (block - largest).exp_().sum(dim).log_() + largest.squeeze(dim)
 
 
-def _in_full(tensor: Tensor) -> torch.autocast:
-    """Switch autocast off, which would compute the logits in half precision."""
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Disable autocast, which would compute the logits in half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _refuse_graph() -> None:
-    """PyTorch's `once_differentiable` lets a second derivative pass as zero where the loss is the end of the graph."""
+    """Refuse `create_graph`: PyTorch's `once_differentiable` returns zeros if the loss is the end of the graph."""
     if torch.is_grad_enabled():
         raise RuntimeError("The contrastive losses are differentiable once; got `create_graph=True`.")
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Cross-entropy of rows and columns: streaming log-sum-exps forward, the blocks' softmaxes again backward."""
+    """Cross-entropy of rows and columns: streaming log-sum-exps in forward, recomputed softmaxes in backward."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, chunk_size: int, batch: SharedBatch) -> Tensor:
-        with _in_full(images):
+        with _without_autocast(images):
             pairs = _Pairs(images, batch.gather(texts), batch.own, scale, None, chunk_size)
             by_image = scale.new_full((len(images),), -torch.inf)
             by_text = scale.new_full((len(pairs.texts),), -torch.inf)
-            true = scale.new_zeros(len(images))
+            positive = scale.new_zeros(len(images))
             for rows, columns, logits in pairs.blocks():
-                place, entries = pairs.true(rows, columns, logits)
-                true[place] = entries
+                own_rows, entries = pairs.positives(rows, columns, logits)
+                positive[own_rows] = entries
                 by_image[rows] = torch.logaddexp(by_image[rows], _logsumexp(logits, 1))
                 by_text[columns] = torch.logaddexp(by_text[columns], _logsumexp(logits, 0))
             by_text = batch.logsumexp(by_text)
-            loss = batch.sum(((by_image + by_text[batch.own]) / 2 - true).sum())
+            loss = batch.sum(((by_image + by_text[batch.own]) / 2 - positive).sum())
         ctx.save_for_backward(images, pairs.texts, scale, by_image, by_text)
         ctx.chunk_size, ctx.batch = chunk_size, batch
         return loss / batch.divisor
@@ -229,16 +229,16 @@ class _SoftmaxLoss(torch.autograd.Function):
             for rows, columns, logits in pairs.blocks():
                 slope = (logits - by_image[rows, None]).exp_()
                 slope += logits.sub_(by_text[columns]).exp_()
-                pairs.true(rows, columns, slope)[1].sub_(2)
+                pairs.positives(rows, columns, slope)[1].sub_(2)
                 yield rows, columns, slope
 
-        with _in_full(images):
-            found = pairs.gradients((*ctx.needs_input_grad[:3], False), slopes())
-            return *_finish(ctx, gradient / 2, found, texts.dtype)[:3], None, None
+        with _without_autocast(images):
+            sums = pairs.gradients((*ctx.needs_input_grad[:3], False), slopes())
+            return *_finish(ctx, gradient / 2, sums, texts.dtype)[:3], None, None
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """Binary cross-entropy of every pair; the blocks' sigmoids are computed again backward."""
+    """Binary cross-entropy of every pair, with sigmoids recomputed in backward."""
 
     @staticmethod
     def forward(
@@ -250,11 +250,11 @@ class _SigmoidLoss(torch.autograd.Function):
         chunk_size: int,
         batch: SharedBatch,
     ) -> Tensor:
-        with _in_full(images):
+        with _without_autocast(images):
             pairs = _Pairs(images, batch.gather(texts), batch.own, scale, bias, chunk_size)
             loss = torch.zeros_like(scale)
             for rows, columns, logits in pairs.blocks():
-                pairs.true(rows, columns, logits)[1].neg_()
+                pairs.positives(rows, columns, logits)[1].neg_()
                 loss += F.softplus(logits, threshold=_SOFTPLUS_THRESHOLD).sum()
             loss = batch.sum(loss)
         ctx.save_for_backward(images, pairs.texts, scale, bias)
@@ -269,20 +269,20 @@ class _SigmoidLoss(torch.autograd.Function):
 
         def slopes() -> Iterator[tuple[slice, slice, Tensor]]:
             for rows, columns, logits in pairs.blocks():
-                pairs.true(rows, columns, logits)[1].neg_()
+                pairs.positives(rows, columns, logits)[1].neg_()
                 slope = logits.sigmoid_()
-                pairs.true(rows, columns, slope)[1].neg_()
+                pairs.positives(rows, columns, slope)[1].neg_()
                 yield rows, columns, slope
 
-        with _in_full(images):
-            found = pairs.gradients(ctx.needs_input_grad[:4], slopes())
-            return *_finish(ctx, gradient, found, texts.dtype), None, None
+        with _without_autocast(images):
+            sums = pairs.gradients(ctx.needs_input_grad[:4], slopes())
+            return *_finish(ctx, gradient, sums, texts.dtype), None, None
 
 
-def _finish(ctx: Any, gradient: Tensor, found: list[Tensor | None], text_dtype: torch.dtype) -> list[Tensor | None]:
-    """Scale the gradients of a sum to those of the mean, and bring those of the texts to their process."""
+def _finish(ctx: Any, gradient: Tensor, sums: list[Tensor | None], text_dtype: torch.dtype) -> list[Tensor | None]:
+    """Scale the gradients of the sum to those of the mean, and reduce those of the texts to their process."""
     batch = ctx.batch
-    images, texts, *scalars = found
+    images, texts, *scalars = sums
     weight = batch.sum(gradient.clone()) / batch.divisor
     if images is not None:
         images = images.mul_(weight).to(ctx.saved_tensors[0].dtype)

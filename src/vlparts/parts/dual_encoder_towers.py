@@ -1,8 +1,6 @@
-"""What a model of two towers asks of each of them.
+"""Checks, pooling and padding examples of the towers of a dual encoder.
 
-From the tokens of texts to one vector for each, and what padding examples become.
-
-Shapes: B texts, S tokens of a text, D width, n examples (images or texts).
+Shapes: B texts, S tokens per text, D width, n examples (images or texts).
 """
 
 import inspect
@@ -24,14 +22,14 @@ __all__ = [
 
 
 def find_tower(model: Any, name: str) -> PreTrainedModel:
-    """The tower that a model is or holds.
+    """Return the vision or text tower of a model.
 
     Args:
-        model: A tower, a model with two towers (CLIP, ...), or a tower with a head.
+        model: A tower, a dual encoder (CLIP, ...), or a tower with a head.
         name: "vision" or "text".
 
     Raises:
-        ValueError: If it is no model.
+        ValueError: If `model` is not a model.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`{name}` must be a model or a configuration, got {type(model).__name__}.")
@@ -40,27 +38,27 @@ def find_tower(model: Any, name: str) -> PreTrainedModel:
 
 
 def check_same_weights(name: str, tower: PreTrainedModel, rebuilt: PreTrainedModel) -> None:
-    """Compare the names of a tower's weights with those of what loading will build.
+    """Check that a tower has the state dict keys of the model that its configuration builds.
 
     Args:
         name: "vision" or "text", for the error message.
-        tower: The tower that is given.
-        rebuilt: What its configuration builds.
+        tower: The given tower.
+        rebuilt: The model that its configuration builds.
 
     Raises:
-        ValueError: If they differ, for example by a pooling head; names some that do.
+        ValueError: If keys differ, for example by a pooling head; names some of them.
     """
     differing = sorted(tower.state_dict().keys() ^ rebuilt.state_dict().keys())
     if differing:
         raise ValueError(
             f"`{name}` {type(tower).__name__} does not have the weights of the {type(rebuilt).__name__} that its "
             f"configuration builds: {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''} "
-            "stand in one of them only."
+            "are in one of them only."
         )
 
 
 def input_names(tower: PreTrainedModel) -> dict[str, bool]:
-    """Inputs that a tower's forward names, and whether it needs them."""
+    """Return the arguments of a tower's `forward`, with True for required ones."""
     return {
         name: parameter.default is parameter.empty
         for name, parameter in inspect.signature(tower.forward).parameters.items()
@@ -69,19 +67,19 @@ def input_names(tower: PreTrainedModel) -> dict[str, bool]:
 
 
 def check_inputs(tower: PreTrainedModel, names: dict[str, bool], given: dict[str, Any], optional: set[str]) -> None:
-    """Check that a tower gets what it needs and takes what it gets.
+    """Check that a tower gets the inputs that it needs, and takes the inputs that it gets.
 
     Args:
         tower: The tower, for the error message.
-        names: What [`input_names`] returned.
+        names: Result of [`input_names`].
         given: The inputs.
-        optional: Names that only some towers take; others pass.
+        optional: Names of inputs that only some towers take; inputs with other names are not checked.
 
     Raises:
         ValueError: If an input is missing, or the tower does not take it.
     """
-    for name, needed in names.items():
-        if needed and name not in given:
+    for name, is_required in names.items():
+        if is_required and name not in given:
             raise ValueError(f"`{name}` must be given for the tower {type(tower).__name__}, got None.")
     for name in given:
         if name in optional and name not in names:
@@ -89,15 +87,15 @@ def check_inputs(tower: PreTrainedModel, names: dict[str, bool], given: dict[str
 
 
 def pool_tokens(hidden_states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """One vector for each text, wherever the padding stands.
+    """Pool the tokens of each text, with padding on either side.
 
     Args:
         hidden_states: `(B, S, D)`.
-        attention_mask: `(B, S)`, 0 at padding; None if there is none.
+        attention_mask: `(B, S)`, 0 at padding; None without padding.
         pooling: "last" or "first" token that is not padding, or the "mean" of those tokens.
 
     Returns:
-        `(B, D)`. What a text of padding alone gives means nothing.
+        `(B, D)`; undefined for a text of padding only.
 
     Raises:
         ValueError: If the mask does not have the shape of the tokens.
@@ -111,29 +109,29 @@ def pool_tokens(hidden_states: Tensor, attention_mask: Tensor | None, pooling: s
     if pooling == "mean":
         total = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0).sum(1)
         return total / real.sum(1, keepdim=True).clamp(min=1).to(total.dtype)
-    places = torch.arange(length, device=hidden_states.device).expand(batch, length)
+    positions = torch.arange(length, device=hidden_states.device).expand(batch, length)
     if pooling == "last":
-        places = places.masked_fill(~real, 0).amax(1)
+        chosen = positions.masked_fill(~real, 0).amax(1)
     else:
-        places = places.masked_fill(~real, length - 1).amin(1)
-    return hidden_states[torch.arange(batch, device=hidden_states.device), places]
+        chosen = positions.masked_fill(~real, length - 1).amin(1)
+    return hidden_states[torch.arange(batch, device=hidden_states.device), chosen]
 
 
 def example_mask(mask: Tensor | None, inputs: Tensor | None, name: str, examples: int) -> Tensor | None:
-    """Which examples are real and which are padding.
+    """Return the mask of the examples that are not padding.
 
     Args:
-        mask: `(n,)` bool, or None to look into `inputs`.
-        inputs: `(n, anything)`, whose row is zeros for a padding example (the grids of images, the attention mask of
-            texts). Anything else than a matrix tells nothing.
+        mask: `(n,)` bool, or None to derive it from `inputs`.
+        inputs: `(n, columns)`, with a row of zeros for each padding example (grids of images, attention mask of
+            texts). Tensors that are not matrices mark no padding.
         name: Name of the mask, for the error message.
         examples: n.
 
     Returns:
-        `(n,)` bool, or None if all are real.
+        `(n,)` bool, or None without padding.
 
     Raises:
-        ValueError: If the mask has another type or shape.
+        ValueError: If the mask has another dtype or shape.
     """
     if mask is None:
         return None if inputs is None or inputs.ndim != 2 else (inputs != 0).any(-1)
@@ -143,5 +141,5 @@ def example_mask(mask: Tensor | None, inputs: Tensor | None, name: str, examples
 
 
 def blank_padding(pooled: Tensor, mask: Tensor | None) -> Tensor:
-    """`(n, D)` with zeros for padding examples, so that nothing of them reaches a gradient further on."""
+    """Set the rows of padding examples in `(n, D)` to zero, so that later gradients do not depend on them."""
     return pooled if mask is None else pooled.masked_fill(~mask.to(pooled.device).unsqueeze(-1), 0.0)

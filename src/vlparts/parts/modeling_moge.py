@@ -1,7 +1,7 @@
-"""The Pangu Pro MoE decoder (arXiv 2505.21411), with and without its head: a mixture of grouped experts.
+"""The Pangu Pro MoE decoder (arXiv 2505.21411), a mixture of grouped experts, with and without its head.
 
-Attention and rotary positions are transformers' Llama layers. Shapes: B samples, S tokens of each,
-T = B * S, H width, E experts.
+Attention and rotary positions are transformers' Llama layers. Shapes: B samples, S tokens per sample, T = B * S,
+H width, E experts, K chosen.
 """
 
 import os
@@ -22,28 +22,28 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moge import MoGEConfig
-from .decoder_inputs import kept_states, prepare_decoder_inputs
+from .decoders import prepare_decoder_inputs
 from .moe_experts import RoutedExperts, check_whole_groups
 from .moe_losses import balance_loss
 from .moe_router import GroupedTopKRouter
 from .moe_routing import RoutingOptions, choose_experts, router_scores
 from .ops_activations import get_activation
 from .ops_rms_norm import RMSNorm
-from .utils import add_auto_classes
+from .utils import add_auto_classes, slice_for_logits
 
 
-# The decorator has to stand in the file of the PreTrainedModel: see RoutedExperts.
+# The decorator must be in the file of the PreTrainedModel: see RoutedExperts.
 @use_experts_implementation
 class MoGEExperts(RoutedExperts):
-    """The routed experts of a layer, computed as `experts_implementation` says."""
+    """The routed experts of a layer, computed by `experts_implementation`."""
 
 
 class MoGEMLP(nn.Module):
-    """A gated MLP without biases: the shared expert, or a layer without experts.
+    """A gated MLP without biases: the shared expert, or the MLP of a dense layer.
 
     Args:
-        hidden_size: Width outside.
-        intermediate_size: Width inside.
+        hidden_size: Width of inputs and outputs.
+        intermediate_size: Inner width.
         hidden_act: Name of the activation.
     """
 
@@ -55,12 +55,12 @@ class MoGEMLP(nn.Module):
         self.act_fn = get_activation(hidden_act)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """`(B, S, H)` to `(B, S, H)`; the mask changes nothing here."""
+        """Map `(B, S, H)` to `(B, S, H)`; the mask is ignored."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class MoGEBlock(nn.Module):
-    """Router, routed experts, and the shared expert, whose output is added as it is (equation 1)."""
+    """Router, routed experts, and the shared expert, whose output is added unweighted (equation 1)."""
 
     def __init__(self, config: MoGEConfig) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class MoGEBlock(nn.Module):
         self.shared_expert = MoGEMLP(config.hidden_size, width, config.hidden_act) if width else None
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """Pass every token through its experts.
+        """Apply to each token its experts and the shared expert.
 
         Args:
             hidden_states: `(B, S, H)`.
-            token_mask: `(T,)` bool, False at padding.
+            token_mask: `(T,)` bool, false at padding.
 
         Returns:
             `(B, S, H)`.
@@ -93,7 +93,7 @@ class MoGEBlock(nn.Module):
 
 
 class MoGEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then experts or a dense MLP, each normalised before and added to its input."""
+    """A pre-norm decoder layer: attention, then experts or a dense MLP."""
 
     def __init__(self, config: MoGEConfig, layer_idx: int) -> None:
         super().__init__()
@@ -107,12 +107,12 @@ class MoGEDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """`(B, S, H)` to `(B, S, H)`.
+        """Map `(B, S, H)` to `(B, S, H)`.
 
         Args:
             hidden_states: `(B, S, H)`.
-            token_mask: `(T,)` bool, False at padding.
-            **kwargs: What attention takes.
+            token_mask: `(T,)` bool, false at padding.
+            **kwargs: Passed to attention.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
@@ -120,7 +120,7 @@ class MoGEDecoderLayer(GradientCheckpointingLayer):
 
 
 class MoGEPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the abilities that transformers asks a model for."""
+    """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: MoGEConfig
     base_model_prefix = "model"
@@ -151,7 +151,7 @@ class MoGEPreTrainedModel(PreTrainedModel):
                 init.ones_(module.router_scale)
 
     def get_chosen_experts(self, router_logits: Tensor) -> Tensor:
-        """The experts that tokens went to, `(T, K)` int64, group by group.
+        """Return the experts chosen for each token, `(T, K)` int64, group by group.
 
         Args:
             router_logits: `(T, E)` of one layer, from `router_logits` of the outputs.
@@ -161,17 +161,17 @@ class MoGEPreTrainedModel(PreTrainedModel):
         return choose_experts(router_scores(router_logits.detach(), options.scoring), options)
 
     def get_balance_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Any = None) -> Tensor:
-        """The balance loss of a pass (equation 8), the mean over its layers with experts; 0 without such layers.
+        """Compute the mean balance loss (equation 8) of the layers with experts; 0 without such layers.
 
         Args:
             router_logits: `(T, E)` of each layer, from the outputs.
-            attention_mask: What the pass got: `(B, past + S)`, 0 at padding, which counts nowhere.
+            attention_mask: The mask given to `forward`: `(B, past + S)`, 0 at padding, which is not counted.
 
         Raises:
             ValueError: If the logits were not recorded.
         """
         if router_logits is None:
-            raise ValueError("`router_logits` must be a tuple, got None: the pass did not record them.")
+            raise ValueError("`router_logits` must be a tuple, got None: the forward pass did not record them.")
         if not router_logits:
             return torch.zeros((), device=self.device)
         mask = None
@@ -179,24 +179,23 @@ class MoGEPreTrainedModel(PreTrainedModel):
             mask = get_token_mask(attention_mask, len(router_logits[0]) // len(attention_mask))
         losses = []
         for logits in router_logits:
-            here = None if mask is None else mask.to(logits.device)
+            token_mask = None if mask is None else mask.to(logits.device)
             indices = self.get_chosen_experts(logits)
-            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, token_mask=here))
+            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, token_mask=token_mask))
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @classmethod
     def maybe_distribute_model(
         cls, model: "MoGEPreTrainedModel", distributed_config: Any, mesh_manager: Any
     ) -> "MoGEPreTrainedModel":
-        """Spread a model over processes, as transformers does when it loads one, but no group of experts."""
+        """Distribute a model over processes when it is loaded, without dividing a group of experts."""
         check_whole_groups(model.config, distributed_config)
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def num_activated_parameters(self) -> int:
-        """Number of parameters that a token passes: all but the experts that it does not choose.
+        """Return the number of parameters that are active for a token: all but the experts that it does not choose.
 
-        Counted as in table 1 of arXiv 2505.21411: with the embeddings and the head, all biases and the router. A model
-        on the meta device will do.
+        Counted as in table 1 of arXiv 2505.21411: with embeddings, head, biases and routers. Works on the meta device.
         """
         total = sum(parameter.numel() for parameter in self.parameters())
         for module in self.modules():
@@ -230,21 +229,22 @@ class MoGEModel(MoGEPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Encode tokens, each of which sees those before it.
+        """Encode tokens with causal attention.
 
         Args:
             input_ids: `(B, S)` int64, or None with `inputs_embeds`.
-            attention_mask: `(B, past + S)`, 0 at padding; or a mask that is already prepared.
-            position_ids: `(B, S)`. Several texts in one row are told apart by positions that start anew, without a
-                cache and a mask only. The places after the cache if absent.
-            past_key_values: Keys and values of the tokens before.
-            inputs_embeds: `(B, S, H)` in place of `input_ids`.
-            use_cache: Whether to return keys and values.
-            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `return_dict`, and what
-                attention takes.
+            attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
+            position_ids: `(B, S)`. A row in which positions restart at 0 holds several texts, which do not attend to
+                one another, if there is neither a cache nor a mask. The positions after the cache if absent.
+            past_key_values: Cache with the keys and values of previous tokens.
+            inputs_embeds: `(B, S, H)` instead of `input_ids`.
+            use_cache: Whether to return a cache.
+            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `return_dict`, and options
+                of the attention function.
 
         Returns:
-            Also `router_logits` if asked for: `(T, E)` of each layer with experts.
+            `last_hidden_state` `(B, S, H)`, `past_key_values`, and with `output_router_logits` `router_logits`,
+            `(T, E)` of each layer with experts.
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
@@ -277,14 +277,14 @@ class MoGEModel(MoGEPreTrainedModel):
 
 
 def get_token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
-    """Which of the present tokens are no padding.
+    """Return the mask of the new tokens that are not padding.
 
     Args:
-        attention_mask: `(B, past + S)`, 0 at padding. None, or a mask that is already prepared, says nothing.
+        attention_mask: `(B, past + S)`, 0 at padding. None and prepared masks of other shapes mark no padding.
         tokens: S.
 
     Returns:
-        `(T,)` bool, or None for all.
+        `(T,)` bool, or None without padding.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
@@ -306,7 +306,7 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
+        """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
         add_auto_classes(self, AutoModel=MoGEModel)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -324,25 +324,25 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Predict the next tokens.
+        """Compute logits and, with `labels`, the loss.
 
         Args:
-            input_ids: As for [`MoGEModel`], like the next four.
-            attention_mask: `(B, past + S)`.
-            position_ids: `(B, S)`.
-            past_key_values: Keys and values of the tokens before.
-            inputs_embeds: `(B, S, H)`.
-            labels: `(B, S)` int64, the tokens themselves (they are shifted here); -100 counts nowhere.
-            use_cache: Whether to return keys and values.
+            input_ids: `(B, S)` int64, or None with `inputs_embeds`.
+            attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
+            position_ids: `(B, S)`; see [`MoGEModel.forward`].
+            past_key_values: Cache with the keys and values of previous tokens.
+            inputs_embeds: `(B, S, H)` instead of `input_ids`.
+            labels: `(B, S)` int64, -100 at tokens that the loss ignores; the loss shifts them.
+            use_cache: Whether to return a cache.
             output_router_logits: Whether to return `router_logits` and `aux_loss`.
-            logits_to_keep: Logits of the last so many positions only, or of the positions in a tensor; 0 for all.
-            **kwargs: Also `num_items_in_batch`, which the cross-entropy is divided by in place of the number of
-                labels.
+            logits_to_keep: Number of positions at the end to compute logits for, 0 for all; or their indices.
+            **kwargs: `num_items_in_batch`, the divisor of the summed cross-entropy instead of the number of labels;
+                the rest as in [`MoGEModel.forward`].
 
         Returns:
-            `logits` `(B, S, vocabulary)`. With `labels`, `loss`: the mean cross-entropy, plus
-            `router_aux_loss_coef` times the balance loss. `aux_loss`: the balance loss alone, the mean over the
-            layers with experts, without padding; 1 where all experts are used alike.
+            `logits` `(B, S, vocabulary)`. With `labels`, `loss`: the mean cross-entropy plus `router_aux_loss_coef`
+            times the balance loss. `aux_loss`: the balance loss alone, the mean over the layers with experts, without
+            padding; 1 if all experts are used equally.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -357,7 +357,7 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
             output_router_logits=balanced,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
         aux_loss = None
         if balanced:
             aux_loss = self.get_balance_loss(outputs.router_logits, attention_mask).to(logits.device)

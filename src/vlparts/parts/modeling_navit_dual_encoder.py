@@ -1,7 +1,7 @@
-"""The two-tower model of images and texts: CLIP's and SigLIP's scheme over images of any size.
+"""The dual encoder of images and texts (CLIP, SigLIP) for images of any size.
 
-Shapes: n images, B texts, S tokens of a text, E width of the common space. For a loss B = n, and
-row i of both is a pair.
+Shapes: n images, B texts, S tokens per text, E width of the shared embedding space. For a loss B = n, and row i of
+both is a pair.
 """
 
 import os
@@ -32,7 +32,7 @@ from .dual_encoder_towers import (
 from .part_models import model_from_config
 from .utils import add_auto_classes
 
-# What only some kinds of towers take.
+# Inputs that only some towers take.
 _VISION_INPUTS = {
     "image_grid_thw",
     "cu_seqlens",
@@ -51,15 +51,14 @@ class NaViTDualEncoderOutput(ModelOutput):
     """Output of [`NaViTDualEncoder`].
 
     Args:
-        loss: `()` float32, with `return_loss=True`: of the pairs of all processes, or of the own ones, as
-            `config.negatives` says.
-        logits_per_image: `(n, B)` float32, without `return_loss`; a training step never makes it.
+        loss: `()` float32, with `return_loss=True`: over the pairs of all processes or of this process, depending on
+            `config.negatives`.
+        logits_per_image: `(n, B)` float32, without `return_loss` only; training never computes it.
         logits_per_text: `(B, n)`, its transpose.
-        text_embeds: `(B, E)`, of length one; zeros for padding examples.
-        image_embeds: `(n, E)`, of length one; zeros for padding examples.
-        text_model_output: The text tower's output; `pooler_output` is the projection before it is brought to length
-            one.
-        vision_model_output: The same of the vision tower.
+        text_embeds: `(B, E)`, L2-normalised; zeros for padding examples.
+        image_embeds: `(n, E)`, L2-normalised; zeros for padding examples.
+        text_model_output: Output of the text tower; `pooler_output` is the projection before normalisation.
+        vision_model_output: Output of the vision tower; `pooler_output` is the projection before normalisation.
     """
 
     loss: Tensor | None = None
@@ -72,10 +71,10 @@ class NaViTDualEncoderOutput(ModelOutput):
 
 
 class NaViTDualEncoder(PreTrainedModel):
-    """A vision tower and a text tower with a projection each, trained to give pairs similar vectors.
+    """A vision tower and a text tower, each with a projection, trained contrastively.
 
-    The loss is exact and never holds the logits of all pairs ([`softmax_contrastive_loss`],
-    [`sigmoid_contrastive_loss`]); across processes it compares with the pairs of all of them.
+    The loss is exact but never materialises the logits of all pairs ([`softmax_contrastive_loss`],
+    [`sigmoid_contrastive_loss`]); it runs over the pairs of all processes.
     """
 
     config: NaViTDualEncoderConfig
@@ -105,20 +104,22 @@ class NaViTDualEncoder(PreTrainedModel):
         text: PreTrainedModel | PreTrainedConfig,
         **config_changes: Any,
     ) -> "NaViTDualEncoder":
-        """Join two towers; models keep their weights and are shared, not copied, configurations give new weights.
+        """Build a dual encoder from two towers.
+
+        Models keep their weights and are shared, not copied; configurations give new weights.
 
         Args:
-            vision: The vision tower. Of a model with two towers (CLIP, ...) the vision tower is taken, of one with a
-                head its base model.
-            text: The text tower, in the same way.
+            vision: The vision tower, a dual encoder (CLIP, ...) whose vision tower is used, or a model with a head
+                whose base model is used; or a configuration.
+            text: The text tower, likewise.
             **config_changes: Further fields of [`NaViTDualEncoderConfig`].
 
         Returns:
             The model. The projections, the logit scale and the logit bias are new.
 
         Raises:
-            ValueError: If an argument is neither, or its weights are not those that its configuration builds (such a
-                model could not be loaded again).
+            ValueError: If an argument is neither a model nor a configuration, or the weights of a model are not those
+                that its configuration builds, so that it could not be loaded again.
         """
         towers = [
             find_tower(model_from_config(given) if isinstance(given, PreTrainedConfig) else given, name)
@@ -148,7 +149,7 @@ class NaViTDualEncoder(PreTrainedModel):
         width = config.projection_dim
         self.image_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
-        # Their values come from `_init_weights`; FSDP takes no parameters without a dimension.
+        # Values are set by `_init_weights`. FSDP does not support parameters without a dimension.
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.zeros(1))
 
@@ -161,15 +162,15 @@ class NaViTDualEncoder(PreTrainedModel):
                 init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text tower's token embeddings."""
+        """Return the token embeddings of the text tower."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text tower's token embeddings."""
+        """Replace the token embeddings of the text tower."""
         self.text_model.set_input_embeddings(value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the model and its code, such that each of its Auto classes finds it there."""
+        """Save the model and its code for both of its Auto classes."""
         add_auto_classes(self, AutoModel=type(self), AutoModelForZeroShotImageClassification=type(self))
         super().save_pretrained(save_directory, **kwargs)
 
@@ -184,18 +185,18 @@ class NaViTDualEncoder(PreTrainedModel):
         """Encode and project images.
 
         Args:
-            pixel_values: What the vision tower takes: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or square
-                `(n, C, H, W)`.
+            pixel_values: In the layout of the vision tower: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or
+                square `(n, C, H, W)`.
             image_grid_thw: `(n, 3)` int64 for packed towers; a row of zeros is a padding example.
-            image_mask: `(n,)` bool, false at padding examples; by default found in `image_grid_thw`.
-            **kwargs: Further inputs of the vision tower: for packed ones `cu_seqlens`, `max_seqlen`, `position_ids`,
-                `keep_index`; for padded ones `pixel_attention_mask`, `spatial_shapes`. Also `output_hidden_states`.
+            image_mask: `(n,)` bool, false at padding examples; by default derived from `image_grid_thw`.
+            **kwargs: Further inputs of the vision tower: for packed towers `cu_seqlens`, `max_seqlen`, `position_ids`,
+                `keep_index`; for padded towers `pixel_attention_mask`, `spatial_shapes`; `output_hidden_states`.
 
         Returns:
-            The tower's output with `pooler_output` replaced by `(n, E)`, not brought to length one.
+            The tower's output with `pooler_output` replaced by the projection `(n, E)`, not normalised.
 
         Raises:
-            ValueError: If the tower needs an input that is missing, or does not pool.
+            ValueError: If an input that the tower needs is missing, or the tower does not pool.
         """
         inputs = {"pixel_values": pixel_values.to(self.vision_model.dtype), "image_grid_thw": image_grid_thw, **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -225,15 +226,15 @@ class NaViTDualEncoder(PreTrainedModel):
             attention_mask: `(B, S)`, 0 at padding, on either side; a row of zeros is a padding example.
             token_type_ids: `(B, S)` for towers that take them.
             text_position_ids: `(B, S)`. A tower with absolute positions needs them for padding on the left.
-            text_mask: `(B,)` bool, false at padding examples; by default found in `attention_mask`.
+            text_mask: `(B,)` bool, false at padding examples; by default derived from `attention_mask`.
             **kwargs: Passed to the text tower (`output_hidden_states`, ...).
 
         Returns:
-            `last_hidden_state` `(B, S, D)`, `pooler_output` `(B, E)`, not brought to length one, `hidden_states` and
+            `last_hidden_state` `(B, S, D)`, `pooler_output` `(B, E)`, not normalised, `hidden_states` and
             `attentions`.
 
         Raises:
-            ValueError: If the tower does not take an input that is given, or has no pooler where
+            ValueError: If the tower does not take an input that is given, or has no pooler although
                 `config.text_pooling` is "pooler".
         """
         inputs = {"token_type_ids": token_type_ids, "position_ids": text_position_ids, **kwargs}
@@ -266,7 +267,7 @@ class NaViTDualEncoder(PreTrainedModel):
     def _project(projection: nn.Linear, pooled: Tensor, mask: Tensor | None) -> Tensor:
         if pooled.shape[-1] != projection.in_features:
             raise ValueError(
-                f"The tower pools to {pooled.shape[-1]} channels; expected its `hidden_size` {projection.in_features}."
+                f"The tower pools to {pooled.shape[-1]} channels; expected `hidden_size`, {projection.in_features}."
             )
         return projection(blank_padding(pooled, mask).to(projection.weight.dtype))
 
@@ -291,29 +292,29 @@ class NaViTDualEncoder(PreTrainedModel):
         text_position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> NaViTDualEncoderOutput:
-        """Encode images and texts, and compare them.
+        """Encode images and texts, and compute the loss or the logits.
 
         Args:
-            input_ids: See [`get_text_features`], as for the other inputs of the text tower.
-            pixel_values: See [`get_image_features`], as for the other inputs of the vision tower.
-            image_grid_thw: Vision tower.
-            attention_mask: Text tower.
-            return_loss: Whether to compute the loss, and then no logits. Needs as many texts as images.
-            image_mask: Vision tower; a pair is real if its image and its text are.
-            text_mask: Text tower.
-            cu_seqlens: Vision tower, as for the next six.
-            max_seqlen: Vision tower.
-            position_ids: Vision tower.
-            keep_index: Vision tower.
-            pixel_attention_mask: Vision tower.
-            spatial_shapes: Vision tower.
-            cu_seqlens_cpu: Vision tower.
-            token_type_ids: Text tower.
-            text_position_ids: Text tower.
+            input_ids: `(B, S)` int64; see [`get_text_features`] for the inputs of the text tower.
+            pixel_values: Pixels; see [`get_image_features`] for the inputs of the vision tower.
+            image_grid_thw: `(n, 3)` int64 for packed towers.
+            attention_mask: `(B, S)`, 0 at padding.
+            return_loss: Whether to compute the loss instead of the logits. Needs as many texts as images.
+            image_mask: `(n,)` bool, false at padding examples. A pair is real if its image and its text are.
+            text_mask: `(B,)` bool, false at padding examples.
+            cu_seqlens: `(segments + 1,)` int32 cumulative patch counts for packed towers.
+            max_seqlen: Longest segment for packed towers.
+            position_ids: `(L, 2)` row and column of each patch for packed towers.
+            keep_index: `(L,)` index of each patch before patches were dropped, for packed towers.
+            pixel_attention_mask: `(n, patches)` for padded towers.
+            spatial_shapes: `(n, 2)` for padded towers.
+            cu_seqlens_cpu: `cu_seqlens` as host integers.
+            token_type_ids: `(B, S)` for text towers that take them.
+            text_position_ids: `(B, S)` positions of text tokens.
             **kwargs: Passed to both towers (`output_hidden_states`, ...).
 
         Raises:
-            ValueError: If images or texts are missing, or are not pairs where a loss is wanted.
+            ValueError: If images or texts are missing, or `return_loss` is set and their numbers differ.
         """
         if pixel_values is None or input_ids is None:
             raise ValueError(
@@ -359,10 +360,10 @@ class NaViTDualEncoder(PreTrainedModel):
         )
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """The factor on the similarities and the bias of the logits, in float32 or better."""
-        precise = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        """Return the factor of the similarities and the bias of the logits, in float32 or float64."""
+        dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         bias = self.logit_bias
-        return self.logit_scale.to(precise).exp(), None if bias is None else bias.to(precise)
+        return self.logit_scale.to(dtype).exp(), None if bias is None else bias.to(dtype)
 
     def _logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         scale, bias = self._scale_and_bias()
@@ -372,7 +373,7 @@ class NaViTDualEncoder(PreTrainedModel):
     def _loss(self, image_embeds: Tensor, text_embeds: Tensor, masks: Iterable[Tensor | None]) -> Tensor:
         if len(image_embeds) != len(text_embeds):
             raise ValueError(
-                f"A loss needs one text for each image, got {len(image_embeds)} images and {len(text_embeds)} texts."
+                f"`return_loss` needs one text per image, got {len(image_embeds)} images and {len(text_embeds)} texts."
             )
         scale, bias = self._scale_and_bias()
         pair_mask = None

@@ -1,7 +1,7 @@
 """The dense language model of openPangu-Embedded and openPangu-VL, with and without its head.
 
-It is made of transformers' Llama layers, whose weights fit unchanged; what differs are the rotary positions, which may
-have three axes. Shapes: B samples, S tokens, E width, D channels of a head.
+It consists of transformers' Llama layers, with the same state dict keys; rotary positions may have three axes.
+Shapes: B samples, S tokens per sample, E width, D channels of a head.
 """
 
 import os
@@ -21,30 +21,30 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pangu_embedded import PanguEmbeddedConfig
-from .decoder_inputs import kept_states, prepare_decoder_inputs
+from .decoders import prepare_decoder_inputs
 from .ops_rms_norm import RMSNorm
 from .rope_multimodal import AXES, MultiAxisGenerationMixin, multimodal_rotary, rotary_axes
-from .utils import add_auto_classes
+from .utils import add_auto_classes, slice_for_logits
 
 
 class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary positions on three axes."""
+    """Llama's rotary embedding for positions on three axes."""
 
     def __init__(self, config: PanguEmbeddedConfig) -> None:
         super().__init__(config)
         self.axes = nn.Buffer(self.compute_axes(), persistent=False)
 
     def compute_axes(self) -> Tensor:
-        """The axis of each frequency, `(D/2,)` int64."""
+        """Return the axis of each frequency, `(D/2,)` int64."""
         return torch.tensor(rotary_axes(self.config.rope_parameters, self.config.head_dim // 2), dtype=torch.int64)
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(B, S, D)` in the dtype of `x`.
+        """Return cosines and sines `(B, S, D)` in the dtype of `x`.
 
         Args:
-            x: The hidden states, for their dtype.
+            x: Hidden states, for their dtype.
             position_ids: `(B, S)`, or `(3, B, S)` for T, H and W.
         """
         if position_ids.ndim == 2:
@@ -54,7 +54,7 @@ class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class PanguEmbeddedDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer with the normalisation whose kernel PyTorch's dispatcher picks."""
+    """Llama's layer with the RMS norm of `vlparts`, which has a kernel per device."""
 
     def __init__(self, config: PanguEmbeddedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -63,7 +63,7 @@ class PanguEmbeddedDecoderLayer(LlamaDecoderLayer):
 
 
 class PanguEmbeddedPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the abilities that transformers asks a model for."""
+    """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: PanguEmbeddedConfig
     base_model_prefix = "model"
@@ -85,7 +85,7 @@ class PanguEmbeddedPreTrainedModel(PreTrainedModel):
 
 
 class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
-    """openPangu-Embedded without its head: a decoder with grouped queries and biases in attention."""
+    """openPangu-Embedded without its head: a decoder with grouped-query attention and biases in its projections."""
 
     def __init__(self, config: PanguEmbeddedConfig) -> None:
         super().__init__(config)
@@ -110,22 +110,24 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Encode tokens, each of which sees those before it.
+        """Encode tokens with causal attention.
 
         Args:
             input_ids: `(B, S)` int64, or None with `inputs_embeds`.
-            attention_mask: `(B, past + S)`, 0 at padding; or a mask that is already prepared.
-            position_ids: `(B, S)`; or `(3, B, S)` T, H and W; or `(4, B, S)` the place in the text, then T, H and W,
-                as in Qwen2-VL. Several texts in one row are told apart by the place in the text, which starts anew
-                (without a cache and a mask only), so never with `(3, B, S)`. The places after the cache if absent.
-            past_key_values: Keys and values of the tokens before.
-            inputs_embeds: `(B, S, E)` in place of `input_ids`.
-            use_cache: Whether to return keys and values.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what attention takes.
+            attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
+            position_ids: `(B, S)`; or `(3, B, S)` T, H and W; or `(4, B, S)` position in the text, then T, H and W, as
+                in Qwen2-VL. A row in which the position in the text restarts at 0 holds several texts, which do not
+                attend to one another, if there is neither a cache nor a mask; `(3, B, S)` cannot express this. The
+                positions after the cache if absent.
+            past_key_values: Cache with the keys and values of previous tokens.
+            inputs_embeds: `(B, S, E)` instead of `input_ids`.
+            use_cache: Whether to return a cache.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention
+                function.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if `position_ids` have
-                another shape, or three axes where the configuration has no "mrope_section".
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, `position_ids` have another
+                shape, or they have three axes and the configuration has no "mrope_section".
         """
         inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
             self.embed_tokens, self.config, input_ids, inputs_embeds, position_ids, past_key_values, use_cache
@@ -154,7 +156,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _split_positions(self, position_ids: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Positions for rotation, `(B, S)` or `(3, B, S)`, and places in the text `(B, S)` for the mask, if known."""
+        """Split into rotary positions, `(B, S)` or `(3, B, S)`, and positions in the text `(B, S)` or None."""
         axes = position_ids.shape[0] if position_ids.ndim == 3 else 0
         if position_ids.ndim not in (2, 3) or axes not in (0, AXES, AXES + 1) or position_ids.shape[-1] != tokens:
             raise ValueError(
@@ -165,7 +167,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
             return position_ids, position_ids
         if not self.config.rope_parameters.get("mrope_section"):
             raise ValueError(
-                "`position_ids` must have shape (samples, tokens) where `rope_parameters` has no 'mrope_section', "
+                "`position_ids` must have shape (samples, tokens) if `rope_parameters` has no 'mrope_section', "
                 f"got {tuple(position_ids.shape)}."
             )
         return position_ids[-AXES:], position_ids[0] if axes > AXES else None
@@ -189,7 +191,7 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, MultiAxisGeneration
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
+        """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
         add_auto_classes(self, AutoModel=PanguEmbeddedModel)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -206,21 +208,22 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, MultiAxisGeneration
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict the next tokens.
+        """Compute logits and, with `labels`, the loss.
 
         Args:
-            input_ids: As for [`PanguEmbeddedModel`], like the next four.
-            attention_mask: `(B, past + S)`.
-            position_ids: `(B, S)`, `(3, B, S)` or `(4, B, S)`.
-            past_key_values: Keys and values of the tokens before.
-            inputs_embeds: `(B, S, E)`.
-            labels: `(B, S)` int64, the tokens themselves (they are shifted here); -100 counts nowhere.
-            use_cache: Whether to return keys and values.
-            logits_to_keep: Logits of the last so many positions only, or of the positions in a tensor; 0 for all.
-            **kwargs: Also `num_items_in_batch`, which the loss is divided by in place of the number of labels.
+            input_ids: `(B, S)` int64, or None with `inputs_embeds`.
+            attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
+            position_ids: `(B, S)`, `(3, B, S)` or `(4, B, S)`; see [`PanguEmbeddedModel.forward`].
+            past_key_values: Cache with the keys and values of previous tokens.
+            inputs_embeds: `(B, S, E)` instead of `input_ids`.
+            labels: `(B, S)` int64, -100 at tokens that the loss ignores; the loss shifts them.
+            use_cache: Whether to return a cache.
+            logits_to_keep: Number of positions at the end to compute logits for, 0 for all; or their indices.
+            **kwargs: `num_items_in_batch`, the divisor of the summed cross-entropy instead of the number of labels;
+                the rest as in [`PanguEmbeddedModel.forward`].
 
         Returns:
-            `logits` `(B, S, vocabulary)`, and the mean cross-entropy `loss` with `labels`.
+            `logits` `(B, S, vocabulary)`, and with `labels` the mean cross-entropy `loss`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -231,7 +234,7 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, MultiAxisGeneration
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,7 +1,6 @@
-"""The composed vision-language model: a vision tower, a projector, a text model.
+"""The composed vision-language model: a vision encoder, a projector, a text model.
 
-Shapes: B samples, S tokens of a sample, n images or videos of the batch, T tokens of all of them, E width of the text
-model.
+Shapes: B samples, S tokens per sample, n images or videos of the batch, E width of the text model.
 """
 
 import os
@@ -19,22 +18,29 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import VisionLanguageConfig
-from .decoder_inputs import kept_states
 from .moe_experts import check_whole_groups
+from .moe_losses import find_balance_loss
 from .part_models import model_from_config
-from .utils import add_auto_classes
-from .vlm_generation import VisionLanguageGenerationMixin
-from .vlm_inputs import MultimodalInputsMixin
-from .vlm_placeholders import fill_placeholders
-from .vlm_positions import check_continued, has_multimodal_rotary
+from .rope_multimodal import MultiAxisGenerationMixin
+from .utils import add_auto_classes, check_token_inputs, slice_for_logits
+from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
+from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
-from .vlm_router_loss import asks_for_router_logits, balances_every_loss, text_balance_loss
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_ENCODED_ONCE = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "mm_encoder_outputs",
+)
 
 
 class VisionLanguagePreTrainedModel(PreTrainedModel):
-    """What transformers asks of both classes below."""
+    """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: VisionLanguageConfig
     base_model_prefix = "model"
@@ -49,13 +55,13 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
     def maybe_distribute_model(
         cls, model: "VisionLanguagePreTrainedModel", distributed_config: Any, mesh_manager: Any
     ) -> "VisionLanguagePreTrainedModel":
-        """Spread a model over processes, as transformers does when it loads one, but no group of experts."""
+        """Distribute a model over processes when it is loaded, without dividing a group of experts."""
         check_whole_groups(model.config, distributed_config)
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
 
 class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
-    """A vision tower and a text model joined by a projector, without a language head."""
+    """A vision encoder and a text model joined by a projector, without a language head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -67,18 +73,18 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             config.merge_size,
-            config.feature_taps,
+            config.num_feature_layers,
             **(config.projector_options or {}),
         )
         self.language_model = model_from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text model's token embeddings."""
+        """Return the token embeddings of the text model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text model's token embeddings."""
+        """Replace the token embeddings of the text model."""
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -99,33 +105,31 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Put the features of images and videos in place of their placeholders and run the text model.
+        """Replace placeholders by the features of images and videos and run the text model.
 
         Args:
             input_ids: `(B, S)` int64.
             attention_mask: `(B, S)`, 0 at padding.
-            position_ids: `(B, S)`; for a text model with multimodal rotary positions also what
-                [`get_multimodal_position_ids`] returns, which is computed here for images and videos, but not where
-                they go on from a cache.
+            position_ids: `(B, S)`; for a text model with multimodal rotary positions also the result of
+                [`get_multimodal_position_ids`], which is computed here if absent, except when continuing from a cache.
             past_key_values: Cache of the text model.
-            inputs_embeds: `(B, S, E)` in place of `input_ids`.
-            pixel_values: See [`get_image_features`], as for the next three.
-            image_grid_thw: As above.
-            pixel_attention_mask: As above.
-            spatial_shapes: As above.
-            pixel_values_videos: See [`get_video_features`], as for the next.
-            video_grid_thw: As above.
-            mm_encoder_outputs: `{"image": output of get_image_features}` in place of `pixel_values`, and "video"
-                likewise.
+            inputs_embeds: `(B, S, E)` instead of `input_ids`.
+            pixel_values: Images in the layout of the vision encoder; see [`get_image_features`].
+            image_grid_thw: `(n, 3)` int64 for packed encoders.
+            pixel_attention_mask: `(n, patches)` for padded encoders.
+            spatial_shapes: `(n, 2)` for padded encoders.
+            pixel_values_videos: Packed patches of videos; see [`get_video_features`].
+            video_grid_thw: `(n, 3)` int64.
+            mm_encoder_outputs: Outputs of [`get_image_features`] under "image", instead of `pixel_values`, and of
+                [`get_video_features`] under "video".
             use_cache: Whether to return a cache.
             **kwargs: Passed to the text model (`cu_seq_lens_q` of packed samples, `output_hidden_states`, ...).
 
         Raises:
-            ValueError: If both or neither of ids and embeddings are given, if images or videos are given twice, if
-                placeholders and features do not match, or if multimodal positions cannot be known.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, images or videos are given
+                twice, placeholders and features do not match, or multimodal positions cannot be determined.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        check_token_inputs(input_ids, inputs_embeds)
         media = dict(mm_encoder_outputs or {})
         for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             if pixels is not None and media.get(kind) is not None:
@@ -143,8 +147,8 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             )
         media = {kind: media[kind] for kind in _PIXELS if media.get(kind) is not None}
 
-        if has_multimodal_rotary(self.config.text_config) and (position_ids is None or position_ids.ndim == 2):
-            check_continued(position_ids, past_key_values, bool(media))
+        if self.config.has_multimodal_positions and (position_ids is None or position_ids.ndim == 2):
+            check_cache_positions(position_ids, past_key_values, bool(media))
             if media:
                 position_ids = self.get_multimodal_position_ids(
                     input_ids,
@@ -172,8 +176,8 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         )
 
 
-class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, VisionLanguageGenerationMixin):
-    """The composed model with a language head: `generate`, training, pipelines."""
+class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, MultiAxisGenerationMixin):
+    """The composed model with a language head, for generation, training and pipelines."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -187,11 +191,11 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text model's token embeddings."""
+        """Return the token embeddings of the text model."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text model's token embeddings."""
+        """Replace the token embeddings of the text model."""
         self.model.set_input_embeddings(value)
 
     def get_image_features(
@@ -214,7 +218,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
+        """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
         add_auto_classes(self, AutoModel=VisionLanguageModel)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -240,42 +244,46 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
-        """Run the model and, with `labels`, compute the loss.
+        """Compute logits and, with `labels`, the loss.
 
         Args:
-            input_ids: See [`VisionLanguageModel.forward`], as for all that are not described here.
-            attention_mask: As above.
-            position_ids: As above.
-            past_key_values: As above.
-            inputs_embeds: As above.
-            pixel_values: As above.
-            image_grid_thw: As above.
-            pixel_attention_mask: As above.
-            spatial_shapes: As above.
-            pixel_values_videos: As above.
-            video_grid_thw: As above.
-            mm_encoder_outputs: As above.
-            use_cache: As above.
-            labels: `(B, S)` int64, -100 where no loss is wanted; shifted by the loss.
+            input_ids: `(B, S)` int64.
+            attention_mask: `(B, S)`, 0 at padding.
+            position_ids: `(B, S)` or `(4, B, S)`; see [`VisionLanguageModel.forward`].
+            past_key_values: Cache of the text model.
+            inputs_embeds: `(B, S, E)` instead of `input_ids`.
+            pixel_values: Images in the layout of the vision encoder; see [`get_image_features`].
+            image_grid_thw: `(n, 3)` int64 for packed encoders.
+            pixel_attention_mask: `(n, patches)` for padded encoders.
+            spatial_shapes: `(n, 2)` for padded encoders.
+            pixel_values_videos: Packed patches of videos; see [`get_video_features`].
+            video_grid_thw: `(n, 3)` int64.
+            mm_encoder_outputs: Encoded images and videos; see [`VisionLanguageModel.forward`].
+            labels: `(B, S)` int64, -100 at tokens that the loss ignores; the loss shifts them.
+            use_cache: Whether to return a cache.
             output_router_logits: Whether to return `router_logits` and `aux_loss` of a text model with experts.
-            logits_to_keep: Logits of the last so many positions only, or of the positions in a tensor; 0 for all.
-            loss_weights: `(B, S)` final weight of each token in the loss, standing where its label stands; for the
-                loss "vlparts_weighted" ([`weighted_causal_lm_loss`]).
-            **kwargs: As above.
+            logits_to_keep: Number of positions at the end to compute logits for, 0 for all; or their indices.
+            loss_weights: `(B, S)` final weight of each token in the loss, aligned with `labels`; for the loss
+                "vlparts_weighted" ([`weighted_causal_lm_loss`]).
+            **kwargs: `num_items_in_batch` and `shift_labels` for the loss; the rest as in
+                [`VisionLanguageModel.forward`].
 
         Returns:
             `loss` (if `labels` are given), `logits` `(B, S, vocabulary)`, `past_key_values`, `hidden_states`,
-            `attentions`. With experts, `loss` holds `router_aux_loss_coef` times `aux_loss`, the balance loss, where
-            the text model's own head adds it: [`MoGEForCausalLM`]'s at every loss, transformers' own with
-            `output_router_logits` only.
+            `attentions`. With experts, `loss` includes `router_aux_loss_coef` times the balance loss `aux_loss`
+            whenever the text model's own head includes it: [`MoGEForCausalLM`]'s in every loss, transformers' own only
+            with `output_router_logits`.
 
         Raises:
-            ValueError: If router logits are asked for, and the text model has no balance loss that is known.
+            ValueError: If router logits are requested from a text model without a known balance loss.
         """
         text_model = self.model.language_model
-        asked = asks_for_router_logits(text_model, output_router_logits)
-        balanced = asked or (labels is not None and balances_every_loss(text_model))
-        if balanced:
+        if output_router_logits is None:
+            output_router_logits = getattr(text_model.config, "output_router_logits", False)
+        in_every_loss = hasattr(text_model, "get_balance_loss") and text_model.config.router_aux_loss_coef > 0
+        balance_loss = None
+        if output_router_logits or (labels is not None and in_every_loss):
+            balance_loss = find_balance_loss(text_model)
             kwargs["output_router_logits"] = True
         names = ("num_items_in_batch", "shift_labels")
         loss_kwargs: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -298,7 +306,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -310,13 +318,57 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }
-        if not balanced:
+        if balance_loss is None:
             return CausalLMOutputWithPast(loss=loss, **fields)
-        aux_loss = text_balance_loss(text_model, outputs.router_logits, attention_mask)
+        aux_loss = balance_loss(outputs.router_logits, attention_mask)
         if loss is not None:
             loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        router_logits = outputs.router_logits if asked else None
+        router_logits = outputs.router_logits if output_router_logits else None
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, router_logits=router_logits, **fields)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare the inputs of one step; images and videos are in the cache after the first."""
+        # transformers reads from this signature that generation takes `inputs_embeds`.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # Newer transformers drop these themselves.
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _ENCODED_ONCE:
+                inputs.pop(name, None)
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        # Each new token gets the next position on all axes, so no state is kept between steps.
+        if not self.config.has_multimodal_positions:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None or not input_ids.shape[1]:
+            input_ids = inputs_tensor
+        is_ids = input_ids.ndim == 2
+        names = ("attention_mask", "image_grid_thw", "video_grid_thw", "pixel_values", "spatial_shapes")
+        return self.model.get_multimodal_position_ids(
+            input_ids=input_ids if is_ids else None,
+            inputs_embeds=None if is_ids else input_ids,
+            **{name: model_kwargs.get(name) for name in names},
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        # Older transformers do not encode images beforehand, and would repeat packed patches one by one.
+        if expand_size > 1 and any(model_kwargs.get(name) is not None for name in _PIXELS.values()):
+            raise ValueError(
+                "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
+            )
+        return super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
 
 
 __all__ = ["VisionLanguageForConditionalGeneration", "VisionLanguageModel", "VisionLanguagePreTrainedModel"]

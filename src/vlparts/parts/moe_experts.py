@@ -1,8 +1,6 @@
-"""Routed experts in the layout that transformers and its fast implementations share.
+"""Routed experts in transformers' layout, and the condition on expert parallelism of grouped experts.
 
-Shapes: T tokens, K experts of each, E experts, H width, I width of an expert.
-
-Expert parallelism of grouped experts: every process holds whole groups.
+Shapes: T tokens, K experts per token, E experts, H width, I inner width of an expert.
 """
 
 from typing import Any
@@ -16,14 +14,14 @@ from .ops_activations import get_activation, swiglu
 
 
 class RoutedExperts(nn.Module):
-    """The gated MLPs of all experts of a layer, their weights stacked.
+    """The gated MLPs of all experts of a layer, with stacked weights.
 
-    A model derives its own class from this one, and puts transformers' decorator for implementations of experts on it
-    in the file of its `PreTrainedModel`: transformers looks for the decorator's name in the text of that file, and
-    without it ignores a choice of implementation. What stands here is "eager".
+    A model derives its own class and decorates it with transformers' `use_experts_implementation` in the file of its
+    `PreTrainedModel`: transformers looks for the decorator's name in the text of that file, and ignores
+    `experts_implementation` without it. `forward` is the "eager" implementation.
 
     Args:
-        config: Has `num_experts` (E), `hidden_size` (H), `moe_intermediate_size` (I) and `hidden_act`.
+        config: Configuration with `num_experts` (E), `hidden_size` (H), `moe_intermediate_size` (I) and `hidden_act`.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -37,31 +35,31 @@ class RoutedExperts(nn.Module):
         self.is_swiglu = config.hidden_act in ("silu", "swish")
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        """Gate `(S, 2I)`, gates first, to `(S, I)`; transformers' other implementations call it too."""
+        """Map `(rows, 2I)`, gates first, to `(rows, I)`; transformers' other implementations call it too."""
         if self.is_swiglu:
             return swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Add up each token's experts, expert after expert.
+        """Sum the weighted outputs of each token's experts, in a loop over experts.
 
         Args:
             hidden_states: `(T, H)`.
-            top_k_index: `(T, K)` int64, the experts of each token. E stands for an expert elsewhere, which adds
-                nothing here.
-            top_k_weights: `(T, K)`, what their outputs are multiplied by.
+            top_k_index: `(T, K)` int64, the experts of each token. E marks an expert of another process, which is
+                skipped.
+            top_k_weights: `(T, K)`, weights of the experts' outputs.
 
         Returns:
             `(T, H)`.
         """
         outputs = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
-            token, place = torch.where(top_k_index == expert)
+            token, rank = torch.where(top_k_index == expert)
             if not token.numel():
                 continue
             gated = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
-            weighted = F.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
+            weighted = F.linear(gated, self.down_proj[expert]) * top_k_weights[token, rank, None]
             outputs.index_add_(0, token, weighted.to(outputs.dtype))
         return outputs
 
@@ -69,11 +67,11 @@ class RoutedExperts(nn.Module):
 def check_whole_groups(config: PreTrainedConfig, distributed_config: Any) -> None:
     """Check that expert parallelism divides no group of experts.
 
-    A token chooses equally many experts of each group (arXiv 2505.21411, section 2.2), so that processes with whole
-    groups all have the same work. With parts of groups they would wait for each other.
+    A token chooses the same number of experts in each group (arXiv 2505.21411, section 2.2), so the load is balanced
+    over processes that hold whole groups.
 
     Args:
-        config: Configuration of a model; with `num_expert_groups` in its text part, it is checked.
+        config: Configuration of a model. Nothing is checked if its text configuration has no `num_expert_groups`.
         distributed_config: transformers' `DistributedConfig`, or None.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What a mixture-of-experts router may do, and which settings fit together.
+"""Options of a mixture-of-experts router and their checks.
 
-`E` experts stand in `num_expert_groups` groups of neighbours of equal size; a token chooses `K` of them.
+`E` experts form `num_expert_groups` groups of adjacent experts of equal size; a token chooses `K` of them.
 """
 
 import math
@@ -20,35 +20,34 @@ ROUTER_DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """How experts are chosen and weighted.
+    """Options for choosing and weighting experts.
 
     Args:
         num_experts: E.
         num_experts_per_tok: K.
-        scoring: How logits become scores. "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of each expert, or
-            "softmax_over_chosen": experts are chosen by their logits, and weights are a softmax over the K chosen.
-        grouping: "none"; "equal", the same number K / groups in every group (mixture of grouped experts, arXiv
-            2505.21411, eq. 5 to 7); or "limited", the K best experts of the `num_limited_groups` best groups
-            (DeepSeek-V2 and V3, arXiv 2405.04434 and 2412.19437).
-        num_expert_groups: Groups, if there is a grouping. They are blocks of neighbouring experts.
-        num_limited_groups: Groups that a token may use, for "limited" only.
-        group_score: What a group is worth, for "limited" only: its "max", the sum of its two best scores, "top2_sum",
-            or of its m best with m = K / `num_limited_groups`, "topm_sum".
-        group_mask: What happens to the scores of the other groups, for "limited" only. "exclude", the default, puts
-            them to minus infinity. "zero" puts them to 0, as the code of DeepSeek-V2 and the remote code of V3 do:
-            an expert of another group is then chosen before one of the best groups whose score, with its selection
-            bias, is negative.
-        selection_bias: Add a bias to the scores for the choice, not for the weights (arXiv 2408.15664).
-        renormalize: Divide the weights of a token by their sum.
-        renormalize_eps: What is added to that sum. Such a small number changes no float32 sum above 1e-12.
+        scoring: How logits become scores: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of each expert, or
+            "softmax_over_chosen", where experts are chosen by logits and weights are a softmax over the K chosen.
+        grouping: "none"; "equal", K / groups experts in every group (mixture of grouped experts, arXiv 2505.21411,
+            eq. 5 to 7); or "limited", the K best experts of the `num_limited_groups` best groups (DeepSeek-V2 and V3,
+            arXiv 2405.04434 and 2412.19437).
+        num_expert_groups: Number of groups, if there is a grouping.
+        num_limited_groups: Number of groups that a token may use, for "limited" only.
+        group_score: Score of a group, for "limited" only: "max" of its scores, "top2_sum" of its two best scores, or
+            "topm_sum" of its m best scores with m = K / `num_limited_groups`.
+        group_mask: Scores of the other groups, for "limited" only: "exclude" (the default) sets them to minus
+            infinity, "zero" to 0, as the code of DeepSeek-V2 and the remote code of V3 do. With "zero", an expert of
+            another group is chosen before an expert of the best groups whose biased score is negative.
+        selection_bias: Whether a bias is added to the scores for the choice, but not for the weights (arXiv
+            2408.15664).
+        renormalize: Whether the weights of a token are divided by their sum.
+        renormalize_eps: Constant added to that sum; 1e-20 does not change float32 sums above 1e-12.
         routed_scaling_factor: Factor of all weights.
-        num_voted_experts: An approximation of inference with Pangu Pro MoE on one kind of device, or None. In each
-            group the tokens of the batch vote for their best expert, and only this many experts with the most votes
-            can be chosen. A token's output then depends on the others in its batch. For "equal" with one choice per
-            group.
+        num_voted_experts: Approximation for inference with Pangu Pro MoE, or None. In each group the tokens of the
+            batch vote for their best expert, and only the experts with the most votes, this many, can be chosen. A
+            token's output then depends on the other tokens of its batch. For "equal" with one choice per group.
 
     Raises:
-        ValueError: If a name is unknown, a number is out of range, or settings do not fit together.
+        ValueError: If a name is unknown, a number is out of range, or options do not fit together.
     """
 
     num_experts: int
@@ -66,8 +65,8 @@ class RoutingOptions:
     num_voted_experts: int | None = None
 
     def __post_init__(self) -> None:
-        positive_integer(self.num_experts, "`num_experts`")
-        positive_integer(self.num_experts_per_tok, "`num_experts_per_tok`")
+        positive_integer(self.num_experts, "num_experts")
+        positive_integer(self.num_experts_per_tok, "num_experts_per_tok")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok` must be at most `num_experts`={self.num_experts}, got "
@@ -86,78 +85,74 @@ class RoutingOptions:
 
     @property
     def group_size(self) -> int:
-        """Experts of a group; all of them where there is no grouping."""
+        """Number of experts of a group; E without a grouping."""
         return self.num_experts // (self.num_expert_groups or 1)
 
     def _check_weights(self) -> None:
-        """Check what concerns weights and bias."""
         check_number("renormalize_eps", self.renormalize_eps, lowest=0.0)
         check_number("routed_scaling_factor", self.routed_scaling_factor)
         if self.scoring == "softmax_over_chosen":
             for name in ("renormalize", "selection_bias"):
                 if getattr(self, name):
-                    raise ValueError(f"`{name}` must be off with scoring='softmax_over_chosen', got True.")
+                    raise ValueError(f"`{name}` must be False if `scoring` is 'softmax_over_chosen', got True.")
 
     def _check_groups(self) -> None:
-        """Check the number of groups, and that nothing is set that has no effect."""
+        """Check the number of groups, and that no option without effect is set."""
         if self.grouping != "limited":
             for name in ("num_limited_groups", "group_score", "group_mask"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"`{name}` is for grouping='limited', got {getattr(self, name)!r} with {self.grouping!r}."
+                        f"`{name}` must be None unless `grouping` is 'limited', got {getattr(self, name)!r} with "
+                        f"{self.grouping!r}."
                     )
         if self.grouping == "none":
             if self.num_expert_groups is not None:
                 raise ValueError(
-                    f"`num_expert_groups` needs a `grouping`, got {self.num_expert_groups!r} with 'none'."
+                    f"`num_expert_groups` must be None if `grouping` is 'none', got {self.num_expert_groups!r}."
                 )
             return
-        groups = positive_integer(self.num_expert_groups, "`num_expert_groups`")
+        groups = positive_integer(self.num_expert_groups, "num_expert_groups")
         if self.num_experts % groups:
             raise ValueError(f"`num_expert_groups` must divide `num_experts`={self.num_experts}, got {groups}.")
 
     def _check_equal(self) -> None:
-        """Check that every group can give the same number."""
-        # K <= E, so a share never exceeds a group.
+        # K <= E, so K / groups never exceeds the size of a group.
         if self.num_experts_per_tok % self.num_expert_groups:  # type: ignore[operator]
             raise ValueError(
-                "`num_experts_per_tok` must be a multiple of `num_expert_groups`="
-                f"{self.num_expert_groups} with grouping='equal', got {self.num_experts_per_tok}."
+                f"`num_experts_per_tok` must be a multiple of `num_expert_groups`={self.num_expert_groups} if "
+                f"`grouping` is 'equal', got {self.num_experts_per_tok}."
             )
 
     def _check_limited(self) -> None:
-        """Check that the best groups hold enough experts, and that their score can be computed."""
-        limit = positive_integer(self.num_limited_groups, "`num_limited_groups`")
+        """Check that the best groups hold enough experts, and that the score of a group is defined."""
+        limit = positive_integer(self.num_limited_groups, "num_limited_groups")
         if limit > self.num_expert_groups:  # type: ignore[operator]
             raise ValueError(
                 f"`num_limited_groups` must be at most `num_expert_groups`={self.num_expert_groups}, got {limit}."
             )
         if self.num_experts_per_tok > limit * self.group_size:
             raise ValueError(
-                f"`num_experts_per_tok` must be at most the {limit * self.group_size} experts of "
-                f"{limit} groups, got {self.num_experts_per_tok}."
+                f"`num_experts_per_tok` must be at most {limit * self.group_size}, the number of experts of {limit} "
+                f"groups, got {self.num_experts_per_tok}."
             )
         check_name("group_score", self.group_score, GROUP_SCORES)
         if self.group_mask is not None:
             check_name("group_mask", self.group_mask, GROUP_MASKS)
         if self.group_score == "topm_sum" and self.num_experts_per_tok % limit:
             raise ValueError(
-                "`num_experts_per_tok` must be a multiple of `num_limited_groups`="
-                f"{limit} with group_score='topm_sum', got {self.num_experts_per_tok}."
+                f"`num_experts_per_tok` must be a multiple of `num_limited_groups`={limit} if `group_score` is "
+                f"'topm_sum', got {self.num_experts_per_tok}."
             )
         if self.group_score == "top2_sum" and self.group_size < 2:
-            raise ValueError("`group_score`='top2_sum' needs groups of at least 2 experts, got groups of 1.")
+            raise ValueError("`group_score` 'top2_sum' needs groups of at least 2 experts, got groups of 1.")
         if self.group_mask == "zero" and self.scoring == "softmax_over_chosen":
-            raise ValueError(
-                "`group_mask`='zero' needs scores that are not negative, got scoring='softmax_over_chosen'."
-            )
+            raise ValueError("`group_mask` 'zero' needs non-negative scores, got `scoring` 'softmax_over_chosen'.")
 
     def _check_votes(self) -> None:
-        """Check that votes are defined."""
-        voted = positive_integer(self.num_voted_experts, "`num_voted_experts`")
+        voted = positive_integer(self.num_voted_experts, "num_voted_experts")
         if self.grouping != "equal" or self.num_experts_per_tok != self.num_expert_groups:
             raise ValueError(
-                "`num_voted_experts` needs grouping='equal' with one choice per group, got "
+                "`num_voted_experts` needs `grouping` 'equal' with one choice per group, got "
                 f"{self.grouping!r} with {self.num_experts_per_tok} choices in {self.num_expert_groups} groups."
             )
         if voted > self.group_size:
@@ -165,13 +160,13 @@ class RoutingOptions:
 
 
 def check_name(argument: str, value: Any, names: tuple[str, ...]) -> None:
-    """Raise a ValueError if `value` is none of `names`."""
+    """Raise a ValueError if `value` is not one of `names`."""
     if value not in names:
         raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, names))}, got {value!r}.")
 
 
 def check_number(argument: str, value: Any, lowest: float = -math.inf, below: float = math.inf) -> None:
-    """Raise a ValueError if `value` is no finite number in `[lowest, below)`."""
+    """Raise a ValueError if `value` is not a finite number in `[lowest, below)`."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not lowest <= value < below:
         bounds = "" if lowest == -math.inf else f" of at least {lowest:g}"

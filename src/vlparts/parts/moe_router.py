@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: which experts a token goes to, and with what weights.
+"""The router of a mixture of experts, which chooses and weights the experts of each token.
 
 Shapes: `T` tokens, `H` channels, `E` experts, `K` chosen, `B` sequences of `S` tokens.
 """
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from .moe_options import ROUTER_DTYPES, RoutingOptions, check_name, check_number
 from .moe_routing import route
+from .utils import positive_integer
 
 __all__ = ["GroupedTopKRouter"]
 
 BIAS_RULES = ("sign", "mean_free_sign")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2505.21411, table 1 and eq. 5 to 7; the scale stands in the checkpoint, not in the paper.
+    # arXiv 2505.21411, table 1 and eq. 5 to 7; the scale is in the checkpoint, not in the paper.
     "pangu_pro_moe": dict(num_experts_per_tok=8, grouping="equal", num_expert_groups=8, router_scale=True),
     "deepseek_v2": dict(
         num_experts_per_tok=6,
@@ -50,29 +51,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class GroupedTopKRouter(nn.Module):
-    """A linear router with a choice of the K best experts, in groups or not.
+    """A linear router that chooses the K best experts, with or without groups.
 
-    Its result is what transformers' experts modules take. Logits, scores and weights are computed in `router_dtype`,
-    or in the type of the hidden states if that is wider, also under autocast and where the weights are stored in half
-    precision.
+    It returns what transformers' experts modules take. Logits, scores and weights are computed in `router_dtype`, or
+    in the dtype of the hidden states if that is wider, also under autocast and with parameters in half precision.
 
-    Parameters and buffers: `weight (E, H)`; `router_scale (1, E)`, ones, if wanted; `e_score_correction_bias (E,)`,
-    zeros, float32, if there is a selection bias.
+    Parameters and buffers: `weight (E, H)`; `router_scale (1, E)`, initially ones, with `router_scale`;
+    `e_score_correction_bias (E,)`, initially zeros, float32, with `selection_bias`.
 
     Args:
         hidden_size: H.
         num_experts: E.
         num_experts_per_tok: K.
-        router_scale: Learn a factor of each expert's weight, applied after the choice.
-        router_dtype: "float32" or "float64", or the torch type.
-        jitter: Half-width e of the noise on the router's input, factors from U(1 - e, 1 + e), in training only. The
-            experts' input is not touched (Switch Transformer, arXiv 2101.03961; transformers' Mixtral gives the noisy
-            input to the experts too).
-        options: All of [`RoutingOptions`]. `num_voted_experts` takes effect in inference only; in training the
-            choice is exact.
+        router_scale: Whether to learn a factor of each expert's weight, applied after the choice.
+        router_dtype: "float32" or "float64", or the torch dtype.
+        jitter: Half-width e of the multiplicative noise on the router's input, from U(1 - e, 1 + e), in training only.
+            The experts get the input without noise, as in Switch Transformer (arXiv 2101.03961) and unlike
+            transformers' Mixtral.
+        options: Options of [`RoutingOptions`]. `num_voted_experts` has an effect in inference only.
 
     Raises:
-        ValueError: If a setting is out of range, unknown, or does not fit the others.
+        ValueError: If an option is out of range, unknown, or does not fit the others.
     """
 
     router_scale: nn.Parameter | None
@@ -91,12 +90,11 @@ class GroupedTopKRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.options = RoutingOptions(num_experts, num_experts_per_tok, **options)
-        if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
-            raise ValueError(f"`hidden_size` must be an integer of at least 1, got {hidden_size!r}.")
+        self.hidden_size = positive_integer(hidden_size, "hidden_size")
         check_number("jitter", jitter, lowest=0.0, below=1.0)
+        self.jitter = jitter
         dtype_name = str(router_dtype).removeprefix("torch.")
         check_name("router_dtype", dtype_name, ROUTER_DTYPES)
-        self.hidden_size, self.jitter = hidden_size, jitter
         self.router_dtype: torch.dtype = getattr(torch, dtype_name)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_parameter("router_scale", nn.Parameter(torch.empty(1, num_experts)) if router_scale else None)
@@ -106,32 +104,32 @@ class GroupedTopKRouter(nn.Module):
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
-        """Names that `from_preset` takes."""
+        """Return the names of the presets."""
         return tuple(PRESETS)
 
     @classmethod
     def from_preset(cls, name: str, hidden_size: int, num_experts: int, **changes: Any) -> "GroupedTopKRouter":
         """Build the router of a published model.
 
-        "pangu_pro_moe" (64 experts there), "deepseek_v2" (160), "deepseek_v3" (256), "mixtral" (8), "qwen3_moe"
-        (128, as its checkpoints are configured, with `renormalize`) and "openpangu_2" (256; how its sum is protected
-        from zero is not published).
+        The presets, with the published numbers of experts: "pangu_pro_moe" (64), "deepseek_v2" (160), "deepseek_v3"
+        (256), "mixtral" (8), "qwen3_moe" (128; `renormalize` as in its checkpoints) and "openpangu_2" (256; its
+        `renormalize_eps` is not published).
 
         Args:
             name: One of `presets()`.
             hidden_size: H.
             num_experts: E.
-            changes: Settings that differ from the preset's.
+            changes: Options that replace those of the preset.
 
         Raises:
-            ValueError: If the name is unknown, or the settings do not fit together.
+            ValueError: If the name is unknown, or the options do not fit together.
         """
         check_name("name", name, cls.presets())
         return cls(hidden_size, num_experts, **{**PRESETS[name], **changes})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise: the weight uniform as in `torch.nn.Linear`, the scale ones, the bias zeros."""
+        """Initialise the weight as in `torch.nn.Linear`, the scale with ones, the bias with zeros."""
         bound = 1 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.router_scale is not None:
@@ -140,19 +138,19 @@ class GroupedTopKRouter(nn.Module):
             nn.init.zeros_(self.e_score_correction_bias)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Route tokens.
+        """Choose and weight the experts of each token.
 
         Args:
             hidden_states: `(T, H)`, or `(B, S, H)` with T = B * S.
-            token_mask: `(T,)` or `(B, S)` bool, false at padding. Such tokens get logits and weights of zero and
-                valid indices, do not vote, and give gradients of exactly zero, whatever they hold. Leave them out of
-                counts: the losses and statistics take the same mask.
+            token_mask: `(T,)` or `(B, S)` bool, false at padding. Padding gets logits and weights of zero and valid
+                indices, does not vote, and has gradients of exactly zero, also if it holds NaN. Pass the same mask to
+                losses and statistics.
 
         Returns:
-            Logits `(T, E)`, weights `(T, K)`, both in the router's type, and indices `(T, K)` int64.
+            Logits `(T, E)`, weights `(T, K)`, both in the router's dtype, and indices `(T, K)` int64.
 
         Raises:
-            ValueError: If a shape or type does not fit; on CPU outside of compiled code, if a logit is NaN.
+            ValueError: If a shape or dtype does not fit; on CPU and outside of compiled code, if a logit is NaN.
         """
         self._check_input(hidden_states, token_mask)
         hidden = hidden_states.reshape(-1, self.hidden_size)
@@ -176,7 +174,7 @@ class GroupedTopKRouter(nn.Module):
 
     @torch.no_grad()
     def update_selection_bias(self, counts: Tensor, rate: float = 1e-3, rule: str = "sign") -> None:
-        """Raise the bias of experts with too few tokens and lower that of those with too many (arXiv 2408.15664).
+        """Raise the bias of experts with too few tokens and lower that of experts with too many (arXiv 2408.15664).
 
         Call it once per optimizer step.
 
@@ -184,17 +182,17 @@ class GroupedTopKRouter(nn.Module):
             counts: `(E,)` tokens of each expert in the step, over all micro-batches and processes, as
                 `RouterStatistics` counts them.
             rate: Step u of the bias; the paper uses 1e-3.
-            rule: "sign": `u * sign(mean - count)`, as in the paper. "mean_free_sign": the same minus its own mean,
-                which keeps the bias centred and, as the mean reaches all experts, changes no choice between them as
-                long as no group is masked with zero.
+            rule: "sign": `u * sign(mean - count)`, as in the paper. "mean_free_sign": the same minus its mean over the
+                experts, which keeps the bias centred and does not affect the choice unless groups are masked with
+                zero.
 
         Raises:
-            ValueError: If the router has no bias or stores it in half precision, where such steps are lost; if counts
-                have another shape or are negative or not finite; if the rate or the rule is none.
+            ValueError: If the router has no bias or stores it in half precision, in which such steps are rounded away;
+                if `counts` has another shape or is negative or not finite; or if `rate` or `rule` is invalid.
         """
         bias = self.e_score_correction_bias
         if bias is None:
-            raise ValueError("`update_selection_bias` needs a router with selection_bias=True, got one without.")
+            raise ValueError("`update_selection_bias` needs a router with `selection_bias`, got one without.")
         if bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`e_score_correction_bias` must be kept in float32 or float64, got {bias.dtype}.")
         check_name("rule", rule, BIAS_RULES)
@@ -210,14 +208,13 @@ class GroupedTopKRouter(nn.Module):
         bias.add_(rate * step)
 
     def extra_repr(self) -> str:
-        """Sizes and the kind of choice."""
+        """Return sizes and options for the module's representation."""
         options = self.options
         text = f"{self.hidden_size}, {options.num_experts}, {options.num_experts_per_tok}"
         groups = "" if options.num_expert_groups is None else f", num_expert_groups={options.num_expert_groups}"
         return f"{text}, scoring={options.scoring!r}, grouping={options.grouping!r}{groups}"
 
     def _check_input(self, hidden_states: Tensor, token_mask: Tensor | None) -> None:
-        """Check shapes and types."""
         shape = tuple(hidden_states.shape)
         if len(shape) not in (2, 3) or shape[-1] != self.hidden_size or not hidden_states.is_floating_point():
             raise ValueError(

@@ -1,7 +1,7 @@
-"""The choice of experts as functions of the router's logits, without parameters.
+"""Routing: the choice of experts as functions of the router's logits, without parameters.
 
-Shapes: `T` tokens, `E` experts, `K` chosen, `G` groups. Nothing here waits for the device, and no shape depends on
-data, apart from the check for NaN on CPU outside of compiled code.
+Shapes: `T` tokens, `E` experts, `K` chosen, `G` groups. No function synchronizes with the device and no shape depends
+on data; the check for NaN runs only on CPU and outside of compiled code.
 """
 
 import torch
@@ -22,27 +22,26 @@ def route(
     token_mask: Tensor | None = None,
     vote: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Choose K experts for each token, and weight them.
+    """Choose and weight K experts for each token.
 
-    Of experts with equal scores the one with the lower index is chosen. Choices stand by falling score; with
-    grouping "equal" group by group, and by falling score in each group. The choice has no gradient, the weights have.
+    Among equal scores the lower index is chosen. Choices are sorted by descending score; with grouping "equal" by
+    group, then by descending score. Weights are differentiable, the choice is not.
 
     Args:
         logits: `(T, E)`.
-        options: What to do.
-        selection_bias: `(E,)`, added to the scores for the choice; needed just where the options say so.
-        expert_scale: `(1, E)` factors of the chosen experts' weights, or None for ones.
-        token_mask: `(T,)` bool, false at padding: such tokens get weights of zero and do not vote. Their indices are
-            valid ones, not a mark for "none": that mark, index E, is out of range for some of transformers' experts
-            modules.
-        vote: Whether `num_voted_experts` takes effect.
+        options: The routing options.
+        selection_bias: `(E,)`, added to the scores for the choice; given if and only if `options.selection_bias`.
+        expert_scale: `(1, E)` factors of the chosen experts' weights, or None.
+        token_mask: `(T,)` bool, false at padding, which gets weights of zero and does not vote. Its indices are valid
+            rather than E, since E is out of range for some of transformers' experts modules.
+        vote: Whether `num_voted_experts` has an effect.
 
     Returns:
-        Weights `(T, K)` in the type of the logits, and indices `(T, K)` int64.
+        Weights `(T, K)` in the dtype of the logits, and indices `(T, K)` int64.
 
     Raises:
-        ValueError: If a shape or type does not fit, the bias and the options disagree, or on CPU outside of compiled
-            code, if a logit is NaN.
+        ValueError: If a shape or dtype does not fit, `selection_bias` and the options disagree, or, on CPU and outside
+            of compiled code, a logit is NaN.
     """
     _check(logits, options, selection_bias, expert_scale)
     check_token_mask(token_mask, len(logits))
@@ -66,13 +65,13 @@ def route(
 
 
 def router_scores(logits: Tensor, scoring: str) -> Tensor:
-    """Scores `(T, E)` of logits `(T, E)`; the logits themselves for "softmax_over_chosen"."""
+    """Return the scores `(T, E)` of logits `(T, E)`; the logits themselves for "softmax_over_chosen"."""
     if scoring == "softmax":
         return logits.softmax(dim=-1)
     if scoring == "sigmoid":
         return logits.sigmoid()
     if scoring == "sqrtsoftplus":
-        # Below the smallest number the slope of the root would be infinite.
+        # The square root has an infinite derivative at 0.
         return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
     return logits
 
@@ -80,13 +79,13 @@ def router_scores(logits: Tensor, scoring: str) -> Tensor:
 def choose_experts(
     ranking: Tensor, options: RoutingOptions, token_mask: Tensor | None = None, vote: bool = False
 ) -> Tensor:
-    """Indices `(T, K)` of the chosen experts.
+    """Return the indices `(T, K)` of the chosen experts.
 
     Args:
         ranking: `(T, E)` scores for the choice.
-        options: What to do.
-        token_mask: `(T,)` bool; the others do not vote.
-        vote: Whether `num_voted_experts` takes effect.
+        options: The routing options.
+        token_mask: `(T,)` bool, false at padding, which does not vote.
+        vote: Whether `num_voted_experts` has an effect.
     """
     if options.grouping == "none":
         return _best(ranking, options.num_experts_per_tok)
@@ -101,12 +100,12 @@ def choose_experts(
 
 
 def expert_counts(indices: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
-    """How many tokens chose each expert.
+    """Count the tokens that chose each expert.
 
     Args:
         indices: `(T, K)` int64.
         num_experts: E.
-        token_mask: `(T,)` bool, false at tokens that do not count.
+        token_mask: `(T,)` bool, false at tokens that are not counted.
 
     Returns:
         `(E,)` int64.
@@ -116,10 +115,10 @@ def expert_counts(indices: Tensor, num_experts: int, token_mask: Tensor | None =
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Places of the `count` largest of the last axis, largest first; the lower place first among equals."""
+    """Indices of the `count` largest scores of the last axis, in descending order; the lower index first if equal."""
     if count == 1:
         return scores.argmax(dim=-1, keepdim=True)
-    # torch.topk leaves the order of equals open.
+    # torch.topk does not define the order of equal scores.
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
@@ -127,21 +126,21 @@ def _keep_best_groups(grouped: Tensor, options: RoutingOptions) -> Tensor:
     """Mask scores `(T, G, E/G)` outside of each token's best groups."""
     limit = options.num_limited_groups or 1
     if options.group_score == "max":
-        worth = grouped.amax(dim=-1)
+        group_scores = grouped.amax(dim=-1)
     else:
         size = 2 if options.group_score == "top2_sum" else options.num_experts_per_tok // limit
-        worth = grouped.topk(size, dim=-1).values.sum(dim=-1)
-    kept = torch.zeros_like(worth, dtype=torch.bool).scatter(1, _best(worth, limit), True)
+        group_scores = grouped.topk(size, dim=-1).values.sum(dim=-1)
+    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, _best(group_scores, limit), True)
     return grouped.masked_fill(~kept[..., None], 0.0 if options.group_mask == "zero" else -torch.inf)
 
 
 def _keep_voted(grouped: Tensor, count: int, token_mask: Tensor | None) -> Tensor:
-    """Mask scores `(T, G, E/G)` of all but the `count` experts of each group that are the best of most tokens."""
+    """Mask scores `(T, G, E/G)` outside of the `count` experts of each group that are the best of most tokens."""
     votes = grouped.argmax(dim=-1, keepdim=True) == torch.arange(grouped.shape[-1], device=grouped.device)
     if token_mask is not None:
         votes = votes & token_mask[:, None, None]
     kept = votes.new_zeros(votes.shape[1:]).scatter(1, _best(votes.sum(dim=0), count), True)
-    # The published code puts scores to 0 here; a score that has underflowed would then lose to a masked one.
+    # The published code sets masked scores to 0, which would tie with scores that underflow to 0.
     return grouped.masked_fill(~kept, -torch.inf)
 
 
@@ -154,7 +153,7 @@ def check_token_mask(token_mask: Tensor | None, tokens: int) -> None:
 
 
 def _check(logits: Tensor, options: RoutingOptions, selection_bias: Tensor | None, scale: Tensor | None) -> None:
-    """Check what `route` gets."""
+    """Check the arguments of `route`."""
     experts = options.num_experts
     if logits.ndim != 2 or logits.shape[1] != experts or not logits.is_floating_point():
         raise ValueError(
@@ -163,13 +162,13 @@ def _check(logits: Tensor, options: RoutingOptions, selection_bias: Tensor | Non
         )
     if (selection_bias is not None) != options.selection_bias:
         raise ValueError(
-            f"`selection_bias` must be given just where the options have it, got "
-            f"{'a' if selection_bias is not None else 'no'} bias with selection_bias={options.selection_bias}."
+            f"`selection_bias` must be given if and only if `options.selection_bias` is True, got "
+            f"{'a' if selection_bias is not None else 'no'} bias with {options.selection_bias}."
         )
     if selection_bias is not None and selection_bias.shape != (experts,):
         raise ValueError(f"`selection_bias` must have shape ({experts},), got {tuple(selection_bias.shape)}.")
     if scale is not None and scale.shape != (1, experts):
         raise ValueError(f"`expert_scale` must have shape (1, {experts}), got {tuple(scale.shape)}.")
-    # Elsewhere the check would wait for the device.
+    # On other devices the check would synchronize.
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bool(logits.isnan().any()):
-        raise ValueError(f"`logits` must not be NaN, got {int(logits.isnan().any(1).sum())} tokens with NaN.")
+        raise ValueError(f"`logits` must not hold NaN, got NaN for {int(logits.isnan().any(1).sum())} tokens.")

@@ -3,6 +3,8 @@
 As remote code, a part's configuration is not registered with `AutoConfig`; this table resolves it.
 """
 
+from typing import Any
+
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -16,7 +18,7 @@ PART_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 }
 
 
-def config_from_dict(fields: dict, argument: str) -> PreTrainedConfig:
+def config_from_dict(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
     """Build the configuration that a dictionary with a "model_type" describes.
 
     Args:
@@ -32,3 +34,20 @@ def config_from_dict(fields: dict, argument: str) -> PreTrainedConfig:
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type](**fields)
     raise ValueError(f"`{argument}` must have a 'model_type' that transformers or vlparts knows, got {model_type!r}.")
+
+
+def resolve_config(
+    config: PreTrainedConfig | dict[str, Any] | None, argument: str, default: dict[str, Any]
+) -> PreTrainedConfig:
+    """Return a field of a composed configuration as a configuration.
+
+    Args:
+        config: A configuration, its fields, or None for the default.
+        argument: Name of the field, for the error message.
+        default: Fields of the default, with a "model_type".
+
+    Raises:
+        ValueError: If a dictionary has no "model_type", or an unknown one.
+    """
+    fields = default if config is None else config
+    return config_from_dict(fields, argument) if isinstance(fields, dict) else fields

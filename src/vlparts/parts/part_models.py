@@ -15,7 +15,7 @@ PART_MODELS: dict[str, type[PreTrainedModel]] = {
 
 
 def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model with new weights: a part by its model type, anything else through `AutoModel`."""
+    """Build a model with new weights: a part by its model type, any other model through `AutoModel`."""
     if config.model_type in PART_MODELS:
         return PART_MODELS[config.model_type]._from_config(config)
     return AutoModel.from_config(config)

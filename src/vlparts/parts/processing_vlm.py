@@ -10,11 +10,11 @@ from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_s
 
 
 class VisionLanguageProcessor(ProcessorMixin):
-    """Tokenizer and image processor of a [`VisionLanguageForConditionalGeneration`] in one.
+    """Image processor and tokenizer of a [`VisionLanguageForConditionalGeneration`].
 
-    Each image token in the text is repeated as often as the model has features for that image. Each video token
-    becomes one such group for each frame, with `vision_end_token` and `vision_start_token` between two groups; the
-    outermost ones stand in the text already (openPangu-VL's layout).
+    Each image placeholder in the text is repeated once per feature of that image. Each video placeholder becomes one
+    such group per frame, with `vision_end_token` and `vision_start_token` between two groups; the outermost ones are
+    already in the text (openPangu-VL's layout).
 
     Videos are lists of frames or arrays with four axes; files are not decoded. They are given as `videos=...`, or in
     the conversation as `{"type": "video", "video": frames}`.
@@ -24,17 +24,17 @@ class VisionLanguageProcessor(ProcessorMixin):
             Videos need one with a method `preprocess_videos(videos, **options)` that returns `pixel_values_videos`
             and `video_grid_thw`.
         tokenizer: Any tokenizer that has `image_token`.
-        chat_template: Jinja template; the default is ChatML that ends turns with the tokenizer's `eos_token`.
+        chat_template: Jinja template; the default is ChatML with the tokenizer's `eos_token` at the end of turns.
         spatial_merge_size: Side m of the block of patches that becomes one token.
-        image_seq_length: Tokens of an image where all images have the same number (square image processors).
-        image_token: The placeholder in the text.
-        video_token: The placeholder of a video; None if the model takes none.
-        vision_start_token: Stands before the placeholder of a video, and in the default template also of an image.
-        vision_end_token: Stands after it. Both are given or none.
+        image_seq_length: Number of tokens per image, for square image processors.
+        image_token: Placeholder of an image.
+        video_token: Placeholder of a video; None for a model without videos.
+        vision_start_token: Token before the placeholder of a video, and in the default template also of an image.
+        vision_end_token: Token after it. Both or neither are given.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the tokens, two placeholders are the same, or one of start and end is
-            given alone.
+        ValueError: If the tokenizer lacks one of the tokens, the placeholders are the same, or only one of
+            `vision_start_token` and `vision_end_token` is given.
     """
 
     def __init__(
@@ -72,18 +72,17 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     @property
     def video_processor(self) -> Any:
-        """The image processor, where it takes videos too (the name by which transformers asks for it)."""
+        """The image processor if it takes videos; transformers uses this attribute."""
         if not hasattr(self.image_processor, "preprocess_videos"):
-            raise AttributeError(f"{type(self.image_processor).__name__} has no method preprocess_videos.")
+            raise AttributeError(f"{type(self.image_processor).__name__} has no method `preprocess_videos`.")
         return self.image_processor
 
     def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
-        """Check placeholders against images and videos, sample by sample where they are given as one list for each.
+        """Check that placeholders match images and videos, per sample if there is one list per sample.
 
         Raises:
             ValueError: If a sample has more or fewer placeholders than images or videos (names the sample), the totals
-                differ, videos are given that cannot be processed, or a video's placeholder stands without start and
-                end.
+                differ, videos cannot be processed, or a video's placeholder is not enclosed in start and end tokens.
         """
         samples = [text] if isinstance(text, str) else text
         if videos is not None:
@@ -101,18 +100,18 @@ class VisionLanguageProcessor(ProcessorMixin):
         if not hasattr(self, "video_processor"):
             raise ValueError(
                 f"`videos` were given, but the image processor {type(self.image_processor).__name__} has no method "
-                "preprocess_videos."
+                "`preprocess_videos`."
             )
         if not flat_list_of_videos(videos):
-            raise ValueError("`videos` is empty; expected None where there are no videos.")
+            raise ValueError("`videos` is empty; expected None if there are no videos.")
 
     def _check_enclosed(self, samples: Sequence[str]) -> None:
         if self.video_token is None or self.vision_start_token is None or self.vision_end_token is None:
             return
-        whole = self.vision_start_token + self.video_token + self.vision_end_token
+        enclosed = self.vision_start_token + self.video_token + self.vision_end_token
         for index, sample in enumerate(samples):
-            if sample.count(whole) != sample.count(self.video_token):
-                raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {whole}.")
+            if sample.count(enclosed) != sample.count(self.video_token):
+                raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {enclosed}.")
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         videos = flat_list_of_videos(videos)
@@ -120,17 +119,17 @@ class VisionLanguageProcessor(ProcessorMixin):
         return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
 
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
-        """The text that takes the place of the placeholder of video `video_idx`."""
+        """Return the text that replaces the placeholder of video `video_idx`."""
         frames, rows, columns = (int(side) for side in video_inputs["video_grid_thw"][video_idx])
         frame = str(self.video_token) * (rows * columns // self.spatial_merge_size**2)
         return f"{self.vision_end_token or ''}{self.vision_start_token or ''}".join([frame] * frames)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The text that takes the place of the placeholder of image `image_idx`."""
+        """Return the text that replaces the placeholder of image `image_idx`."""
         return self.image_token * self.count_image_tokens(image_inputs, image_idx)
 
     def count_image_tokens(self, image_inputs: dict[str, Any], image_idx: int) -> int:
-        """Tokens of one image in the output of the image processor."""
+        """Return the number of tokens of one image in the output of the image processor."""
         for name in ("image_grid_thw", "spatial_shapes"):
             if name in image_inputs:
                 patches = 1
@@ -145,7 +144,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         return self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any) -> Any:
-        """Tokens and patches of images of the given `(height, width)` sizes (the name that inference servers call)."""
+        """Count tokens and patches of images of the given `(height, width)` sizes; called by inference servers."""
         if image_sizes is None:
             return MultiModalData()
         if self.image_seq_length is not None:
@@ -168,7 +167,7 @@ def _token_id(tokenizer: Any, token: str) -> int:
 
 
 def _check_samples(token: str, name: str, samples: Sequence[str], groups: list[list[Any]] | None) -> None:
-    """Compare counts where there is one list for each sample."""
+    """Compare the counts per sample if there is one list per sample."""
     if groups is None or len(groups) != len(samples):
         return
     for index, (sample, group) in enumerate(zip(samples, groups, strict=True)):

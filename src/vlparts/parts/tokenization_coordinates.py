@@ -1,4 +1,4 @@
-"""A tokenizer that writes every padded coordinate pair `(ddd,ddd)` digit by digit, whatever stands around it."""
+"""A tokenizer that writes every padded coordinate pair `(ddd,ddd)` digit by digit, in any context."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from .coordinate_tokens import MARKER_NAMES, CoordinateTokenIds, LocationTokens,
 
 __all__ = ["PaddedCoordinateTokenizer"]
 
-# What a tokenizer knows beside its pipeline and its special tokens.
+# Attributes of a tokenizer other than its pipeline and special tokens.
 _SETTINGS = (
     "chat_control_tokens",
     "chat_template",
@@ -38,17 +38,17 @@ _SETTINGS = (
 class PaddedCoordinateTokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that writes each coordinate pair of padded codes with the same number of tokens.
 
-    Made from any fast tokenizer by `from_tokenizer`, then saved and loaded like every other. A pair such as
-    `(012,345)` becomes "(", three digits, ",", three digits and ")": 9 tokens, from 13 that never change, at the start
-    of a text, beside letters, digits or spaces, in any script. Texts without pairs get the ids that they had.
-    openPangu-VL's tokenizer cuts its pairs the same way, where they stand between special tokens.
+    It is built from any fast tokenizer by `from_tokenizer`, then saved and loaded like any other. A pair such as
+    `(012,345)` becomes "(", three digits, ",", three digits and ")": 9 tokens, out of the same 13, at the start of a
+    text and next to letters, digits or spaces of any script. Texts without pairs keep their ids. openPangu-VL's
+    tokenizer splits pairs between special tokens in the same way.
 
-    The text is normalized as a whole, as before. Then what stands between two pairs is split and encoded as if it
-    began and ended there. Where the original writes a space in front of each text (SentencePiece's dummy prefix), none
-    is written in front of a pair, nor after one.
+    The text is normalized as a whole. Then the text between two pairs is split and encoded like a separate text. If
+    the original tokenizer prepends a space to each text (SentencePiece's dummy prefix), none is prepended to a pair or
+    to the text after one.
     """
 
-    # No __init__ here: with one, transformers takes tokenizer.json apart on loading and loses the pre-tokenizer.
+    # No __init__ here: with one, transformers rebuilds tokenizer.json on loading and loses the pre-tokenizer.
 
     @classmethod
     def from_tokenizer(
@@ -58,29 +58,30 @@ class PaddedCoordinateTokenizer(PreTrainedTokenizerFast):
         markers: Mapping[str, str] | None = None,
         location_tokens: str | LocationTokens | Mapping[str, Any] | None = None,
     ) -> Self:
-        """Make the tokenizer from another one, which is not changed.
+        """Build the tokenizer from another one, which is not modified.
 
-        Marker and location tokens that the vocabulary lacks are added at its end; the model's embeddings then have to
-        grow with it (`resize_token_embeddings(len(tokenizer))`). They are not special tokens, so that
-        `decode(..., skip_special_tokens=True)` keeps them. Methods that the other tokenizer's class adds in Python are
-        not taken over; its pipeline, special tokens and chat template are.
+        Marker and location tokens that are not in the vocabulary are added at its end; the model's embeddings must
+        then be resized (`resize_token_embeddings(len(tokenizer))`). They are not special tokens, so
+        `decode(..., skip_special_tokens=True)` keeps them. Pipeline, special tokens and chat template are copied;
+        methods that the other tokenizer's class adds in Python are not.
 
         Args:
             tokenizer: A fast tokenizer of any algorithm.
             digits: Digits of a code, 1 to 9.
-            markers: Texts of tokens around regions, by names of `MARKER_NAMES`, for example
+            markers: Texts of marker tokens around regions, by names of `MARKER_NAMES`, for example
                 `{"box_start": "<|box_start|>", "box_end": "<|box_end|>"}`.
-            location_tokens: Name of a style in `LOCATION_STYLES`, or a `LocationTokens`, to write codes as one token
-                each. Pairs of digits stay as they are.
+            location_tokens: Name of a style in `LOCATION_STYLES`, or a `LocationTokens`, to write each code as one
+                token. Pairs of digits do not change.
 
         Raises:
-            ValueError: If the tokenizer is not a fast one, has coordinates already, lacks a token for a single digit,
-                a parenthesis or the comma, or holds an added token that cuts pairs; or for an invalid argument.
+            ValueError: If the tokenizer is not a fast one, has a coordinate format already, lacks a token for a single
+                digit, a parenthesis or the comma, or has an added token that splits pairs; or if an argument is
+                invalid.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"`tokenizer` must be a PreTrainedTokenizerFast, got {type(tokenizer).__name__}.")
         if "coordinate_format" in tokenizer.init_kwargs:
-            raise ValueError("`tokenizer` has a coordinate format already; make the new one from the original.")
+            raise ValueError("`tokenizer` has a coordinate format already; build the new one from the original.")
         if isinstance(digits, bool) or not isinstance(digits, int) or not 1 <= digits <= 9:
             raise ValueError(f"`digits` must be an integer in 1..9, got {digits!r}.")
         locations, markers = location_tokens_from(location_tokens), _checked_markers(markers)
@@ -104,14 +105,14 @@ class PaddedCoordinateTokenizer(PreTrainedTokenizerFast):
     def coordinate_format(self) -> dict[str, Any]:
         """The arguments of `from_tokenizer`, as stored in tokenizer_config.json."""
         if "coordinate_format" not in self.init_kwargs:
-            raise ValueError("This tokenizer has no coordinate format; make it with `from_tokenizer`.")
+            raise ValueError("This tokenizer has no coordinate format; build it with `from_tokenizer`.")
         return self.init_kwargs["coordinate_format"]
 
     def coordinate_token_ids(self) -> CoordinateTokenIds:
-        """Return the ids of the tokens that coordinates are written with.
+        """Return the ids of the tokens of coordinates.
 
         Raises:
-            ValueError: If the tokenizer was not made by `from_tokenizer`, or its pipeline was changed since.
+            ValueError: If the tokenizer was not built by `from_tokenizer`, or its pipeline has changed since.
         """
         stored = self.coordinate_format
         locations = location_tokens_from(stored["location_tokens"])
@@ -128,27 +129,27 @@ class PaddedCoordinateTokenizer(PreTrainedTokenizerFast):
         )
 
     def _encode_text(self, text: str) -> list[int]:
-        """Return the ids of the text alone, whatever the last call left switched on."""
+        """Return the ids of the text without special tokens, truncation and padding, which earlier calls may set."""
         return self(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
 
     @property
     def tokens_per_pair(self) -> int:
-        """Tokens of a point: of `(ddd,ddd)`, or its location tokens."""
+        """Number of tokens of a point: of `(ddd,ddd)`, or its location tokens."""
         locations = location_tokens_from(self.coordinate_format["location_tokens"])
         return 2 * self.coordinate_format["digits"] + 3 if locations is None else locations.per_point
 
     @property
     def tokens_per_box(self) -> int:
-        """Tokens of a box: two points, a comma between pairs of digits, and the box markers if there are any."""
+        """Number of tokens of a box: two points, the comma between pairs of digits, and box markers if any."""
         stored = self.coordinate_format
         comma = 0 if stored["location_tokens"] else 1
         return 2 * self.tokens_per_pair + comma + sum(name.startswith("box_") for name in stored["markers"])
 
     def token_ids_with(self, text: str) -> list[int]:
-        """Return the ids of all tokens whose own text holds `text`, in order.
+        """Return the ids of all tokens whose text contains `text`, in ascending order.
 
         Args:
-            text: For example "(", to find every token with which a parenthesis could be written.
+            text: For example "(", to find every token that a parenthesis could be written with.
         """
         return [index for index in range(len(self)) if text in self.backend_tokenizer.decode([index], False)]
 
@@ -165,18 +166,18 @@ def _checked_markers(markers: Mapping[str, str] | None) -> dict[str, str]:
             raise ValueError(f"`markers` has {name!r} without {other!r}.")
     texts = list(found.values())
     if not all(isinstance(text, str) and text and text == text.strip() for text in texts):
-        raise ValueError(f"`markers` must be texts without spaces at their ends, got {texts}.")
+        raise ValueError(f"`markers` must be texts without leading or trailing spaces, got {texts}.")
     if len(set(texts)) != len(texts) or any(re.fullmatch("[0-9(),]*", text) for text in texts):
-        raise ValueError(f"`markers` must be distinct texts of more than digits and punctuation, got {texts}.")
+        raise ValueError(f"`markers` must be distinct texts of more than digits, parentheses and commas, got {texts}.")
     return found
 
 
 def _check_added_tokens(tokenizer: PreTrainedTokenizerFast, digits: int) -> None:
-    """Raise ValueError if an added token can match inside a pair, which it would cut before the pair is seen."""
+    """Raise ValueError if an added token can match inside a pair, since added tokens are split off first."""
     code = "0" * digits
     for text in tokenizer.get_added_vocab():
         if text and re.sub("[0-9]", "0", text) in f"({code},{code})":
-            raise ValueError(f"`tokenizer` has the added token {text!r}, which cuts coordinate pairs apart.")
+            raise ValueError(f"`tokenizer` has the added token {text!r}, which splits coordinate pairs.")
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _build_backend(backend: Any, digits: int) -> Any:
-    """Return a copy of a `tokenizers.Tokenizer` that cuts pairs into their characters.
+    """Return a copy of a `tokenizers.Tokenizer` that splits pairs into their characters.
 
     Raises:
         ValueError: If its vocabulary or its pipeline cannot write pairs.

@@ -1,56 +1,71 @@
-"""Small things that many parts share: presets, Auto classes, the ignore index, a check."""
+"""Helpers shared by many parts: presets, Auto classes, the ignore index, checks of integers."""
 
 import operator
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 IGNORE_INDEX = -100
-"""Label of a token or an image that no loss counts, as in PyTorch and transformers."""
+"""Label of a token or an image that losses ignore, as in PyTorch and transformers."""
 
 
 def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -> None:
-    """Let the configuration of a model that is about to be saved name more classes of the model's own file.
+    """Add classes of the model's own file to `config.auto_map` before the model is saved.
 
-    transformers writes the one Auto class that a model is registered for. With this, `AutoModel` also finds the model
+    transformers writes only the Auto class that a model is registered for. With this, `AutoModel` also finds the model
     without its head in the same folder.
 
     Args:
         model: The model. Nothing happens if it is not registered for an Auto class, since its code is not saved then.
-        **classes: Classes by the name of their Auto class.
+        **classes: Model classes by the name of their Auto class.
     """
     if model._auto_class is None:
         return
     module = type(model).__module__.split(".")[-1]
-    known = getattr(model.config, "auto_map", None) or {}
-    model.config.auto_map = known | {name: f"{module}.{one.__name__}" for name, one in classes.items()}
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    model.config.auto_map = auto_map | {
+        name: f"{module}.{model_class.__name__}" for name, model_class in classes.items()
+    }
+
+
+def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Select the hidden states `(B, kept, H)` from which logits are computed.
+
+    Args:
+        hidden_states: `(B, S, H)`.
+        logits_to_keep: Number of positions at the end, 0 for all; or the indices of the positions.
+    """
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, kept]
 
 
 class NamedPresets:
-    """Gives a configuration class `presets` and `from_preset`.
+    """Mixin that gives a configuration class `presets` and `from_preset`.
 
     Attributes:
-        named_presets: The fields of each preset that differ from the defaults.
+        named_presets: Fields of each preset that differ from the defaults.
     """
 
     named_presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
-        """Names that [`from_preset`] takes."""
+        """Return the names of the presets."""
         return tuple(cls.named_presets)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """Build a named configuration, with some fields changed.
+        """Build the configuration of a preset.
 
         Args:
             name: One of [`presets`].
             **changes: Fields that replace those of the preset.
 
         Raises:
-            ValueError: If there is no such preset.
+            ValueError: If there is no preset of this name.
         """
         if name not in cls.named_presets:
             raise ValueError(f"`name` must be one of {', '.join(cls.named_presets)}, got {name!r}.")
@@ -74,3 +89,25 @@ def positive_integer(value: object, name: str) -> int:
     if number is None or number < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
     return number
+
+
+def check_minimum(config: PreTrainedConfig, minimum: int, *names: str) -> None:
+    """Check that fields of a configuration are at least `minimum`.
+
+    Raises:
+        ValueError: If one is smaller.
+    """
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(config, name)}.")
+
+
+def check_token_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Check that exactly one of ids and embeddings is given.
+
+    Raises:
+        ValueError: If both or none are given.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "both" if input_ids is not None else "none"
+        raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")

@@ -1,10 +1,10 @@
-"""Images and videos of the composed model: features, placeholders, and the positions that follow from them.
+"""Images and videos of the composed model: features, placeholders, multimodal positions.
 
-Shapes: B samples, S tokens of a sample, n images or videos of the batch, T tokens of all of them, E width of the text
+Shapes: B samples, S tokens per sample, n images or videos of the batch, T tokens of all of them, E width of the text
 model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .vlm_features import encode_images, grids_of_images, require_inputs, tower_kind
+from .utils import check_token_inputs
+from .vlm_features import encode_images, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
 
 
 class MultimodalInputsMixin:
-    """What a model with a `vision_tower`, a `projector` and token embeddings does with images and videos."""
+    """Image and video inputs of a model with a `vision_tower`, a `projector` and token embeddings."""
 
     config: PreTrainedConfig
     vision_tower: PreTrainedModel
@@ -39,19 +40,19 @@ class MultimodalInputsMixin:
         """Encode and project images.
 
         Args:
-            pixel_values: What the vision tower takes: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or square
-                `(n, C, H, W)`.
-            image_grid_thw: `(n, 3)` int64 for packed towers.
-            pixel_attention_mask: `(n, patches)` for padded towers (Siglip2).
-            spatial_shapes: `(n, 2)` rows and columns for padded towers (Siglip2).
-            **kwargs: Precomputed inputs of packed towers, with the prefix "image_" (`image_cu_seqlens`,
+            pixel_values: In the layout of the vision encoder: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or
+                square `(n, C, H, W)`.
+            image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches, for packed encoders.
+            pixel_attention_mask: `(n, patches)` for padded encoders (Siglip2).
+            spatial_shapes: `(n, 2)` rows and columns for padded encoders (Siglip2).
+            **kwargs: Precomputed inputs of packed encoders, with the prefix "image_" (`image_cu_seqlens`,
                 `image_max_seqlen`, `image_position_ids`).
 
         Returns:
-            The tower's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling it
-            holds one tensor `(T, E)`, since the lengths of the images are not known to the compiler.
+            The encoder's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling
+            it holds one tensor `(T, E)`, since the lengths of the images are unknown to the compiler.
         """
-        precomputed = _without_prefix(kwargs, "image")
+        precomputed = _strip_prefix(kwargs, "image")
         return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **precomputed)
 
     @can_return_tuple
@@ -63,21 +64,21 @@ class MultimodalInputsMixin:
         Args:
             pixel_values_videos: `(L, C*P*P)` packed patches, frame after frame.
             video_grid_thw: `(n, 3)` int64 frames, rows and columns.
-            **kwargs: Precomputed inputs, as for images, with the prefix "video_".
+            **kwargs: Precomputed inputs, with the prefix "video_"; see [`get_image_features`].
 
         Returns:
-            As for images: `pooler_output` holds one tensor `(tokens, E)` for each video.
+            The encoder's output, whose `pooler_output` holds one tensor `(tokens, E)` per video.
 
         Raises:
-            ValueError: If the vision tower does not take packed frames, or grids are missing.
+            ValueError: If the vision encoder does not take packed frames, or `video_grid_thw` is missing.
         """
-        if tower_kind(self.vision_tower) != "packed":
+        if pixel_layout(self.vision_tower) != "packed":
             raise ValueError(
-                f"`pixel_values_videos` were given, but the vision tower {type(self.vision_tower).__name__} takes "
+                f"`pixel_values_videos` were given, but the vision encoder {type(self.vision_tower).__name__} takes "
                 "single images; expected one that takes `image_grid_thw`."
             )
         require_inputs(video_grid_thw=video_grid_thw)
-        return self._encode(pixel_values_videos, video_grid_thw, **_without_prefix(kwargs, "video"))
+        return self._encode(pixel_values_videos, video_grid_thw, **_strip_prefix(kwargs, "video"))
 
     def _encode(
         self,
@@ -87,7 +88,7 @@ class MultimodalInputsMixin:
         spatial_shapes: Tensor | None = None,
         **precomputed: Any,
     ) -> BaseModelOutputWithPooling:
-        outputs, taps, patches = encode_images(
+        outputs, features, patches = encode_images(
             self.vision_tower,
             pixel_values,
             grid_thw,
@@ -97,7 +98,7 @@ class MultimodalInputsMixin:
             merge_size=self.config.merge_size,
             **precomputed,
         )
-        tokens = self.projector(*taps)
+        tokens = self.projector(*features)
         if torch.compiler.is_compiling():
             outputs.pooler_output = (tokens,)
         else:
@@ -107,7 +108,10 @@ class MultimodalInputsMixin:
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kind: str = "image"
     ) -> Tensor:
-        """Find the placeholders `(B, S)` of "image" or "video", in the ids if given, otherwise by embeddings."""
+        """Return the mask `(B, S)` of the placeholders of "image" or "video".
+
+        Placeholders are found in `input_ids` if given, otherwise by comparing `inputs_embeds` with their embedding.
+        """
         token_id = getattr(self.config, f"{kind}_token_id")
         if token_id is None:
             raise ValueError(f"`config.{kind}_token_id` must be set for inputs with {kind}s, got None.")
@@ -128,36 +132,36 @@ class MultimodalInputsMixin:
         pixel_values: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
     ) -> Tensor:
-        """Positions of whole texts for a text model with multimodal rotary positions.
+        """Compute positions of whole texts for a text model with multimodal rotary positions.
 
-        Generation and `forward` compute them where they are absent. To go on from a cache, `forward` needs the columns
-        of the new tokens, and generation all of them where new images come in. Works on the host.
+        `forward` and `generate` call it if `position_ids` are absent. To continue from a cache, `forward` needs the
+        columns of the new tokens, and `generate` needs all columns if there are new images. Runs on the host.
 
         Args:
             input_ids: `(B, S)` int64.
-            inputs_embeds: `(B, S, E)` in place of `input_ids`.
+            inputs_embeds: `(B, S, E)` instead of `input_ids`.
             attention_mask: `(B, S)`, 0 at padding.
-            position_ids: `(B, S)` places in the text; where they start anew in a row, another text begins.
+            position_ids: `(B, S)` positions in the text; a row in which they restart at 0 holds several texts.
             image_grid_thw: `(n, 3)` grids of all images of the texts.
             video_grid_thw: `(n, 3)` grids of all videos.
-            pixel_values: Where the tower takes images of one size, `(n, C, H, W)`, in place of grids.
-            spatial_shapes: Where the tower takes padded rows of patches, `(n, 2)`, in place of grids.
+            pixel_values: `(n, C, H, W)` instead of grids, for encoders of images of one size.
+            spatial_shapes: `(n, 2)` instead of grids, for encoders of padded rows of patches.
 
         Returns:
-            `(4, B, S)` int64: place in the text, time, row, column.
+            `(4, B, S)` int64: position in the text, time, row, column.
 
         Raises:
-            ValueError: If both or neither of ids and embeddings are given, or if placeholders and grids do not match.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or if placeholders and grids
+                do not match.
         """
+        check_token_inputs(input_ids, inputs_embeds)
+        tokens = inputs_embeds if input_ids is None else input_ids
         grids = {
-            "image": grids_of_images(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes),
+            "image": get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes),
             "video": video_grid_thw,
         }
-        given = [tensor for tensor in (input_ids, inputs_embeds) if tensor is not None]
-        if len(given) != 1:
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         masks = [
-            torch.zeros(given[0].shape[:2], dtype=torch.bool, device=given[0].device)
+            torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             if grid is None and getattr(self.config, f"{kind}_token_id") is None
             else self.get_placeholder_mask(input_ids, inputs_embeds, kind)
             for kind, grid in grids.items()
@@ -172,5 +176,63 @@ class MultimodalInputsMixin:
         )
 
 
-def _without_prefix(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {name.removeprefix(f"{kind}_"): one for name, one in inputs.items() if name.startswith(f"{kind}_")}
+def _strip_prefix(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the inputs whose names start with `kind` and an underscore, without that prefix."""
+    prefix = f"{kind}_"
+    return {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
+
+
+def check_placeholders(mask: Tensor, tokens: list[int], kind: str = "image") -> None:
+    """Check that placeholders and features match, sample by sample and image by image.
+
+    Args:
+        mask: `(B, S)` bool, true at the placeholders.
+        tokens: Tokens of each image (or video) of the batch, in order.
+        kind: "image" or "video", for the error message.
+
+    Raises:
+        ValueError: If the images of a sample do not have as many tokens as the sample has placeholders, even if the
+            totals of the batch agree; names the sample, the placeholders and the features.
+    """
+    mismatch = f"{kind.capitalize()} features and {kind} tokens do not match"
+    article = "an" if kind == "image" else "a"
+    remaining = iter(tokens)
+    for sample, placeholders in enumerate(mask.sum(-1).tolist()):
+        features: list[int] = []
+        while sum(features) < placeholders:
+            following = next(remaining, None)
+            if following is None:
+                break
+            features.append(following)
+        if sum(features) != placeholders:
+            raise ValueError(
+                f"{mismatch}: sample {sample} has {placeholders} {kind} tokens, but its {kind}s have "
+                f"{' + '.join(map(str, features)) or '0'} features. Was it truncated inside {article} {kind}?"
+            )
+    unused = list(remaining)
+    if unused:
+        raise ValueError(
+            f"{mismatch}: {len(unused)} {kind}s with {sum(unused)} features have no {kind} tokens in any of the "
+            f"{len(mask)} samples."
+        )
+
+
+def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor], kind: str) -> Tensor:
+    """Replace the embeddings of placeholders by features.
+
+    Args:
+        inputs_embeds: `(B, S, E)`.
+        mask: `(B, S)` bool, true at the placeholders.
+        features: `(tokens, E)` of each image (or video) of the batch, in order.
+        kind: "image" or "video", for the error message.
+
+    Returns:
+        `(B, S, E)`.
+
+    Raises:
+        ValueError: If placeholders and features do not match (not checked while compiling).
+    """
+    if not torch.compiler.is_compiling():
+        check_placeholders(mask, [len(tokens) for tokens in features], kind)
+    tokens = torch.cat(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)

@@ -7,23 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 
 from .rope_multimodal import AXES, get_multimodal_position_ids
 
 _IMAGE, _VIDEO = 1, 2
 
 
-def has_multimodal_rotary(text_config: PreTrainedConfig) -> bool:
-    """Whether a text model's rotary positions have three axes: its `rope_parameters` have an "mrope_section"."""
-    return bool((getattr(text_config, "rope_parameters", None) or {}).get("mrope_section"))
-
-
-def check_continued(position_ids: Tensor | None, past_key_values: Cache | None, has_media: bool) -> None:
-    """Refuse to go on from a cache without positions: where its images ended is not kept in it.
+def check_cache_positions(position_ids: Tensor | None, past_key_values: Cache | None, has_media: bool) -> None:
+    """Check that positions are given if a cache holds tokens, since it does not store multimodal positions.
 
     Args:
-        position_ids: What the caller gave, None or `(B, S)`.
+        position_ids: As the caller gave them, None or `(B, S)`.
         past_key_values: The cache.
         has_media: Whether the new tokens hold images or videos.
 
@@ -38,8 +32,8 @@ def check_continued(position_ids: Tensor | None, past_key_values: Cache | None, 
         )
 
 
-def _places(shape: torch.Size, attended: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Place `(B, S)` of each token in its text."""
+def _text_positions(shape: torch.Size, attended: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Position `(B, S)` of each token in its text."""
     if position_ids is None:
         return (attended.cumsum(-1) - 1).clamp(min=0)
     if position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
@@ -47,15 +41,15 @@ def _places(shape: torch.Size, attended: Tensor, position_ids: Tensor | None) ->
     return position_ids.expand(shape).masked_fill(~attended, 0)
 
 
-def _lengths(places: Tensor, attended: Tensor) -> list[int]:
-    """Tokens of each text, row after row, from the places of their tokens."""
-    flat = places[attended]
+def _text_lengths(text_positions: Tensor, attended: Tensor) -> list[int]:
+    """Number of tokens of each text, row after row, from the positions of the tokens."""
+    flat = text_positions[attended]
     rows = attended.sum(-1).cumsum(0)
     starts = flat == 0
     index = torch.arange(len(flat), device=flat.device)
     first = torch.where(starts, index, 0).cummax(0).values
-    firsts_of_rows = torch.cat((rows.new_zeros(1), rows[:-1]))
-    if not torch.equal(index - first, flat) or not starts[firsts_of_rows.clamp(max=len(flat) - 1)].all():
+    row_starts = torch.cat((rows.new_zeros(1), rows[:-1]))
+    if not torch.equal(index - first, flat) or not starts[row_starts.clamp(max=len(flat) - 1)].all():
         raise ValueError(
             "`position_ids` of shape (samples, tokens) must count 0, 1, 2, ... in each text; the positions of images "
             "and videos follow from them. Other positions are given as (4, samples, tokens)."
@@ -73,24 +67,24 @@ def multimodal_positions(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """Place in the text, T, H and W of each token; see [`get_multimodal_position_ids`].
+    """Compute the position in the text, T, H and W of each token; see [`get_multimodal_position_ids`].
 
     Args:
         image_mask: `(B, S)` bool, true at the placeholders of images.
-        video_mask: `(B, S)` bool, true at those of videos.
+        video_mask: `(B, S)` bool, true at the placeholders of videos.
         image_grid_thw: `(n, 3)` grids of the images in patches, text after text.
-        video_grid_thw: `(n, 3)` those of the videos.
+        video_grid_thw: `(n, 3)` grids of the videos.
         merge_size: Side m of the block of patches that becomes one token.
         attention_mask: `(B, S)`, 0 at padding.
-        position_ids: `(B, S)` or `(1, S)` places that count from 0 in each text; where they start anew in a row,
-            another text begins, which gets the positions that it has alone. None for one text in each row.
+        position_ids: `(B, S)` or `(1, S)` positions that count from 0 in each text. A row in which they restart at 0
+            holds several texts, each with the positions that it has alone. None for one text per row.
 
     Returns:
         `(4, B, S)` int64, 0 at padding.
 
     Raises:
-        ValueError: If a shape is another, if `position_ids` are no such places, or if placeholders and grids do not
-            match (names the text as "sample").
+        ValueError: If a shape does not fit, `position_ids` do not count from 0 in each text, or placeholders and
+            grids do not match (names the text as "sample").
     """
     if attention_mask is not None and attention_mask.shape != image_mask.shape:
         raise ValueError(
@@ -99,11 +93,12 @@ def multimodal_positions(
             "with a cache, or `position_ids`."
         )
     attended = torch.ones_like(image_mask) if attention_mask is None else attention_mask != 0
-    places = _places(image_mask.shape, attended, position_ids)
-    positions = torch.zeros(AXES + 1, *places.shape, dtype=torch.int64, device=places.device)
-    positions[0] = places
+    text_positions = _text_positions(image_mask.shape, attended, position_ids)
+    positions = torch.zeros(AXES + 1, *text_positions.shape, dtype=torch.int64, device=text_positions.device)
+    positions[0] = text_positions
     if attended.any():
-        kinds = (image_mask * _IMAGE + video_mask * _VIDEO)[attended].split(_lengths(places, attended))
+        lengths = _text_lengths(text_positions, attended)
+        kinds = (image_mask * _IMAGE + video_mask * _VIDEO)[attended].split(lengths)
         inside = pad_sequence([torch.ones_like(text) for text in kinds], batch_first=True) != 0
         found, _ = get_multimodal_position_ids(
             pad_sequence(list(kinds), batch_first=True),

@@ -1,6 +1,6 @@
-"""What the experts implementations here read from any transformers experts module.
+"""Reads the weights of transformers' experts modules, for the experts implementations of this package.
 
-Shapes: T tokens, K experts of a token, E experts, H width, I inner width of an expert, N = 2 I with a gate, else I.
+Shapes: T tokens, K experts per token, E experts, H width, I inner width of an expert, N = 2 I with a gate, else I.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class ExpertWeights(NamedTuple):
     """The weights of all experts, each matrix as in `torch.nn.functional.linear`.
 
     Attributes:
-        up: `(E, N, H)`, of gate and input together where there is a gate.
+        up: `(E, N, H)`; with a gate, gate and input stacked.
         up_bias: `(E, N)` or None.
         down: `(E, H, I)`.
         down_bias: `(E, H)` or None.
@@ -32,11 +32,11 @@ def get_expert_weights(module: Any, name: str) -> ExpertWeights:
     """Read the weights of an experts module in transformers' layout, transposed or not, with or without biases.
 
     Args:
-        module: A module under `use_experts_implementation`.
-        name: The implementation that asks, for the error message.
+        module: A module decorated with `use_experts_implementation`.
+        name: Name of the implementation, for the error message.
 
     Raises:
-        ValueError: If the experts have a part that the implementations here have not (a norm after each expert), or
+        ValueError: If the experts have a norm after each expert, which the implementations here do not have, or
             another layout.
     """
     if getattr(module, "has_post_expert_norm", False):
@@ -51,7 +51,7 @@ def get_expert_weights(module: Any, name: str) -> ExpertWeights:
     if not all(isinstance(weight, Tensor) and weight.ndim == 3 for weight in (up, down)):
         raise ValueError(
             f"experts_implementation={name!r} takes experts with `{first}` and `down_proj` of three axes, which "
-            f"{type(module).__name__} has not."
+            f"{type(module).__name__} does not have."
         )
     if getattr(module, "is_transposed", False):
         up, down = up.transpose(1, 2), down.transpose(1, 2)
@@ -66,16 +66,16 @@ def get_expert_weights(module: Any, name: str) -> ExpertWeights:
 
 
 def check_routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> None:
-    """Check the shapes of a routing, and on CPU the indices too.
+    """Check the shapes of a routing, and on CPU also the indices.
 
     Args:
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` integers from 0 to E; E stands for an expert of another process.
+        top_k_index: `(T, K)` integers from 0 to E; E marks an expert of another process.
         top_k_weights: `(T, K)`.
         num_experts: E.
 
     Raises:
-        ValueError: If shapes do not fit together, or an index is out of range.
+        ValueError: If shapes do not fit together or an index is out of range.
     """
     if hidden_states.ndim != 2 or top_k_index.shape != top_k_weights.shape or top_k_index.ndim != 2:
         raise ValueError(
@@ -84,9 +84,7 @@ def check_routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Ten
             f"{tuple(top_k_weights.shape)}."
         )
     if len(top_k_index) != len(hidden_states):
-        raise ValueError(
-            f"`top_k_index` must have a row for each of {len(hidden_states)} tokens, got {len(top_k_index)}."
-        )
+        raise ValueError(f"`top_k_index` must have one row per token, {len(hidden_states)}, got {len(top_k_index)}.")
     if top_k_index.device.type == "cpu" and top_k_index.numel() and not torch.compiler.is_compiling():
         low, high = (int(x) for x in torch.aminmax(top_k_index))
         if low < 0 or high > num_experts:
