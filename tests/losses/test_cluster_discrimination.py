@@ -211,7 +211,7 @@ def test_drawn_centers_serve_as_negatives() -> None:
         ({"labels": LABELS.int()}, "`labels` must be int64 .* got torch.int32"),
         ({"labels": LABELS[:3]}, r"`labels` must be int64 with shape \(4, labels\)"),
         ({"labels": LABELS[:, 0]}, "`labels` must be int64"),
-        ({"labels": LABELS + 1}, "`labels` must lie between -1 .none. and 6, got values from 0 to 7"),
+        ({"labels": LABELS + 1}, "`labels` must be between -1 .padding. and 6, got values from 0 to 7"),
         ({"labels": LABELS - 1}, "got values from -2 to 5"),
         ({"scale": 0.0}, "`scale` must be a finite number above 0, got 0.0"),
         ({"scale": math.inf}, "`scale` must be a finite number"),
@@ -219,9 +219,9 @@ def test_drawn_centers_serve_as_negatives() -> None:
         ({"margin": math.nan}, "`margin` must be a finite number"),
         ({"negatives": torch.tensor([0.0])}, "`negatives` must be int64"),
         ({"negatives": torch.tensor([[0]])}, r"`negatives` must be int64 with shape \(count,\)"),
-        ({"negatives": torch.tensor([7])}, "`negatives` must lie between 0 and 6"),
-        ({"negatives": torch.tensor([-1])}, "`negatives` must lie between 0 and 6"),
-        ({"negatives": torch.tensor([1, 2, 1])}, "each centre once, got 3 of which 2 differ"),
+        ({"negatives": torch.tensor([7])}, "`negatives` must be between 0 and 6"),
+        ({"negatives": torch.tensor([-1])}, "`negatives` must be between 0 and 6"),
+        ({"negatives": torch.tensor([1, 2, 1])}, "`negatives` must be distinct, got 3 of which 2 are distinct"),
         ({"chunk_size": 0}, "chunk_size"),
     ],
 )
@@ -234,9 +234,9 @@ def test_bad_inputs_are_refused(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((LABELS, 7, 8), "`count` must be at most num_centers=7, got 8"),
+        ((LABELS, 7, 8), "`count` must be at most `num_centers`=7, got 8"),
         ((LABELS, 7, 0), "count"),
-        ((LABELS, 6, 3), "`labels` must lie between -1 .none. and 5"),
+        ((LABELS, 6, 3), "`labels` must be between -1 .padding. and 5"),
         ((LABELS, 0, 3), "num_centers"),
     ],
 )

@@ -29,7 +29,7 @@ each_loss = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loss of a linear head take its 40 classes in three pieces."""
-    monkeypatch.setattr("vlparts.losses._linear_chunks.CLASSES_AT_A_TIME", 16)
+    monkeypatch.setattr("vlparts.losses._vocab_chunks.MAX_CHUNK_CLASSES", 16)
 
 
 @each_loss

@@ -11,7 +11,7 @@ from tests.losses.loss_oracle import IGNORED, Case, assert_equal, drawn, gradien
 from tests.losses.test_normalizer import select, step_loss
 from torch import Tensor
 
-from vlparts.losses import _linear_chunks as linear_loss_chunks
+from vlparts.losses import _vocab_chunks
 from vlparts.losses.cross_entropy import weighted_cross_entropy
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 from vlparts.losses.weights import PRESETS, weigh_tokens
@@ -158,8 +158,8 @@ def test_the_linear_form_is_the_form_of_the_logits(
     logits = plain if softcap is None else softcap * (plain / softcap).tanh()
     expected = loss_of(case._replace(logits=logits), z_loss=z, **weighting)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
-        patch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", piece)
+        patch.setattr(_vocab_chunks, "CACHE_BYTES", room)
+        patch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", piece)
         loss = linear_weighted_cross_entropy(
             hidden, weight, case.labels, bias=offsets, softcap=softcap, z_loss=z, **case.weighting, **weighting
         )

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses._distributed import sum_over_processes
 from ..losses.causal_lm import weighted_causal_lm_loss
+from ..losses.normalizer import sum_over_processes
 from ..losses.weights import weigh_tokens
 from .weighted_inputs import WeightedLabels
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.losses.loss_oracle import IGNORED, assert_equal, drawn, gradients
-from tests.losses.test_linear_cross_entropy import CLASSES, LENGTHS, WIDTH, Inputs, expected_of, inputs, ours
-from vlparts.losses import _linear_chunks as linear_loss_chunks
-from vlparts.losses.cross_entropy import weighted_cross_entropy
+from tests.losses.test_linear_cross_entropy import CLASSES, WIDTH, Inputs, expected_of, inputs, ours
+from vlparts.losses import _vocab_chunks
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 
 ROOMS = pytest.mark.parametrize("room", [0, 300, 2**30])
@@ -19,8 +18,8 @@ ROOMS = pytest.mark.parametrize("room", [0, 300, 2**30])
 
 def cut(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Pieces of five classes, and so many bytes kept from the first pass."""
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", room)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 5)
 
 
 def wide_of(given: Inputs) -> Inputs:
@@ -146,14 +145,14 @@ def test_what_is_kept_saves_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pieces_shrink_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_loss_chunks, "LEAST_CLASSES", 2)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 8)
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", 0)
+    monkeypatch.setattr(_vocab_chunks, "MIN_CHUNK_CLASSES", 2)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 8)
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", 0)
     given = inputs([100], bias=False)
     given.case.labels.clamp_(min=0)
     expected = expected_of(given)
     for room, elements in ((8 * 100 * 8, 800), (8 * 100 * 8 - 1, 600), (1, 600)):  # 600 are those of the hidden states
-        monkeypatch.setattr(linear_loss_chunks, "PIECE_BYTES", room)
+        monkeypatch.setattr(_vocab_chunks, "CHUNK_BYTES", room)
         with Largest() as seen:
             assert_equal(ours(given), expected)
         assert seen.elements == elements
@@ -212,8 +211,8 @@ def test_logits_that_are_not_finite_are_not_hidden(room: int, junk: float, monke
 @pytest.mark.parametrize("room", [0, 2**30])
 def test_half_precision_is_nearer_than_rounded_logits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # The largest logits are near 30. bfloat16 rounds them, and ours only what the shift leaves of them.
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 128)
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", room)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 128)
     leaves = [x.bfloat16().requires_grad_() for x in (drawn(64, 32, seed=1), 1.5 * drawn(1024, 32, seed=2))]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     likely = F.linear(*exact).argmax(1)
@@ -227,13 +226,13 @@ def test_half_precision_is_nearer_than_rounded_logits(room: int, monkeypatch: py
 
 def test_gradients_are_made_only_where_some_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = linear_loss_chunks._Tokens.differentiate
+    original = _vocab_chunks._ChunkedHead.backward
 
     def noted(self: Any, *arguments: Any) -> None:
         seen.append(arguments)
         original(self, *arguments)
 
-    monkeypatch.setattr(linear_loss_chunks._Tokens, "differentiate", noted)
+    monkeypatch.setattr(_vocab_chunks._ChunkedHead, "backward", noted)
     given = inputs()
     with torch.no_grad():
         ours(given)
@@ -248,58 +247,3 @@ def test_the_factor_of_the_loss_is_not_rounded_to_half_precision() -> None:
     (once,) = gradients(ours(given), given.weight)
     (third,) = gradients(ours(given) / 3, given.weight)
     assert_equal(third.double(), (once.float() / 3).bfloat16().double(), 0)
-
-
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_compiles(softcap: float | None) -> None:
-    given = inputs([sum(LENGTHS)])
-    options: dict[str, Any] = dict(
-        bias=given.bias, softcap=softcap, token_weights=given.case.token_weights, z_loss=0.1
-    )
-    hidden = given.hidden.detach().masked_fill((given.case.labels == IGNORED)[:, None], torch.nan).requires_grad_()
-    compiled = torch.compile(linear_weighted_cross_entropy, backend="aot_eager", fullgraph=True)
-    loss = compiled(hidden, given.weight, given.case.labels, **options)
-    expected = linear_weighted_cross_entropy(hidden, given.weight, given.case.labels, **options)
-    assert_equal(loss, expected)
-    leaves = hidden, given.weight, given.bias
-    assert_equal(gradients(loss, *leaves), gradients(expected, *leaves))
-
-
-def test_the_batch_dimension_and_a_module_of_torch() -> None:
-    head = torch.nn.Linear(WIDTH, CLASSES)
-    hidden, labels = torch.randn(2, 5, WIDTH), torch.arange(10).view(2, 5)
-    loss = linear_weighted_cross_entropy(hidden, head.weight, labels, bias=head.bias, preset="sample")
-    assert_equal(loss, weighted_cross_entropy(head(hidden), labels, preset="sample"), 1e-6)
-    assert_equal(loss, F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()), 1e-6)
-
-
-HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(hidden=HIDDEN.long()), "`hidden` must be floating-point .* got torch.int64"),
-        (dict(hidden=HIDDEN[0]), r"`hidden` must be .* of shape \(2, 3, 'H'\), .* \(3, 4\)"),
-        (dict(lm_head_weight=WEIGHT.t()), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(4, 5\)"),
-        (dict(lm_head_weight=WEIGHT[0]), r"`lm_head_weight` must be \(V, 4\) .* \(4,\)"),
-        (dict(lm_head_weight=WEIGHT[:0]), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(0, 4\)"),
-        (dict(lm_head_weight=WEIGHT.double()), "`lm_head_weight` must have the type of `hidden`, torch.float32, got"),
-        (dict(bias=torch.zeros(4)), r"`bias` must be \(5,\), got \(4,\)"),
-        (dict(bias=torch.zeros(5).bfloat16()), "`bias` must have the type of `hidden`, torch.float32, got torch.bfl"),
-        (dict(softcap=0.0), "`softcap` must be a finite number above 0, got 0.0"),
-        (dict(softcap=float("nan")), "`softcap` must be a finite number above 0, got nan"),
-        (dict(softcap=True), "`softcap` must be a finite number above 0, got True"),
-        (dict(label_smoothing=-0.1), "`label_smoothing` must lie from 0 to 1, got -0.1"),
-        (dict(z_loss=float("inf")), "`z_loss` must be a finite number"),
-        (dict(labels=LABELS + 5), "`labels` must lie from 0 to 4, or be -100, got 5"),
-        (dict(labels=LABELS.double()), "`labels` must be integers, got torch.float64"),
-        (dict(preset="sample", mix=1.0), "`mix` belongs to `preset='sample'` already"),
-        (dict(sample_weights=torch.tensor([1, torch.nan])), "`sample_weights` must be finite"),
-        (dict(token_weights=-torch.ones(2, 3)), "`token_weights` must be finite and at least 0"),
-        (dict(cu_seqlens=torch.tensor([0, 7])), "`cu_seqlens` must rise from 0"),
-    ],
-)
-def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        linear_weighted_cross_entropy(**{"hidden": HIDDEN, "lm_head_weight": WEIGHT, "labels": LABELS, **options})

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vlparts.losses import chunked as token_chunks
-from vlparts.losses.chunked import chunked_losses
+from vlparts.losses import _token_chunks
+from vlparts.losses._token_chunks import chunked_losses
 
 COUNTED = torch.tensor([True, False, True, True, False, True, True])
 FACTORS = torch.arange(1.0, 8.0, dtype=torch.float64)
@@ -25,7 +25,7 @@ def logits_of(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 2, 5, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_pieces_give_what_all_rows_give(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_chunks, "LOGITS_AT_A_TIME", rows * 4 * 5)
+    monkeypatch.setattr(_token_chunks, "CHUNK_BYTES", rows * 4 * 5)
     logits = logits_of(dtype)
     wide = logits.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)[COUNTED].requires_grad_()
     expected = row_losses(wide, COUNTED.nonzero().squeeze(1))
@@ -43,7 +43,7 @@ def test_pieces_give_what_all_rows_give(rows: int, dtype: torch.dtype, monkeypat
 
 
 def test_no_piece_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_chunks, "LOGITS_AT_A_TIME", 2 * 4 * 5)
+    monkeypatch.setattr(_token_chunks, "CHUNK_BYTES", 2 * 4 * 5)
     seen = []
 
     def counting(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
