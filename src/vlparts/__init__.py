@@ -11,8 +11,7 @@ from .losses.cluster_discrimination import multi_label_cluster_loss, sample_nega
 from .losses.cross_entropy import weighted_cross_entropy
 from .losses.linear_cross_entropy import linear_weighted_cross_entropy
 from .losses.normalizer import LossNormalizer
-from .moe.statistics import RouterStatistics
-from .moe.switch import set_experts_implementation
+from .moe import RouterStatistics, set_experts_implementation
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-import vlparts.moe.switch  # noqa: F401  registers the implementations
+import vlparts.moe  # noqa: F401 (registers the implementations)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Width, experts, experts of a token, inner width, groups of which each gives equally many experts.

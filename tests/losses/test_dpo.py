@@ -171,7 +171,7 @@ def test_low_precision_is_summed_in_float32() -> None:
         ({"label_smoothing": 0.5}, "`label_smoothing` must be at least 0 and below 0.5, got 0.5"),
         (
             {"reference_chosen": torch.zeros(3)},
-            "`reference_chosen` and `reference_rejected` must be given together, got only one",
+            "`reference_rejected` must be given together, got only one",
         ),
         (
             {"rejected": torch.zeros(2)},

@@ -214,7 +214,7 @@ ROWS = torch.zeros(2, 3).long()
         (dict(token_weights=torch.ones(6)), r"`token_weights` must be numbers of shape \(2, 3\), .* \(6,\)"),
         (
             dict(cu_seqlens=torch.tensor([0, 6]), sample_ids=ROWS),
-            "`cu_seqlens` and `sample_ids` both define the samples; pass only one of the two",
+            "both define the samples; pass only one of the two",
         ),
         (dict(cu_seqlens=torch.tensor([0, 5])), r"`cu_seqlens` must rise from 0 to .* 6, got \[0, 5\] ... 5"),
         (dict(cu_seqlens=torch.tensor([1, 6])), "`cu_seqlens` must rise from 0"),

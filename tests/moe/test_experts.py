@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from vlparts.moe import experts_dense as experts_merged
-from vlparts.moe import experts_sorted
-from vlparts.moe.experts_auto import expert_costs, forget_expert_costs
+from vlparts.moe import expert_costs, experts_dense, experts_sorted, forget_expert_costs, register
 
 OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
 every = pytest.mark.parametrize("implementation", OURS)
@@ -72,9 +71,15 @@ def run(module: Any, implementation: str, *arguments: Tensor) -> Tensor:
 @pytest.fixture(params=[4, 1000], ids=["few at a time", "all at once"], autouse=True)
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few pairs at a time, or all."""
-    monkeypatch.setattr(experts_sorted, "PAIRS_AT_A_TIME", request.param)
-    monkeypatch.setattr(experts_merged, "ACTIVATIONS_AT_A_TIME", 600)
+    monkeypatch.setattr(experts_sorted, "CHUNK_PAIRS", request.param)
+    monkeypatch.setattr(experts_dense, "MAX_ACTIVATIONS", 600)
     forget_expert_costs()
+
+
+def test_a_second_registration_changes_nothing() -> None:
+    before = {name: ExpertsInterface()[name] for name in OURS}
+    register()
+    assert {name: ExpertsInterface()[name] for name in OURS} == before
 
 
 @every
