@@ -69,7 +69,7 @@ def importance_by_task(tasks: Sequence[str], weights: Mapping[str, float], defau
         check_number(default, "default")
     values = []
     for index, task in enumerate(tasks):
-        value = weights.get(task, default)
+        value = weights[task] if task in weights else default
         if value is None:
             raise ValueError(f"`tasks[{index}]` must be one of {', '.join(weights)}, got {task!r}.")
         values.append(float(value))
