@@ -26,7 +26,8 @@ MAX_ACTIVATIONS = 2**26
 def merged_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute the weighted sum of each token's experts by evaluating all experts.
 
-    If any expert returns infinity or NaN for a token, the token's output is NaN, even if that expert was not chosen.
+    An infinite or NaN result of any expert makes the token's output infinite or NaN, even if that expert was not
+    chosen.
 
     Args:
         module: An experts module in transformers' layout.
