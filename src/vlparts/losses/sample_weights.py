@@ -63,13 +63,14 @@ def importance_by_task(tasks: Sequence[str], weights: Mapping[str, float], defau
     Raises:
         ValueError: If a task is unknown and there is no default, or a value is not a valid importance.
     """
-    for name, value in weights.items():
+    importance: dict[str, float | None] = dict(weights)
+    for name, value in importance.items():
         check_number(value, f"weights[{name!r}]")
     if default is not None:
         check_number(default, "default")
     values = []
     for index, task in enumerate(tasks):
-        value = weights[task] if task in weights else default
+        value = importance.get(task, default)
         if value is None:
             raise ValueError(f"`tasks[{index}]` must be one of {', '.join(weights)}, got {task!r}.")
         values.append(float(value))
