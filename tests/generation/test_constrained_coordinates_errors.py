@@ -1,4 +1,4 @@
-"""What constrained generation of coordinates refuses."""
+"""Errors of constrained generation."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ def plain(
     margin: float = 0.0,
     negatives: list[int] | None = None,
 ) -> Tensor:
-    """The paper's formula, one cosine after another."""
+    """The formula of the paper, cosine by cosine."""
     losses = []
     for feature, row in zip(features, labels.tolist(), strict=True):
         cosines = [feature @ center / (feature.norm() * center.norm()) for center in centers]
@@ -157,10 +157,10 @@ def test_training_separates_two_clusters() -> None:
     centers = torch.nn.Parameter(torch.randn(6, 4, generator=generator))
     with torch.no_grad():
         layer.weight.copy_(torch.randn(4, 8, generator=generator) / 8**0.5)
-    labels = torch.stack([kinds, kinds + 2], dim=1)  # two centres for each kind, and two for neither
+    labels = torch.stack([kinds, kinds + 2], dim=1)  # two centres per kind, and two unused ones
 
     def margins() -> Tensor:
-        """By how much each image's worse label beats the better one of the other kind."""
+        """Margin of each image's worse label over the better label of the other kind."""
         cosines = F.normalize(layer(images)) @ F.normalize(centers).T
         others = torch.stack([1 - kinds, 3 - kinds], dim=1)
         return cosines.gather(1, labels).amin(1) - cosines.gather(1, others).amax(1)

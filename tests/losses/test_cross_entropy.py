@@ -1,4 +1,4 @@
-"""The weighted loss of logits against its formula in loops, torch's loss, and what others get wrong."""
+"""The weighted loss of logits against its formula in loops and against torch's loss, and its edge cases."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def parts_of(case: Case, **options: Any) -> WeightedLoss:
 
 
 def plain(case: Case) -> dict[str, Tensor]:
-    """The samples alone."""
+    """The samples without weights."""
     return dict(cu_seqlens=case.cu_seqlens, sample_weights=None, token_weights=None)
 
 
@@ -155,7 +155,7 @@ def test_nothing_to_learn_is_zero_with_a_graph(preset: str) -> None:
 
 
 def test_one_sample_without_labels_does_not_disturb_the_others() -> None:
-    # MindSpeed-MM divides each sample's loss by its number of labels, also where there is none.
+    # MindSpeed-MM divides by the number of labels even if it is 0.
     case = make_case([3, 2, 4], ignored=0)
     case.labels[3:5] = IGNORED
     keep = torch.tensor([0, 1, 2, 5, 6, 7, 8])

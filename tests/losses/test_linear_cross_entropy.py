@@ -1,4 +1,4 @@
-"""The loss of a linear head against that of its logits: values and all gradients, whatever the pieces."""
+"""The loss of a linear head against the loss of its logits: values and gradients for all chunk sizes; bad input."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ WIDTH, CLASSES, LENGTHS = 6, 13, [7, 1, 0, 9]
 
 
 class Inputs(NamedTuple):
-    """Of a linear head."""
+    """Inputs of a linear head."""
 
     hidden: Tensor
     weight: Tensor
@@ -45,14 +45,14 @@ def ours(given: Inputs, **options: Any) -> Tensor:
 
 
 def expected_of(given: Inputs, softcap: float | None = None, **options: Any) -> Tensor:
-    """From all logits at once."""
+    """The loss of all logits at once."""
     hidden, weight, bias, case = given
     logits = capped(F.linear(hidden, weight, bias), softcap)
     return weighted_cross_entropy(logits, case.labels, **{**case.weighting, **options})
 
 
 def assert_same(given: Inputs, tolerance: float = 1e-10, **options: Any) -> None:
-    """Value and gradients of all that has some, also of the weights of samples and tokens."""
+    """Compare values and all gradients, also those of the weights of samples and tokens."""
     candidates = (given.hidden, given.weight, given.bias, given.case.sample_weights, given.case.token_weights)
     leaves = [leaf for leaf in candidates if leaf is not None and leaf.requires_grad]
     loss, expected = ours(given, **options), expected_of(given, **options)
@@ -63,18 +63,18 @@ def assert_same(given: Inputs, tolerance: float = 1e-10, **options: Any) -> None
 
 
 @pytest.fixture(params=[0, 400, 2**30])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes kept from the first pass: none, some pieces, all."""
+def cache_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cache no chunk, some chunks, all chunks."""
     monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", request.param)
 
 
 @pytest.fixture(params=[4096, 5, 1, 13])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes of a piece: more than there are, an odd number, the smallest, exactly the vocabulary."""
+def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of a chunk: more than there are, an odd number, one, exactly the vocabulary."""
     monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", request.param)
 
 
-every_way = pytest.mark.usefixtures("room", "pieces", "poisoned_empty")
+every_way = pytest.mark.usefixtures("cache_bytes", "chunk_size", "poisoned_empty")
 OPTIONS = [
     dict(),
     dict(softcap=1.5),
@@ -182,7 +182,7 @@ def test_strides_do_not_matter(lay: Callable[[Tensor], Tensor]) -> None:
     assert_same(Inputs(*(lay(leaf.detach()).requires_grad_() for leaf in given[:2]), given.bias, given.case))
 
 
-@pytest.mark.usefixtures("room", "pieces")
+@pytest.mark.usefixtures("cache_bytes", "chunk_size")
 def test_gradcheck() -> None:
     given = inputs([3, 2])
     a, b = given.case.sample_weights.requires_grad_(), given.case.token_weights.requires_grad_()
@@ -206,7 +206,7 @@ def test_parts_are_those_of_the_logits() -> None:
     assert not any(part.requires_grad for part in found[1:])
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("cache_bytes")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_float32_of_many_tokens(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: onednn and torch.backends.mkldnn.is_available())

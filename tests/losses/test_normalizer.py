@@ -1,4 +1,4 @@
-"""The denominators of a step: its loss and gradients however its samples are packed and split."""
+"""Denominators of a step: loss and gradients do not depend on packing and micro-batches; sums over processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,17 +17,17 @@ LENGTHS = [5, 1, 0, 7, 3, 4]
 
 
 def select(case: Case, samples: list[int]) -> Case:
-    """These samples, packed one after the other; gradients go to the whole case."""
+    """These samples, packed; gradients flow to the whole case."""
     rows = rows_of(case.cu_seqlens)
-    places = torch.cat([torch.arange(rows[s].start, rows[s].stop) for s in samples]) if samples else torch.zeros(0)
+    tokens = torch.cat([torch.arange(rows[s].start, rows[s].stop) for s in samples]) if samples else torch.zeros(0)
     lengths = [rows[s].stop - rows[s].start for s in samples]
-    places = places.long()
+    tokens = tokens.long()
     return Case(
-        case.logits[places],
-        case.labels[places],
+        case.logits[tokens],
+        case.labels[tokens],
         torch.tensor([0, *lengths]).cumsum(0),
         case.sample_weights[torch.tensor(samples, dtype=torch.int64)],
-        case.token_weights[places],
+        case.token_weights[tokens],
     )
 
 
@@ -169,7 +169,7 @@ def test_a_step_is_summed_over_processes_once() -> None:
     assert totals == (normalizer.samples.item(), normalizer.tokens.item())
 
 
-def test_mistakes_are_refused() -> None:
+def test_bad_input_is_refused() -> None:
     case, normalizer = make_case(LENGTHS), LossNormalizer("square")
     with pytest.raises(ValueError, match="`normalizer` has no samples; add the labels of the whole step to it first"):
         weighted_cross_entropy(case.logits, case.labels, **case.weighting, **normalizer.options)
@@ -213,11 +213,11 @@ def test_one_process_has_its_own_values(alone: None, device: Any) -> None:
 def test_nothing_that_is_sent_is_float64(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sent, real = [], distributed.all_gather
 
-    def noted(every: list[Tensor], own: Tensor, **options: Any) -> Any:
-        sent.extend([own.dtype, *(one.dtype for one in every)])
-        return real(every, own, **options)
+    def recording(gathered: list[Tensor], own: Tensor, **options: Any) -> Any:
+        sent.extend([own.dtype, *(tensor.dtype for tensor in gathered)])
+        return real(gathered, own, **options)
 
-    monkeypatch.setattr(distributed, "all_gather", noted)
+    monkeypatch.setattr(distributed, "all_gather", recording)
     monkeypatch.delattr(distributed, "all_reduce")
     sum_over_processes(VALUES)
     assert sent == [torch.int32, torch.int32]

@@ -1,4 +1,4 @@
-"""Weights of tokens by their place: schedules, segments and thoughts."""
+"""Weights of tokens by position: schedules, segments and thoughts."""
 
 import math
 from collections import Counter
@@ -89,22 +89,22 @@ def test_segments_move_from_start_to_end() -> None:
     assert Segments.between((0.8, 0.2), (0.2, 0.8), 1 / 3).weights == pytest.approx((0.65, 0.35))
 
 
-def test_rows_lengths_and_ids_give_the_same_places() -> None:
+def test_rows_lengths_and_ids_give_the_same_positions() -> None:
     labels = torch.tensor([[1, -100, 2], [3, 4, -100]])
     expected = torch.tensor([0, 0, 1, 0, 1, 0]), torch.tensor([2, 1, 2, 2, 2, 1])
     by_ids = labelled_positions(labels, sample_ids=torch.tensor([[1, 1, 1], [0, 0, 0]]))
     by_length = labelled_positions(labels.flatten(), cu_seqlens=torch.tensor([0, 3, 6]))
-    for places in (labelled_positions(labels), by_ids, by_length):
-        torch.testing.assert_close((places.t, places.n), expected)
+    for positions in (labelled_positions(labels), by_ids, by_length):
+        torch.testing.assert_close((positions.t, positions.n), expected)
 
 
-def test_only_labelled_tokens_are_asked_of_a_function() -> None:
+def test_results_of_a_function_are_used_for_labelled_tokens_only() -> None:
     labels = torch.tensor([-100, 1, 1])
     weights = position_weights(labels, lambda t, n: torch.where(n == 1, math.nan, t + 1))
     assert weights.tolist() == [0, 1, 2]
 
 
-def test_nothing_has_places() -> None:
+def test_empty_labels() -> None:
     for shape in ((0,), (0, 4), (3, 0)):
         empty = torch.zeros(shape, dtype=torch.int64)
         assert position_weights(empty, Linear(1, 0)).shape == shape

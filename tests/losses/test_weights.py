@@ -1,4 +1,4 @@
-"""Weights of tokens against the formula in loops and the relatives that they cover."""
+"""Weights of tokens against the formula in loops and against other published losses."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tests.losses.loss_oracle import IGNORED, Case, assert_equal, formula, gradi
 from vlparts.losses.weights import PRESETS, next_token_labels, resolve_mix, weigh_next_tokens, weigh_tokens
 
 LENGTHS = [5, 1, 0, 7, 3]
-# The mix and the exponent that presets stand for, as published or described.
+# Mix and exponent of each preset, as published or described.
 MEANINGS = {"token": (0, 0), "sample": (1, 0), "square": (0, 0.5), "openpangu_mix": (0.5, 0)}
 
 

@@ -1,4 +1,4 @@
-"""Router statistics against NumPy, and the published picture of imbalance."""
+"""Router statistics against NumPy, and the published imbalance of a free choice."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def batch(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def filled(*seeds: int, junk: bool = False) -> RouterStatistics:
-    """Statistics of some of the batches."""
+    """Statistics of the batches with these seeds."""
     statistics = RouterStatistics(EXPERTS, GROUPS)
     for seed in seeds:
         indices, scores, mask = batch(BATCHES[seed], seed)
@@ -38,7 +38,7 @@ def entropy(shares: Any) -> float:
 
 
 def expected() -> dict[str, Any]:
-    """The measures of all batches, written out."""
+    """The measures of all batches in NumPy."""
     counts, importance = np.zeros(EXPERTS, dtype=int), np.zeros(EXPERTS)
     tokens, entropies, imbalances, violations = 0, [], [], []
     for seed, size in enumerate(BATCHES):
