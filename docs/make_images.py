@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "images"
 
 
 def coordinates(path: Path) -> None:
-    """Draw regions on a photograph beside the texts that they became and were read from."""
+    """Draw regions on a photograph beside their text in six formats."""
     photo = load_sample_image("china.jpg")
     size = (photo.shape[1], photo.shape[0])
     pavilion, tree = Region.box(64, 30, 352, 427, "pavilion"), Region.box(546, 135, 640, 427, "tree")
@@ -60,7 +60,7 @@ def coordinates(path: Path) -> None:
 
 
 def _draw_frame(ax: Axes, photo: np.ndarray, frame: Frame, box: Region, title: str) -> None:
-    """Draw what a model is given, with a box and its numbers."""
+    """Draw the image that a model sees, with a box and its coordinates."""
     canvas = np.full((frame.size[1], frame.size[0], 3), 190, dtype=np.uint8)
     (left, top), (right, bottom) = frame.to_frame([(0, 0), frame.image_size]).round().astype(int).tolist()
     part = Image.fromarray(photo).resize((right - left, bottom - top))
@@ -77,7 +77,7 @@ def _draw_frame(ax: Axes, photo: np.ndarray, frame: Frame, box: Region, title: s
 
 
 def coordinate_frames(path: Path) -> None:
-    """Draw one box in the frames that models see, with the numbers that it has there."""
+    """Draw one box in the frames that models see, with its coordinates."""
     photo = load_sample_image("china.jpg")
     size = (photo.shape[1], photo.shape[0])
     box = Region.box(64, 30, 352, 427, "pavilion")
@@ -93,7 +93,7 @@ def coordinate_frames(path: Path) -> None:
 
 
 def coordinate_show(path: Path) -> None:
-    """Draw what the command `coordinates show` draws for an answer."""
+    """Draw the output of the command `coordinates show` for one answer."""
     photo = load_sample_image("china.jpg")
     answer = (
         "The <ref>pavilion</ref><box>(100,70),(550,999)</box> stands left of a "
@@ -128,7 +128,7 @@ def navit(path: Path) -> None:
 
 
 def positions(path: Path) -> None:
-    """Draw how similar the position of one patch is to those of all others, in a wide image."""
+    """Draw the similarity of the position vector of one patch to all others, in a wide image."""
     torch.manual_seed(0)
     rows, columns, patch = 10, 24, (3, 7)
     position_ids = get_position_ids(torch.tensor([[1, rows, columns]]))
@@ -150,24 +150,24 @@ def positions(path: Path) -> None:
 
 
 def sampling(path: Path) -> None:
-    """Draw the eight ways to sample resolutions, and the drop rates of the policies."""
-    chance = np.random.default_rng(0)
+    """Draw the eight resolution distributions, and the drop rates of the policies."""
+    rng = np.random.default_rng(0)
     figure = Figure(figsize=(11, 5.8), layout="constrained")
     axes = figure.subplots(3, 4)
     distributions = [("uniform", 0.0), *(("truncated_normal", mean) for mean in (-0.5, 0.0, 0.5))]
     for row, quantity, colour in zip(axes, ("side", "area"), ("#4292c6", "#9ecae1"), strict=False):
         for ax, (distribution, mean) in zip(row, distributions, strict=True):
             sampler = ResolutionSampler(64, 384, quantity, distribution, mean)
-            ax.hist([sampler.sample(chance) for _ in range(8000)], 32, range=(64, 384), color=colour, density=True)
+            ax.hist([sampler.sample(rng) for _ in range(8000)], 32, range=(64, 384), color=colour, density=True)
             name = "uniform" if distribution == "uniform" else f"normal, mean {mean:g}"
             ax.set(title=f"{quantity}, {name}", xlabel="resolution in pixels", xticks=[64, 224, 384], ylim=(0, 0.007))
     for ax, mean in zip(axes[2], (0.25, 0.5), strict=False):
-        rates = [BetaDrop(mean, 0.7).rate(196, 0, chance) for _ in range(8000)]
+        rates = [BetaDrop(mean, 0.7).rate(196, 0, rng) for _ in range(8000)]
         ax.hist(rates, 40, range=(0, 1), color="#fd8d3c", density=True)
         ax.set(title=f"BetaDrop({mean}, 0.7)", xlabel="drop rate", xlim=(0, 1))
-    lengths = chance.integers(16, 577, 500)
+    lengths = rng.integers(16, 577, 500)
     by_length = ResolutionDrop(0.25, 0.75, 16, 576)
-    axes[2, 2].scatter(lengths, [by_length.rate(int(n), 0, chance) for n in lengths], 2, color="#d94801")
+    axes[2, 2].scatter(lengths, [by_length.rate(int(n), 0, rng) for n in lengths], 2, color="#d94801")
     axes[2, 2].set(title="ResolutionDrop(0.25, 0.75, 16, 576)", xlabel="patches", ylim=(0, 1))
     seen = np.linspace(0, 1, 100)
     for timescale, style in ((-0.1, "-"), (0.1, ":")):
@@ -188,7 +188,7 @@ def sampling(path: Path) -> None:
 
 
 def image_packing(path: Path) -> None:
-    """Draw the images of a pack at their drawn sizes without the dropped patches, above the sequence they become."""
+    """Draw the images of a pack at their sampled sizes without dropped patches, above the packed sequence."""
     china, flower = load_sample_image("china.jpg"), load_sample_image("flower.jpg")
     images = [china, flower, china[150:427, :320], flower[60:400, 150:500]]
     sampler = PackedImageSampler(
@@ -232,7 +232,7 @@ def image_packing(path: Path) -> None:
 
 
 def attention(path: Path) -> None:
-    """Draw whom a query sees in a packed row of three samples, full and causal."""
+    """Draw the attention weights of three packed segments, full and causal."""
     cu_seqlens = torch.tensor([0, 5, 7, 14], dtype=torch.int32)
     figure = Figure(figsize=(8, 4.2))
     for ax, causal in zip(figure.subplots(1, 2), (False, True), strict=True):
@@ -247,32 +247,80 @@ def attention(path: Path) -> None:
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
-def vlm(path: Path) -> None:
-    """Draw the way from images and text to an answer."""
-    figure = Figure(figsize=(12, 2.6))
-    ax = figure.subplots()
-    stages = [
-        ("images\nof any size", "#dddddd"),
-        ("vision tower\nNaViT, Siglip2, CLIP, ...", "#9ecae1"),
-        ("projector\nlinear, mlp2_gelu, ...", "#fdd0a2"),
-        ("text model\nQwen3, Llama, ...", "#a1d99b"),
-        ("answer", "#dddddd"),
-    ]
-    for place, (text, colour) in enumerate(stages):
-        ax.text(place, 1, text, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round,pad=0.7", "fc": colour})
-    labels = ["patches of all images\nin one sequence", "(L, D)", "a token for each\nplaceholder", "token ids"]
-    for place, label in enumerate(labels):
-        ax.annotate("", (place + 0.62, 1), (place + 0.44, 1), arrowprops={"arrowstyle": "->"})
-        ax.text(place + 0.5, 0.68, label, ha="center", va="top", fontsize=7, color="#444444")
-    ax.text(3, 0.25, "text with <image> placeholders", ha="center", va="center", fontsize=9)
-    ax.annotate("", (3, 0.82), (3, 0.34), arrowprops={"arrowstyle": "->"})
-    ax.set(xlim=(-0.6, 4.5), ylim=(0.1, 1.4))
+GREY, BLUE, ORANGE, GREEN = "#dddddd", "#9ecae1", "#fdd0a2", "#a1d99b"
+
+
+def _flow(ax: Axes, y: float, boxes: list[tuple[float, str, str]], labels: list[str]) -> None:
+    """Draw boxes `(x, text, colour)` in a row, and an arrow with a label from each to the next."""
+    edges = []
+    for x, text, colour in boxes:
+        shape = {"boxstyle": "round,pad=0.6", "fc": colour}
+        box = ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=shape)
+        ax.figure.draw_without_rendering()
+        edges.append(ax.transData.inverted().transform(box.get_bbox_patch().get_window_extent())[:, 0])
+    for (_, start), (end, _), label in zip(edges[:-1], edges[1:], labels, strict=True):
+        ax.annotate("", (end, y), (start, y), arrowprops={"arrowstyle": "->", "shrinkA": 3, "shrinkB": 3})
+        place = ((start + end) / 2, y)
+        ax.annotate(label, place, (0, 5), textcoords="offset points", ha="center", fontsize=7, color="#444444")
+
+
+def _flow_axes(height: float, rows: float) -> tuple[Figure, Axes]:
+    """Empty axes on which the left edge is 0, the right edge 10 and the top edge `rows`."""
+    figure = Figure(figsize=(8, height))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 10), ylim=(0, rows))
     ax.axis("off")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    return figure, ax
+
+
+def vlm(path: Path) -> None:
+    """Draw the data flow of a composed model."""
+    figure, ax = _flow_axes(1.5, 1.5)
+    stages = [
+        (0.65, "images\nof any size", GREY),
+        (3.0, "vision tower\nNaViT, Siglip2, CLIP, ...", BLUE),
+        (5.6, "projector\nlinear, mlp2_gelu, ...", ORANGE),
+        (7.9, "text model\nQwen3, Llama, ...", GREEN),
+        (9.5, "answer", GREY),
+    ]
+    _flow(ax, 1.0, stages, ["patches,\npacked", "features\n(L, D)", "one per\nplaceholder", ""])
+    ax.text(7.9, 0.2, "text with <image> placeholders", ha="center", va="center", fontsize=8)
+    ax.annotate("", (7.9, 0.72), (7.9, 0.32), arrowprops={"arrowstyle": "->"})
+    figure.savefig(path, dpi=120)
+
+
+def published(path: Path) -> None:
+    """Draw which function reads which published model, and the resulting part."""
+    figure, ax = _flow_axes(1.8, 3)
+    rows = [
+        ("openPangu-VL", "model_from_openpangu_vl", "window encoder + mergers + text model", BLUE),
+        ("Pangu Pro MoE", "model_from_pangu_pro_moe", "decoder with grouped experts", GREEN),
+        ("ViT, Siglip2, NaFlexVit", "from_vit", "NaViT for images of any size", BLUE),
+    ]
+    for y, (source, function, result, colour) in zip((2.5, 1.5, 0.5), rows, strict=True):
+        _flow(ax, y, [(1.5, source, GREY), (7.7, result, colour)], [function])
+    figure.savefig(path, dpi=120)
+
+
+def serving(path: Path) -> None:
+    """Draw how a model is saved with its code and loaded by transformers alone."""
+    figure, ax = _flow_axes(1.6, 1.6)
+    files = (
+        "my-vlm/\n  model.safetensors\n  config.json, tokenizer.json, ...\n  modeling_vlm.py, ops_attention.py, ..."
+    )
+    boxes = [
+        (0.9, "model and\nprocessor", BLUE),
+        (3.95, files, GREY),
+        (8.45, "transformers alone:\ngenerate, pipeline", GREEN),
+    ]
+    _flow(ax, 1.05, boxes, ["save_pretrained", "from_pretrained(...,\ntrust_remote_code=True)"])
+    ax.text(8.45, 0.2, "with vlparts: fast kernels", ha="center", va="center", fontsize=8)
+    ax.annotate("", (8.45, 0.75), (8.45, 0.32), arrowprops={"arrowstyle": "->"})
+    figure.savefig(path, dpi=120)
 
 
 def router_load(path: Path) -> None:
-    """Draw the load of a free and of a grouped choice with the same scores, which prefer the last experts."""
+    """Draw the expert load of free and of grouped routing with the same scores, which prefer the last experts."""
     torch.manual_seed(0)
     logits = torch.randn(512, 64) + torch.linspace(-1, 1, 64)
     loads = []
@@ -285,7 +333,7 @@ def router_load(path: Path) -> None:
 
 
 def windowfree(path: Path) -> None:
-    """Draw what one patch depends on after a layer with windows, and after one without."""
+    """Draw the gradient of one patch after a layer with windows, and after one without."""
     rows, columns, place = 24, 40, (9, 17)
     grid = torch.tensor([[1, rows, columns]])
     order = get_position_ids(grid, 2)
@@ -312,7 +360,7 @@ def windowfree(path: Path) -> None:
 
 
 def loss_weights(path: Path) -> None:
-    """Draw what answers of very different lengths weigh under each preset."""
+    """Draw the weights of answers of very different lengths under each preset."""
     prompts, answers = (24, 40, 18, 30, 22, 36), (3, 60, 9, 400, 24, 150)
     lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     labels = torch.cat(
@@ -331,8 +379,10 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "navit": navit,
     "packing_plan": packing_plan,
     "positions": positions,
+    "published": published,
     "router_load": router_load,
     "sampling": sampling,
+    "serving": serving,
     "vlm": vlm,
     "windowfree": windowfree,
 }

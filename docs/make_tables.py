@@ -129,7 +129,7 @@ def examples() -> str:
     parts = []
     for name in MODELS:
         fmt = FORMATS[name]
-        lines = [f"### {name}", "", "```text", example(fmt), "```", "", f"Source: {fmt.source}, read {fmt.date}."]
+        lines = [f"### {name}", "", "~~~text", example(fmt), "~~~", "", f"Source: {fmt.source}, read {fmt.date}."]
         if fmt.assumed:
             lines += ["Not said there, and taken so here:", "", *(f"- {one}" for one in fmt.assumed)]
         parts.append("\n".join(lines) + "\n")

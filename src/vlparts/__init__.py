@@ -1,38 +1,16 @@
 """Reusable vision-language parts for Hugging Face transformers.
 
-Importing the package registers every part with transformers' Auto classes.
+The parts are registered with transformers' Auto classes as soon as both packages are imported. Public names are loaded
+on first use, so that `import vlparts.coordinates` needs neither torch nor transformers.
 """
 
-from . import _first_imports as first_imports  # noqa: F401 (before all others: it names a broken torch_npu)
-from .backends import load_backends
-from .composition import compose, compose_processor
-from .generation.constrained_coordinates import CoordinateLogitsProcessor
-from .losses.cluster_discrimination import multi_label_cluster_loss, sample_negative_centers
-from .losses.cross_entropy import weighted_cross_entropy
-from .losses.linear_cross_entropy import linear_weighted_cross_entropy
-from .losses.normalizer import LossNormalizer
-from .moe import RouterStatistics, set_experts_implementation
-from .parts.configuration_moge import MoGEConfig
-from .parts.configuration_navit import NaViTConfig
-from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
-from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
-from .parts.configuration_vlm import VisionLanguageConfig
-from .parts.configuration_windowfree import WindowFreeViTConfig
-from .parts.coordinate_tokens import CoordinateTokenIds, LocationTokens
-from .parts.image_processing_navit import NaViTImageProcessor
-from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
-from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
-from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
-from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
-from .parts.modeling_pangu_embedded import PanguEmbeddedForCausalLM, PanguEmbeddedModel
-from .parts.modeling_vlm import VisionLanguageForConditionalGeneration, VisionLanguageModel
-from .parts.modeling_windowfree import WindowFreeViTModel
-from .parts.moe_losses import balance_loss, router_z_loss
-from .parts.moe_router import GroupedTopKRouter
-from .parts.processing_vlm import VisionLanguageProcessor
-from .parts.thinking import ThinkingAnswer, split_thinking, split_thinking_ids, with_thinking_mode
-from .parts.tokenization_coordinates import PaddedCoordinateTokenizer
-from .registration import register_all
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._import_hook import import_frameworks, register_with_transformers
+
+if TYPE_CHECKING:
+    from ._public import *
 
 __version__ = "0.1.0"
 
@@ -78,5 +56,16 @@ __all__ = [
     "with_thinking_mode",
 ]
 
-register_all()
-load_backends()
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        import_frameworks()
+        return getattr(importlib.import_module("vlparts._public"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,19 +1,26 @@
-"""Loading of backends: packages that add kernels for one kind of hardware to the operations of `vlparts`.
+"""Loading of backends: kernels for one kind of hardware, registered for the operations of `vlparts`.
 
-A backend is an entry point of the group `vlparts.backends` that names a function without arguments, which
-registers the backend's kernels. Its module may also have a function `check_kernels` without arguments, which compares
-the kernels with their references and returns what is wrong with each, empty for nothing. A backend that fails never
-breaks `import vlparts`: the reason is kept, and `vlparts info` shows it.
+The backends "cpu" and "cuda" are built in (`vlparts.kernels`). Others are entry points of the group
+`vlparts.backends` that name a function without arguments, which registers the backend's kernels. Its module may also
+have a function `check_kernels` without arguments, which compares the kernels with their references and returns a dict
+from kernel to what is wrong with it, "" for nothing. A backend that fails never breaks `import vlparts`: the reason is
+kept, and `vlparts info` shows it.
 """
 
 import importlib
 import importlib.metadata
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 ENTRY_POINT_GROUP = "vlparts.backends"
 ENVIRONMENT_VARIABLE = "VLPARTS_BACKENDS"
+
+BUILT_IN = tuple(
+    importlib.metadata.EntryPoint(name, f"vlparts.kernels.{name}:register", ENTRY_POINT_GROUP)
+    for name in ("cpu", "cuda")
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +53,7 @@ def load_backends() -> dict[str, BackendStatus]:
         The status of each installed or requested backend, by name, in alphabetical order.
     """
     requested = _requested_backends()
-    installed = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    installed = {point.name: point for point in _entry_points()}
     statuses = {}
     for name in sorted(installed.keys() | (requested or set())):
         if name in _statuses and _statuses[name].active:
@@ -76,12 +83,17 @@ def check_backends() -> dict[str, dict[str, str]]:
         By backend name, for each kernel what is wrong with it; empty for nothing.
     """
     faults = {}
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+    for point in _entry_points():
         if point.name in _statuses and _statuses[point.name].active:
             check = getattr(importlib.import_module(point.module), "check_kernels", None)
             if check is not None:
                 faults[point.name] = check()
     return dict(sorted(faults.items()))
+
+
+def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    yield from BUILT_IN
+    yield from importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
 
 
 def _requested_backends() -> set[str] | None:

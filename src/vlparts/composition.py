@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from .parts.part_table import model_from_config
+from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.vlm_features import tower_kind
 from .parts.vlm_projectors import Projector, projector_names

@@ -1,4 +1,4 @@
-"""The one table of parts, and the only caller of the Auto classes' `register`."""
+"""The table of parts, and the only caller of the Auto classes' `register`. Importing this file registers all."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from . import moe  # noqa: F401 (registers the experts implementations)
+from .backends import load_backends
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
@@ -117,7 +119,11 @@ def register_tokenizers() -> None:
 
 
 def register_all() -> None:
-    """Register every part of the table, and the tokenizer."""
+    """Register every part of the table, the tokenizer, the experts implementations and the kernels."""
     for part in PARTS:
         register_part(part)
     register_tokenizers()
+    load_backends()
+
+
+register_all()

@@ -1,6 +1,8 @@
 """Backends are found by entry point, may be switched off, and never break the import."""
 
 import importlib.metadata
+import os
+import subprocess
 import sys
 import types
 
@@ -38,6 +40,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.metadata.EntryPoint("absent", "house_no_such_module:register", group),
     ]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    monkeypatch.setattr(backends, "BUILT_IN", ())
     monkeypatch.setattr(backends, "_statuses", {})
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     calls.clear()
@@ -115,3 +118,22 @@ def test_npu_says_why_torch_npu_does_not_import(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.import_module", fail)
     with pytest.raises(ImportError, match="cannot be imported .OSError: libascendcl.so"):
         vlparts_npu.register()
+
+
+KERNELS = """
+import os, torch
+import vlparts.parts.ops_attention  # which imports transformers, so that all is registered
+from vlparts.backends import backend_status
+name = "vlparts::linear"
+print({one.name: one.active for one in backend_status().values()}["cpu"],
+      torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"))
+"""
+
+
+@pytest.mark.parametrize(("value", "active"), [(None, True), ("none", False), ("cpu", True), ("cuda", False)])
+def test_the_environment_switches_the_kernels_for_cpu(value: str | None, active: bool) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != backends.ENVIRONMENT_VARIABLE}
+    if value is not None:
+        environment[backends.ENVIRONMENT_VARIABLE] = value
+    run = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.stdout.split() == [str(active)] * 2, run.stderr

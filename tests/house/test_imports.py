@@ -50,6 +50,27 @@ def test_import_opens_no_socket(imported: dict) -> None:
     assert imported["events"] == []
 
 
+COORDINATES = """
+import json, sys, time
+start = time.process_time()
+import vlparts.coordinates
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "modules": sorted({name.partition(".")[0] for name in sys.modules})}))
+"""
+
+
+def test_coordinates_need_neither_torch_nor_transformers() -> None:
+    """And take under 0.3 s of the processor, the best of several processes."""
+    seconds: list[float] = []
+    while min(seconds, default=LIMIT_SECONDS) >= LIMIT_SECONDS and len(seconds) < ATTEMPTS:
+        run = subprocess.run([sys.executable, "-c", COORDINATES], capture_output=True, text=True, timeout=240)
+        assert run.returncode == 0, run.stderr
+        found = json.loads(run.stdout)
+        assert {"torch", "transformers", "tokenizers", "PIL"} & set(found["modules"]) == set()
+        seconds.append(found["seconds"])
+    assert min(seconds) < LIMIT_SECONDS, f"import vlparts.coordinates took {seconds} seconds"
+
+
 def test_import_is_fast(imported: dict) -> None:
     seconds = [imported["seconds"]]
     while min(seconds) >= LIMIT_SECONDS and len(seconds) < ATTEMPTS:

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.house.import_graph import circles, files, importers, reach
+
+from vlparts.parts.tokenization_coordinates import PaddedCoordinateTokenizer
+from vlparts.registration import PARTS
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-PARTS = SOURCE / "vlparts" / "parts"
-PART_FILES = sorted(PARTS.glob("*.py"))
+FOLDER = SOURCE / "vlparts" / "parts"
+PART_FILES = sorted(FOLDER.glob("*.py"))
 FILE_KINDS = (
     "configuration",
     "modeling",
@@ -22,7 +26,20 @@ FILE_KINDS = (
     "generation",
 )
 COMPOSED = {"vlm", "navit_dual_encoder"}  # the parts that may name others
-COMPOSING_FILES = {"part_table"}  # its table of them
+COMPOSING_FILES = {"part_configs", "part_models"}  # their tables of them
+ROOMS = (
+    *FILE_KINDS,
+    "ops",
+    "packed",
+    "pos_embed",
+    "rope",
+    "moe",
+    "vlm",
+    "dual_encoder",
+    "image",
+    "coordinate",
+    "chat",
+)
 ALLOWED_PACKAGES = {
     "torch",
     "transformers",
@@ -34,6 +51,11 @@ ALLOWED_PACKAGES = {
     *sys.stdlib_module_names,
 }
 MAX_LINES = 400
+SMALL = 80
+SMALL_FILES = {
+    "vlparts._public": "loaded on first use, so that `import vlparts` is lazy",
+    "vlparts.demo.ask": "a script for a Python without vlparts",
+}
 # The two patterns by which transformers finds the files to copy into a checkpoint; they read text, not code.
 REMOTE_CODE_PATTERNS = (r"^\s*import\s+\.(\S+)\s*$", r"^\s*from\s+\.(\S+)\s+import")
 
@@ -78,8 +100,46 @@ def test_there_are_parts() -> None:
     assert any(part_of(path.stem) for path in PART_FILES)
 
 
+def registered_modules() -> set[str]:
+    """The files of the classes that the Auto classes find, of their models, processors and tokenizers."""
+    classes = [PaddedCoordinateTokenizer]
+    for part in PARTS:
+        classes += [part.config, *part.models.values(), part.image_processor, part.processor]
+    return {one.__module__ for one in classes if one is not None}
+
+
+def test_parts_holds_what_a_saved_class_reaches_and_nothing_else() -> None:
+    """transformers copies what the file of a saved class reaches; all else belongs elsewhere."""
+    everything = {f"vlparts.parts.{path.stem}" for path in PART_FILES if path.stem != "__init__"}
+    assert reach(registered_modules()) - {"vlparts.parts"} == everything
+
+
+def test_no_configuration_reaches_a_model() -> None:
+    for name in files():
+        if name.startswith("vlparts.parts.configuration_"):
+            models = {other for other in reach([name]) if other.startswith("vlparts.parts.modeling_")}
+            assert models == set(), name
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    assert circles() == []
+
+
+def test_small_files_have_several_importers() -> None:
+    """A file under 80 lines that one other imports belongs into that other, but for those named here."""
+    small = {
+        name
+        for name, path in files().items()
+        if path.stem not in ("__init__", "__main__")
+        and len(path.read_text(encoding="utf-8").splitlines()) < SMALL
+        and len(importers(name)) == 1
+    }
+    assert small <= SMALL_FILES.keys(), "merge them into their importers, or say why not"
+    assert small >= SMALL_FILES.keys(), "these exceptions are not needed"
+
+
 def test_parts_is_flat() -> None:
-    folders = [path.name for path in PARTS.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    folders = [path.name for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert folders == []
 
 

@@ -10,6 +10,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import vlparts
+from vlparts.parts.part_configs import PART_CONFIGS
+from vlparts.parts.part_models import PART_MODELS
 from vlparts.registration import PARTS, Part
 
 SOURCE = Path(vlparts.__file__).parent
@@ -69,6 +71,15 @@ def test_a_saved_part_carries_its_code(part: Part) -> None:
     classes = [part.config, *part.models.values(), part.image_processor, part.processor]
     without = [cls.__name__ for cls in classes if cls is not None and cls._auto_class is None]
     assert without == []
+
+
+def test_the_tables_of_composed_models_agree() -> None:
+    """Composed models find parts in tables that travel with a checkpoint."""
+    registered = {part.config.model_type: part for part in PARTS}
+    assert PART_CONFIGS.keys() == PART_MODELS.keys()
+    for model_type, model in PART_MODELS.items():
+        assert PART_CONFIGS[model_type] is registered[model_type].config
+        assert model is registered[model_type].models["AutoModel"]
 
 
 def test_only_registration_changes_the_auto_classes() -> None:

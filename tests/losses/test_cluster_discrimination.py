@@ -222,7 +222,7 @@ def test_drawn_centers_serve_as_negatives() -> None:
         ({"negatives": torch.tensor([7])}, "`negatives` must be between 0 and 6"),
         ({"negatives": torch.tensor([-1])}, "`negatives` must be between 0 and 6"),
         ({"negatives": torch.tensor([1, 2, 1])}, "`negatives` must be distinct, got 3 of which 2 are distinct"),
-        ({"chunk_size": 0}, "chunk_size`? must be an integer of at least 1, got 0"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_inputs_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -235,9 +235,9 @@ def test_bad_inputs_are_refused(changes: dict[str, Any], message: str) -> None:
     ("arguments", "message"),
     [
         ((LABELS, 7, 8), "`count` must be at most `num_centers`=7, got 8"),
-        ((LABELS, 7, 0), "count`? must be an integer of at least 1, got 0"),
+        ((LABELS, 7, 0), "`count` must be an integer of at least 1, got 0"),
         ((LABELS, 6, 3), "`labels` must be between -1 .padding. and 5"),
-        ((LABELS, 0, 3), "num_centers`? must be an integer of at least 1, got 0"),
+        ((LABELS, 0, 3), "`num_centers` must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_draws_are_refused(arguments: tuple[Any, ...], message: str) -> None:

@@ -169,7 +169,7 @@ def test_bad_updates_are_refused(arguments: dict[str, Any], message: str) -> Non
 def test_bad_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="`num_groups` must divide `num_experts`=8, got 3"):
         RouterStatistics(8, 3)
-    with pytest.raises(ValueError, match="num_experts`? must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_experts` must be an integer of at least 1, got 0"):
         RouterStatistics(0, 1)
     with pytest.raises(ValueError, match=r"`other` must have \(8, 4\) experts and groups, got \(8, 2\)"):
         RouterStatistics(8, 4).merge(RouterStatistics(8, 2))

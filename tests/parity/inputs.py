@@ -1,4 +1,4 @@
-"""Packed patches in the forms that native models take."""
+"""Packed patches in the layouts that other models take."""
 
 from collections.abc import Iterator
 

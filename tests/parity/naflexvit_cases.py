@@ -1,7 +1,7 @@
-"""Small timm NaFlexVits beside the NaViTs made of them; run by test_from_naflexvit.py in a process of its own.
+"""Small timm NaFlexVits and the NaViTs converted from them; test_from_naflexvit.py runs it in a separate process.
 
-timm imports torchvision, which has no place beside a CPU build of torch. Nothing of it is used here, so that names in
-its place are enough; they must not reach the other tests.
+timm imports torchvision, which does not work with a CPU build of torch. Nothing of it is used here, so that empty
+modules are enough; they must not be visible to other tests.
 """
 
 import enum
@@ -24,7 +24,7 @@ from vlparts.checkpoints.vit import from_vit
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 1.5, "patch_size": 4, "pos_embed_grid_size": (4, 4)}
 GRIDS = [(3, 5), (1, 1), (4, 4), (2, 7), (9, 6)]
 
-# Options by case; each has `num_classes` classes, or no classifier.
+# Options by case; without `num_classes` there is no classifier.
 CASES: dict[str, dict[str, Any]] = {
     "map": {"act_layer": "gelu_tanh", "global_pool": "map", "pos_embed_interp_mode": "bilinear"},
     "map_with_scales": {
@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         "drop_rate": 0.5,
     },
 }
-# An option that is refused, and what makes it so.
+# Refused options, with the arguments that set them.
 REFUSED: dict[str, dict[str, Any]] = {
     "rope_type": {"rope_type": "axial"},
     "pre_norm": {"pre_norm": True},
@@ -94,14 +94,14 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 class InterpolationMode(enum.Enum):
-    """The keys of a table that timm fills when it is imported."""
+    """The keys of a table that timm fills at import."""
 
     NEAREST, BILINEAR, BICUBIC, BOX, HAMMING, LANCZOS = range(6)
 
 
 def provide_torchvision() -> None:
-    """Put modules without content in torchvision's place."""
-    if is_torchvision_available():  # which also makes transformers remember that it is not there
+    """Register empty modules instead of torchvision."""
+    if is_torchvision_available():  # which also makes transformers cache that it is missing
         raise RuntimeError("torchvision is installed")
 
     def nothing(name: str) -> type:
@@ -130,20 +130,20 @@ def naflexvit(**options: Any) -> nn.Module:
 
 
 def padded(patches: Tensor, grids: Tensor, is_channels_last: bool) -> dict[str, Tensor]:
-    """Packed patches as timm takes them: one image in each row."""
+    """Packed patches as timm takes them: padded to one row per image."""
     rows = channels_last(patches) if is_channels_last else patches
     lengths = grids.prod(-1).tolist()
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) for _, rows, columns in grids.tolist()]
+    coordinates = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for _, h, w in grids.tolist()]
     return {
         "patches": pad(rows.split(lengths)),
-        "patch_coord": pad([place.reshape(-1, 2) for place in places]),
+        "patch_coord": pad([pairs.reshape(-1, 2) for pairs in coordinates]),
         "patch_valid": pad([torch.ones(length, dtype=torch.bool) for length in lengths]),
     }
 
 
 def run_timm(source: Any, patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
-    """Outputs of a NaFlexVit, image after image: all images at once, or one by one where it takes only pictures."""
+    """Outputs of a NaFlexVit for all images: in one batch, or one by one if it takes only images."""
     prefix, found = source.num_prefix_tokens, {}
     if source.embeds.is_linear:
         features = source.forward_features(**padded(patches, grids, source.embeds.channels_last))
@@ -166,7 +166,7 @@ def run_timm(source: Any, patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
 
 
 def run_vlparts(source: nn.Module, patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
-    """Outputs of the NaViT that is made of a NaFlexVit, all images at once."""
+    """Outputs of the NaViT converted from a NaFlexVit, for all images at once."""
     model = from_vit(source)
     base = getattr(model, "navit", model)
     outputs = base(patches, grids)
@@ -190,7 +190,7 @@ def compare(options: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def refusal(options: dict[str, Any]) -> str:
-    """The message with which a NaFlexVit is refused."""
+    """The error message for a NaFlexVit."""
     try:
         from_vit(naflexvit(**options))
     except ValueError as error:
@@ -199,7 +199,7 @@ def refusal(options: dict[str, Any]) -> str:
 
 
 def main(folder: Path) -> None:
-    """Write tensors and messages of all cases into a folder."""
+    """Write the tensors and messages of all cases into a folder."""
     provide_torchvision()
     for name, options in CASES.items():
         save_file(compare(options), folder / f"{name}.safetensors")

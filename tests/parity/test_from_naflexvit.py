@@ -1,4 +1,4 @@
-"""NaViTs made of timm's NaFlexVits compute what those compute; the cases run in a process of their own."""
+"""NaViTs converted from timm's NaFlexVit compute the same outputs; the cases run in a separate process."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.parity.naflexvit_cases import CASES, GRIDS, REFUSED
 
 ROOT = Path(__file__).parents[2]
-# timm resamples its tables in float32, whatever their own type.
+# timm resamples its tables in float32, whatever their dtype.
 IN_FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def image_of_native_size(output: Tensor) -> Tensor:
-    """The part of an output that belongs to the image of 4 x 4 patches, for which no table is resampled."""
+    """The part of an output for the image of 4 x 4 patches, for which no table is resampled."""
     index = GRIDS.index((4, 4))
     lengths = [rows * columns for rows, columns in GRIDS]
     return output.split(lengths)[index] if output.shape[0] == sum(lengths) else output[index]

@@ -1,4 +1,4 @@
-"""NaViTs made of native ViTs and Siglip2s compute what those compute, for images of several sizes in one pack."""
+"""NaViTs converted from ViT and Siglip2 compute the same outputs, for images of several sizes in one pack."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.tiny import SIZES, order_one, packed_images
 from vlparts import NaViTForImageClassification, NaViTModel
 from vlparts.checkpoints.vit import from_vit
 
-# The native tables have 4 x 4 places: some images are smaller, some larger, one has as many in another shape.
+# The native tables have 4 x 4 entries: some images are smaller, some larger, one has 16 patches in another shape.
 GRIDS = [(3, 5), (4, 4), (1, 1), (2, 8), (9, 6)]
 # Siglip2 resamples its table in float32, whatever its own type.
 IN_FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -51,7 +51,7 @@ def run_vit(native: nn.Module, patches: Tensor, grids: Tensor) -> tuple[Tensor, 
 
 
 def padded(patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
-    """Packed patches as Siglip2 takes them: rows, columns, channels, one image in each row."""
+    """Packed patches as Siglip2 takes them: channels last, padded to one row per image."""
     lengths = grids.prod(-1)
     rows = channels_last(patches).split(lengths.tolist())
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
@@ -216,7 +216,7 @@ def test_folder_gives_what_the_model_gives(
 
 
 @pytest.mark.parametrize("build", [vit, siglip2])
-def test_source_stays_as_it_was(build: Callable[[], PreTrainedModel]) -> None:
+def test_source_is_unchanged(build: Callable[[], PreTrainedModel]) -> None:
     native = build()
     before = {name: tensor.clone() for name, tensor in native.state_dict().items()}
     native.train()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_labels, check_weights, loss_dtype
 from .cross_entropy import masked_token_losses
-from .weights import IGNORE_INDEX
 
 __all__ = ["WEIGHTED_LOSS_NAME", "weighted_causal_lm_loss"]
 

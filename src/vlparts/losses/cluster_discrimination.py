@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..parts.packed_bins import positive_integer
+from ..parts.utils import positive_integer
 from ._checks import check_number
 
 __all__ = ["DEFAULT_CENTER_CHUNK_SIZE", "multi_label_cluster_loss", "sample_negative_centers"]

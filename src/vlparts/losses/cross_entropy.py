@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_fraction, check_labels, check_logits, check_number, loss_dtype
-from .weights import IGNORE_INDEX, TokenWeights, weigh_tokens
+from .weights import TokenWeights, weigh_tokens
 
 __all__ = ["WeightedLoss", "weighted_cross_entropy", "weighted_cross_entropy_with_parts"]
 

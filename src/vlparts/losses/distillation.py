@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_logits, check_number, loss_dtype
 from ._token_chunks import chunked_losses
-from .weights import IGNORE_INDEX, weigh_tokens
+from .weights import weigh_tokens
 
 __all__ = ["DIVERGENCES", "weighted_distillation_loss"]
 

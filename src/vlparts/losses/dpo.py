@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_labels, check_logits, check_number, loss_dtype
 from ._token_chunks import chunked_losses
 from .cross_entropy import token_losses
-from .weights import IGNORE_INDEX, Denominators, weigh_tokens
+from .weights import Denominators, weigh_tokens
 
 __all__ = ["SequenceLogProbs", "sequence_log_probs", "weighted_dpo_loss"]
 

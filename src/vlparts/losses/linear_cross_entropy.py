@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_fraction, check_labels, check_number, loss_dtype
 from ._vocab_chunks import Head, HeadGradients, NeedsGrad, head_losses
 from .cross_entropy import WeightedLoss, active_tokens, collect_parts, weighted_cross_entropy_with_parts
-from .weights import IGNORE_INDEX, weigh_tokens
+from .weights import weigh_tokens
 
 __all__ = ["linear_weighted_cross_entropy", "linear_weighted_cross_entropy_with_parts"]
 

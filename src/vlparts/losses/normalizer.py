@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .weights import IGNORE_INDEX, resolve_mix, weigh_next_tokens, weigh_tokens
+from ..parts.utils import IGNORE_INDEX
+from .weights import resolve_mix, weigh_next_tokens, weigh_tokens
 
 __all__ = ["LossNormalizer", "sum_over_processes"]
 

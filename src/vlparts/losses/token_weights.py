@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..parts.thinking import THINKING_END_ID, THINKING_START_ID
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_fraction, check_number, is_integer, is_readable
-from .weights import IGNORE_INDEX, find_samples
+from .weights import find_samples
 
 __all__ = [
     "ANSWER",

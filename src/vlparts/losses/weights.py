@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..parts.utils import IGNORE_INDEX
 from ._checks import check_fraction, check_number, check_weights, is_integer, is_readable
 
 __all__ = [
     "DEFAULT_MIX",
-    "IGNORE_INDEX",
     "PRESETS",
     "Denominators",
     "TokenWeights",
@@ -33,7 +33,6 @@ __all__ = [
     "weigh_tokens",
 ]
 
-IGNORE_INDEX = -100
 DEFAULT_MIX = 0.5
 
 PRESETS: dict[str, tuple[float, float]] = {

@@ -14,7 +14,7 @@ from torch import distributed as dist
 from ..parts.distributed import resolve_group
 from ..parts.moe_losses import normalized_scores
 from ..parts.moe_routing import check_token_mask, expert_counts
-from ..parts.packed_bins import positive_integer
+from ..parts.utils import positive_integer
 
 __all__ = ["RouterLoad", "RouterStatistics"]
 

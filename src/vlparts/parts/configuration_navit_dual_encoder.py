@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_navit import NaViTConfig
 from .dual_encoder_loss import DEFAULT_CHUNK_SIZE
-from .part_table import config_from_dict
+from .part_configs import config_from_dict
 
 # The papers' starting values: CLIP (arXiv 2103.00020, section 2.5), SigLIP (arXiv 2303.15343, section 3.2).
 _LOGIT_SCALES = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_navit import NaViTConfig
-from .part_table import config_from_dict
+from .part_configs import config_from_dict
 from .vlm_features import count_taps
 from .vlm_projectors import check_projector, projector_names
 

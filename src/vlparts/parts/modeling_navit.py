@@ -32,16 +32,15 @@ from .packed_index import (
     PatchLayout,
     get_cu_seqlens,
     get_kept_cu_seqlens,
-    get_max_seqlen,
     get_patch_layout,
-    remember_bounds,
+    resolve_seqlens,
     validate_grid,
 )
 from .packed_layers import PackedLayer, PackedSelfAttention, PrefixTokens, get_prefix_places, insert_unrotated
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
-from .packed_segments import Segments, split_passes
+from .packed_segments import Pass, Segments, split_passes
 from .pos_embed import PositionEmbedding
-from .utils import add_auto_classes
+from .utils import IGNORE_INDEX, add_auto_classes
 
 __all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]
 
@@ -127,9 +126,6 @@ class NaViTLayer(PackedLayer):
         super().__init__(NaViTAttention(config), NaViTMLP(config), *norms)
 
 
-IGNORE = -100
-
-
 @dataclass
 class NaViTOutput(BaseModelOutputWithPooling):
     """What [`NaViTModel`] returns.
@@ -208,7 +204,7 @@ class NaViTModel(NaViTPreTrainedModel):
         max_seqlen: int | None = None,
         position_ids: Tensor | None = None,
         keep_index: Tensor | None = None,
-        segment_bounds: Sequence[int] | None = None,
+        cu_seqlens_cpu: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> NaViTOutput:
         """Encode packed images.
@@ -225,7 +221,7 @@ class NaViTModel(NaViTPreTrainedModel):
             position_ids: `(L, 2)` int64, row and column of each patch; computed if absent.
             keep_index: `(L,)` int64, where patches were dropped or padding rows added: the index of each row in the
                 sequence of all patches, rising, then -1 for each padding row. None if the rows are all patches.
-            segment_bounds: The numbers of `cu_seqlens` as host integers; attention then copies none from the device.
+            cu_seqlens_cpu: `cu_seqlens` as host integers, which spares kernels that need them a copy from the device.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
@@ -245,26 +241,22 @@ class NaViTModel(NaViTPreTrainedModel):
                 if keep_index is None
                 else get_kept_cu_seqlens(image_grid_thw, layout, patches, is_clip)
             )
-        if max_seqlen is None:
-            max_seqlen = get_max_seqlen(cu_seqlens)
-        if segment_bounds is not None and not torch.compiler.is_compiling():
-            remember_bounds(cu_seqlens, segment_bounds)
-            if layout.cu_images.shape == cu_seqlens.shape:  # one segment for each image
-                remember_bounds(layout.cu_images, segment_bounds)
+        max_seqlen, cu_seqlens_cpu = resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu)
+        segments = Segments(cu_seqlens, max_seqlen, cu_seqlens_cpu)
 
         hidden_states, prefix, patch_index = self._encode(
-            self.embeddings(pixel_values, layout), layout, cu_seqlens, max_seqlen, kwargs
+            self.embeddings(pixel_values, layout), layout, segments, kwargs
         )
         return NaViTOutput(
             last_hidden_state=hidden_states,
-            pooler_output=self._pool(hidden_states, prefix, layout, image_grid_thw[:, 0], cu_seqlens),
+            pooler_output=self._pool(hidden_states, prefix, layout, image_grid_thw[:, 0], segments),
             prefix_hidden_state=prefix,
             patch_index=patch_index,
             keep_index=keep_index,
         )
 
     def _encode(
-        self, hidden_states: Tensor, layout: PatchLayout, cu_seqlens: Tensor, max_seqlen: int, options: dict[str, Any]
+        self, hidden_states: Tensor, layout: PatchLayout, segments: Segments, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the layers over `(L, D)`.
 
@@ -276,15 +268,16 @@ class NaViTModel(NaViTPreTrainedModel):
             head_dim = config.hidden_size // config.num_attention_heads
             rotary = axial_rotary(layout.position_ids, head_dim, config.rotary_theta)
         if self.prefix is not None:
-            places = get_prefix_places(cu_seqlens, hidden_states.shape[0], self.prefix.count)
+            count = self.prefix.count
+            places = get_prefix_places(segments.cu_seqlens, hidden_states.shape[0], count, segments.cu_seqlens_cpu)
             hidden_states = self.prefix(hidden_states, places)
             rotary = None if rotary is None else insert_unrotated(rotary, places)
-            cu_seqlens, max_seqlen = places.cu_seqlens, max_seqlen + self.prefix.count
-        segments = Segments(cu_seqlens, max_seqlen, rotary)
+            segments = Segments(places.cu_seqlens, segments.max_seqlen + count, places.cu_seqlens_cpu)
+        segments = segments._replace(rotary=rotary)
         # Dense weights are those of all pairs of tokens, so they are made in one go.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, dense_attention_forward)
         is_dense = attend is dense_attention_forward
-        passes = [segments] if is_dense else split_passes(segments, hidden_states, config.intermediate_size)
+        passes = [Pass(segments)] if is_dense else split_passes(segments, hidden_states, config.intermediate_size)
         for layer in self.layers:
             hidden_states = layer(hidden_states, passes, **options)
         hidden_states = self.norm(hidden_states)
@@ -293,12 +286,14 @@ class NaViTModel(NaViTPreTrainedModel):
         return hidden_states[places.patches], hidden_states[places.prefix], places.patches
 
     def _pool(
-        self, hidden_states: Tensor, prefix: Tensor | None, layout: PatchLayout, frames: Tensor, cu_seqlens: Tensor
+        self, hidden_states: Tensor, prefix: Tensor | None, layout: PatchLayout, frames: Tensor, segments: Segments
     ) -> Tensor | None:
         """One vector for each image, `(n, D)`; those of padding examples mean nothing."""
         images, kind = frames.shape[0], self.config.pooling
         if self.pooling is not None:
-            return self.pooling(hidden_states, layout.cu_images, hidden_states.shape[0])[:images]
+            one_segment_each = layout.cu_images.shape == segments.cu_seqlens.shape
+            cu_images_cpu = segments.cu_seqlens_cpu if one_segment_each else None
+            return self.pooling(hidden_states, layout.cu_images, hidden_states.shape[0], cu_images_cpu)[:images]
         if kind == "mean":
             return mean_pooling(hidden_states, layout.image_ids, images)
         if kind == "max":
@@ -308,7 +303,7 @@ class NaViTModel(NaViTPreTrainedModel):
         if self.config.video_attention == "clip":
             return prefix[:images, 0]
         # The mean over the frames of a video, but for those of which no patch was kept.
-        lengths = cu_seqlens.diff()
+        lengths = segments.cu_seqlens.diff()
         owners = frames.clamp(min=1).cumsum(0)
         owners = torch.searchsorted(owners, torch.arange(lengths.shape[0], device=owners.device), right=True)
         return mean_pooling(prefix[:, 0], torch.where(lengths > 0, owners, images), images)
@@ -368,7 +363,7 @@ class NaViTForImageClassification(NaViTPreTrainedModel):
                 )
             rows = logits
             if labels.is_floating_point():
-                counted = (labels != IGNORE).flatten(1).any(-1) if labels.ndim > 1 else labels != IGNORE
+                counted = (labels != IGNORE_INDEX).flatten(1).any(-1) if labels.ndim > 1 else labels != IGNORE_INDEX
                 rows, labels = logits[counted], labels[counted]
             loss = self.loss_function(labels, rows, self.config, num_items_in_batch=num_items_in_batch)
         return ImageClassifierOutput(

@@ -29,7 +29,7 @@ from .dual_encoder_towers import (
     input_names,
     pool_tokens,
 )
-from .part_table import model_from_config
+from .part_models import model_from_config
 from .utils import add_auto_classes
 
 # What only some kinds of towers take.
@@ -37,7 +37,7 @@ _VISION_INPUTS = {
     "image_grid_thw",
     "cu_seqlens",
     "max_seqlen",
-    "segment_bounds",
+    "cu_seqlens_cpu",
     "position_ids",
     "keep_index",
     "pixel_attention_mask",
@@ -286,7 +286,7 @@ class NaViTDualEncoder(PreTrainedModel):
         keep_index: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        segment_bounds: Sequence[int] | None = None,
+        cu_seqlens_cpu: Sequence[int] | None = None,
         token_type_ids: Tensor | None = None,
         text_position_ids: Tensor | None = None,
         **kwargs: Any,
@@ -307,7 +307,7 @@ class NaViTDualEncoder(PreTrainedModel):
             keep_index: Vision tower.
             pixel_attention_mask: Vision tower.
             spatial_shapes: Vision tower.
-            segment_bounds: Vision tower.
+            cu_seqlens_cpu: Vision tower.
             token_type_ids: Text tower.
             text_position_ids: Text tower.
             **kwargs: Passed to both towers (`output_hidden_states`, ...).
@@ -330,7 +330,7 @@ class NaViTDualEncoder(PreTrainedModel):
             keep_index=keep_index,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
-            segment_bounds=segment_bounds,
+            cu_seqlens_cpu=cu_seqlens_cpu,
             return_dict=True,
             **kwargs,
         )

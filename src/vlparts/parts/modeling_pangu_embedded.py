@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .decoder_inputs import kept_states, prepare_decoder_inputs
 from .ops_rms_norm import RMSNorm
-from .rope_multimodal import AXES, multimodal_rotary, rotary_axes
+from .rope_multimodal import AXES, MultiAxisGenerationMixin, multimodal_rotary, rotary_axes
 from .utils import add_auto_classes
 
 
@@ -171,7 +171,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         return position_ids[-AXES:], position_ids[0] if axes > AXES else None
 
 
-class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, GenerationMixin):
+class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, MultiAxisGenerationMixin, GenerationMixin):
     """openPangu-Embedded with its language modelling head.
 
     State dict keys are those of transformers' `LlamaForCausalLM`.
@@ -192,22 +192,6 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, GenerationMixin):
         """Save the model and its code, such that `AutoModel` finds the model without its head there too."""
         add_auto_classes(self, AutoModel=PanguEmbeddedModel)
         super().save_pretrained(save_directory, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        # The samples of positions with axes are the second dimension, which older transformers do not know.
-        position_ids = model_kwargs.pop("position_ids", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if position_ids is not None:
-            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
-        return input_ids, model_kwargs
 
     @can_return_tuple
     def forward(

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .decoder_inputs import kept_states
 from .moe_experts import check_whole_groups
-from .part_table import model_from_config
+from .part_models import model_from_config
 from .utils import add_auto_classes
 from .vlm_generation import VisionLanguageGenerationMixin
 from .vlm_inputs import MultimodalInputsMixin

@@ -29,10 +29,10 @@ from .ops_attention import dense_attention_forward
 from .ops_linear import Linear
 from .ops_rms_norm import RMSNorm
 from .ops_rotary import axial_rotary
-from .packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids, remember_bounds, segment_ids, validate_grid
+from .packed_index import get_cu_seqlens, get_position_ids, resolve_seqlens, segment_ids, validate_grid
 from .packed_layers import PackedLayer, PackedSelfAttention
 from .packed_pooling import mean_pooling
-from .packed_segments import Segments, split_passes
+from .packed_segments import Pass, Segments, split_passes
 from .packed_windows import get_windows, permute_cells
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel"]
@@ -165,7 +165,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         position_ids: Tensor | None = None,
         window_index: Tensor | None = None,
         cu_window_seqlens: Tensor | None = None,
-        segment_bounds: Sequence[int] | None = None,
+        cu_seqlens_cpu: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> WindowFreeViTOutput:
         """Encode packed images.
@@ -182,7 +182,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             window_index: `(B,)` int64, which block stands at each place when windows stand together; computed if
                 absent, as the next.
             cu_window_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
-            segment_bounds: The numbers of `cu_seqlens` as host integers; attention then copies none from the device.
+            cu_seqlens_cpu: `cu_seqlens` as host integers, which spares kernels that need them a copy from the device.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
@@ -195,10 +195,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             check_normalized(pixel_values)
         if cu_seqlens is None:
             cu_seqlens = get_cu_seqlens(image_grid_thw)
-        if max_seqlen is None:
-            max_seqlen = get_max_seqlen(cu_seqlens)
-        if segment_bounds is not None and not torch.compiler.is_compiling():
-            remember_bounds(cu_seqlens, segment_bounds)
+        segments = Segments(cu_seqlens, *resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu))
         if position_ids is None:
             position_ids = get_position_ids(image_grid_thw, merge_size)
 
@@ -213,7 +210,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
                     0, window_index, torch.arange(window_index.shape[0], device=window_index.device)
                 )
             pixel_values, position_ids = (permute_cells(rows, window_index) for rows in (pixel_values, position_ids))
-        maps = self._encode(self._embed(pixel_values), position_ids, cu_seqlens, max_seqlen, cu_window_seqlens, kwargs)
+        maps = self._encode(self._embed(pixel_values), position_ids, segments, cu_window_seqlens, kwargs)
         if inverse is not None:
             maps = {layer: permute_cells(states, inverse) for layer, states in maps.items()}
         layers = self.config.num_hidden_layers
@@ -238,19 +235,19 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         self,
         hidden_states: Tensor,
         position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
+        segments: Segments,
         cu_window_seqlens: Tensor | None,
         options: dict[str, Any],
     ) -> dict[int, Tensor]:
         """Run the layers over `(L, D)`; returns the normalised output `(L, D)` of the last layer and of each tap."""
         config = self.config
         rotary = axial_rotary(position_ids, config.hidden_size // config.num_attention_heads, config.rotary_theta)
-        full = self._passes(Segments(cu_seqlens, max_seqlen, rotary), hidden_states)
+        full = self._passes(segments._replace(rotary=rotary), hidden_states)
         windows = full
         if config.window_cells is not None and cu_window_seqlens is not None:
             longest = (config.window_cells * config.spatial_merge_size) ** 2
-            windows = self._passes(Segments(cu_window_seqlens, longest, rotary), hidden_states)
+            on_host = None if segments.cu_seqlens_cpu is None else cu_window_seqlens.tolist()
+            windows = self._passes(Segments(cu_window_seqlens, longest, on_host, rotary), hidden_states)
         taps = {layer % config.num_hidden_layers for layer in (*config.feature_layers, -1)}
         maps = {}
         for index, layer in enumerate(self.layers):
@@ -259,12 +256,12 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
                 maps[index] = self.norm(hidden_states)
         return maps
 
-    def _passes(self, segments: Segments, hidden_states: Tensor) -> list[Segments]:
-        """How many tokens a layer takes at a time."""
+    def _passes(self, segments: Segments, hidden_states: Tensor) -> list[Pass]:
+        """The passes in which a layer computes the segments."""
         # Dense weights are those of all pairs of tokens, so they are made in one go.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
         if attend is dense_attention_forward:
-            return [segments]
+            return [Pass(segments)]
         return split_passes(segments, hidden_states, self.config.intermediate_size)
 
     def _pool(self, hidden_states: Tensor, image_grid_thw: Tensor) -> Tensor | None:

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..moe.experts_auto import AUTO_EXPERTS_NAME
-from ..moe.experts_dense import MERGED_EXPERTS_NAME
-from ..moe.experts_sorted import SORTED_EXPERTS_NAME
 from .ops_activations import get_activation, swiglu
-
-# To import them registers them, also where these files run as remote code.
-OUR_IMPLEMENTATIONS = (SORTED_EXPERTS_NAME, MERGED_EXPERTS_NAME, AUTO_EXPERTS_NAME)
 
 
 class RoutedExperts(nn.Module):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .packed_bins import positive_integer
+from .utils import positive_integer
 
 __all__ = ["GROUPINGS", "GROUP_MASKS", "GROUP_SCORES", "SCORINGS", "RoutingOptions"]
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from .ops_library import define_operation
+
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of gates and inputs that stand one after the other (arXiv 2002.05202, equation 5).
@@ -23,17 +25,8 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _define_operations() -> None:
-    """Define the operations once per process, also where several copies of this file are imported."""
-    if hasattr(torch.ops.vlparts, "gelu"):
-        return
-    torch.library.define("vlparts::gelu", "(Tensor input) -> Tensor")
-    torch.library.impl("vlparts::gelu", "CompositeImplicitAutograd", F.gelu)
-    torch.library.define("vlparts::swiglu", "(Tensor gate_up) -> Tensor")
-    torch.library.impl("vlparts::swiglu", "CompositeImplicitAutograd", swiglu_reference)
-
-
-_define_operations()
+define_operation("gelu(Tensor input) -> Tensor", F.gelu)
+define_operation("swiglu(Tensor gate_up) -> Tensor", swiglu_reference)
 
 
 class ExactGELU(nn.Module):

@@ -1,41 +1,27 @@
-"""Attention over packed segments in plain PyTorch: the reference, on every device.
+"""Attention within packed segments in plain PyTorch: the reference of the operation, and the dense oracle.
 
-Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries
-and keys, `Dv` of values. `cu_seqlens_q` and `cu_seqlens_k` cut both into equally many segments.
-
-Dense attention: explicit weights over all pairs of tokens, with the segments as a mask.
-
-Shapes: `B` batch, `Lq` queries, `Lk` keys, `H` query heads, `Hkv` key heads, `D` channels of a head.
+Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries and keys,
+`Dv` of values; `B` batch. `cu_seqlens_q` and `cu_seqlens_k` divide both into the same number of segments.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from .packed_index import read_bounds, segment_ids
+from .packed_index import segment_ids
 
 
-def segment_lengths(cu_seqlens: Tensor, total: int, name: str) -> list[int]:
-    """Segment lengths as host integers.
+class SegmentRun(NamedTuple):
+    """Consecutive segments of equal lengths."""
 
-    Args:
-        cu_seqlens: `(segments + 1,)` cumulative lengths.
-        total: number of tokens that the segments must cover.
-        name: what to call `cu_seqlens` in an error.
-
-    Returns:
-        One length per segment.
-
-    Raises:
-        ValueError: the boundaries do not start at zero, decrease, or do not end at `total`.
-    """
-    bounds = read_bounds(cu_seqlens)
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != total or any(length < 0 for length in lengths):
-        raise ValueError(f"{name} must rise from 0 to the number of tokens, {total}, got {list(bounds)}")
-    return lengths
+    segments: int
+    length_q: int
+    length_k: int
 
 
 def packed_attention_reference(
@@ -48,37 +34,69 @@ def packed_attention_reference(
     max_seqlen_k: int,
     scale: float | None = None,
     causal: bool = False,
+    cu_seqlens_q_cpu: Sequence[int] | None = None,
+    cu_seqlens_k_cpu: Sequence[int] | None = None,
 ) -> Tensor:
-    """Attention inside each segment, one after the other. Runs on every device, with PyTorch's autograd.
+    """Scaled dot product attention of one segment after the other; consecutive segments of equal length are batched.
 
     Args:
         query: `(Lq, H, D)`.
         key: `(Lk, Hkv, D)`.
         value: `(Lk, Hkv, Dv)`.
-        cu_seqlens_q: `(segments + 1,)` int32.
+        cu_seqlens_q: `(segments + 1,)` int32 cumulative lengths.
         cu_seqlens_k: `(segments + 1,)` int32.
-        max_seqlen_q: unused here; kernels for accelerators need it on the host.
-        max_seqlen_k: unused here.
-        scale: factor on the scores; `None` for `D ** -0.5`.
-        causal: a query sees the keys up to its own place, counted from the end of both.
+        max_seqlen_q: Unused here; kernels for accelerators need it on the host.
+        max_seqlen_k: Unused here.
+        scale: Factor on the scores; None for `D ** -0.5`.
+        causal: Whether a query attends only to keys up to its own position, counted from the end of both.
+        cu_seqlens_q_cpu: `cu_seqlens_q` as host integers; None to copy it from the device.
+        cu_seqlens_k_cpu: The same for keys.
 
     Returns:
         `(Lq, H, Dv)`.
     """
-    lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
-    lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k")
-    queries, keys, values = (
-        split_heads_first(query, lengths_q),
-        split_heads_first(key, lengths_k),
-        split_heads_first(value, lengths_k),
-    )
-    segments = zip(queries, keys, values, strict=True)
-    return join_segments([attend(q, k, v, scale, causal) for q, k, v in segments], query, value)
+    lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q", cu_seqlens_q_cpu)
+    lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k", cu_seqlens_k_cpu)
+    runs = segment_runs(lengths_q, lengths_k)
+    if not runs:
+        return zeros_like_output(query, value)
+    queries = query.split([run.segments * run.length_q for run in runs])
+    keys, values = (x.split([run.segments * run.length_k for run in runs]) for x in (key, value))
+    outputs = []
+    for run, *qkv in zip(runs, queries, keys, values, strict=True):
+        q, k, v = (rearrange(x, "(s l) h d -> s h l d", s=run.segments) for x in qkv)
+        outputs.append(rearrange(attend(q, k, v, scale, causal), "s h l d -> (s l) h d"))
+    return torch.cat(outputs)
 
 
-def split_heads_first(tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-    """Views `(1, H, length, D)` of the segments of `(L, H, D)`, which is how SDPA wants them."""
-    return tokens.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
+def segment_lengths(
+    cu_seqlens: Tensor, total: int, name: str, cu_seqlens_cpu: Sequence[int] | None = None
+) -> list[int]:
+    """Segment lengths as host integers.
+
+    Args:
+        cu_seqlens: `(segments + 1,)` cumulative lengths.
+        total: Number of tokens that the segments must cover.
+        name: Name of `cu_seqlens` in an error message.
+        cu_seqlens_cpu: The same boundaries as host integers; None to copy them from the device.
+
+    Returns:
+        One length per segment.
+
+    Raises:
+        ValueError: If the boundaries do not start at zero, decrease, or do not end at `total`.
+    """
+    bounds = cu_seqlens.tolist() if cu_seqlens_cpu is None else cu_seqlens_cpu
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != total or any(length < 0 for length in lengths):
+        raise ValueError(f"`{name}` must rise from 0 to the number of tokens, {total}, got {list(bounds)}.")
+    return lengths
+
+
+def segment_runs(lengths_q: list[int], lengths_k: list[int]) -> list[SegmentRun]:
+    """Group consecutive segments with equal lengths of queries and of keys."""
+    groups = groupby(zip(lengths_q, lengths_k, strict=True))
+    return [SegmentRun(len(list(same)), *lengths) for lengths, same in groups]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
@@ -106,17 +124,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causa
 def zeros_like_output(query: Tensor, value: Tensor) -> Tensor:
     """Zeros of the output's shape which stay part of the autograd graph of `query`."""
     return query[..., :0].sum(-1, keepdim=True).expand(*query.shape[:-1], value.shape[-1])
-
-
-def join_segments(outputs: list[Tensor], query: Tensor, value: Tensor) -> Tensor:
-    """Put outputs `(B, H, length, Dv)`, one after the other, into `(L, H, Dv)`."""
-    if not outputs:
-        return zeros_like_output(query, value)
-    rows = [
-        output.transpose(1, 2) if len(output) == 1 else output.transpose(1, 2).flatten(0, 1)[None]
-        for output in outputs
-    ]
-    return rows[0][0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)[0]
 
 
 def dense_attention_forward(

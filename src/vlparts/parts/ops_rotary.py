@@ -10,6 +10,8 @@ Shapes: `L` patches of all images, `H` heads, `D` channels of a head.
 import torch
 from torch import Tensor
 
+from .ops_library import define_operation
+
 
 def axial_rotary(position_ids: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Angles by which the channels of a head are rotated, from the row and the column of each patch.
@@ -114,14 +116,7 @@ def rotary_pair_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) 
     return rotary(query, cos, sin), rotary(key, cos, sin)
 
 
-def _define_operations() -> None:
-    """Define the operations once per process, also where several copies of this file are imported."""
-    rotary = "(Tensor input, Tensor cos, Tensor sin) -> Tensor"
-    pair = "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)"
-    for name, schema, kernel in (("rotary", rotary, rotary_reference), ("rotary_pair", pair, rotary_pair_reference)):
-        if not hasattr(torch.ops.vlparts, name):
-            torch.library.define(f"vlparts::{name}", schema)
-            torch.library.impl(f"vlparts::{name}", "CompositeImplicitAutograd", kernel)
-
-
-_define_operations()
+define_operation("rotary(Tensor input, Tensor cos, Tensor sin) -> Tensor", rotary_reference)
+define_operation(
+    "rotary_pair(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)", rotary_pair_reference
+)

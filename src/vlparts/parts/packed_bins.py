@@ -4,12 +4,13 @@ The bin packing strategies are the ones that NaViT (arXiv 2307.06304, appendix A
 is also there as an object that takes items one by one, for data whose end is far or unknown.
 """
 
-import operator
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+
+from .utils import positive_integer
 
 __all__ = ["FirstFitPacker", "plan_packing"]
 
@@ -160,17 +161,6 @@ def plan_packing(
                     "raise the capacity, or pass oversize='own_bin'"
                 )
     return _STRATEGIES[strategy](sizes, capacity, limit or max(len(sizes), 1), open_bins)
-
-
-def positive_integer(value: object, name: str) -> int:
-    """`value` as a Python int, if it is an integer of at least one."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return number
 
 
 def _first_fit(sizes: list[int], capacity: int, max_items: int, open_bins: int) -> list[list[int]]:

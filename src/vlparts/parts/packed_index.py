@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .packed_bins import plan_packing, positive_integer
+from .packed_bins import plan_packing
+from .utils import positive_integer
 
 __all__ = [
     "get_cu_seqlens",
@@ -318,59 +319,46 @@ def _boundaries(ids: Tensor, count: int, total: int) -> Tensor:
     return pad(starts, (0, 1), value=total).to(torch.int32)
 
 
-_NAME = "_vlparts_bounds"
-
-
-def remember_bounds(cu_seqlens: Tensor, bounds: Sequence[int]) -> Tensor:
-    """Hand the values of boundaries over, so that no kernel copies them from the device.
-
-    A copy of the tensor, on another device too, does not know them. What is written into the tensor later makes them
-    void, except for tensors made under `torch.inference_mode`, which cannot tell.
+def check_cu_seqlens_cpu(cu_seqlens_cpu: Sequence[int] | None, cu_seqlens: Tensor, name: str) -> None:
+    """Check that host integers can be the values of `cu_seqlens`; does not read the device.
 
     Args:
+        cu_seqlens_cpu: Host integers, or None.
         cu_seqlens: `(segments + 1,)` cumulative lengths.
-        bounds: The same numbers.
-
-    Returns:
-        `cu_seqlens` itself.
+        name: Name of `cu_seqlens_cpu` in an error message.
 
     Raises:
         ValueError: If there are not as many numbers as boundaries.
     """
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] != len(bounds):
+    if cu_seqlens_cpu is not None and len(cu_seqlens_cpu) != cu_seqlens.shape[0]:
         raise ValueError(
-            f"`bounds` must hold one number for each boundary of `cu_seqlens` {tuple(cu_seqlens.shape)}, got "
-            f"{len(bounds)}."
+            f"`{name}` must hold one integer per boundary of `cu_seqlens` {tuple(cu_seqlens.shape)}, got "
+            f"{len(cu_seqlens_cpu)}."
         )
-    setattr(cu_seqlens, _NAME, (_version(cu_seqlens), tuple(int(bound) for bound in bounds)))
-    return cu_seqlens
 
 
-def read_bounds(cu_seqlens: Tensor) -> Sequence[int]:
-    """The boundaries on the host: those remembered, otherwise a copy, which is remembered.
-
-    Args:
-        cu_seqlens: `(segments + 1,)` cumulative lengths.
-    """
-    known = known_bounds(cu_seqlens)
-    if known is not None:
-        return known
-    bounds = tuple(cu_seqlens.tolist())
-    if _version(cu_seqlens) is not None:
-        setattr(cu_seqlens, _NAME, (_version(cu_seqlens), bounds))
-    return bounds
-
-
-def known_bounds(cu_seqlens: Tensor) -> Sequence[int] | None:
-    """The boundaries if they are remembered; never waits, and knows nothing while compiling.
+def resolve_seqlens(
+    cu_seqlens: Tensor, max_seqlen: int | None, cu_seqlens_cpu: Sequence[int] | None
+) -> tuple[int, Sequence[int] | None]:
+    """Longest segment and host copy of the boundaries, for all layers of a model.
 
     Args:
         cu_seqlens: `(segments + 1,)` cumulative lengths.
+        max_seqlen: Longest segment or a bound on it, if known.
+        cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
+
+    Returns:
+        `max_seqlen`, computed if it was None, and the host integers: those given, or copied where `max_seqlen` was
+        None, so that this synchronizes with the device at most once. None while compiling, which would take them for
+        constants.
+
+    Raises:
+        ValueError: If there are not as many host integers as boundaries.
     """
-    kept = None if torch.compiler.is_compiling() else getattr(cu_seqlens, _NAME, None)
-    return kept[1] if kept is not None and kept[0] == _version(cu_seqlens) else None
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often the tensor was written; None where nothing counts it."""
-    return None if torch.is_inference(tensor) else tensor._version
+    if torch.compiler.is_compiling():
+        return get_max_seqlen(cu_seqlens) if max_seqlen is None else max_seqlen, None
+    check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens, "cu_seqlens_cpu")
+    if max_seqlen is None:
+        cu_seqlens_cpu = cu_seqlens.tolist() if cu_seqlens_cpu is None else cu_seqlens_cpu
+        max_seqlen = max((end - start for start, end in pairwise(cu_seqlens_cpu)), default=0)
+    return max_seqlen, cu_seqlens_cpu

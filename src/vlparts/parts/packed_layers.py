@@ -7,6 +7,7 @@ Learned tokens in front of the patches of every attention segment: class tokens 
 Shapes: `L` patches, `S` segments, `K` prefix tokens of a segment, `D` width, `d` channels of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from .ops_attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .ops_attention import dense_attention_forward
 from .ops_linear import Linear
 from .ops_rotary import apply_rotary_pair
-from .packed_index import known_bounds, remember_bounds, segment_ids
-from .packed_segments import Segments
+from .packed_index import segment_ids
+from .packed_segments import Pass, Segments
 
 
 class PackedSelfAttention(nn.Module):
@@ -63,6 +64,7 @@ class PackedSelfAttention(nn.Module):
             cu_seq_lens_k=segments.cu_seqlens,
             max_length_q=segments.max_seqlen,
             max_length_k=segments.max_seqlen,
+            cu_seqlens_cpu=segments.cu_seqlens_cpu,
             **kwargs,
         )
         return self.o_proj(attended.squeeze(0).flatten(-2)), weights
@@ -78,17 +80,19 @@ class PackedLayer(GradientCheckpointingLayer):
         self.norm2 = norm2
         self.mlp = mlp
 
-    def forward(self, hidden_states: Tensor, passes: list[Segments], **kwargs: Any) -> Tensor:
-        """Map `(L, D)` to `(L, D)`, one group of segments after the other."""
-        parts = hidden_states.split([one.tokens for one in passes]) if len(passes) > 1 else (hidden_states,)
-        outputs = [self._forward(part, one, **kwargs) for part, one in zip(parts, passes, strict=True)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    def forward(self, hidden_states: Tensor, passes: list[Pass], **kwargs: Any) -> Tensor:
+        """Map `(L, D)` to `(L, D)`, one pass after the other."""
+        if len(passes) == 1:
+            return self._forward(hidden_states, passes[0], **kwargs)
+        parts = hidden_states.split([one.tokens for one in passes])
+        return torch.cat([self._forward(part, one, **kwargs) for part, one in zip(parts, passes, strict=True)])
 
-    def _forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(self.norm1(hidden_states), segments, **kwargs)
+    def _forward(self, hidden_states: Tensor, one: Pass, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.norm1(hidden_states), one.segments, **kwargs)
         hidden_states = hidden_states + attended
-        if 0 < segments.rows < segments.tokens:
-            return torch.cat([rows + self.mlp(self.norm2(rows)) for rows in hidden_states.split(segments.rows)])
+        if 0 < one.mlp_chunk_size < one.tokens:
+            chunks = hidden_states.split(one.mlp_chunk_size)
+            return torch.cat([chunk + self.mlp(self.norm2(chunk)) for chunk in chunks])
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
@@ -99,30 +103,35 @@ class PrefixPlaces(NamedTuple):
         patches: `(L,)` int64 places of the patches.
         prefix: `(S, K)` int64 places of the prefix tokens.
         cu_seqlens: `(S + 1,)` int32 cumulative lengths of the longer segments.
+        cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
     """
 
     patches: Tensor
     prefix: Tensor
     cu_seqlens: Tensor
+    cu_seqlens_cpu: Sequence[int] | None
 
 
-def get_prefix_places(cu_seqlens: Tensor, num_patches: int, count: int) -> PrefixPlaces:
-    """Work out the places.
+def get_prefix_places(
+    cu_seqlens: Tensor, num_patches: int, count: int, cu_seqlens_cpu: Sequence[int] | None = None
+) -> PrefixPlaces:
+    """Compute the places.
 
     Args:
         cu_seqlens: `(S + 1,)` int32 cumulative patch counts.
         num_patches: L.
         count: K.
+        cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
     """
     numbers = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
     longer = cu_seqlens + count * numbers
-    bounds = known_bounds(cu_seqlens)
-    if bounds is not None:
-        remember_bounds(longer, [bound + count * number for number, bound in enumerate(bounds)])
+    longer_cpu = None
+    if cu_seqlens_cpu is not None:
+        longer_cpu = [bound + count * number for number, bound in enumerate(cu_seqlens_cpu)]
     patches = torch.arange(num_patches, device=cu_seqlens.device)
     patches = patches + count * (segment_ids(cu_seqlens, num_patches) + 1)
     prefix = longer[:-1, None].long() + torch.arange(count, device=cu_seqlens.device)
-    return PrefixPlaces(patches, prefix, longer)
+    return PrefixPlaces(patches, prefix, longer, longer_cpu)
 
 
 class PrefixTokens(nn.Module):

@@ -3,6 +3,7 @@
 Shapes: L patches of all images, n images, D width, H heads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from .ops_activations import get_activation
 from .ops_attention import packed_attention
 from .ops_linear import Linear
-from .packed_index import remember_bounds
 
 
 class MaskedAttentionPooling(nn.Module):
@@ -38,13 +38,20 @@ class MaskedAttentionPooling(nn.Module):
         self.act_fn = get_activation(config.hidden_act)
         self.fc2 = Linear(config.intermediate_size, width)
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cu_seqlens_cpu: Sequence[int] | None = None,
+    ) -> Tensor:
         """Pool each segment.
 
         Args:
             hidden_states: `(L, D)` patches of all images.
             cu_seqlens: `(n + 1,)` int32 cumulative patch counts of the images.
-            max_seqlen: Longest segment.
+            max_seqlen: Longest segment, or a bound on it.
+            cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
 
         Returns:
             `(n, D)`, one vector for each image.
@@ -54,9 +61,17 @@ class MaskedAttentionPooling(nn.Module):
         key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         one_each = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
-        if not torch.compiler.is_compiling():
-            remember_bounds(one_each, range(images + 1))
-        pooled = packed_attention(query, key, value, one_each, cu_seqlens, max_seqlen_q=1, max_seqlen_k=max_seqlen)
+        pooled = packed_attention(
+            query,
+            key,
+            value,
+            one_each,
+            cu_seqlens,
+            max_seqlen_q=1,
+            max_seqlen_k=max_seqlen,
+            cu_seqlens_q_cpu=range(images + 1),
+            cu_seqlens_k_cpu=cu_seqlens_cpu,
+        )
         pooled = self.o_proj(pooled.flatten(-2))
         return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))
 

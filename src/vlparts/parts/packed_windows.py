@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .packed_bins import positive_integer
+from .utils import positive_integer
 
 
 class Windows(NamedTuple):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import GenerationMixin
 
-from .packed_bins import positive_integer
+from .utils import positive_integer
 
 AXES = 3
 _TEXT, _IMAGE, _VIDEO = 0, 1, 2
@@ -292,3 +293,23 @@ __all__ = [
     "multimodal_rotary",
     "rotary_axes",
 ]
+
+
+class MultiAxisGenerationMixin(GenerationMixin):
+    """transformers' `generate` for `position_ids` that may have axes: `(B, S)`, `(3, B, S)` or `(4, B, S)`."""
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        # Older transformers repeat the first dimension, which here may be the axes.
+        position_ids = model_kwargs.pop("position_ids", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if position_ids is not None:
+            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
+        return input_ids, model_kwargs

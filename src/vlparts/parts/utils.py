@@ -1,12 +1,13 @@
-"""Further Auto classes of a checkpoint, beside the one that transformers writes.
+"""Small things that many parts share: presets, Auto classes, the ignore index, a check."""
 
-Named configurations, which every part's configuration offers in the same way.
-"""
-
+import operator
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
 from transformers.modeling_utils import PreTrainedModel
+
+IGNORE_INDEX = -100
+"""Label of a token or an image that no loss counts, as in PyTorch and transformers."""
 
 
 def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -> None:
@@ -54,3 +55,22 @@ class NamedPresets:
         if name not in cls.named_presets:
             raise ValueError(f"`name` must be one of {', '.join(cls.named_presets)}, got {name!r}.")
         return cls(**{**deepcopy(cls.named_presets[name]), **changes})
+
+
+def positive_integer(value: object, name: str) -> int:
+    """Return `value` as a Python int.
+
+    Args:
+        value: Any integer type; not a bool.
+        name: Name of the argument in an error message.
+
+    Raises:
+        ValueError: If it is not an integer of at least 1.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    return number

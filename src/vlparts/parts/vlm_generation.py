@@ -6,8 +6,8 @@ Shapes: B samples, S tokens of a sample.
 from typing import Any
 
 from torch import Tensor
-from transformers.generation import GenerationMixin
 
+from .rope_multimodal import MultiAxisGenerationMixin
 from .vlm_positions import has_multimodal_rotary
 
 _ENCODED_ONCE = (
@@ -21,7 +21,7 @@ _ENCODED_ONCE = (
 )
 
 
-class VisionLanguageGenerationMixin(GenerationMixin):
+class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
     """transformers' `generate` for a model whose `model` is a [`VisionLanguageModel`]."""
 
     def prepare_inputs_for_generation(
@@ -71,11 +71,4 @@ class VisionLanguageGenerationMixin(GenerationMixin):
             raise ValueError(
                 "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
             )
-        # The samples of positions with axes are the second dimension, which older transformers do not know.
-        position_ids = model_kwargs.pop("position_ids", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if position_ids is not None:
-            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
-        return input_ids, model_kwargs
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -14,7 +14,7 @@ from ..composition import compose, compose_processor
 from ..coordinates.codec import encode
 from ..coordinates.regions import Region
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from ..parts.part_table import config_from_dict
+from ..parts.part_configs import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
 from .config import TrainConfig
 from .presets import config_from_preset, preset_names

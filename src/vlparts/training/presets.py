@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..parts.part_table import OWN_PARTS, config_from_dict
+from ..parts.part_configs import PART_CONFIGS, config_from_dict
 
 _NATIVE_TEXTS: dict[str, dict[str, Any]] = {
     "qwen3:tiny": {
@@ -28,7 +28,7 @@ def preset_names(argument: str) -> list[str]:
         argument: "vision" or "text".
     """
     names = list(_NATIVE_TEXTS) if argument == "text" else []
-    for model_type, (config, _) in OWN_PARTS.items():
+    for model_type, config in PART_CONFIGS.items():
         is_vision = getattr(config, "base_config_key", "") == "vision_config"
         if is_vision == (argument == "vision"):
             names += [f"{model_type.removeprefix('vlparts_')}:{name}" for name in config.presets()]
@@ -51,4 +51,4 @@ def config_from_preset(name: str, fields: dict[str, Any], argument: str) -> PreT
     if name in _NATIVE_TEXTS:
         return config_from_dict({**_NATIVE_TEXTS[name], **fields}, argument)
     part, _, preset = name.partition(":")
-    return OWN_PARTS[f"vlparts_{part}"][0].from_preset(preset, **fields)
+    return PART_CONFIGS[f"vlparts_{part}"].from_preset(preset, **fields)

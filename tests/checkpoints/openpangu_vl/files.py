@@ -1,13 +1,12 @@
-"""Folders of openPangu-VL, written with safetensors by hand: names, shapes and fields as they are published."""
+"""Folders of openPangu-VL with the published names, shapes and fields."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.checkpoints import files
+from tests.checkpoints.files import decoder_layer_shapes, draw, layer_shapes
 
 TINY: dict[str, Any] = {
     "architectures": ["OpenPanguVLForConditionalGeneration"],
@@ -112,16 +111,10 @@ NESTED = {"visual.": "model.visual.", "model.": "model.language_model."}
 
 
 def changed(config: dict[str, Any] = TINY, vision: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    """A config.json with some fields changed; None takes a field away."""
+    """A config.json with some fields changed; None removes a field."""
     config = {**config, **fields, "vision_config": {**config["vision_config"], **(vision or {})}}
     config["vision_config"] = {name: value for name, value in config["vision_config"].items() if value is not None}
     return {name: value for name, value in config.items() if value is not None}
-
-
-def layer_shapes(prefix: str, out_features: int, in_features: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
-    """A linear layer's tensors."""
-    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.weight": (out_features, in_features)}
-    return shapes | {f"{prefix}.bias": (out_features,)} if bias else shapes
 
 
 def encoder_shapes(config: dict[str, Any], split: bool = False) -> dict[str, tuple[int, ...]]:
@@ -162,37 +155,23 @@ def merger_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def text_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The text model's tensors, head included."""
     width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
-        shapes |= {f"{layer}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
-        for name, size in (("q_proj", width), ("k_proj", keys), ("v_proj", keys), ("o_proj", width)):
-            shapes |= layer_shapes(f"{layer}.self_attn.{name}", size, width)
+        shapes |= decoder_layer_shapes(config, layer)
         shapes |= layer_shapes(f"{layer}.mlp.gate_proj", inner, width, bias=False)
         shapes |= layer_shapes(f"{layer}.mlp.up_proj", inner, width, bias=False)
         shapes |= layer_shapes(f"{layer}.mlp.down_proj", width, inner, bias=False)
     return shapes | {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
 
 
-def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """bfloat16 weights such that every layer's output is of order one."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        scaled = 0.5 * noise if len(shape) == 1 else noise * torch.Size(shape[1:]).numel() ** -0.5
-        tensors[name] = (scaled + (1.0 if len(shape) == 1 else 0.0)).bfloat16()
-    return tensors
-
-
 def all_tensors(config: dict[str, Any] = TINY, split: bool = False) -> dict[str, Tensor]:
-    """Weights for a whole model."""
+    """Weights of a composed model."""
     return draw({**encoder_shapes(config, split), **merger_shapes(config), **text_shapes(config)})
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with the beginnings that transformers gives to the names."""
+    """The same tensors with the prefixes that transformers writes."""
     renamed = {}
     for name, tensor in tensors.items():
         prefix = next((flat for flat in NESTED if name.startswith(flat)), "")
@@ -200,40 +179,6 @@ def nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = TINY, shards: int = 4) -> Path:
-    """Write a checkpoint. Neighbours lie in different files, so that parts of one tensor of ours do too."""
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", config)
-    files = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
-    places = {name: files[index % shards] for index, name in enumerate(tensors)}
-    for file in files:
-        part = {name: tensor for name, tensor in tensors.items() if places[name] == file}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
-    return folder
-
-
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder; the index must name each in its file."""
-    index = folder / "model.safetensors.index.json"
-    tensors, places = {}, {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                tensors[name], places[name] = opened.get_tensor(name), path.name
-    if index.is_file():
-        assert json.loads(index.read_text(encoding="utf-8"))["weight_map"] == places
-    return tensors
-
-
-def assert_same_bytes(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Equal names, types, shapes and bits."""
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype, name
-        assert tensor.shape == right[name].shape, name
-        assert torch.equal(tensor.contiguous().view(torch.uint8), right[name].contiguous().view(torch.uint8)), name
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = TINY) -> Path:
+    """Write a checkpoint of four files."""
+    return files.write_folder(folder, tensors, config)

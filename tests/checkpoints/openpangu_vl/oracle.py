@@ -61,7 +61,7 @@ class VisualStack:
         return self.linear("vision_projection.fc1", silu(merged))
 
     def embed(self, patch: Tensor) -> Tensor:
-        """One patch `(C*P*P,)`; its frame stands for both frames of the weights."""
+        """One patch `(C*P*P,)`; its frame is used for both frames of the weights."""
         weight = self.tensors["patch_embed.proj.weight"]
         planes = patch.reshape(weight.shape[1], *weight.shape[3:])
         return sum((weight[:, :, time] * planes).sum((1, 2, 3)) for time in range(weight.shape[2]))

@@ -1,4 +1,4 @@
-"""openPangu-VL's processor from its files, and the whole of it at work."""
+"""openPangu-VL's processor from its files, alone and with the model."""
 
 import json
 import logging
@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.checkpoints.openpangu_vl.files import PREPROCESSOR, all_tensors, changed, write_folder, write_json
+from tests.checkpoints.files import write_json
+from tests.checkpoints.openpangu_vl.files import PREPROCESSOR, all_tensors, changed, write_folder
 from tests.tiny import picture, tokenizer
 from vlparts import WindowFreeViTConfig, WindowFreeViTImageProcessor, WindowFreeViTModel
 from vlparts.checkpoints.openpangu_vl import model_from_openpangu_vl, processor_from_openpangu_vl, to_openpangu_vl
@@ -43,7 +44,7 @@ def with_ids(known: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A whole checkpoint with a tokenizer that needs no code."""
+    """A checkpoint with a tokenizer that needs no code."""
     known = pangu_tokenizer()
     config = with_ids(known)
     write_folder(tmp_path / "in", all_tensors(config), config)
@@ -67,7 +68,7 @@ def test_images_videos_and_turns(folder: Path) -> None:
     assert (tokens.count(processor.image_token_id), tokens.count(processor.video_token_id)) == (24, 16)
 
 
-def test_model_answers(folder: Path) -> None:
+def test_model_answers_from_the_image(folder: Path) -> None:
     model, processor = model_from_openpangu_vl(folder, dtype=torch.float32), processor_from_openpangu_vl(folder)
     text = "<s>[unused9]用户：[unused18][unused19][unused20]Where?[unused10][unused9]助手："
     inputs = processor(text=text, images=[picture(48, 32)], return_tensors="pt")
@@ -110,14 +111,14 @@ def test_fields_of_the_image_processor(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_fields_may_stand_in_processor_config(folder: Path, nested: bool) -> None:
+def test_fields_in_processor_config(folder: Path, nested: bool) -> None:
     before = processor_from_openpangu_vl(folder).image_processor.to_dict()
     (folder / "preprocessor_config.json").unlink()
     write_json(folder / "processor_config.json", {"image_processor": PREPROCESSOR} if nested else PREPROCESSOR)
     assert processor_from_openpangu_vl(folder).image_processor.to_dict() == before
 
 
-def test_what_is_left_out_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_fields_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vlparts.checkpoints"):
         processor_from_openpangu_vl(folder)
     assert not caplog.records
@@ -125,12 +126,11 @@ def test_what_is_left_out_is_logged(folder: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, logger="vlparts.checkpoints"):
         processor_from_openpangu_vl(folder)
     assert [record.getMessage() for record in caplog.records] == [
-        "Left out, since the image processor has no such options: sharpen."
+        "Ignored, since the image processor has no such options: sharpen."
     ]
 
 
-def test_written_folder_has_what_the_encoder_knows(tmp_path: Path) -> None:
-    """And the published sizes for the rest."""
+def test_written_folder_has_the_encoder_fields_and_default_sizes(tmp_path: Path) -> None:
     encoder = WindowFreeViTModel(WindowFreeViTConfig.from_preset("hybrid_tiny", image_mean=[0.5, 0.25, 0.0]))
     to_openpangu_vl(encoder, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def test_written_folder_has_what_the_encoder_knows(tmp_path: Path) -> None:
     }
 
 
-def test_code_of_a_tokenizer_runs_where_it_is_trusted(folder: Path) -> None:
+def test_tokenizer_code_runs_only_if_trusted(folder: Path) -> None:
     (folder / "tokenization_openpangu.py").write_text(CODE, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -159,10 +159,10 @@ def test_code_of_a_tokenizer_runs_where_it_is_trusted(folder: Path) -> None:
     assert processor_from_openpangu_vl(folder, trust_remote_code=True).tokenizer.is_custom
 
 
-def test_folders_that_lack_something(folder: Path) -> None:
+def test_missing_and_invalid_fields(folder: Path) -> None:
     path = folder / "preprocessor_config.json"
     write_json(path, {name: value for name, value in PREPROCESSOR.items() if name not in ("max_pixels", "merge_size")})
-    with pytest.raises(ValueError, match="`folder` must say max_pixels, merge_size for its image processor"):
+    with pytest.raises(ValueError, match="`folder` must have max_pixels, merge_size for its image processor"):
         processor_from_openpangu_vl(folder)
     write_json(path, {**PREPROCESSOR, "image_std": [1.0]})
     with pytest.raises(ValueError, match="`image_std`"):

@@ -1,11 +1,11 @@
-"""Folders of Pangu Pro MoE, written by hand: names, shapes and fields as public inference code reads them."""
+"""Folders of Pangu Pro MoE with the names, shapes and fields that public inference code reads."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.checkpoints.openpangu_vl.files import draw, layer_shapes
+from tests.checkpoints.files import decoder_layer_shapes, draw
 
 TINY: dict[str, Any] = {
     "architectures": ["PanguProMoEForCausalLM"],
@@ -49,7 +49,7 @@ GENERATION = {"bos_token_id": 1, "eos_token_id": [7], "do_sample": True, "temper
 
 
 def changed(**fields: Any) -> dict[str, Any]:
-    """The small config.json with some fields changed; None takes a field away."""
+    """The small config.json with some fields changed; None removes a field."""
     return {name: value for name, value in {**TINY, **fields}.items() if value is not None}
 
 
@@ -65,13 +65,10 @@ def mlp_shapes(prefix: str, width: int, inner: int) -> dict[str, tuple[int, ...]
 def all_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model."""
     width, words = config["hidden_size"], config["vocab_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
-        shapes |= {f"{layer}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
-        for name, size in (("q_proj", width), ("k_proj", keys), ("v_proj", keys), ("o_proj", width)):
-            shapes |= layer_shapes(f"{layer}.self_attn.{name}", size, width)
+        shapes |= decoder_layer_shapes(config, layer)
         if index in config["mlp_only_layers"]:
             shapes |= mlp_shapes(f"{layer}.mlp", width, config["intermediate_size"])
             continue
@@ -86,7 +83,7 @@ def all_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def all_tensors(config: dict[str, Any] = TINY) -> dict[str, Tensor]:
-    """bfloat16 weights for a whole model, among them numbers whose bits a conversion would change."""
+    """bfloat16 weights of a model, with values whose bits a dtype conversion would change."""
     tensors = draw(all_shapes(config))
     bits = tensors["model.layers.0.mlp.experts.5.up_proj.weight"].view(torch.int16)
     bits[3, :3] = torch.tensor([0x7FA1, -0x8000, 1], dtype=torch.int16)  # a NaN with a payload, -0, the smallest

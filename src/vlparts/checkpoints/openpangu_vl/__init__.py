@@ -1,6 +1,6 @@
 """Read and write published openPangu-VL folders."""
 
-from .reading import (
+from .conversion import (
     encoder_from_openpangu_vl,
     model_from_openpangu_vl,
     processor_from_openpangu_vl,

@@ -1,4 +1,4 @@
-"""The preprocessor_config.json of openPangu-VL as our image processor, and back."""
+"""The preprocessor_config.json of openPangu-VL to our image processor and back."""
 
 import logging
 from pathlib import Path
@@ -8,11 +8,12 @@ from ...parts.chat_templates import OPENPANGU_VISION_TOKENS
 from ...parts.configuration_windowfree import WindowFreeViTConfig
 from ...parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from ...parts.image_transforms import get_area_limits
-from .._safetensors import read_json
+from .._folder import read_json
 
 logger = logging.getLogger(__name__)
 
-FILES = ("preprocessor_config.json", "processor_config.json")
+_FILES = ("preprocessor_config.json", "processor_config.json")
+# Published name: our name.
 _FIELDS = {
     "patch_size": "patch_size",
     "merge_size": "merge_size",
@@ -26,9 +27,9 @@ _FIELDS = {
 }
 _AREAS = ("min_pixels", "max_pixels")
 _OPTIONAL_FIELDS = ("do_resize", "do_convert_rgb", "resample")
-# Class names; "temporal_patch_size", which the published code sets to 1 whatever the file says; and what its model
-# does in its place, as ours does.
-_WITHOUT_EFFECT = {
+# Class names, "temporal_patch_size", which the published code always sets to 1, and what its model computes instead of
+# the processor, as ours does.
+_IGNORED = {
     "auto_map",
     "image_processor_type",
     "video_processor_type",
@@ -41,12 +42,12 @@ _WITHOUT_EFFECT = {
 
 
 def read_processor(folder: Path) -> dict[str, Any] | None:
-    """The fields of a folder's image processor; None if there is no file with them.
+    """Read the fields of a folder's image processor; None if there is no file with them.
 
     Raises:
         ValueError: If the file is malformed.
     """
-    for name in FILES:
+    for name in _FILES:
         if (folder / name).is_file():
             fields = read_json(folder / name)
             return fields.get("image_processor", fields)
@@ -54,36 +55,36 @@ def read_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def read_statistics(folder: Path) -> dict[str, Any]:
-    """The mean and standard deviation of a folder's images, as far as its files say them."""
+    """Read the image mean and standard deviation of a folder, without those that its files do not have."""
     fields = read_processor(folder) or {}
     return {name: fields[name] for name in ("image_mean", "image_std") if fields.get(name) is not None}
 
 
 def get_image_processor(folder: Path) -> WindowFreeViTImageProcessor:
-    """Build the image processor that a folder describes. What has no counterpart is logged as a warning.
+    """Build the image processor that a folder describes. Fields without counterpart are logged as a warning.
 
     Raises:
-        ValueError: If there is no file, or if a field is missing or wrong.
+        ValueError: If there is no file, or if a field is missing or invalid.
     """
     fields = read_processor(folder)
     if fields is None:
-        raise ValueError(f"`folder` must have one of {', '.join(FILES)}, got {str(folder)!r}.")
-    lacking = [name for name in (*_AREAS, *_FIELDS) if fields.get(name) is None]
-    if lacking:
-        raise ValueError(f"`folder` must say {', '.join(lacking)} for its image processor, got none.")
-    known = {*_AREAS, *_FIELDS, *_OPTIONAL_FIELDS, *_WITHOUT_EFFECT}
+        raise ValueError(f"`folder` must have one of {', '.join(_FILES)}, got {str(folder)!r}.")
+    missing = [name for name in (*_AREAS, *_FIELDS) if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"`folder` must have {', '.join(missing)} for its image processor, got none.")
+    known = {*_AREAS, *_FIELDS, *_OPTIONAL_FIELDS, *_IGNORED}
     others = sorted(name for name in fields.keys() - known if fields[name] is not None)
     if others:
-        logger.warning("Left out, since the image processor has no such options: %s.", ", ".join(others))
+        logger.warning("Ignored, since the image processor has no such options: %s.", ", ".join(others))
     return WindowFreeViTImageProcessor(
-        **{ours: fields[theirs] for theirs, ours in _FIELDS.items()},
+        **{ours: fields[published] for published, ours in _FIELDS.items()},
         **{name: fields[name] for name in _OPTIONAL_FIELDS if fields.get(name) is not None},
         size={"shortest_edge": fields["min_pixels"], "longest_edge": fields["max_pixels"]},
     )
 
 
 def published_processor(vision: WindowFreeViTConfig) -> dict[str, Any]:
-    """The fields of preprocessor_config.json for an encoder, with the published sizes of images and videos."""
+    """The fields of preprocessor_config.json for an encoder, with the default sizes of images and videos."""
     processor = WindowFreeViTImageProcessor(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
@@ -96,20 +97,20 @@ def published_processor(vision: WindowFreeViTConfig) -> dict[str, Any]:
         "processor_class": "OpenPanguVLProcessor",
         **dict(zip(_AREAS, areas, strict=True)),
         "temporal_patch_size": vision.temporal_patch_size,
-        **{theirs: getattr(processor, ours) for theirs, ours in _FIELDS.items()},
+        **{published: getattr(processor, ours) for published, ours in _FIELDS.items()},
     }
 
 
 def check_token_ids(tokenizer: Any, config: dict[str, Any]) -> None:
-    """Compare the ids of a tokenizer's placeholders with those in config.json.
+    """Compare the ids of a tokenizer's vision tokens with those in config.json.
 
     Raises:
         ValueError: If they differ.
     """
     for name, token in OPENPANGU_VISION_TOKENS.items():
-        wanted, given = config.get(f"{name}_id"), tokenizer.convert_tokens_to_ids(token)
-        if wanted is not None and given != wanted:
+        expected, found = config.get(f"{name}_id"), tokenizer.convert_tokens_to_ids(token)
+        if expected is not None and found != expected:
             raise ValueError(
-                f"`folder` must have a tokenizer with the ids of its config.json: {name}_id is {wanted}, but {token} "
-                f"is {given}."
+                f"`folder` must have a tokenizer with the ids of its config.json: {name}_id is {expected}, but "
+                f"{token} is {found}."
             )

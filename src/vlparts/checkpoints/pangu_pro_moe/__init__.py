@@ -1,5 +1,5 @@
 """Read and write published Pangu Pro MoE folders."""
 
-from .reading import model_from_pangu_pro_moe, to_pangu_pro_moe
+from .conversion import model_from_pangu_pro_moe, to_pangu_pro_moe
 
 __all__ = ["model_from_pangu_pro_moe", "to_pangu_pro_moe"]

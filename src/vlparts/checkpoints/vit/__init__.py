@@ -1,5 +1,5 @@
 """Start a NaViT from the weights of another vision transformer."""
 
-from .reading import from_vit
+from .conversion import from_vit
 
 __all__ = ["from_vit"]

@@ -1,4 +1,4 @@
-"""The recipe for the vision tower of transformers' Siglip2 (NaFlex)."""
+"""Conversion of the vision tower of transformers' Siglip2 (NaFlex)."""
 
 import math
 from collections.abc import Iterator
@@ -8,31 +8,31 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Siglip2ForImageClassification, Siglip2Model, Siglip2VisionModel
 
-from ..conversion import (
-    Recipe,
+from .rules import (
+    Conversion,
     Rule,
-    affine,
     from_channels_last,
     label_fields,
     native_fields,
     pooling_fields,
     refuse_if,
     square_patch_size,
+    weight_and_bias,
 )
 
 SOURCES = (Siglip2VisionModel, Siglip2Model, Siglip2ForImageClassification)
 
 
-def read_siglip2(source: Any, pooling: str | None = None) -> Recipe:
-    """Read what a Siglip2 vision tower is made of.
+def read_siglip2(source: Any, pooling: str | None = None) -> Conversion:
+    """Determine how a Siglip2 vision tower is converted.
 
     Args:
-        source: The tower, the dual encoder (whose text tower is left out), or the classifier.
-        pooling: The pooling that is wanted; None for the head of the tower ("none" if it has none), and for the
-            mean over patches where the source is a classifier.
+        source: The vision tower, the dual encoder (whose text tower is left out), or the classifier.
+        pooling: The requested pooling; None for the head of the tower ("none" if it has none), or for the mean over
+            patches if the source is a classifier.
 
     Raises:
-        ValueError: If the model uses what NaViT does not have; the message names the option.
+        ValueError: If the model uses an option that NaViT does not have; names it.
     """
     tower, root = (source, "") if isinstance(source, Siglip2VisionModel) else (source.vision_model, "vision_model.")
     config = tower.config
@@ -48,10 +48,10 @@ def read_siglip2(source: Any, pooling: str | None = None) -> Recipe:
     else:
         left_out.append(f"{root}head.")
     if is_classifier and isinstance(source.classifier, nn.Linear):
-        rules |= affine("classifier", "classifier")
+        rules |= weight_and_bias("classifier", "classifier")
         fields |= label_fields(source.config)
     dropped = ["attention_dropout"] if config.attention_dropout else []
-    return Recipe(fields, rules, (side, side), "num_patches", tuple(left_out), dropped)
+    return Conversion(fields, rules, (side, side), "num_patches", tuple(left_out), dropped)
 
 
 def _rules(root: str, config: Any, side: int) -> Iterator[tuple[str, Rule]]:
@@ -65,15 +65,15 @@ def _rules(root: str, config: Any, side: int) -> Iterator[tuple[str, Rule]]:
     yield "embeddings.patch_embedding.bias", Rule((f"{patches}.bias",))
     yield "embeddings.position_embedding.table", Rule((f"{root}embeddings.position_embedding.weight",), table)
     for index in range(config.num_hidden_layers):
-        here, there = f"layers.{index}", f"{root}encoder.layers.{index}"
-        parts = tuple(f"{there}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
-        yield from affine(f"{here}.norm1", f"{there}.layer_norm1")
-        yield from affine(f"{here}.self_attn.qkv", *parts)
-        yield from affine(f"{here}.self_attn.o_proj", f"{there}.self_attn.out_proj")
-        yield from affine(f"{here}.norm2", f"{there}.layer_norm2")
-        yield from affine(f"{here}.mlp.fc1", f"{there}.mlp.fc1")
-        yield from affine(f"{here}.mlp.fc2", f"{there}.mlp.fc2")
-    yield from affine("norm", f"{root}post_layernorm")
+        target, source = f"layers.{index}", f"{root}encoder.layers.{index}"
+        parts = tuple(f"{source}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+        yield from weight_and_bias(f"{target}.norm1", f"{source}.layer_norm1")
+        yield from weight_and_bias(f"{target}.self_attn.qkv", *parts)
+        yield from weight_and_bias(f"{target}.self_attn.o_proj", f"{source}.self_attn.out_proj")
+        yield from weight_and_bias(f"{target}.norm2", f"{source}.layer_norm2")
+        yield from weight_and_bias(f"{target}.mlp.fc1", f"{source}.mlp.fc1")
+        yield from weight_and_bias(f"{target}.mlp.fc2", f"{source}.mlp.fc2")
+    yield from weight_and_bias("norm", f"{root}post_layernorm")
 
 
 def _head_rules(head: str) -> Iterator[tuple[str, Rule]]:
@@ -87,7 +87,7 @@ def _head_rules(head: str) -> Iterator[tuple[str, Rule]]:
     for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
         yield f"pooling.{name}.weight", Rule((f"{head}.attention.in_proj_weight",), partial(third, index))
         yield f"pooling.{name}.bias", Rule((f"{head}.attention.in_proj_bias",), partial(third, index))
-    yield from affine("pooling.o_proj", f"{head}.attention.out_proj")
-    yield from affine("pooling.norm", f"{head}.layernorm")
-    yield from affine("pooling.fc1", f"{head}.mlp.fc1")
-    yield from affine("pooling.fc2", f"{head}.mlp.fc2")
+    yield from weight_and_bias("pooling.o_proj", f"{head}.attention.out_proj")
+    yield from weight_and_bias("pooling.norm", f"{head}.layernorm")
+    yield from weight_and_bias("pooling.fc1", f"{head}.mlp.fc1")
+    yield from weight_and_bias("pooling.fc2", f"{head}.mlp.fc2")

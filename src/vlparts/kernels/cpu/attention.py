@@ -5,14 +5,13 @@ and keys, `Dv` of values. `cu_seqlens_q` and `cu_seqlens_k` cut both into equall
 """
 
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...parts.ops_attention_reference import attend, join_segments, segment_lengths, split_heads_first
+from ...parts.ops_attention_reference import SegmentRun, attend, segment_lengths, segment_runs, zeros_like_output
 from .attention_blocks import attend_in_blocks, blocks_apply, with_mean
 
 # Segments up to this length are copied next to others of equal length and computed as one batch. Copied, eight
@@ -30,14 +29,6 @@ BFLOAT16_TRAINING_UP_TO = 512
 SCORES_AT_A_TIME = 2**21
 
 
-class _Run(NamedTuple):
-    """Neighbouring segments of equal lengths."""
-
-    segments: int
-    length_q: int
-    length_k: int
-
-
 def packed_attention_cpu(
     query: Tensor,
     key: Tensor,
@@ -48,29 +39,30 @@ def packed_attention_cpu(
     max_seqlen_k: int,
     scale: float | None = None,
     causal: bool = False,
+    cu_seqlens_q_cpu: Sequence[int] | None = None,
+    cu_seqlens_k_cpu: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention inside each segment on CPU.
 
     Neighbours of equal length need no copy. Others of equal length are brought together while they are short
     (`BATCH_UP_TO`). Arguments and result are those of `packed_attention_reference`.
     """
-    lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
-    lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k")
-    pairs = groupby(zip(lengths_q, lengths_k, strict=True))
-    runs = [_Run(len(list(same)), *pair) for pair, same in pairs]
-    queries = split_heads_first(query, [run.segments * run.length_q for run in runs])
-    keys = split_heads_first(key, [run.segments * run.length_k for run in runs])
-    values = split_heads_first(value, [run.segments * run.length_k for run in runs])
+    lengths_q = segment_lengths(cu_seqlens_q, query.shape[0], "cu_seqlens_q", cu_seqlens_q_cpu)
+    lengths_k = segment_lengths(cu_seqlens_k, key.shape[0], "cu_seqlens_k", cu_seqlens_k_cpu)
+    runs = segment_runs(lengths_q, lengths_k)
+    queries = _split_heads_first(query, [run.segments * run.length_q for run in runs])
+    keys = _split_heads_first(key, [run.segments * run.length_k for run in runs])
+    values = _split_heads_first(value, [run.segments * run.length_k for run in runs])
     outputs: dict[int, Tensor] = {}
     for members in _buckets(runs):
         counts = [runs[i].segments for i in members]
         q, k, v = (_batch([parts[i] for i in members], sum(counts)) for parts in (queries, keys, values))
         output = _attend(q, k, v, scale, causal)
         outputs.update(zip(members, output.split(counts) if len(counts) > 1 else (output,), strict=True))
-    return join_segments([outputs[i] for i in range(len(runs))], query, value)
+    return _join_segments([outputs[i] for i in range(len(runs))], query, value)
 
 
-def _buckets(runs: Sequence[_Run]) -> list[list[int]]:
+def _buckets(runs: Sequence[SegmentRun]) -> list[list[int]]:
     """Indices of the runs that are computed together."""
     buckets: dict[tuple[int, ...], list[int]] = {}
     for index, (_, length_q, length_k) in enumerate(runs):
@@ -83,6 +75,22 @@ def _batch(parts: list[Tensor], count: int) -> Tensor:
     """Runs `(1, H, segments * length, D)` of one length as `(count, H, length, D)`."""
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return joined if count == 1 else joined[0].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _split_heads_first(tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Views `(1, H, length, D)` of the segments of `(L, H, D)`, which is how SDPA wants them."""
+    return tokens.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
+
+
+def _join_segments(outputs: list[Tensor], query: Tensor, value: Tensor) -> Tensor:
+    """Put outputs `(B, H, length, Dv)`, one after the other, into `(L, H, Dv)`."""
+    if not outputs:
+        return zeros_like_output(query, value)
+    rows = [
+        output.transpose(1, 2) if len(output) == 1 else output.transpose(1, 2).flatten(0, 1)[None]
+        for output in outputs
+    ]
+    return rows[0][0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)[0]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:

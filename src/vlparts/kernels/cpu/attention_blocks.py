@@ -9,6 +9,10 @@ Shapes: `B` equal segments, `H` query heads, `Hkv` key heads, `Lq` queries and `
 queries and keys, `Dv` of values.
 """
 
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear import is_plain, onednn_is_faster, product
-from .threads import run_side_by_side
 
 # Types and lengths that are computed here: shorter segments do not pay for the many calls.
 TYPES = (torch.float32, torch.bfloat16)
@@ -204,3 +207,68 @@ def _turned_times(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype == torch.float32:
         return product(right.t(), left.t()).t()
     return left.t() @ right
+
+
+# Heads side by side, each on one thread. PyTorch divides every operation among its threads, which wait for each other
+# after it; for many short operations that costs more than it gains, most where other programs hold a core. Here each
+# thread computes heads of its own, and they wait once.
+_pools: dict[int, ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+
+
+def run_side_by_side(work: Callable[[int], None], pieces: int) -> None:
+    """Call `work(0)`, `work(1)`, ... `work(pieces - 1)` on as many threads as PyTorch uses, in any order.
+
+    Inside a piece PyTorch runs one thread, and no gradients are recorded.
+
+    Args:
+        work: A piece of work; pieces must not write to the same memory.
+        pieces: How many there are.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or pieces == 1:
+        with torch.no_grad():
+            for piece in range(pieces):
+                work(piece)
+        return
+    is_inference = torch.is_inference_mode_enabled()
+
+    def in_thread(piece: int) -> None:
+        with torch.inference_mode(is_inference), torch.no_grad():  # these belong to a thread
+            work(piece)
+
+    for _ in _pool(threads).map(in_thread, range(pieces)):
+        pass
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            _pools[threads] = _new_pool(threads)
+        return _pools[threads]
+
+
+def _new_pool(threads: int) -> ThreadPoolExecutor:
+    """A pool in whose threads PyTorch runs one thread each."""
+    pool, all_set = ThreadPoolExecutor(threads, "vlparts"), threading.Barrier(threads)
+
+    def set_one_thread() -> None:
+        torch.get_num_threads()  # The first question in a thread sets its number to everybody's.
+        torch.set_num_threads(1)
+        all_set.wait()
+
+    for started in [pool.submit(set_one_thread) for _ in range(threads)]:
+        started.result()
+    torch.set_num_threads(threads)  # It is also what new threads begin with.
+    return pool
+
+
+def _forget_pools() -> None:
+    """A forked process has none of its parent's threads."""
+    global _lock
+    _pools.clear()
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)

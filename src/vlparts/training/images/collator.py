@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...parts.packed_bins import positive_integer
 from ...parts.packed_index import get_patch_layout
+from ...parts.utils import positive_integer
 from .packing import IGNORE_LABEL, PatchedImage
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers.image_utils import ChannelDimension, SizeDict
 
 from ...parts.image_processing_navit import NaViTImageProcessor
-from ...parts.packed_bins import positive_integer
+from ...parts.utils import positive_integer
 from .plan import ImagePlan
 from .token_drop import draw_kept
 

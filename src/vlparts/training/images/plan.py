@@ -8,7 +8,7 @@ import numpy as np
 
 from ...parts.image_processing_navit import NaViTImageProcessor
 from ...parts.image_transforms import fit_to_grid
-from ...parts.packed_bins import positive_integer
+from ...parts.utils import positive_integer
 from .resolution import seeded_generator
 from .token_drop import DropPolicy, kept_count
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ...parts.packed_bins import FirstFitPacker, positive_integer
+from ...parts.packed_bins import FirstFitPacker
+from ...parts.utils import positive_integer
 from .balance import balanced_steps, divided, encoder_work
 from .plan import ImagePlan, ImagePlanner, checked_sizes
 from .resolution import seeded_generator

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...parts.packed_bins import positive_integer
+from ...parts.utils import positive_integer
 
 
 class DropPolicy(Protocol):

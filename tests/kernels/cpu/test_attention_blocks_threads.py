@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from vlparts.kernels.cpu import threads as cpu_threads
-from vlparts.kernels.cpu.threads import run_side_by_side
+from vlparts.kernels.cpu import attention_blocks as cpu_threads
+from vlparts.kernels.cpu.attention_blocks import run_side_by_side
 
 
 @pytest.fixture(params=[1, 2, 3])

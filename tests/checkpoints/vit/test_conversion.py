@@ -1,4 +1,4 @@
-"""What `from_vit` refuses, and what it says about what it leaves out."""
+"""Errors and warnings of `from_vit`."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def test_other_sources_are_refused(source: object) -> None:
         ({"dtype": torch.float64}, "`changes` must be fields of NaViTConfig, got 'dtype'"),
     ],
 )
-def test_changes_that_the_weights_do_not_allow(changes: dict[str, Any], message: str) -> None:
+def test_changes_that_the_weights_fix(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_vit(vit(), **changes)
 
@@ -74,12 +74,12 @@ def test_options_without_counterpart_are_named() -> None:
         from_vit(siglip2(num_patches=15))
 
 
-def test_tables_that_are_not_square_need_a_size() -> None:
+def test_tables_that_are_not_square_need_max_grid_size() -> None:
     with pytest.raises(ValueError, match="`max_grid_size` must be given.*`image_size` makes 4 x 6 patches"):
         from_vit(vit(image_size=(16, 24)))
 
 
-def test_class_token_is_not_invented() -> None:
+def test_class_token_pooling_needs_a_class_token() -> None:
     with pytest.raises(ValueError, match="`pooling` must not be 'class_token'"):
         from_vit(siglip2(), pooling="class_token")
 
@@ -114,9 +114,9 @@ def test_names_that_are_no_folder(source: str) -> None:
     ("config", "message"),
     [
         ({"architecture": "naflexvit_base_patch16_siglip"}, "naflexvit_base_patch16_siglip.*timm.create_model"),
-        ({"model_type": "clip_vision_model"}, "`source` must hold one of .*got 'clip_vision_model'"),
+        ({"model_type": "clip_vision_model"}, "`source` must have one of .*got 'clip_vision_model'"),
         ({"model_type": "vit", "architectures": ["ViTForMaskedImageModeling"]}, "got 'ViTForMaskedImageModeling'"),
-        ({}, "`source` must hold one of .*got None"),
+        ({}, "`source` must have one of .*got None"),
     ],
 )
 def test_folders_of_other_models(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_what_is_left_out_or_new_is_logged(caplog: pytest.LogCaptureFixture) -> 
         from_vit(vit(hidden_dropout_prob=0.1), pooling="none", max_frames=3)
     assert [record.getMessage() for record in caplog.records] == [
         "Left out of the source, since NaViT has no such tensors: pooler.dense.bias, pooler.dense.weight.",
-        "Left out of the source, since NaViT has no such options in training: hidden_dropout_prob.",
+        "Left out of the source, since NaViT has no such training options: hidden_dropout_prob.",
         "New in NaViT, and to be trained: embeddings.frame_embedding.weight.",
     ]
 

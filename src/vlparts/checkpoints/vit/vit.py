@@ -1,4 +1,4 @@
-"""The recipe for transformers' ViT."""
+"""Conversion of transformers' ViT."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import ViTForImageClassification, ViTModel
 
-from ..conversion import (
-    Recipe,
+from .rules import (
+    Conversion,
     Rule,
-    affine,
     check_convolution,
     from_convolution,
     label_fields,
@@ -17,37 +16,38 @@ from ..conversion import (
     pooling_fields,
     refuse_if,
     square_patch_size,
+    weight_and_bias,
     zero_bias,
 )
 
 SOURCES = (ViTModel, ViTForImageClassification)
 
 
-def read_vit(source: ViTModel | ViTForImageClassification, pooling: str | None = None) -> Recipe:
-    """Read what a ViT is made of.
+def read_vit(source: ViTModel | ViTForImageClassification, pooling: str | None = None) -> Conversion:
+    """Determine how a ViT is converted.
 
     Args:
         source: The model.
-        pooling: The pooling that is wanted; None for the class token.
+        pooling: The requested pooling; None for the class token.
 
     Raises:
-        ValueError: If the model uses what NaViT does not have; the message names the option.
+        ValueError: If the model uses an option that NaViT does not have; names it.
     """
     is_classifier = isinstance(source, ViTForImageClassification)
     vit, root = (source.vit, "vit.") if is_classifier else (source, "")
     config = source.config
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     is_wide = head_dim * config.num_attention_heads != config.hidden_size
-    refuse_if(is_wide, "head_dim", head_dim, "the heads of NaViT add up to `hidden_size`")
+    refuse_if(is_wide, "head_dim", head_dim, "NaViT's heads add up to `hidden_size`")
     check_convolution(vit.embeddings.patch_embeddings.projection)
     grid = _grid(config)
     rules = dict(_rules(root, config, grid))
     fields = {**native_fields(config, "bicubic"), **pooling_fields(pooling, "class_token", True, 0)}
     if is_classifier and isinstance(source.classifier, nn.Linear):
-        rules |= affine("classifier", "classifier")
+        rules |= weight_and_bias("classifier", "classifier")
         fields |= label_fields(config)
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    return Recipe(
+    return Conversion(
         fields,
         rules,
         grid,
@@ -77,14 +77,14 @@ def _rules(root: str, config: Any, grid: tuple[int, int]) -> Iterator[tuple[str,
     yield "embeddings.position_embedding.table", Rule((positions,), table)
     yield "prefix.tokens", Rule((f"{root}embeddings.cls_token", positions), class_token)
     for index in range(config.num_hidden_layers):
-        here, there = f"layers.{index}", f"{root}layers.{index}"
-        parts = tuple(f"{there}.attention.{name}" for name in ("q_proj", "k_proj", "v_proj"))
-        yield from affine(f"{here}.norm1", f"{there}.layernorm_before")
-        yield from affine(f"{here}.self_attn.qkv", *parts, bias=config.qkv_bias)
+        target, source = f"layers.{index}", f"{root}layers.{index}"
+        parts = tuple(f"{source}.attention.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+        yield from weight_and_bias(f"{target}.norm1", f"{source}.layernorm_before")
+        yield from weight_and_bias(f"{target}.self_attn.qkv", *parts, bias=config.qkv_bias)
         if not config.qkv_bias:  # NaViT has all four biases of attention or none.
-            yield f"{here}.self_attn.qkv.bias", Rule(tuple(f"{part}.weight" for part in parts), zero_bias)
-        yield from affine(f"{here}.self_attn.o_proj", f"{there}.attention.o_proj")
-        yield from affine(f"{here}.norm2", f"{there}.layernorm_after")
-        yield from affine(f"{here}.mlp.fc1", f"{there}.mlp.fc1")
-        yield from affine(f"{here}.mlp.fc2", f"{there}.mlp.fc2")
-    yield from affine("norm", f"{root}layernorm")
+            yield f"{target}.self_attn.qkv.bias", Rule(tuple(f"{part}.weight" for part in parts), zero_bias)
+        yield from weight_and_bias(f"{target}.self_attn.o_proj", f"{source}.attention.o_proj")
+        yield from weight_and_bias(f"{target}.norm2", f"{source}.layernorm_after")
+        yield from weight_and_bias(f"{target}.mlp.fc1", f"{source}.mlp.fc1")
+        yield from weight_and_bias(f"{target}.mlp.fc2", f"{source}.mlp.fc2")
+    yield from weight_and_bias("norm", f"{root}layernorm")

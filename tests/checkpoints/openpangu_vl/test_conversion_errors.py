@@ -1,4 +1,4 @@
-"""What reading and writing openPangu-VL's files refuses, and that the message says what is wrong."""
+"""Errors of reading and writing openPangu-VL folders."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.checkpoints.openpangu_vl.files import TINY, all_tensors, changed, write_folder, write_json
+from tests.checkpoints.files import write_json
+from tests.checkpoints.openpangu_vl.files import TINY, all_tensors, changed, write_folder
 from vlparts import NaViTConfig, VisionLanguageConfig, WindowFreeViTConfig, WindowFreeViTModel
 from vlparts.checkpoints.openpangu_vl import encoder_from_openpangu_vl, model_from_openpangu_vl, to_openpangu_vl
 from vlparts.parts.modeling_vlm import VisionLanguageForConditionalGeneration
@@ -21,7 +22,7 @@ both = pytest.mark.parametrize("read", READERS)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint that is in order."""
+    """A valid checkpoint."""
     return write_folder(tmp_path / "in", all_tensors())
 
 
@@ -43,10 +44,13 @@ def test_folders_without_a_configuration(read: Callable[..., nn.Module], tmp_pat
     [
         ({"model_type": "qwen2_5_vl"}, "`folder` must have the model_type 'openpangu_vl', got 'qwen2_5_vl'"),
         ({"model_type": None}, "model_type 'openpangu_vl', got None"),
-        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "architectures .*, got .*Qwen2_5_VLFor"),
+        (
+            {"architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+            "architectures OpenPanguVLForConditionalGeneration or OpenPanguVL, got .*Qwen2_5_VLFor",
+        ),
         (
             {"quantization_config": {"quant_method": "awq"}},
-            "not quantised, got .*quantization_config",
+            "not quantized, got .*quantization_config",
         ),
         ({"vision_config": None}, "config.json with a 'vision_config'"),
     ],
@@ -68,15 +72,15 @@ def test_other_models(read: Callable[..., nn.Module], folder: Path, fields: dict
         ),
         ({"in_chans": None}, "with in_channels in vision_config"),
         ({"fullatt_block_indexes": 3}, "a list as fullatt_block_indexes, got 5 and 3"),
-        ({"depth": "5"}, "a number as depth .*, got '5'"),
+        ({"depth": "5"}, "an integer as depth .*, got '5'"),
         ({"fullatt_block_indexes": [5]}, "vision_config do not fit: .*from 0 to 4, got .5"),
         ({"num_heads": 3}, "vision_config do not fit: .*`num_attention_heads`"),
         ({"hidden_size": "wide"}, "vision_config do not fit: .*hidden_size"),
         ({"window_size": 20}, "vision_config do not fit: .*window_size.* multiple of 8 pixels"),
-        ({"mm_unit_vision_select_layer": [-3, -1]}, r"negative, each once and the last one first, got \[-3, -1\]"),
-        ({"mm_unit_vision_select_layer": [4, 2]}, r"negative, each once and the last one first, got \[4, 2\]"),
-        ({"mm_unit_vision_select_layer": [-1, -1]}, r"each once .* got \[-1, -1\]"),
-        ({"mm_unit_vision_select_layer": -1}, "each once .* got -1"),
+        ({"mm_unit_vision_select_layer": [-3, -1]}, r"negative, unique and in descending order, got \[-3, -1\]"),
+        ({"mm_unit_vision_select_layer": [4, 2]}, r"negative, unique and in descending order, got \[4, 2\]"),
+        ({"mm_unit_vision_select_layer": [-1, -1]}, r"unique .* got \[-1, -1\]"),
+        ({"mm_unit_vision_select_layer": -1}, "unique .* got -1"),
         ({"mm_unit_vision_select_layer": [-1, -6]}, "vision_config do not fit: .*`feature_layers`"),
     ],
 )
@@ -140,7 +144,7 @@ def test_files_that_the_index_names(read: Callable[..., nn.Module], folder: Path
             read(folder)
 
 
-def test_all_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     tensors = all_tensors()
     del tensors["visual.blocks.0.norm1.weight"], tensors["visual.merger.1.mlp.2.bias"]
     tensors["visual.blocks.9.norm1.weight"] = tensors["visual.pos_embed"] = torch.ones(2)
@@ -153,12 +157,14 @@ def test_all_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     said = (
         "Missing: visual.blocks.0.norm1.weight, visual.merger.1.mlp.2.bias. "
         "Unexpected: visual.blocks.9.norm1.weight, visual.pos_embed. "
-        "Of another shape: model.norm.weight (3,) for (48,), visual.patch_embed.proj.weight (32, 3, 1, 4, 4) for "
-        "(32, 3, 2, 4, 4). "
-        "Of another type: visual.final_layernorm.weight I8."
+        "Wrong shape: model.norm.weight (3,) instead of (48,), visual.patch_embed.proj.weight (32, 3, 1, 4, 4) "
+        "instead of (32, 3, 2, 4, 4). "
+        "Not floating-point: visual.final_layernorm.weight I8."
     )
     assert str(caught.value).endswith(said)
-    encoder_alone = said.replace(", visual.merger.1.mlp.2.bias", "").replace("model.norm.weight (3,) for (48,), ", "")
+    encoder_alone = said.replace(", visual.merger.1.mlp.2.bias", "").replace(
+        "model.norm.weight (3,) instead of (48,), ", ""
+    )
     with pytest.raises(ValueError, match="describes and no others") as caught:
         encoder_from_openpangu_vl(folder)
     assert str(caught.value).endswith(encoder_alone)
@@ -175,7 +181,7 @@ def test_configuration_of_another_depth(read: Callable[..., nn.Module], folder: 
 
 
 @both
-def test_tensors_that_the_index_names_in_vain(read: Callable[..., nn.Module], folder: Path) -> None:
+def test_tensors_of_the_index_that_no_file_holds(read: Callable[..., nn.Module], folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     listed = json.loads(index.read_text(encoding="utf-8"))
     listed["weight_map"]["visual.extra"] = "model-00001-of-00004.safetensors"
@@ -195,7 +201,17 @@ def test_split_beside_fused(read: Callable[..., nn.Module], tmp_path: Path) -> N
 
 
 @both
-def test_tensors_that_stand_twice(read: Callable[..., nn.Module], tmp_path: Path) -> None:
+def test_queries_keys_and_values_of_several_dtypes_need_dtype(read: Callable[..., nn.Module], tmp_path: Path) -> None:
+    tensors = all_tensors(split=True)
+    tensors["visual.blocks.1.attn.k.bias"] = tensors["visual.blocks.1.attn.k.bias"].float()
+    folder = write_folder(tmp_path / "in", tensors)
+    with pytest.raises(ValueError, match=r"`dtype` must be given .*layers\.1\.self_attn\.qkv\.bias of BF16, F32\."):
+        read(folder)
+    assert read(folder, dtype=torch.float32).dtype == torch.float32
+
+
+@both
+def test_tensors_that_are_stored_twice(read: Callable[..., nn.Module], tmp_path: Path) -> None:
     tensors = all_tensors() | {"model.visual.final_layernorm.weight": torch.ones(32)}
     with pytest.raises(ValueError, match=r"each tensor once, got .*visual\.final_layernorm\.weight"):
         read(write_folder(tmp_path / "prefixes", tensors))
@@ -207,7 +223,7 @@ def test_tensors_that_stand_twice(read: Callable[..., nn.Module], tmp_path: Path
 
 @both
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
-def test_types_that_are_no_types_of_weights(read: Callable[..., nn.Module], folder: Path, dtype: Any) -> None:
+def test_invalid_dtypes(read: Callable[..., nn.Module], folder: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match=f"`dtype` must be a floating-point torch.dtype or None, got '?{dtype}'?"):
         read(folder, dtype=dtype)
 
@@ -233,7 +249,9 @@ def test_other_models_are_not_written(tmp_path: Path, folder: Path) -> None:
     config = model_from_openpangu_vl(folder).config
     navit = NaViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     other = VisionLanguageConfig(vision_config=navit, text_config=config.text_config)
-    with pytest.raises(ValueError, match="made of a WindowFreeViTModel and a PanguEmbeddedModel, got .* NaViTConfig"):
+    with pytest.raises(
+        ValueError, match="composed of a WindowFreeViTModel and a PanguEmbeddedModel, got .* NaViTConfig"
+    ):
         to_openpangu_vl(VisionLanguageForConditionalGeneration(other), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -246,10 +264,10 @@ def test_other_models_are_not_written(tmp_path: Path, folder: Path) -> None:
         ({"rotary_theta": 100.0}, "`rotary_theta` = 10000.0 for openPangu-VL, got 100.0"),
         ({"gated_mlp": True}, "`gated_mlp` = False"),
         ({"hidden_act": "silu"}, "`gated_mlp` = True"),
-        ({"feature_layers": [-3, -1]}, r"`model` must have layers for its mergers .* got \[-3, -1\]"),
+        ({"feature_layers": [-3, -1]}, r"`model` must have merger layers .* got \[-3, -1\]"),
     ],
 )
-def test_encoders_that_cannot_be_said(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_encoders_without_a_published_form(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     encoder = WindowFreeViTModel(WindowFreeViTConfig.from_preset("hybrid_tiny", **fields))
     with pytest.raises(ValueError, match=message):
         to_openpangu_vl(encoder, tmp_path / "out")
@@ -269,7 +287,7 @@ def test_encoders_that_cannot_be_said(tmp_path: Path, fields: dict[str, Any], me
         ("text_config", "mlp_bias", True, "`mlp_bias` = False for openPangu-VL, got True"),
     ],
 )
-def test_models_that_cannot_be_said(
+def test_models_without_a_published_form(
     folder: Path, tmp_path: Path, part: str, name: str, value: Any, message: str
 ) -> None:
     model = model_from_openpangu_vl(folder)

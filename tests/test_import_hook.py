@@ -1,4 +1,4 @@
-"""Where torch_npu is installed without CANN, `import vlparts` says so in its last line."""
+"""Importing vlparts registers the parts when transformers is imported, and names a broken torch_npu."""
 
 import os
 import subprocess
@@ -26,11 +26,11 @@ def install(folder: Path, name: str, files: dict[str, str]) -> None:
 
 
 def import_vlparts(folder: Path, autoload: str) -> str:
-    """The last line of the traceback of `import vlparts` with the packages of a folder."""
+    """The last line of the traceback of the first use of vlparts with the packages of a folder."""
     source = Path(vlparts.__file__).parents[1]
     path = os.pathsep.join((str(folder), str(source)))
     environment = {**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
-    command = [sys.executable, "-c", "import vlparts"]
+    command = [sys.executable, "-c", "import vlparts; vlparts.compose"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 1
     return run.stderr.splitlines()[-1]
@@ -57,3 +57,53 @@ def test_a_function_of_torch_npu_in_the_traceback_is_not_at_fault(tmp_path: Path
     calling = "import torch_npu, transformers\ntorch_npu.call(transformers.fail)\n"
     (tmp_path / "transformers" / "modeling_utils.py").write_text(calling, encoding="utf-8")
     assert import_vlparts(tmp_path, "0") == f"ImportError: {FAULT}"
+
+
+FOUND = "from transformers import AutoConfig; print(type(AutoConfig.for_model('vlparts_navit')).__module__)"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import vlparts",
+        "import vlparts.coordinates",
+        "import transformers; import vlparts",
+        "import importlib.util, vlparts; importlib.util.find_spec('transformers')",
+        "import vlparts; from transformers import AutoModel",
+        "import vlparts.parts.modeling_navit",
+        "import vlparts.parts.configuration_vlm",
+        "import vlparts.moe.experts_sorted",
+        "import vlparts.kernels.cpu.linear",
+        "import vlparts.losses.weights",
+        "import vlparts.registration",
+        "from vlparts import compose",
+        "import vlparts_npu.attention",
+    ],
+)
+def test_parts_are_registered_whatever_is_imported_first(before: str) -> None:
+    command = [sys.executable, "-c", f"{before}; {FOUND}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.stdout.strip() == "vlparts.parts.configuration_navit", run.stderr
+
+
+def test_the_hook_leaves_transformers_as_it_would_be() -> None:
+    show = (
+        "import sys, transformers as t; print(t.__spec__.loader.__class__, t.__loader__.__class__, len(sys.meta_path))"
+    )
+    shown = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True).stdout
+        for code in (f"import vlparts; {show}", show)
+    ]
+    assert shown[0] == shown[1]
+
+
+def test_a_missing_transformers_is_not_found_as_ever(tmp_path: Path) -> None:
+    code = "import sys, vlparts; sys.path[:] = []; import transformers"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert run.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'transformers'"
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'vlparts' has no attribute 'no_such_name'"):
+        vlparts.no_such_name  # noqa: B018
+    assert set(vlparts.__all__) <= set(dir(vlparts))

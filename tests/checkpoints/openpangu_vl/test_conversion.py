@@ -1,4 +1,4 @@
-"""openPangu-VL's files: read, written again bit by bit, and computed as published."""
+"""openPangu-VL folders to models and back: bit-exact tensors and the published computation."""
 
 import json
 from pathlib import Path
@@ -6,24 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.checkpoints.files import assert_same_bytes, draw, read_folder, write_json
 from tests.checkpoints.openpangu_vl.files import (
     GENERATION,
     PREPROCESSOR,
     PUBLISHED,
     TINY,
     all_tensors,
-    assert_same_bytes,
     changed,
-    draw,
     encoder_shapes,
     merger_shapes,
     nested,
-    read_folder,
     text_shapes,
     write_folder,
-    write_json,
 )
 from tests.checkpoints.openpangu_vl.oracle import VisualStack
 from tests.tiny import packed_images
@@ -35,15 +33,15 @@ from vlparts import (
 )
 from vlparts.checkpoints.openpangu_vl import encoder_from_openpangu_vl, model_from_openpangu_vl, to_openpangu_vl
 from vlparts.checkpoints.openpangu_vl.config import get_composed_config
-from vlparts.checkpoints.openpangu_vl.keys import get_targets
+from vlparts.checkpoints.openpangu_vl.names import get_slices
 
 PATCH_WIDTH = 48
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four files."""
-    return write_folder(tmp_path_factory.mktemp("published") / "whole", all_tensors())
+    return write_folder(tmp_path_factory.mktemp("published") / "in", all_tensors())
 
 
 @pytest.mark.parametrize("split_in", [False, True], ids=["fused", "split"])
@@ -62,7 +60,7 @@ def test_reading_and_writing_keeps_every_bit(tmp_path: Path, split_in: bool, spl
 
 
 def all_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values one below the other."""
+    """Tensors with queries, keys and values concatenated."""
     fused = dict(tensors)
     for name in tensors:
         if ".attn.q." in name:
@@ -71,7 +69,7 @@ def all_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-def test_types_of_single_tensors_are_kept(tmp_path: Path) -> None:
+def test_dtype_of_each_tensor_is_kept(tmp_path: Path) -> None:
     tensors = all_tensors()
     tensors["visual.blocks.1.norm1.weight"] = tensors["visual.blocks.1.norm1.weight"].float()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
@@ -80,15 +78,15 @@ def test_types_of_single_tensors_are_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_configuration_is_written_as_it_was_published(tmp_path: Path, whole: Path) -> None:
-    to_openpangu_vl(model_from_openpangu_vl(whole), tmp_path / "out")
+def test_configuration_is_written_as_it_was_published(tmp_path: Path, checkpoint: Path) -> None:
+    to_openpangu_vl(model_from_openpangu_vl(checkpoint), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert written["vision_config"].pop("mm_unit_vision_select_layer") == [-1, -3]
     assert written == {name: value for name, value in TINY.items() if name not in ("auto_map", "transformers_version")}
 
 
 def test_padding_is_kept(tmp_path: Path) -> None:
-    """Also where there is none, which is not what a config.json without the field says."""
+    """Also None, which is not the default for a config.json without the field."""
     for pad_token_id in (None, 3):
         config = {**TINY, "pad_token_id": pad_token_id}
         folder = write_folder(tmp_path / f"in {pad_token_id}", all_tensors(), config)
@@ -98,7 +96,7 @@ def test_padding_is_kept(tmp_path: Path) -> None:
         assert again.get_input_embeddings().padding_idx == pad_token_id
 
 
-def test_text_fields_may_stand_under_text_config(tmp_path: Path) -> None:
+def test_text_fields_under_text_config(tmp_path: Path) -> None:
     own = ("vision_config", "model_type", "architectures", "image_token_id", "video_token_id")
     text = {name: value for name, value in TINY.items() if name not in own and "vision" not in name}
     config = {name: value for name, value in TINY.items() if name not in text}
@@ -110,7 +108,7 @@ def test_text_fields_may_stand_under_text_config(tmp_path: Path) -> None:
     assert under.config.to_dict() == flat.config.to_dict()
 
 
-def test_whole_model_has_weights_ids_and_options_of_generation(tmp_path: Path) -> None:
+def test_composed_model_has_weights_token_ids_and_generation_options(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", all_tensors())
     write_json(folder / "generation_config.json", GENERATION)
     write_json(folder / "preprocessor_config.json", {**PREPROCESSOR, "image_mean": [0.1, 0.2, 0.3]})
@@ -129,9 +127,9 @@ def test_whole_model_has_weights_ids_and_options_of_generation(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-def test_what_no_file_holds_is_computed(whole: Path) -> None:
-    """Rotary frequencies and axes: those of a model that was not built on the meta device."""
-    model = model_from_openpangu_vl(whole, dtype=torch.float32)
+def test_buffers_are_computed(checkpoint: Path) -> None:
+    """Rotary frequencies and axes equal those of a model that was not built on the meta device."""
+    model = model_from_openpangu_vl(checkpoint, dtype=torch.float32)
     fresh = VisionLanguageForConditionalGeneration(model.config)
     buffers, expected = dict(model.named_buffers()), dict(fresh.named_buffers())
     assert buffers.keys() == expected.keys() != set()
@@ -144,8 +142,8 @@ def test_what_no_file_holds_is_computed(whole: Path) -> None:
         torch.testing.assert_close(model(tokens).logits, fresh.eval()(tokens).logits)
 
 
-def test_encoder_alone(tmp_path: Path, whole: Path) -> None:
-    encoder = encoder_from_openpangu_vl(whole)
+def test_encoder_alone(tmp_path: Path, checkpoint: Path) -> None:
+    encoder = encoder_from_openpangu_vl(checkpoint)
     assert type(encoder) is WindowFreeViTModel
     assert encoder.config.attention_pattern == {"window_size": 16, "full_attention_layers": [1, 4]}
     assert encoder.config.feature_layers == [-1, -3]
@@ -158,20 +156,20 @@ def test_encoder_alone(tmp_path: Path, whole: Path) -> None:
     assert_same_bytes(again.state_dict(), encoder.state_dict())
 
 
-def test_way_through_our_own_files(tmp_path: Path, whole: Path) -> None:
-    """Nothing that openPangu-VL's files need is lost by save_pretrained."""
-    model_from_openpangu_vl(whole).save_pretrained(tmp_path / "ours")
+def test_round_trip_through_save_pretrained(tmp_path: Path, checkpoint: Path) -> None:
+    """save_pretrained keeps everything that openPangu-VL's files need."""
+    model_from_openpangu_vl(checkpoint).save_pretrained(tmp_path / "ours")
     model = VisionLanguageForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype="auto")
     to_openpangu_vl(model, tmp_path / "out")
     assert_same_bytes(read_folder(tmp_path / "out"), all_tensors())
-    to_openpangu_vl(model_from_openpangu_vl(whole), tmp_path / "direct")
+    to_openpangu_vl(model_from_openpangu_vl(checkpoint), tmp_path / "direct")
     written, direct = (
         json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8")) for name in ("out", "direct")
     )
     assert written == direct
 
 
-def test_encoder_without_windows_comes_back_without(tmp_path: Path) -> None:
+def test_round_trip_of_an_encoder_without_windows(tmp_path: Path) -> None:
     encoder = WindowFreeViTModel(WindowFreeViTConfig.from_preset("window_free_tiny"))
     to_openpangu_vl(encoder, tmp_path / "out")
     again = encoder_from_openpangu_vl(tmp_path / "out")
@@ -179,7 +177,7 @@ def test_encoder_without_windows_comes_back_without(tmp_path: Path) -> None:
     assert_same_bytes(again.state_dict(), encoder.state_dict())
 
 
-def test_tied_embeddings_have_no_head_in_the_files(tmp_path: Path) -> None:
+def test_tied_head_is_not_written(tmp_path: Path) -> None:
     tensors = all_tensors()
     del tensors["lm_head.weight"]
     model = model_from_openpangu_vl(write_folder(tmp_path / "in", tensors, changed(tie_word_embeddings=True)))
@@ -212,8 +210,8 @@ def test_visual_stack_computes_what_is_published(tmp_path: Path, hidden_act: str
     assert_same_bytes(read_folder(tmp_path / "out"), tensors)
 
 
-def test_a_model_that_was_read_trains_and_generates(whole: Path) -> None:
-    model = model_from_openpangu_vl(whole, dtype=torch.float32)
+def test_loaded_model_trains_and_generates(checkpoint: Path) -> None:
+    model = model_from_openpangu_vl(checkpoint, dtype=torch.float32)
     start, end = model.config.vision_start_token_id, model.config.vision_end_token_id
     frame = [start, *[model.config.video_token_id] * 2, end]
     image = [start, *[model.config.image_token_id] * 6, end]
@@ -238,9 +236,9 @@ def test_a_model_that_was_read_trains_and_generates(whole: Path) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_encoder_alone_gives_the_features_of_the_whole(whole: Path) -> None:
-    encoder = encoder_from_openpangu_vl(whole, dtype=torch.float64)
-    model = model_from_openpangu_vl(whole, dtype=torch.float64)
+def test_encoder_computes_the_features_of_the_composed_model(checkpoint: Path) -> None:
+    encoder = encoder_from_openpangu_vl(checkpoint, dtype=torch.float64)
+    model = model_from_openpangu_vl(checkpoint, dtype=torch.float64)
     pixels, grid_thw = packed_images([(6, 10), (2, 4)], PATCH_WIDTH, dtype=torch.float64)
     with torch.no_grad():
         maps = encoder(pixels, grid_thw).feature_maps
@@ -250,8 +248,7 @@ def test_encoder_alone_gives_the_features_of_the_whole(whole: Path) -> None:
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
 def test_names_and_shapes_of_the_published_model(split: bool) -> None:
-    """openPangu-VL-7B itself, on the meta device: every tensor of the presets has one published name, and the other
-    way round."""
+    """openPangu-VL-7B on the meta device: the tensors of the presets and the published ones correspond one to one."""
     config = get_composed_config(PUBLISHED)
     vision = WindowFreeViTConfig.from_preset("openpangu_vl_vit", pooling=config.vision_config.pooling)
     assert config.vision_config.to_dict() == vision.to_dict()
@@ -259,11 +256,11 @@ def test_names_and_shapes_of_the_published_model(split: bool) -> None:
     assert config.text_config.to_dict() == text.to_dict()
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
-    targets = get_targets(model, lambda name: split and ".attn.qkv." in name)
-    ours = {source: target.shape for target in targets for source in target.sources}
+    own, slices = model.state_dict(), get_slices(model, lambda name: split)
     encoder = encoder_shapes(PUBLISHED, split)
-    assert ours == {**encoder, **merger_shapes(PUBLISHED), **text_shapes(PUBLISHED)}
-    assert {target.name for target in targets} == model.state_dict().keys()
+    published = {**encoder, **merger_shapes(PUBLISHED), **text_shapes(PUBLISHED)}
+    assert {name: tuple(part.of(own).shape) for name, part in slices.items()} == published
+    assert {part.name for part in slices.values()} == own.keys()
 
     def count(part: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in part.parameters())
@@ -277,7 +274,7 @@ def test_names_and_shapes_of_the_published_model(split: bool) -> None:
     assert round(count(model.model.language_model) - embeddings, -6) == 6_774_000_000
 
 
-def test_encoder_takes_its_own_tensors_only(tmp_path: Path) -> None:
+def test_encoder_ignores_other_tensors(tmp_path: Path) -> None:
     """Mergers and text model may be of any shape, or missing."""
     tensors = draw(encoder_shapes(TINY))
     encoder = encoder_from_openpangu_vl(write_folder(tmp_path / "alone", tensors))
@@ -285,3 +282,17 @@ def test_encoder_takes_its_own_tensors_only(tmp_path: Path) -> None:
     assert_same_bytes(
         encoder_from_openpangu_vl(write_folder(tmp_path / "others", tensors)).state_dict(), encoder.state_dict()
     )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_weights_in_the_dtype_of_the_files_are_mapped(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """So that memory holds them once: a change of the file shows in the model. Others are copies."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_json(folder / "config.json", TINY)
+    save_file(all_tensors(), folder / "model.safetensors")
+    model = model_from_openpangu_vl(folder, dtype=dtype)
+    assert bool(model.lm_head.weight.any())
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    assert bool(model.lm_head.weight.any()) == (dtype is not None)

@@ -1,4 +1,4 @@
-"""Pangu Pro MoE's files into ours and back: every tensor in its place, bit by bit, and what is refused."""
+"""Pangu Pro MoE folders to models and back: bit-exact tensors, computed outputs and refused input."""
 
 import json
 import weakref
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.checkpoints.openpangu_vl.files import assert_same_bytes, draw, read_folder, write_folder, write_json
+from tests.checkpoints.files import assert_same_bytes, draw, read_folder, write_folder, write_json
 from tests.checkpoints.pangu_pro_moe.files import (
     GENERATION,
     PUBLISHED,
@@ -23,9 +23,9 @@ from tests.checkpoints.pangu_pro_moe.files import (
     mlp_shapes,
 )
 from vlparts import MoGEConfig, MoGEForCausalLM, MoGEModel
+from vlparts.checkpoints._safetensors import StoredTensors
 from vlparts.checkpoints.pangu_pro_moe import model_from_pangu_pro_moe, to_pangu_pro_moe
-from vlparts.checkpoints.pangu_pro_moe import reading as pangu_pro_moe
-from vlparts.checkpoints.pangu_pro_moe.keys import get_places
+from vlparts.checkpoints.pangu_pro_moe.conversion import get_slices
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-def test_every_tensor_comes_to_its_place(folder: Path) -> None:
+def test_every_tensor_is_loaded_bit_exactly(folder: Path) -> None:
     model, published = model_from_pangu_pro_moe(folder), all_tensors()
     expected = {}
     for name, tensor in published.items():
@@ -78,7 +78,7 @@ def test_the_block_computes_what_the_published_names_say(folder: Path) -> None:
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "4KB", 1])
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"shared_expert_intermediate_size": 0}])
-def test_there_and_back(tmp_path: Path, fields: dict[str, Any], max_shard_size: int | str) -> None:
+def test_round_trip(tmp_path: Path, fields: dict[str, Any], max_shard_size: int | str) -> None:
     config = changed(**fields)
     source = write_folder(tmp_path / "in", all_tensors(config), config)
     write_json(source / "generation_config.json", GENERATION)
@@ -97,8 +97,8 @@ def test_there_and_back(tmp_path: Path, fields: dict[str, Any], max_shard_size: 
     assert again.config.to_dict() == model.config.to_dict()
 
 
-def test_from_ours_and_back(tmp_path: Path) -> None:
-    """A model of another origin, with types of its own."""
+def test_round_trip_of_a_model_that_was_not_published(tmp_path: Path) -> None:
+    """With mixed dtypes."""
     config = MoGEConfig.from_preset("tiny", head_dim=16, mlp_only_layers=[0])
     model = MoGEForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -112,17 +112,17 @@ def test_from_ours_and_back(tmp_path: Path) -> None:
     torch.testing.assert_close(again.float()(input_ids).logits, model.float()(input_ids).logits)
 
 
-def test_the_published_names_are_all_there() -> None:
+def test_names_and_shapes_of_the_published_model() -> None:
     fields = {name: PUBLISHED[name] for name in ("vocab_size", "hidden_size", "num_experts", "num_hidden_layers")}
     with torch.device("meta"):
         model = MoGEForCausalLM(MoGEConfig())
     assert fields == {name: getattr(model.config, name) for name in fields}
-    own, places = model.state_dict(), get_places(model)
-    assert {name: tuple(place.view(own[place.name]).shape) for name, place in places.items()} == all_shapes(PUBLISHED)
+    own, slices = model.state_dict(), get_slices(model)
+    assert {name: tuple(part.of(own).shape) for name, part in slices.items()} == all_shapes(PUBLISHED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_another_type(folder: Path, dtype: torch.dtype) -> None:
+def test_dtype(folder: Path, dtype: torch.dtype) -> None:
     expected = model_from_pangu_pro_moe(folder).to(dtype).state_dict()
     found = model_from_pangu_pro_moe(folder, dtype=dtype).state_dict()
     for name, tensor in expected.items():
@@ -130,7 +130,7 @@ def test_another_type(folder: Path, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
-def test_one_file(tmp_path: Path) -> None:
+def test_single_file(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_json(tmp_path / "in" / "config.json", TINY)
     save_file(all_tensors(), tmp_path / "in" / "model.safetensors")
@@ -139,7 +139,7 @@ def test_one_file(tmp_path: Path) -> None:
 
 
 def test_memory_holds_the_model_and_the_tensor_that_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, seen = pangu_pro_moe.read_tensors, []
+    read, seen = StoredTensors.read, []
 
     def watched(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in read(*arguments):
@@ -147,7 +147,7 @@ def test_memory_holds_the_model_and_the_tensor_that_is_read(folder: Path, monkey
             seen.append(weakref.ref(tensor))
             yield name, tensor
 
-    monkeypatch.setattr(pangu_pro_moe, "read_tensors", watched)
+    monkeypatch.setattr(StoredTensors, "read", watched)
     model = model_from_pangu_pro_moe(folder)
     assert len(seen) == len(all_shapes(TINY))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -156,7 +156,7 @@ def test_memory_holds_the_model_and_the_tensor_that_is_read(folder: Path, monkey
     assert_same_bytes(model.state_dict(), before)
 
 
-def test_weights_can_be_trained(folder: Path) -> None:
+def test_loaded_weights_are_trainable(folder: Path) -> None:
     model = model_from_pangu_pro_moe(folder, dtype=torch.float32)
     model.model.layers[0].mlp.experts.gate_up_proj.data.nan_to_num_()
     input_ids = torch.randint(0, 60, (2, 5))
@@ -164,9 +164,9 @@ def test_weights_can_be_trained(folder: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_fields_that_may_lack(tmp_path: Path) -> None:
-    lacking = dict.fromkeys(("architectures", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"))
-    model = model_from_pangu_pro_moe(write_folder(tmp_path / "in", all_tensors(), changed(**lacking)))
+def test_optional_fields(tmp_path: Path) -> None:
+    removed = dict.fromkeys(("architectures", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"))
+    model = model_from_pangu_pro_moe(write_folder(tmp_path / "in", all_tensors(), changed(**removed)))
     assert model.config.max_position_embeddings == MoGEConfig.max_position_embeddings
     assert model.config.eos_token_id is None
 
@@ -186,9 +186,9 @@ def test_folders_without_a_configuration(tmp_path: Path) -> None:
         ({"model_type": None}, "the model_type 'PanguProMoE', got None"),
         (
             {"architectures": ["PanguProMoEV2ForCausalLM"]},
-            "the architecture PanguProMoEForCausalLM, got .'PanguProMoEV2ForCausalLM'.",
+            "the architectures PanguProMoEForCausalLM, got .'PanguProMoEV2ForCausalLM'.",
         ),
-        ({"quantization_config": {"quant_method": "w8a8"}}, "not quantised, got .*quantization_config"),
+        ({"quantization_config": {"quant_method": "w8a8"}}, "not quantized, got .*quantization_config"),
         ({"norm_topk_prob": True}, "with norm_topk_prob False or without norm_topk_prob, got True"),
         ({"routed_scaling_factor": 2.5}, "with routed_scaling_factor 1.0 or without .*, got 2.5"),
         ({"attention_bias": False}, "with attention_bias True or without"),
@@ -220,11 +220,11 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "`folder` must have the tensors that its config.json describes and no others. "
         f"Missing: model.layers.0.mlp.router_scale, {prefix}experts.11.up_proj.weight. Unexpected: {extra}. "
-        f"Of another shape: {prefix}router_scale (12,) for (1, 12). Of another type: {prefix}gate.weight I8."
+        f"Wrong shape: {prefix}router_scale (12,) instead of (1, 12). Not floating-point: {prefix}gate.weight I8."
     )
 
 
-def test_tensors_that_the_index_names_in_vain(folder: Path) -> None:
+def test_tensors_of_the_index_that_no_file_holds(folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"]["model.extra"] = "model-00001-of-00004.safetensors"
     write_json(folder / "model.safetensors.index.json", index)
@@ -232,11 +232,11 @@ def test_tensors_that_the_index_names_in_vain(folder: Path) -> None:
         model_from_pangu_pro_moe(folder)
 
 
-def test_experts_of_several_types_need_a_type(tmp_path: Path) -> None:
+def test_experts_of_several_dtypes_need_dtype(tmp_path: Path) -> None:
     tensors = all_tensors()
     tensors["model.layers.2.mlp.experts.4.down_proj.weight"] = torch.ones(32, 8)
     source = write_folder(tmp_path / "in", tensors, TINY)
-    message = r"with a `dtype`, got model\.layers\.2\.mlp\.experts\.down_proj of BF16, F32\."
+    message = r"`dtype` must be given .*, got None and model\.layers\.2\.mlp\.experts\.down_proj of BF16, F32\."
     with pytest.raises(ValueError, match=message):
         model_from_pangu_pro_moe(source)
     model = model_from_pangu_pro_moe(source, dtype=torch.float32)
@@ -251,7 +251,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
-def test_types_that_are_no_types_of_weights(folder: Path, dtype: Any) -> None:
+def test_invalid_dtypes(folder: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match=f"`dtype` must be a floating-point torch.dtype or None, got '?{dtype}'?"):
         model_from_pangu_pro_moe(folder, dtype=dtype)
 
@@ -268,11 +268,11 @@ def test_types_that_are_no_types_of_weights(folder: Path, dtype: Any) -> None:
         ({"head_dim": 8}, "`head_dim` = 16 for Pangu Pro MoE, got 8"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "`rope_parameters` with 'rope_theta' alone .*, got .*linear",
+            "`rope_parameters` with 'rope_theta' only .*, got .*linear",
         ),
     ],
 )
-def test_models_that_cannot_be_said(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_models_without_a_published_form(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     model = MoGEForCausalLM(MoGEConfig.from_preset("tiny", **fields))
     with pytest.raises(ValueError, match=message):
         to_pangu_pro_moe(model, tmp_path / "out")

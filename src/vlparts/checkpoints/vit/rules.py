@@ -1,4 +1,4 @@
-"""Recipes: which tensors of a source become which tensors of a part.
+"""Rules: which tensors of another vision transformer become which tensors of a NaViT.
 
 Shapes: D width, P side of a patch, C channels.
 """
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 
-def join(*tensors: Tensor) -> Tensor:
-    """The tensors one below the other."""
+def concatenate(*tensors: Tensor) -> Tensor:
+    """Concatenate tensors along the first axis."""
     return torch.cat(tensors)
 
 
 def zero_bias(*weights: Tensor) -> Tensor:
-    """A bias of zeros for weights `(out, in)` that have none, one below the other."""
+    """A bias of zeros for the concatenation of weights `(out, in)`."""
     return torch.cat([weight.new_zeros(weight.shape[0]) for weight in weights])
 
 
 class Rule(NamedTuple):
-    """How one tensor of the part is made.
+    """How one tensor of the NaViT is made.
 
     Attributes:
         sources: Names of the source's tensors.
@@ -30,20 +30,20 @@ class Rule(NamedTuple):
     """
 
     sources: tuple[str, ...]
-    convert: Callable[..., Tensor] = join
+    convert: Callable[..., Tensor] = concatenate
 
 
 @dataclass
-class Recipe:
+class Conversion:
     """How one source becomes a NaViT.
 
     Attributes:
         fields: The fields of `NaViTConfig` that the source decides.
-        rules: A rule for each tensor of `NaViTModel` that the source has, by name; and for "classifier.weight" and
+        rules: A rule by name for each tensor of `NaViTModel` that the source has, and for "classifier.weight" and
             "classifier.bias" if the source has a classifier.
         grid: Rows and columns of the position tables; None without tables.
         grid_option: The source's option that sets them.
-        left_out: Beginnings of the names of tensors that NaViT has no place for.
+        left_out: Prefixes of the names of tensors that have no counterpart in NaViT.
         dropped: Options of the source that act in training only and that NaViT does not have.
     """
 
@@ -56,11 +56,11 @@ class Recipe:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the source ends with a classifier."""
+        """Whether the source has a classifier."""
         return "classifier.weight" in self.rules
 
     def apply(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the part's tensors; none shares memory with the source.
+        """Make the NaViT's tensors; none shares memory with the source.
 
         Args:
             tensors: The source's tensors by name.
@@ -73,7 +73,7 @@ class Recipe:
         unexpected = sorted(name for name in tensors.keys() - used if not name.startswith(self.left_out))
         if missing or unexpected:
             raise ValueError(
-                "`source` must hold the tensors of its architecture and no others. "
+                "`source` must have the tensors of its architecture and no others. "
                 f"Missing: {', '.join(missing) or 'none'}. Unexpected: {', '.join(unexpected) or 'none'}."
             )
         return {
@@ -88,12 +88,12 @@ class Recipe:
         return sorted(name for name in tensors if name.startswith(self.left_out))
 
 
-def affine(target: str, *sources: str, bias: bool = True) -> Iterator[tuple[str, Rule]]:
-    """Rules for the weight and the bias of a linear layer or a normalisation.
+def weight_and_bias(target: str, *sources: str, bias: bool = True) -> Iterator[tuple[str, Rule]]:
+    """Rules for the weight and the bias of a linear layer or a normalization.
 
     Args:
-        target: Name of the part's module.
-        *sources: Names of the source's modules; several are put one below the other.
+        target: Name of the NaViT's module.
+        *sources: Names of the source's modules; the tensors of several are concatenated.
         bias: Whether there are biases.
     """
     yield f"{target}.weight", Rule(tuple(f"{source}.weight" for source in sources))
@@ -102,19 +102,19 @@ def affine(target: str, *sources: str, bias: bool = True) -> Iterator[tuple[str,
 
 
 def from_convolution(weight: Tensor) -> Tensor:
-    """`(D, C, P, P)` of a convolution to `(D, C*P*P)`, the order of a patch in NaViT."""
+    """Convolution weights `(D, C, P, P)` as `(D, C*P*P)`, the axis order of NaViT's patches."""
     return weight.flatten(1)
 
 
 def from_channels_last(weight: Tensor, patch_size: int) -> Tensor:
-    """`(D, P*P*C)` for patches as rows, columns, channels to `(D, C*P*P)` for channels, rows, columns."""
+    """Weights `(D, P*P*C)` for channels-last patches as `(D, C*P*P)` for channels-first patches."""
     return weight.unflatten(1, (patch_size, patch_size, -1)).permute(0, 3, 1, 2).flatten(1)
 
 
 def refuse_if(is_refused: bool, option: str, value: object, reason: str) -> None:
-    """Raise ValueError that names an option of the source, if it is refused."""
+    """Raise ValueError that names an option of the source, if `is_refused`."""
     if is_refused:
-        raise ValueError(f"`source` cannot be taken over with `{option}` = {value}: {reason}.")
+        raise ValueError(f"`source` cannot be converted with `{option}` = {value}: {reason}.")
 
 
 def square_patch_size(patch_size: int | list[int] | tuple[int, int]) -> int:
@@ -129,9 +129,9 @@ def square_patch_size(patch_size: int | list[int] | tuple[int, int]) -> int:
 
 
 def check_convolution(projection: nn.Conv2d) -> None:
-    """Raise ValueError unless the convolution cuts an image into patches side by side."""
+    """Raise ValueError unless the convolution splits an image into adjacent patches."""
     refuse_if(
-        projection.stride != projection.kernel_size, "stride", projection.stride, "patches of NaViT stand side by side"
+        projection.stride != projection.kernel_size, "stride", projection.stride, "patches of NaViT do not overlap"
     )
     refuse_if(projection.padding != (0, 0), "padding", projection.padding, "patches of NaViT are not padded")
 
@@ -140,8 +140,8 @@ def native_fields(config: Any, interpolation: str) -> dict[str, Any]:
     """The fields that ViT and Siglip2 have in common.
 
     Args:
-        config: A native configuration.
-        interpolation: How the model reads its table.
+        config: A configuration of transformers.
+        interpolation: How the model interpolates its position table.
     """
     return {
         "hidden_size": config.hidden_size,
@@ -165,7 +165,7 @@ def native_fields(config: Any, interpolation: str) -> dict[str, Any]:
 
 
 def label_fields(config: Any) -> dict[str, Any]:
-    """The fields of a native classifier."""
+    """The label fields of a classifier of transformers."""
     return {
         "id2label": dict(config.id2label),
         "label2id": dict(config.label2id),
@@ -173,21 +173,21 @@ def label_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def pooling_fields(wanted: str | None, own: str, has_class_token: bool, registers: int) -> dict[str, Any]:
+def pooling_fields(requested: str | None, own: str, has_class_token: bool, registers: int) -> dict[str, Any]:
     """The fields `pooling` and `num_register_tokens`.
 
-    A class token that is not pooled stays where it is, as the first register, so that the patches come out the same.
+    A class token that is not pooled becomes the first register, so that the patch outputs stay the same.
 
     Args:
-        wanted: What the caller asked for; None for the source's own.
+        requested: The caller's pooling; None for the source's own.
         own: The source's own pooling.
         has_class_token: Whether the source has a class token.
         registers: Number of registers of the source.
 
     Raises:
-        ValueError: If a class token is wanted that the source does not have.
+        ValueError: If class-token pooling is requested and the source has no class token.
     """
-    pooling = wanted or own
+    pooling = requested or own
     if pooling == "class_token" and not has_class_token:
         raise ValueError(f"`pooling` must not be 'class_token' for a `source` without a class token, got {pooling!r}.")
     kept = has_class_token and pooling != "class_token"

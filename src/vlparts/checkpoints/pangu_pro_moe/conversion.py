@@ -1,0 +1,101 @@
+"""Published Pangu Pro MoE folders to models and back.
+
+Shapes: E experts, H hidden size, I intermediate size of an expert.
+"""
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...parts.modeling_moge import MoGEForCausalLM
+from .._folder import new_folder, read_generation_config, write_config
+from .._safetensors import list_tensors
+from .._weights import Slice, check_dtype, load_weights, own_tensors, save_weights
+from .config import published_config, read_config
+
+PathLike = str | os.PathLike[str]
+
+_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)(gate_up_proj|down_proj)")
+_ROUTER_SCALE = ".mlp.gate.router_scale"
+
+
+def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = None) -> MoGEForCausalLM:
+    """Build a Pangu Pro MoE with the weights of a folder.
+
+    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Generation
+    options come from generation_config.json, if there is one. The model is in evaluation mode.
+
+    Args:
+        folder: A local folder with config.json and safetensors under the published names.
+        dtype: Floating-point dtype of the weights; None keeps that of the files.
+
+    Raises:
+        ValueError: If it is no such folder, if it holds another model or quantized weights, if a field is missing or
+            does not fit, if there are pickled weights only, if the index names a file that does not exist, or if
+            tensors are missing, unexpected or of another shape or dtype (lists all of them).
+    """
+    check_dtype(dtype)
+    path = Path(folder)
+    config = read_config(path)
+    with torch.device("meta"):
+        model = MoGEForCausalLM(config)
+    model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype)
+    read_generation_config(model, path)
+    return model
+
+
+def to_pangu_pro_moe(model: MoGEForCausalLM, folder: PathLike, *, max_shard_size: int | str = "5GB") -> None:
+    """Write a folder with the published names: config.json, generation_config.json, safetensors and their index.
+
+    The weights keep their dtypes and are written file by file without a second copy of the model. Code and tokenizer
+    are not written; copy them from the published folder.
+
+    Args:
+        model: The model.
+        folder: A new or empty folder.
+        max_shard_size: Largest size of a file, in bytes or like "5GB".
+
+    Raises:
+        ValueError: If the folder is not empty, if the model is of another class, or if it has an option that Pangu
+            Pro MoE does not have.
+    """
+    if not isinstance(model, MoGEForCausalLM):
+        raise ValueError(f"`model` must be a MoGEForCausalLM, got {type(model).__name__}.")
+    path = new_folder(folder)
+    fields = published_config(model.config)
+    path.mkdir(parents=True, exist_ok=True)
+    save_weights(model, get_slices(model), path, max_shard_size)
+    model.generation_config.save_pretrained(path)
+    write_config(path, fields, model.dtype)
+
+
+def get_slices(model: MoGEForCausalLM) -> dict[str, Slice]:
+    """The part of the model that each published tensor holds, by published name.
+
+    The published files have the projections of each expert one by one; the model has `gate_up_proj (E, 2I, H)` and
+    `down_proj (E, H, I)`.
+
+    Args:
+        model: The model, on any device.
+    """
+    slices: dict[str, Slice] = {}
+    for name, tensor in own_tensors(model).items():
+        match = _EXPERTS.fullmatch(name)
+        if match is None:
+            slices[name.replace(_ROUTER_SCALE, ".mlp.router_scale")] = Slice(name)
+            continue
+        projections = ["down_proj"] if match[2] == "down_proj" else ["gate_proj", "up_proj"]
+        for expert in range(tensor.shape[0]):
+            for index, projection in enumerate(projections):
+                rows = partial(_expert_rows, expert=expert, index=index, count=len(projections))
+                slices[f"{match[1]}{expert}.{projection}.weight"] = Slice(name, rows)
+    return slices
+
+
+def _expert_rows(stacked: Tensor, expert: int, index: int, count: int) -> Tensor:
+    """The rows of one of `count` projections of an expert."""
+    return stacked[expert].chunk(count)[index]
