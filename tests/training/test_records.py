@@ -1,4 +1,4 @@
-"""Records: every broken line is named with its file, its number and the reason, or skipped and kept in a list."""
+"""Records: an invalid line is reported with its file, number and reason, or skipped and listed."""
 
 import json
 from pathlib import Path
@@ -52,14 +52,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "text in a box": (answered({"box": ["1", 2, 3, 4]}), "messages.1.content.0.box.0: Input should be a valid number"),
     "a bool in a box": (answered({"box": [True, 2, 3, 4]}), "messages.1.content.0.box.0: Input should be a valid num"),
     "point of three": (answered({"point": [1, 2, 3]}), "messages.1.content.0.point: Tuple should have at most 2"),
-    "box and point": (answered({"box": [1, 2, 3, 4], "point": [1, 2]}), "needs either a 'box' or a 'point'"),
-    "label alone": (answered({"label": "cat"}), "needs either a 'box' or a 'point'"),
+    "box and point": (answered({"box": [1, 2, 3, 4], "point": [1, 2]}), "A region must have either 'box' or 'point'"),
+    "label alone": (answered({"label": "cat"}), "A region must have either 'box' or 'point'"),
     "unknown key in a region": (answered({"box": [1, 2, 3, 4], "score": 1}), "content.0.score: Extra inputs"),
     "unknown block": (answered({"video": "a.mp4"}), "messages.1.content.0.text: Field required"),
-    "number as content": (answered(5), "expected a text, an image, a box or a point, got 5"),
-    "null as content": (answered(None), "expected a text, an image, a box or a point, got None"),
-    "list in a list": (answered([["cat"]]), "expected a text, an image, a box or a point, got ['cat']"),
-    "image and images": ({**GOOD, "images": ["b.png"]}, "give either 'image' or 'images', not both"),
+    "number as content": (answered(5), "Expected a text, an image, a box or a point, got 5."),
+    "null as content": (answered(None), "Expected a text, an image, a box or a point, got None."),
+    "list in a list": (answered([["cat"]]), "Expected a text, an image, a box or a point, got ['cat']."),
+    "image and images": ({**GOOD, "images": ["b.png"]}, "A record must have either 'image' or 'images', got both."),
     "number as image": ({**GOOD, "image": 5}, "image: Input should be a valid string"),
     "one text as images": (
         {"images": "a.png", "messages": [QUESTION, ANSWER]},
@@ -67,22 +67,31 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "no messages": ({"image": "a.png"}, "messages: Field required"),
     "empty messages": ({"messages": []}, "messages: Tuple should have at least 1 item"),
-    "no assistant turn": ({"messages": [QUESTION]}, "no assistant turn, so there is nothing to learn"),
+    "no assistant turn": ({"messages": [QUESTION]}, "A record must have an assistant turn, got none."),
     "wrong role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: Input should be 'system'"),
-    "region in no image": (answered({"box": [1, 2, 3, 4], "image": 1}), "lies in image 1, but there are 1 images"),
-    "region without an image": ({"messages": [QUESTION, ANSWER]}, "lies in image 0, but there are 0 images"),
+    "region in no image": (
+        answered({"box": [1, 2, 3, 4], "image": 1}),
+        "image 1, but the record has 1 images.",
+    ),
+    "region without an image": ({"messages": [QUESTION, ANSWER]}, "refers to image 0, but the record has 0 images."),
     "negative image": (answered({"box": [1, 2, 3, 4], "image": -1}), "content.0.image: Input should be greater"),
     "text as image index": (answered({"box": [1, 2, 3, 4], "image": "0"}), "content.0.image: Input should be a valid"),
     "bool as image index": (answered({"box": [1, 2, 3, 4], "image": False}), "content.0.image: Input should be a"),
-    "too many places": (asked([{"type": "image"}] * 2, image="a.png"), "2 image blocks for 1 images"),
-    "too few places": (asked([{"type": "image"}], images=["a.png", "b.png"]), "1 image blocks for 2 images"),
+    "too many places": (
+        asked([{"type": "image"}] * 2, image="a.png"),
+        "2 image blocks for 1 images; expected 0 or 1",
+    ),
+    "too few places": (
+        asked([{"type": "image"}], images=["a.png", "b.png"]),
+        "1 image blocks for 2 images",
+    ),
     "place without an image": (
         {"messages": [{"role": "assistant", "content": {"type": "image"}}]},
-        "1 image blocks for 0 images",
+        "1 image blocks for 0 images; expected 0 or 0.",
     ),
-    "image without a turn to stand in": (
+    "image without a user turn": (
         {"image": "a.png", "messages": [ANSWER]},
-        "no user turn that the images could stand in",
+        "no user turn to place its images in",
     ),
 }
 
@@ -122,14 +131,14 @@ def test_reasons_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [100, 900, 990, 2000, 20_000])
-def test_no_depth_of_nesting_ends_in_another_error(tmp_path: Path, depth: int) -> None:
+def test_no_nesting_depth_raises_another_error(tmp_path: Path, depth: int) -> None:
     nested = json.dumps(answered(["deep", "\ud800"])).replace('"deep"', "[" * depth + "]" * depth)
     found = read_records(write(tmp_path / "train.jsonl", GOOD, nested), on_error="skip")
     assert len(found.skipped) == 1
     assert len(found.skipped[0]) < 1000
 
 
-def test_bytes_that_are_no_utf8_are_a_broken_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_an_invalid_line(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"image": "\xff\xfe"}\n' + json.dumps(GOOD).encode())
     with pytest.raises(RecordError, match="line 2: not valid UTF-8"):
@@ -138,7 +147,7 @@ def test_bytes_that_are_no_utf8_are_a_broken_line(tmp_path: Path) -> None:
     assert [line.number for line in found.lines] == [1, 3]
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n" + json.dumps(GOOD).encode() + b"\r\n")
     assert [line.number for line in read_records(path).lines] == [1, 2]
@@ -149,19 +158,19 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path, content: str, on_error: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(RecordError, match=r"train\.jsonl: no usable record \(0 skipped\); expected at least one"):
+    with pytest.raises(RecordError, match=r"train\.jsonl: expected at least one valid record, got none \(0 sk"):
         read_records(path, on_error)
 
 
 def test_a_file_of_broken_lines_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", "{", "[]")
-    with pytest.raises(RecordError, match=r"no usable record \(2 skipped.*line 1: not valid JSON"):
+    with pytest.raises(RecordError, match=r"got none \(2 skipped\)\. First skipped: .*line 1: not valid JSON"):
         read_records(path, on_error="skip")
 
 
 @pytest.mark.parametrize("missing", ["nothing.jsonl", "."])
 def test_a_missing_file_is_an_error(tmp_path: Path, missing: str) -> None:
-    with pytest.raises(ValueError, match="`data` must be a JSON Lines file, got .*which is no file"):
+    with pytest.raises(ValueError, match="`data` must be a JSON Lines file, got .*, which is not a file"):
         read_records(tmp_path / missing)
 
 

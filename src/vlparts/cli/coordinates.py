@@ -17,7 +17,7 @@ from ..coordinates.formats.registry import CoordinateFormat, get_format
 from ..coordinates.io.annotations import region_from_dict
 from ..coordinates.io.json_lines import json_line
 from ..coordinates.regions import KINDS, Region
-from .errors import mistakes
+from .errors import exit_on_value_error
 from .jsonl import STANDARD, SizeFields, map_texts, read_rows, source_name, upright, written
 
 __all__ = ["app"]
@@ -72,7 +72,7 @@ def convert(
     ] = "raise",
 ) -> None:
     """Write the coordinates in texts in another format; all else in a line stays as it is."""
-    with mistakes():
+    with exit_on_value_error():
         policy, given, wanted = _choice(on_error), get_format(from_format), get_format(to_format)
         _same(source, output)
         sizes = _sizes(source, width_field, height_field, image_field, image_root)
@@ -171,7 +171,7 @@ def check(
 ) -> None:
     """Report regions that leave their image, are out of order, or move or are lost in a format; exit code 1 if any."""
     total, counts, shown = 0, Counter[str](), dict[str, list[str]]()
-    with mistakes():
+    with exit_on_value_error():
         fmt = get_format(format)
         _same(source, output or STANDARD)
         sizes = _sizes(source, width_field, height_field, image_field, image_root)
@@ -226,7 +226,7 @@ def show(
     columns: Annotated[int, typer.Option(help="Pictures in a row.")] = 4,
 ) -> None:
     """Draw what texts say with solid lines, and the regions of the same lines, as the truth, with dashed lines."""
-    with mistakes():
+    with exit_on_value_error():
         try:
             from ..show._boxes import box_grid
 
