@@ -1,13 +1,15 @@
 """The public names of vlparts, which `vlparts/__init__.py` loads on first use."""
 
 from .composition import compose, compose_processor
-from .generation.constrained_coordinates import CoordinateLogitsProcessor
-from .losses.cluster_discrimination import multi_label_cluster_loss, sample_negative_centers
-from .losses.cross_entropy import weighted_cross_entropy
-from .losses.linear_cross_entropy import linear_weighted_cross_entropy
-from .losses.normalizer import LossNormalizer
-from .moe.statistics import RouterStatistics
-from .moe.switch import set_experts_implementation
+from .generation import CoordinateLogitsProcessor
+from .losses import (
+    LossNormalizer,
+    linear_weighted_cross_entropy,
+    multi_label_cluster_loss,
+    sample_negative_centers,
+    weighted_cross_entropy,
+)
+from .moe import RouterStatistics, set_experts_implementation
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig

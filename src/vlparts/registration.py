@@ -10,8 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from . import moe  # noqa: F401 (registers the experts implementations)
 from .backends import load_backends
-from .moe import experts_auto, experts_dense, experts_sorted  # noqa: F401 (registers the implementations)
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig

@@ -1,11 +1,10 @@
-"""One model, four averages of its loss, answers of very different lengths.
+"""Training with four averages of the loss on answers of very different lengths.
 
 `python tests/benchmarks/ablate_losses.py [--steps N] [--seeds N ...] [--presets NAME ...] [--mix M] [--out FOLDER]`
-trains the model of the demo from nothing on photographs with a digit in each, once for each preset and seed, with the
-same images, order of samples, number of steps and settings. A third of the images is asked for the digit's name (one
-token), a third for its box (17 tokens), and a third for a drawing of 13 x 13 cells, 1 where the box of the digit
-touches one (181 tokens). Then 200 held-out images are asked all three. A drawing that is not 13 rows of 13 cells, or a
-box in another form, has no overlap with the true one.
+trains the demo model from scratch on photographs that contain a digit, once per preset and seed, with the same images,
+order of samples, number of steps and settings. A third of the questions asks for the digit's name (one token), a third
+for its box (17 tokens), and a third for a drawing of 13 x 13 cells, 1 where the digit's box touches a cell (181
+tokens). All three are then asked of 200 held-out images. Malformed drawings and boxes have an IoU of 0.
 """
 
 import json
@@ -59,7 +58,7 @@ def read_drawing(text: str) -> NDArray[np.bool_] | None:
 
 
 def ask_kinds(path: Path, every: bool) -> Path:
-    """Turn the demo's records into the three kinds: all three of each image, kind after kind, or one in turn."""
+    """Convert the demo's records to the three kinds of question: all three per image, or one per image in turn."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kinds, found = list(QUESTIONS), []
     for index, record in enumerate(records):
@@ -80,7 +79,7 @@ def ask_kinds(path: Path, every: bool) -> Path:
 
 
 def score(held_out: Path, answers: list[str]) -> dict[str, float]:
-    """The figures of all kinds."""
+    """The scores of all kinds of question."""
     found: dict[str, list[float]] = {key: [] for key in COLUMNS.values()}
     for line, answer in zip(held_out.read_text(encoding="utf-8").splitlines(), answers, strict=True):
         record = json.loads(line)
@@ -105,7 +104,7 @@ def score(held_out: Path, answers: list[str]) -> dict[str, float]:
 
 
 def run(preset: str, seed: int, steps: int, out: Path, mix: float | None) -> dict[str, Any]:
-    """Train and ask one model; its figures."""
+    """Train and evaluate one model; return its scores."""
     folder = out / "data"
     training = ask_kinds(write_dataset(folder, "train", IMAGES, Task(), held_out=False, seed=seed), every=False)
     held_out = ask_kinds(write_dataset(folder, "held_out", HELD_OUT, Task(), held_out=True, seed=seed), every=True)

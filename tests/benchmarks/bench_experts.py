@@ -1,9 +1,9 @@
 """Experts implementations on one MoE layer: ours against transformers'.
 
-`python tests/benchmarks/bench_experts.py` prints, for each layer, type, pass and number of tokens, the time of each
-implementation as a multiple of the fastest of transformers', and the time that it takes to read (in training: and to
-write the gradients of) the weights of the experts that were hit, at the speed at which this machine copies memory.
-`--launches` prints the operations of a call instead.
+`python tests/benchmarks/bench_experts.py` prints, per layer, dtype, pass and number of tokens, the time of each
+implementation as a multiple of the fastest of transformers', and a lower limit: the time to read the weights of the
+chosen experts, in training also to write their gradients, at this machine's memory copy speed. `--launches` prints the
+number of operations of a call instead.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-import vlparts.moe.switch  # noqa: F401  registers the implementations
+import vlparts.moe  # noqa: F401 (registers the implementations)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Width, experts, experts of a token, inner width, groups of which each gives equally many experts.
+# Width, experts, experts per token, intermediate size, groups with equal numbers of chosen experts.
 LAYERS = {"DeepSeek-OCR": (1280, 64, 6, 896, 1), "Pangu Pro MoE / 8": (640, 64, 8, 168, 8)}
 THEIRS = ("eager", "grouped_mm", "batched_mm")
 OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
@@ -41,7 +41,7 @@ def layer(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def routing(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens, their experts, and the weights of these."""
+    """Random tokens, indices of experts, and weights."""
     width, experts, k, _, groups = LAYERS[name]
     scores = torch.rand(tokens, groups, experts // groups)
     index = scores.topk(k // groups, -1).indices + torch.arange(groups)[:, None] * (experts // groups)
@@ -70,7 +70,7 @@ def run_of(
 
 
 def copy_speed() -> float:
-    """Bytes a second that this machine reads and writes in large copies."""
+    """Bytes per second of large memory copies, reads and writes together."""
     source = torch.ones(2**26)
     target = torch.empty_like(source)
     seconds = compare({"copy": lambda: target.copy_(source)}, 5)["copy"]
@@ -78,7 +78,7 @@ def copy_speed() -> float:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Print a row for each setting as soon as it is known."""
+    """Print the row of each setting as soon as it is measured."""
     names = [*THEIRS, *OURS]
     for name, dtype, trains in product(arguments.layers, arguments.types, (False, True)):
         module = layer(name, DTYPES[dtype])
@@ -109,14 +109,14 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def check(runs: dict[str, Callable[[], Tensor]]) -> None:
-    """All give the same."""
+    """Check that all give the same outputs."""
     outputs = {name: run().detach().float() for name, run in runs.items()}
     for output in outputs.values():
         torch.testing.assert_close(output, outputs["grouped_mm"], atol=0.1, rtol=0.1)
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations other than views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches(arguments: argparse.Namespace) -> None:
-    """Operations of one call, which on an accelerator start a kernel each."""
+    """Print the number of operations of a call, each of which is a kernel launch on an accelerator."""
     rows = []
     for name in arguments.layers:
         module = layer(name, torch.bfloat16)
@@ -148,13 +148,13 @@ def launches(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Print the tables that were asked for."""
+    """Print the requested tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; the median is printed")
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="LAYER")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512, 4096])
-    parser.add_argument("--launches", action="store_true", help="only operations of a call")
+    parser.add_argument("--launches", action="store_true", help="print only numbers of operations")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(machine_line())

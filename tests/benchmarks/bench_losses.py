@@ -2,9 +2,9 @@
 
 `python tests/benchmarks/bench_losses.py [--hidden N ...] [--classes N ...] [--ignored X ...] [--types NAME ...]
 [--losses NAME ...] [--repeats N]` prints, for 2,048 tokens, time and peak memory of forward and backward, as multiples
-of ours. Ours weighs every token and sample; the rivals take the plain mean, but for the one that says so. Before
-anything is timed, loss and gradients of all are compared with float64, weights left out. Memory is what tensors took
-beyond the inputs and their gradients, as the profiler counts it.
+of ours. Ours has weights for every token and sample; the others compute the plain mean unless their name says so.
+Losses and gradients are first compared with float64. Memory is that of tensors beyond the inputs and their gradients,
+as the profiler counts it.
 """
 
 import argparse
@@ -28,13 +28,13 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def transformers_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """As transformers' models compute it: all logits, then float32."""
+    """The loss of transformers' models: all logits, in float32."""
     logits = F.linear(hidden, weight)
     return ForCausalLMLoss(logits, None, vocab_size=len(weight), shift_labels=labels)
 
 
 def supervised_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same on the tokens that have a label."""
+    """The same for labelled tokens only."""
     kept = labels != -100
     return transformers_loss(hidden[kept], weight, labels[kept])
 
@@ -46,7 +46,7 @@ def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def torch_weighted(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The only way to weigh tokens with torch's own."""
+    """torch's own loss of a linear head with token weights."""
     losses = F.linear_cross_entropy(hidden, weight, labels, reduction="none")
     weights = (labels != -100).float()
     return (losses.float() * weights / weights.sum()).sum()
@@ -63,7 +63,7 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def weighting(labels: Tensor) -> dict[str, object]:
-    """Weights of all samples and tokens, drawn once."""
+    """Random weights of all samples and tokens."""
     generator = torch.Generator().manual_seed(1)
     return {
         "sample_weights": torch.rand(SAMPLES, generator=generator) + 0.5,
@@ -84,7 +84,7 @@ RIVALS: dict[str, Loss] = {
 
 
 def make_inputs(hidden: int, classes: int, ignored: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and labels, of which a share is ignored, in runs as prompts are."""
+    """Hidden states, weight and labels; the start of each sample is ignored, as a prompt is."""
     torch.manual_seed(0)
     states = torch.randn(TOKENS, hidden).to(dtype).requires_grad_()
     weight = (torch.randn(classes, hidden) / hidden**0.5).to(dtype).requires_grad_()
@@ -104,7 +104,7 @@ def step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], tupl
 
 
 def check(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Compare all that take the plain mean with float64, and ours with our form for logits."""
+    """Compare the plain means with float64, and the weighted losses with the loss of float64 logits."""
     exact = tuple(x.detach().double().requires_grad_() for x in inputs[:2])
     for names, oracle in ((list(RIVALS)[1:5], supervised_rows), ([OURS, "ours on logits"], weighted_logits)):
         wanted = step(oracle, (*exact, inputs[2]))()
@@ -116,7 +116,7 @@ def check(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 def taken(run: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    """MiB that tensors took at most beyond the inputs and their gradients."""
+    """Peak MiB of tensors beyond the inputs and their gradients."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as record:
         run()
     held = peak = 0

@@ -1,4 +1,4 @@
-"""What constrained generation of coordinates refuses."""
+"""Errors of constrained generation."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.generation.test_constrained_coordinates import processor, tokenizer
         ({"eos_token_id": 12, "forbidden": [12]}, "`eos_token_id` must be ids that coordinates do not use"),
         ({"kinds": ["circle"]}, "`kinds` must be distinct names"),
         ({"kinds": "box"}, "`kinds` must be distinct names"),
-        ({"kinds": ["box", "point"]}, "`kinds` can only be several where each has markers"),
+        ({"kinds": ["box", "point"]}, "`kinds` can be several only if each has markers"),
         ({"levels": 1001}, "`levels` must be an integer from 1 to 1000, got 1001"),
         ({"mode": "answer", "max_length": 21}, "`max_length` must be at least 22"),
     ],
@@ -33,7 +33,7 @@ def test_wrong_arguments(options: dict, message: str) -> None:
         (
             torch.zeros(1, 2, dtype=torch.int64),
             torch.zeros(1, 600),
-            r"`prompt_length` is 3, but `input_ids` is \(1, 2\)",
+            r"`input_ids` must have at least `prompt_length` = 3 tokens, got \(1, 2\)",
         ),
         (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 20), "`scores` must cover the id"),
     ],

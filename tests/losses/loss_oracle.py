@@ -1,7 +1,7 @@
-"""The weighted loss in plain loops of floats, from its formula.
+"""Reference of the weighted loss: its formula in loops over Python floats.
 
-With the importance a of a sample, the weight b of a token (0 where it has no label) and its loss l, the mix m, the
-length exponent p and B, the sum of b over a sample,
+With the importance a of a sample, the weight b of a token (0 without label) and its loss l, the mix m, the length
+exponent p, and B, the sum of b over a sample,
 
     L = m sum_s a (sum_t b l / B) / sum_s a  +  (1 - m) sum_st a b B^-p l / sum_st a b B^-p
 
@@ -20,7 +20,7 @@ VOCABULARY = 11
 
 
 class Case(NamedTuple):
-    """Samples one after the other; `logits` has gradients."""
+    """Packed samples; `logits` requires gradients."""
 
     logits: Tensor
     labels: Tensor
@@ -30,17 +30,17 @@ class Case(NamedTuple):
 
     @property
     def weighting(self) -> dict[str, Tensor]:
-        """What the losses take beside logits and labels."""
+        """Keyword arguments of the losses."""
         return dict(cu_seqlens=self.cu_seqlens, sample_weights=self.sample_weights, token_weights=self.token_weights)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers of order one."""
+    """Random normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def make_case(lengths: list[int], seed: int = 0, ignored: float = 0.3, vocabulary: int = VOCABULARY) -> Case:
-    """Samples of these lengths with weights of order one; some labels are ignored."""
+    """Samples of these lengths with random weights; a share of the labels is ignored."""
     tokens = sum(lengths)
     uniform = torch.rand(2, tokens + len(lengths), generator=torch.Generator().manual_seed(seed)).double()
     labels = (uniform[0, :tokens] * vocabulary).long().masked_fill(uniform[1, :tokens] < ignored, IGNORED)
@@ -54,13 +54,13 @@ def make_case(lengths: list[int], seed: int = 0, ignored: float = 0.3, vocabular
 
 
 def rows_of(cu_seqlens: Tensor) -> list[slice]:
-    """Where each sample stands."""
+    """The rows of each sample."""
     bounds = cu_seqlens.tolist()
     return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def token_loss(row: list[float], label: int, smoothing: float = 0.0, z: float = 0.0) -> float:
-    """Of one token."""
+    """The loss of one token."""
     top = max(row)
     partition = top + math.log(sum(math.exp(x - top) for x in row))
     of_classes = [partition - x for x in row]
@@ -68,7 +68,7 @@ def token_loss(row: list[float], label: int, smoothing: float = 0.0, z: float = 
 
 
 def formula(samples: list[tuple[float, list[tuple[float, float]]]], mix: float, exponent: float) -> float:
-    """L, from each sample's a and its tokens' b and l."""
+    """L from a of each sample and b and l of its tokens."""
     used = [(a, tokens, sum(b for b, _ in tokens)) for a, tokens in samples if sum(b for b, _ in tokens) > 0]
     importance = sum(a for a, _, _ in used)
     by_token = sum(a * b * size**-exponent for a, tokens, size in used for b, _ in tokens)
@@ -80,7 +80,7 @@ def formula(samples: list[tuple[float, list[tuple[float, float]]]], mix: float, 
 
 
 def looped_loss(case: Case, mix: float, exponent: float, smoothing: float = 0.0, z: float = 0.0) -> float:
-    """The loss of a case."""
+    """The formula on a case."""
     samples = []
     for a, rows in zip(case.sample_weights.tolist(), rows_of(case.cu_seqlens), strict=True):
         tokens = [
@@ -95,24 +95,24 @@ def looped_loss(case: Case, mix: float, exponent: float, smoothing: float = 0.0,
 
 
 def numeric_gradient(function: Callable[[], float], tensor: Tensor, step: float = 1e-6) -> Tensor:
-    """By central differences, for leaves of few numbers."""
+    """Gradient by central differences."""
     gradient, flat = torch.zeros_like(tensor), tensor.data.view(-1)
-    for place in range(tensor.numel()):
-        value = flat[place].item()
+    for index in range(tensor.numel()):
+        value = flat[index].item()
         sides = []
         for side in (step, -step):
-            flat[place] = value + side
+            flat[index] = value + side
             sides.append(function())
-        flat[place] = value
-        gradient.view(-1)[place] = (sides[0] - sides[1]) / (2 * step)
+        flat[index] = value
+        gradient.view(-1)[index] = (sides[0] - sides[1]) / (2 * step)
     return gradient
 
 
 def gradients(loss: Tensor, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """Of a scalar, zeros where an input has no part in it."""
+    """Gradients of a scalar; zeros for inputs it does not depend on."""
     return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True, **options)
 
 
 def assert_equal(got: Any, wanted: Any, tolerance: float = 1e-10) -> None:
-    """Close in both measures."""
+    """Equal up to an absolute and relative tolerance."""
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)

@@ -23,12 +23,12 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def shifted(labels: Tensor, fill: float = IGNORED) -> Tensor:
-    """What stands one place on."""
+    """The rows shifted left by one."""
     return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), fill)], 1)
 
 
 def weights_for(labels: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
-    """As a training loop makes them."""
+    """Weights as a training loop computes them."""
     weights = weigh_next_tokens(labels, cu_seqlens=cu_seqlens, dtype=torch.float64, **options).weights
     return weights.view(labels.shape)
 
@@ -67,7 +67,7 @@ def test_with_weights_it_is_the_weighted_loss_of_shifted_labels(preset: str) -> 
 
 
 def test_packed_samples_count_as_samples_and_their_first_labels_not_at_all() -> None:
-    # MindSpeed-MM's square loss counts labels before the shift, and rows in place of packed samples.
+    # Unlike MindSpeed-MM's square loss, which counts labels before the shift and rows instead of packed samples.
     logits, labels = inputs(torch.float64)
     labels, logits = labels.clamp(min=0).view(1, -1), logits.detach().view(1, -1, CLASSES)
     cu_seqlens, preset = torch.tensor([0, 2, 9, 18]), "square"
@@ -164,7 +164,7 @@ LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3).long()
         (dict(labels=None), "`labels` or `shift_labels` must be given"),
         (dict(labels=LABELS[:, 1:]), r"`logits` must be of shape \(2, 2, 5\) for these labels, got \(2, 3, 5\)"),
         (dict(vocab_size=10), r"`logits` must be of shape \(2, 3, 10\) for these labels"),
-        (dict(labels=LABELS + 5), "`labels` must lie from 0 to 4, or be -100, got 5"),
+        (dict(labels=LABELS + 5), "`labels` must be between 0 and 4, or -100, got 5"),
         (dict(labels=LABELS.float()), "`labels` must be integers, got torch.float32"),
         (dict(loss_weights=torch.ones(2, 2)), r"`loss_weights` must be numbers of shape \(2, 3\), .* \(2, 2\)"),
         (dict(loss_weights=-torch.ones(2, 3)), "`loss_weights` must be finite and at least 0, got -1.0"),

@@ -24,7 +24,7 @@ def plain(
     margin: float = 0.0,
     negatives: list[int] | None = None,
 ) -> Tensor:
-    """The paper's formula, one cosine after another."""
+    """The formula of the paper, cosine by cosine."""
     losses = []
     for feature, row in zip(features, labels.tolist(), strict=True):
         cosines = [feature @ center / (feature.norm() * center.norm()) for center in centers]
@@ -157,10 +157,10 @@ def test_training_separates_two_clusters() -> None:
     centers = torch.nn.Parameter(torch.randn(6, 4, generator=generator))
     with torch.no_grad():
         layer.weight.copy_(torch.randn(4, 8, generator=generator) / 8**0.5)
-    labels = torch.stack([kinds, kinds + 2], dim=1)  # two centres for each kind, and two for neither
+    labels = torch.stack([kinds, kinds + 2], dim=1)  # two centres per kind, and two unused ones
 
     def margins() -> Tensor:
-        """By how much each image's worse label beats the better one of the other kind."""
+        """Margin of each image's worse label over the better label of the other kind."""
         cosines = F.normalize(layer(images)) @ F.normalize(centers).T
         others = torch.stack([1 - kinds, 3 - kinds], dim=1)
         return cosines.gather(1, labels).amin(1) - cosines.gather(1, others).amax(1)
@@ -211,7 +211,7 @@ def test_drawn_centers_serve_as_negatives() -> None:
         ({"labels": LABELS.int()}, "`labels` must be int64 .* got torch.int32"),
         ({"labels": LABELS[:3]}, r"`labels` must be int64 with shape \(4, labels\)"),
         ({"labels": LABELS[:, 0]}, "`labels` must be int64"),
-        ({"labels": LABELS + 1}, "`labels` must lie between -1 .none. and 6, got values from 0 to 7"),
+        ({"labels": LABELS + 1}, "`labels` must be between -1 .padding. and 6, got values from 0 to 7"),
         ({"labels": LABELS - 1}, "got values from -2 to 5"),
         ({"scale": 0.0}, "`scale` must be a finite number above 0, got 0.0"),
         ({"scale": math.inf}, "`scale` must be a finite number"),
@@ -219,10 +219,10 @@ def test_drawn_centers_serve_as_negatives() -> None:
         ({"margin": math.nan}, "`margin` must be a finite number"),
         ({"negatives": torch.tensor([0.0])}, "`negatives` must be int64"),
         ({"negatives": torch.tensor([[0]])}, r"`negatives` must be int64 with shape \(count,\)"),
-        ({"negatives": torch.tensor([7])}, "`negatives` must lie between 0 and 6"),
-        ({"negatives": torch.tensor([-1])}, "`negatives` must lie between 0 and 6"),
-        ({"negatives": torch.tensor([1, 2, 1])}, "each centre once, got 3 of which 2 differ"),
-        ({"chunk_size": 0}, "chunk_size"),
+        ({"negatives": torch.tensor([7])}, "`negatives` must be between 0 and 6"),
+        ({"negatives": torch.tensor([-1])}, "`negatives` must be between 0 and 6"),
+        ({"negatives": torch.tensor([1, 2, 1])}, "`negatives` must be distinct, got 3 of which 2 are distinct"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_inputs_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -234,10 +234,10 @@ def test_bad_inputs_are_refused(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((LABELS, 7, 8), "`count` must be at most num_centers=7, got 8"),
-        ((LABELS, 7, 0), "count"),
-        ((LABELS, 6, 3), "`labels` must lie between -1 .none. and 5"),
-        ((LABELS, 0, 3), "num_centers"),
+        ((LABELS, 7, 8), "`count` must be at most `num_centers`=7, got 8"),
+        ((LABELS, 7, 0), "`count` must be an integer of at least 1, got 0"),
+        ((LABELS, 6, 3), "`labels` must be between -1 .padding. and 5"),
+        ((LABELS, 0, 3), "`num_centers` must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_draws_are_refused(arguments: tuple[Any, ...], message: str) -> None:

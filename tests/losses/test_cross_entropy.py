@@ -1,4 +1,4 @@
-"""The weighted loss of logits against its formula in loops, torch's loss, and what others get wrong."""
+"""The weighted loss of logits against its formula in loops and against torch's loss, and its edge cases."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def parts_of(case: Case, **options: Any) -> WeightedLoss:
 
 
 def plain(case: Case) -> dict[str, Tensor]:
-    """The samples alone."""
+    """The samples without weights."""
     return dict(cu_seqlens=case.cu_seqlens, sample_weights=None, token_weights=None)
 
 
@@ -155,7 +155,7 @@ def test_nothing_to_learn_is_zero_with_a_graph(preset: str) -> None:
 
 
 def test_one_sample_without_labels_does_not_disturb_the_others() -> None:
-    # MindSpeed-MM divides each sample's loss by its number of labels, also where there is none.
+    # MindSpeed-MM divides by the number of labels even if it is 0.
     case = make_case([3, 2, 4], ignored=0)
     case.labels[3:5] = IGNORED
     keep = torch.tensor([0, 1, 2, 5, 6, 7, 8])
@@ -220,15 +220,15 @@ LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3).long()
     ("options", "message"),
     [
         (dict(logits=LOGITS.long()), "`logits` must be floating-point .* got torch.int64"),
-        (dict(logits=LOGITS[0]), r"`logits` must be .* shape \(2, 3, 'V'\), .* \(3, 5\)"),
+        (dict(logits=LOGITS[0]), r"`logits` must be .* shape \(2, 3, 'V'\) with V > 0, got .* \(3, 5\)"),
         (dict(logits=LOGITS[..., :0]), r"`logits` must be .* V > 0, got torch.float32 \(2, 3, 0\)"),
         (dict(logits=LOGITS[0, 0], labels=LABELS[0, 0]), r"`labels` must be integers \(S,\) or \(B, S\)"),
         (dict(labels=LABELS.float()), "`labels` must be integers, got torch.float32"),
-        (dict(labels=LABELS + 5), "`labels` must lie from 0 to 4, or be -100, got 5"),
-        (dict(labels=LABELS - 1), "`labels` must lie from 0 to 4, or be -100, got -1"),
-        (dict(labels=LABELS - 100, ignore_index=-1), "`labels` must lie .* or be -1, got -100"),
-        (dict(label_smoothing=1.5), "`label_smoothing` must lie from 0 to 1, got 1.5"),
-        (dict(label_smoothing=True), "`label_smoothing` must lie from 0 to 1, got True"),
+        (dict(labels=LABELS + 5), "`labels` must be between 0 and 4, or -100, got 5"),
+        (dict(labels=LABELS - 1), "`labels` must be between 0 and 4, or -100, got -1"),
+        (dict(labels=LABELS - 100, ignore_index=-1), "`labels` must be between .* or -1, got -100"),
+        (dict(label_smoothing=1.5), "`label_smoothing` must be between 0 and 1, got 1.5"),
+        (dict(label_smoothing=True), "`label_smoothing` must be between 0 and 1, got True"),
         (dict(z_loss=-1e-4), "`z_loss` must be a finite number of at least 0, got -0.0001"),
         (dict(z_loss=float("nan")), "`z_loss` must be a finite number .* got nan"),
         (dict(preset="mean"), "`preset` must be one of"),

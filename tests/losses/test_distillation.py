@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from vlparts.losses import chunked as token_chunks
+from vlparts.losses import _token_chunks
 from vlparts.losses.distillation import DIVERGENCES, weighted_distillation_loss
 from vlparts.losses.normalizer import LossNormalizer
 from vlparts.losses.weights import PRESETS, weigh_tokens
@@ -53,7 +53,7 @@ def test_the_loss_is_the_weighted_sum_of_divergences(
         pair = (of_teacher, row) if divergence == "forward" else (row, of_teacher)
         total += weight * temperature**2 * kl(*(side / temperature for side in pair))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_chunks, "LOGITS_AT_A_TIME", chunk * 4 * CLASSES)
+        patch.setattr(_token_chunks, "CHUNK_BYTES", chunk * 4 * CLASSES)
         loss = weighted_distillation_loss(
             logits, teacher, labels, divergence=divergence, temperature=temperature, **options
         )
@@ -62,7 +62,7 @@ def test_the_loss_is_the_weighted_sum_of_divergences(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradients(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_chunks, "LOGITS_AT_A_TIME", 3 * 4 * CLASSES)
+    monkeypatch.setattr(_token_chunks, "CHUNK_BYTES", 3 * 4 * CLASSES)
     logits, teacher, labels = made(0, 2, 4)
     token_weights = made(1, 2, 4)[0][..., 0].abs().requires_grad_()
     teacher.requires_grad_()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlparts.losses import chunked as token_chunks
+from vlparts.losses import _token_chunks
 from vlparts.losses.dpo import sequence_log_probs, weighted_dpo_loss
 from vlparts.losses.normalizer import LossNormalizer
 
@@ -47,7 +47,7 @@ def test_log_probs_are_sums_over_samples(seed: int, average: bool, weighted: boo
     if average:
         sums = [total / size if size else 0.0 for total, size in zip(sums, sizes, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_chunks, "LOGITS_AT_A_TIME", chunk * 4 * CLASSES)
+        patch.setattr(_token_chunks, "CHUNK_BYTES", chunk * 4 * CLASSES)
         found = sequence_log_probs(logits, labels, average=average, token_weights=weights, sample_ids=ids)
     torch.testing.assert_close(found.log_probs, torch.tensor(sums, dtype=torch.float64))
     torch.testing.assert_close(found.sizes, torch.tensor(sizes, dtype=torch.float64))
@@ -169,7 +169,10 @@ def test_low_precision_is_summed_in_float32() -> None:
         ({"beta": 0}, "`beta` must be a finite number above 0, got 0"),
         ({"beta": math.nan}, "`beta` must be a finite number above 0, got nan"),
         ({"label_smoothing": 0.5}, "`label_smoothing` must be at least 0 and below 0.5, got 0.5"),
-        ({"reference_chosen": torch.zeros(3)}, "must both be given, or neither, got one"),
+        (
+            {"reference_chosen": torch.zeros(3)},
+            "`reference_rejected` must be given together, got only one",
+        ),
         (
             {"rejected": torch.zeros(2)},
             r"`rejected` must be floating-point \(3,\) or \(3, S\), got torch.float32 \(2,\)",
@@ -191,7 +194,7 @@ def test_bad_pairs_are_refused(changes: dict[str, Any], message: str) -> None:
     [
         ({"logits": torch.zeros(4, CLASSES)}, r"`logits` must be floating-point of shape \(3, 'V'\)"),
         ({"logits": torch.zeros(3, CLASSES, dtype=torch.int64)}, "`logits` must be floating-point"),
-        ({"labels": torch.tensor([0, 1, CLASSES])}, f"`labels` must lie from 0 to {CLASSES - 1}, or be -100, got 7"),
+        ({"labels": torch.tensor([0, 1, CLASSES])}, f"`labels` must be between 0 and {CLASSES - 1}, or -100, got 7"),
         ({"token_weights": torch.tensor([1, math.nan, 1])}, "`token_weights` must be finite and at least 0, got nan"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The loss of a linear head against that of its logits: values and all gradients, whatever the pieces."""
+"""The loss of a linear head against the loss of its logits: values and gradients for all chunk sizes; bad input."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.losses.loss_oracle import IGNORED, Case, assert_equal, drawn, gradients, make_case
 from vlparts.kernels.cpu import linear as linear_cpu
-from vlparts.losses import _linear_chunks as linear_loss_chunks
+from vlparts.losses import _vocab_chunks
 from vlparts.losses.cross_entropy import weighted_cross_entropy, weighted_cross_entropy_with_parts
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy, linear_weighted_cross_entropy_with_parts
 from vlparts.losses.weights import PRESETS
@@ -19,7 +19,7 @@ WIDTH, CLASSES, LENGTHS = 6, 13, [7, 1, 0, 9]
 
 
 class Inputs(NamedTuple):
-    """Of a linear head."""
+    """Inputs of a linear head."""
 
     hidden: Tensor
     weight: Tensor
@@ -45,14 +45,14 @@ def ours(given: Inputs, **options: Any) -> Tensor:
 
 
 def expected_of(given: Inputs, softcap: float | None = None, **options: Any) -> Tensor:
-    """From all logits at once."""
+    """The loss of all logits at once."""
     hidden, weight, bias, case = given
     logits = capped(F.linear(hidden, weight, bias), softcap)
     return weighted_cross_entropy(logits, case.labels, **{**case.weighting, **options})
 
 
 def assert_same(given: Inputs, tolerance: float = 1e-10, **options: Any) -> None:
-    """Value and gradients of all that has some, also of the weights of samples and tokens."""
+    """Compare values and all gradients, also those of the weights of samples and tokens."""
     candidates = (given.hidden, given.weight, given.bias, given.case.sample_weights, given.case.token_weights)
     leaves = [leaf for leaf in candidates if leaf is not None and leaf.requires_grad]
     loss, expected = ours(given, **options), expected_of(given, **options)
@@ -63,18 +63,18 @@ def assert_same(given: Inputs, tolerance: float = 1e-10, **options: Any) -> None
 
 
 @pytest.fixture(params=[0, 400, 2**30])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes kept from the first pass: none, some pieces, all."""
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", request.param)
+def cache_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cache no chunk, some chunks, all chunks."""
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", request.param)
 
 
 @pytest.fixture(params=[4096, 5, 1, 13])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes of a piece: more than there are, an odd number, the smallest, exactly the vocabulary."""
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", request.param)
+def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of a chunk: more than there are, an odd number, one, exactly the vocabulary."""
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", request.param)
 
 
-every_way = pytest.mark.usefixtures("room", "pieces", "poisoned_empty")
+every_way = pytest.mark.usefixtures("cache_bytes", "chunk_size", "poisoned_empty")
 OPTIONS = [
     dict(),
     dict(softcap=1.5),
@@ -182,7 +182,7 @@ def test_strides_do_not_matter(lay: Callable[[Tensor], Tensor]) -> None:
     assert_same(Inputs(*(lay(leaf.detach()).requires_grad_() for leaf in given[:2]), given.bias, given.case))
 
 
-@pytest.mark.usefixtures("room", "pieces")
+@pytest.mark.usefixtures("cache_bytes", "chunk_size")
 def test_gradcheck() -> None:
     given = inputs([3, 2])
     a, b = given.case.sample_weights.requires_grad_(), given.case.token_weights.requires_grad_()
@@ -206,12 +206,12 @@ def test_parts_are_those_of_the_logits() -> None:
     assert not any(part.requires_grad for part in found[1:])
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("cache_bytes")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_float32_of_many_tokens(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: onednn and torch.backends.mkldnn.is_available())
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 9)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 9)
     wide, narrow = inputs([70, 1, 130]), inputs([70, 1, 130], dtype=torch.float32)
     expected, loss = expected_of(wide), ours(narrow)
     assert loss.dtype == torch.float32
@@ -224,3 +224,58 @@ def test_a_second_derivative_is_refused() -> None:
     given = inputs()
     with pytest.raises(RuntimeError, match="differentiable once; got `create_graph=True`"):
         torch.autograd.grad(ours(given), given.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_compiles(softcap: float | None) -> None:
+    given = inputs([sum(LENGTHS)])
+    options: dict[str, Any] = dict(
+        bias=given.bias, softcap=softcap, token_weights=given.case.token_weights, z_loss=0.1
+    )
+    hidden = given.hidden.detach().masked_fill((given.case.labels == IGNORED)[:, None], torch.nan).requires_grad_()
+    compiled = torch.compile(linear_weighted_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(hidden, given.weight, given.case.labels, **options)
+    expected = linear_weighted_cross_entropy(hidden, given.weight, given.case.labels, **options)
+    assert_equal(loss, expected)
+    leaves = hidden, given.weight, given.bias
+    assert_equal(gradients(loss, *leaves), gradients(expected, *leaves))
+
+
+def test_the_batch_dimension_and_a_module_of_torch() -> None:
+    head = torch.nn.Linear(WIDTH, CLASSES)
+    hidden, labels = torch.randn(2, 5, WIDTH), torch.arange(10).view(2, 5)
+    loss = linear_weighted_cross_entropy(hidden, head.weight, labels, bias=head.bias, preset="sample")
+    assert_equal(loss, weighted_cross_entropy(head(hidden), labels, preset="sample"), 1e-6)
+    assert_equal(loss, F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()), 1e-6)
+
+
+HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hidden=HIDDEN.long()), "`hidden` must be floating-point .* got torch.int64"),
+        (dict(hidden=HIDDEN[0]), r"`hidden` must be .* of shape \(2, 3, 'H'\), .* \(3, 4\)"),
+        (dict(lm_head_weight=WEIGHT.t()), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(4, 5\)"),
+        (dict(lm_head_weight=WEIGHT[0]), r"`lm_head_weight` must be \(V, 4\) .* \(4,\)"),
+        (dict(lm_head_weight=WEIGHT[:0]), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(0, 4\)"),
+        (dict(lm_head_weight=WEIGHT.double()), "`lm_head_weight` must have the type of `hidden`, torch.float32, got"),
+        (dict(bias=torch.zeros(4)), r"`bias` must be \(5,\), got \(4,\)"),
+        (dict(bias=torch.zeros(5).bfloat16()), "`bias` must have the type of `hidden`, torch.float32, got torch.bfl"),
+        (dict(softcap=0.0), "`softcap` must be a finite number above 0, got 0.0"),
+        (dict(softcap=float("nan")), "`softcap` must be a finite number above 0, got nan"),
+        (dict(softcap=True), "`softcap` must be a finite number above 0, got True"),
+        (dict(label_smoothing=-0.1), "`label_smoothing` must be between 0 and 1, got -0.1"),
+        (dict(z_loss=float("inf")), "`z_loss` must be a finite number"),
+        (dict(labels=LABELS + 5), "`labels` must be between 0 and 4, or -100, got 5"),
+        (dict(labels=LABELS.double()), "`labels` must be integers, got torch.float64"),
+        (dict(preset="sample", mix=1.0), "`mix` is fixed by `preset='sample'`"),
+        (dict(sample_weights=torch.tensor([1, torch.nan])), "`sample_weights` must be finite"),
+        (dict(token_weights=-torch.ones(2, 3)), "`token_weights` must be finite and at least 0"),
+        (dict(cu_seqlens=torch.tensor([0, 7])), "`cu_seqlens` must rise from 0"),
+    ],
+)
+def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_weighted_cross_entropy(**{"hidden": HIDDEN, "lm_head_weight": WEIGHT, "labels": LABELS, **options})

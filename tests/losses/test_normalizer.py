@@ -1,32 +1,33 @@
-"""The denominators of a step: its loss and gradients however its samples are packed and split."""
+"""Denominators of a step: loss and gradients do not depend on packing and micro-batches; sums over processes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from tests.losses.loss_oracle import IGNORED, Case, assert_equal, gradients, looped_loss, make_case, rows_of
 from vlparts.losses.cross_entropy import weighted_cross_entropy
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
-from vlparts.losses.normalizer import LossNormalizer
+from vlparts.losses.normalizer import LossNormalizer, sum_over_processes
 from vlparts.losses.weights import PRESETS, next_token_labels, weigh_next_tokens, weigh_tokens
 
 LENGTHS = [5, 1, 0, 7, 3, 4]
 
 
 def select(case: Case, samples: list[int]) -> Case:
-    """These samples, packed one after the other; gradients go to the whole case."""
+    """These samples, packed; gradients flow to the whole case."""
     rows = rows_of(case.cu_seqlens)
-    places = torch.cat([torch.arange(rows[s].start, rows[s].stop) for s in samples]) if samples else torch.zeros(0)
+    tokens = torch.cat([torch.arange(rows[s].start, rows[s].stop) for s in samples]) if samples else torch.zeros(0)
     lengths = [rows[s].stop - rows[s].start for s in samples]
-    places = places.long()
+    tokens = tokens.long()
     return Case(
-        case.logits[places],
-        case.labels[places],
+        case.logits[tokens],
+        case.labels[tokens],
         torch.tensor([0, *lengths]).cumsum(0),
         case.sample_weights[torch.tensor(samples, dtype=torch.int64)],
-        case.token_weights[places],
+        case.token_weights[tokens],
     )
 
 
@@ -159,7 +160,7 @@ def test_a_step_is_summed_over_processes_once() -> None:
     normalizer.all_reduce()
     totals = (normalizer.samples.item(), normalizer.tokens.item())
     for again in (normalizer.all_reduce, lambda: add(normalizer, case)):
-        with pytest.raises(RuntimeError, match="summed over its processes already; `reset` begins a new one"):
+        with pytest.raises(RuntimeError, match="already been summed over processes; call `reset` to start a new one"):
             again()
     assert totals == (normalizer.samples.item(), normalizer.tokens.item())
     normalizer.reset()
@@ -168,16 +169,16 @@ def test_a_step_is_summed_over_processes_once() -> None:
     assert totals == (normalizer.samples.item(), normalizer.tokens.item())
 
 
-def test_mistakes_are_refused() -> None:
+def test_bad_input_is_refused() -> None:
     case, normalizer = make_case(LENGTHS), LossNormalizer("square")
     with pytest.raises(ValueError, match="`normalizer` has no samples; add the labels of the whole step to it first"):
         weighted_cross_entropy(case.logits, case.labels, **case.weighting, **normalizer.options)
     add(normalizer, case)
-    with pytest.raises(ValueError, match="`normalizer` adds up for a `length_exponent` of 0.5, got 0.0"):
+    with pytest.raises(ValueError, match="`normalizer` has a `length_exponent` of 0.5, got 0.0"):
         weighted_cross_entropy(case.logits, case.labels, preset="token", normalizer=normalizer)
     with pytest.raises(ValueError, match="`preset` must be one of"):
         LossNormalizer("mean")
-    with pytest.raises(ValueError, match="`mix` belongs to `preset='token'` already"):
+    with pytest.raises(ValueError, match="`mix` is fixed by `preset='token'`"):
         LossNormalizer("token", mix=0.5)
     with pytest.raises(ValueError, match="`token_weights` must be finite"):
         normalizer.add(case.labels, token_weights=-case.token_weights)
@@ -185,3 +186,38 @@ def test_mistakes_are_refused() -> None:
         normalizer.add(case.labels, cu_seqlens=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="`labels` must be integers"):
         normalizer.add(case.logits)
+
+
+VALUES = torch.tensor([1 / 3, -2e-300, 7e300, torch.inf], dtype=torch.float64)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_without_processes_values_stay_as_they_are() -> None:
+    assert sum_over_processes(VALUES) is VALUES
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_one_process_has_its_own_values(alone: None, device: Any) -> None:
+    total = sum_over_processes(VALUES, device=device)
+    assert total.dtype == torch.float64
+    assert total.tolist() == VALUES.tolist()
+
+
+def test_nothing_that_is_sent_is_float64(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, real = [], distributed.all_gather
+
+    def recording(gathered: list[Tensor], own: Tensor, **options: Any) -> Any:
+        sent.extend([own.dtype, *(tensor.dtype for tensor in gathered)])
+        return real(gathered, own, **options)
+
+    monkeypatch.setattr(distributed, "all_gather", recording)
+    monkeypatch.delattr(distributed, "all_reduce")
+    sum_over_processes(VALUES)
+    assert sent == [torch.int32, torch.int32]

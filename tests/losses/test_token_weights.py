@@ -1,4 +1,4 @@
-"""Weights of tokens by their place: schedules, segments and thoughts."""
+"""Weights of tokens by position: schedules, segments and thoughts."""
 
 import math
 from collections import Counter
@@ -10,15 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.losses.thinking import ANSWER, THINKING, thinking_segments
 from vlparts.losses.token_weights import (
+    ANSWER,
+    THINKING,
     Constant,
     Cosine,
     Exponential,
     Linear,
     Segments,
-    labelled_places,
+    labelled_positions,
     position_weights,
+    thinking_segments,
 )
 from vlparts.parts.thinking import split_thinking_ids
 
@@ -87,22 +89,22 @@ def test_segments_move_from_start_to_end() -> None:
     assert Segments.between((0.8, 0.2), (0.2, 0.8), 1 / 3).weights == pytest.approx((0.65, 0.35))
 
 
-def test_rows_lengths_and_ids_give_the_same_places() -> None:
+def test_rows_lengths_and_ids_give_the_same_positions() -> None:
     labels = torch.tensor([[1, -100, 2], [3, 4, -100]])
     expected = torch.tensor([0, 0, 1, 0, 1, 0]), torch.tensor([2, 1, 2, 2, 2, 1])
-    by_ids = labelled_places(labels, sample_ids=torch.tensor([[1, 1, 1], [0, 0, 0]]))
-    by_length = labelled_places(labels.flatten(), cu_seqlens=torch.tensor([0, 3, 6]))
-    for places in (labelled_places(labels), by_ids, by_length):
-        torch.testing.assert_close((places.t, places.n), expected)
+    by_ids = labelled_positions(labels, sample_ids=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    by_length = labelled_positions(labels.flatten(), cu_seqlens=torch.tensor([0, 3, 6]))
+    for positions in (labelled_positions(labels), by_ids, by_length):
+        torch.testing.assert_close((positions.t, positions.n), expected)
 
 
-def test_only_labelled_tokens_are_asked_of_a_function() -> None:
+def test_results_of_a_function_are_used_for_labelled_tokens_only() -> None:
     labels = torch.tensor([-100, 1, 1])
     weights = position_weights(labels, lambda t, n: torch.where(n == 1, math.nan, t + 1))
     assert weights.tolist() == [0, 1, 2]
 
 
-def test_nothing_has_places() -> None:
+def test_empty_labels() -> None:
     for shape in ((0,), (0, 4), (3, 0)):
         empty = torch.zeros(shape, dtype=torch.int64)
         assert position_weights(empty, Linear(1, 0)).shape == shape
@@ -145,12 +147,12 @@ def test_markers_are_thought_and_blocks_end_with_their_sample() -> None:
         (lambda: Constant(-1), "`value` must be a finite number of at least 0, got -1"),
         (lambda: Linear(1, math.inf), "`end` must be a finite number of at least 0, got inf"),
         (lambda: Cosine(math.nan, 1), "`start` must be a finite number of at least 0, got nan"),
-        (lambda: Exponential(0), "`half_life` must be above 0, got 0"),
-        (lambda: Exponential(True), "`half_life` must be a finite number of at least 0, got True"),
-        (lambda: Segments(()), r"`weights` must be finite numbers of at least 0, got \(\)"),
-        (lambda: Segments((1, -1)), r"`weights` must be finite numbers of at least 0, got \(1, -1\)"),
+        (lambda: Exponential(0), "`half_life` must be a finite number above 0, got 0"),
+        (lambda: Exponential(True), "`half_life` must be a finite number above 0, got True"),
+        (lambda: Segments(()), r"`weights` must have at least one number, got \(\)"),
+        (lambda: Segments((1, -1)), r"`weights\[1\]` must be a finite number of at least 0, got -1"),
         (lambda: Segments.between((1,), (1, 2), 0), "`start` and `end` must have as many weights, got 1 and 2"),
-        (lambda: Segments.between((1,), (2,), 1.5), "`progress` must lie from 0 to 1, got 1.5"),
+        (lambda: Segments.between((1,), (2,), 1.5), "`progress` must be between 0 and 1, got 1.5"),
     ],
 )
 def test_bad_schedules_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -166,10 +168,14 @@ def test_bad_schedules_are_refused(make: Callable[[], Any], message: str) -> Non
         (lambda t, n: 1.0, None, r"`schedule` must return numbers of shape \(3,\), got float"),
         (lambda t, n: t - 5, None, "`schedule` must return finite weights of at least 0, got -5.0"),
         (lambda t, n: t / 0, None, "`schedule` must return finite weights of at least 0, got nan"),
-        (Constant(), torch.zeros(3, dtype=torch.int64), "`segment_ids` belong to `Segments`, got them with Constant"),
-        (Segments((1, 1)), None, "`segment_ids` must say the segment of each token for `Segments`, got None"),
+        (
+            Constant(),
+            torch.zeros(3, dtype=torch.int64),
+            "`segment_ids` must be None unless .* got Constant",
+        ),
+        (Segments((1, 1)), None, "`segment_ids` must be given for `Segments`, got None"),
         (Segments((1, 1)), torch.zeros(3), r"`segment_ids` must be integers of the shape of `labels`, \(3,\)"),
-        (Segments((1, 1)), torch.tensor([0, 1, 2]), "`segment_ids` must lie from -1 to 1, got 2"),
+        (Segments((1, 1)), torch.tensor([0, 1, 2]), "`segment_ids` must be between -1 and 1, got 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(schedule: Any, segment_ids: torch.Tensor | None, message: str) -> None:

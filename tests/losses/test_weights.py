@@ -1,4 +1,4 @@
-"""Weights of tokens against the formula in loops and the relatives that they cover."""
+"""Weights of tokens against the formula in loops and against other published losses."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tests.losses.loss_oracle import IGNORED, Case, assert_equal, formula, gradi
 from vlparts.losses.weights import PRESETS, next_token_labels, resolve_mix, weigh_next_tokens, weigh_tokens
 
 LENGTHS = [5, 1, 0, 7, 3]
-# The mix and the exponent that presets stand for, as published or described.
+# Mix and exponent of each preset, as published or described.
 MEANINGS = {"token": (0, 0), "sample": (1, 0), "square": (0, 0.5), "openpangu_mix": (0.5, 0)}
 
 
@@ -196,12 +196,12 @@ ROWS = torch.zeros(2, 3).long()
         (dict(labels=ROWS[0, 0]), r"`labels` must be integers .* got torch.int64 \(\)"),
         (dict(labels=ROWS[None]), r"`labels` must be integers .* \(1, 2, 3\)"),
         (dict(preset="mean"), "`preset` must be one of token, sample, square, openpangu_mix, got 'mean'"),
-        (dict(preset="token", mix=0.0), "`mix` belongs to `preset='token'` already, got 0.0"),
-        (dict(preset="square", length_exponent=1), "`length_exponent` belongs to `preset='square'` already, got 1"),
-        (dict(preset="openpangu_mix", length_exponent=0), "`length_exponent` belongs to `preset='openpangu_mix'`"),
-        (dict(mix=1.1), "`mix` must lie from 0 to 1, got 1.1"),
-        (dict(mix=float("nan")), "`mix` must lie from 0 to 1, got nan"),
-        (dict(mix=True), "`mix` must lie from 0 to 1, got True"),
+        (dict(preset="token", mix=0.0), "`mix` is fixed by `preset='token'`, got 0.0"),
+        (dict(preset="square", length_exponent=1), "`length_exponent` is fixed by `preset='square'`, got 1"),
+        (dict(preset="openpangu_mix", length_exponent=0), "`length_exponent` is fixed by `preset='openpangu_mix'`"),
+        (dict(mix=1.1), "`mix` must be between 0 and 1, got 1.1"),
+        (dict(mix=float("nan")), "`mix` must be between 0 and 1, got nan"),
+        (dict(mix=True), "`mix` must be between 0 and 1, got True"),
         (dict(length_exponent=-0.5), "`length_exponent` must be a finite number of at least 0, got -0.5"),
         (dict(length_exponent=float("inf")), "`length_exponent` must be a finite .* got inf"),
         (dict(sample_weights=torch.tensor([1.0, -1])), "`sample_weights` must be finite and at least 0, got -1.0"),
@@ -212,7 +212,10 @@ ROWS = torch.zeros(2, 3).long()
         (dict(sample_weights=torch.tensor(1.0), sample_ids=ROWS), r"`sample_weights` must be numbers .* got .* \(\)"),
         (dict(token_weights=torch.full((2, 3), torch.inf)), "`token_weights` must be finite .* got inf"),
         (dict(token_weights=torch.ones(6)), r"`token_weights` must be numbers of shape \(2, 3\), .* \(6,\)"),
-        (dict(cu_seqlens=torch.tensor([0, 6]), sample_ids=ROWS), "pass one of the two"),
+        (
+            dict(cu_seqlens=torch.tensor([0, 6]), sample_ids=ROWS),
+            "both define the samples; pass only one of the two",
+        ),
         (dict(cu_seqlens=torch.tensor([0, 5])), r"`cu_seqlens` must rise from 0 to .* 6, got \[0, 5\] ... 5"),
         (dict(cu_seqlens=torch.tensor([1, 6])), "`cu_seqlens` must rise from 0"),
         (dict(cu_seqlens=torch.tensor([0, 4, 3, 6])), "`cu_seqlens` must rise from 0"),
@@ -224,8 +227,8 @@ ROWS = torch.zeros(2, 3).long()
         (dict(sample_ids=ROWS[0]), r"`sample_ids` must be integers of the shape of `labels`, \(2, 3\), .* \(3,\)"),
         (dict(sample_ids=ROWS.float()), "`sample_ids` must be integers .* got torch.float32"),
         (dict(sample_ids=ROWS.bool()), "`sample_ids` must be integers .* got torch.bool"),
-        (dict(sample_ids=ROWS - 2), "`sample_ids` must lie from -1 to -1, got -2 to -2"),
-        (dict(sample_ids=ROWS + 2, sample_weights=torch.ones(2)), "`sample_ids` must lie from -1 to 1, got 2 to 2"),
+        (dict(sample_ids=ROWS - 2), "`sample_ids` must be between -1 and -1, got -2 to -2"),
+        (dict(sample_ids=ROWS + 2, sample_weights=torch.ones(2)), "`sample_ids` must be between -1 and 1, got 2 to 2"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:

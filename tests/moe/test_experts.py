@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from vlparts.moe import experts_dense as experts_merged
-from vlparts.moe import experts_sorted
-from vlparts.moe.experts_auto import expert_costs, forget_expert_costs
+from vlparts.moe import expert_costs, experts_dense, experts_sorted, forget_expert_costs, register
 
 OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
 every = pytest.mark.parametrize("implementation", OURS)
@@ -34,7 +33,7 @@ def experts(layout: str, experts: int = 6, width: int = 10, inner: int = 7) -> n
 def routing(
     tokens: int, k: int = 3, num_experts: int = 6, unused: tuple[int, ...] = (), width: int = 10
 ) -> tuple[Tensor, ...]:
-    """Tokens, their experts and the weights of these; some experts get no token."""
+    """Random tokens, indices of experts and weights; `unused` experts get no token."""
     scores = torch.rand(tokens, num_experts)
     scores[:, list(unused)] = -1
     hidden = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
@@ -42,7 +41,7 @@ def routing(
 
 
 def oracle(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """One token after the other, one of its experts after the other."""
+    """Loop over tokens and their experts."""
     rows = []
     for token in range(len(hidden)):
         total = torch.zeros_like(hidden[token])
@@ -69,12 +68,18 @@ def run(module: Any, implementation: str, *arguments: Tensor) -> Tensor:
     return module(*arguments)
 
 
-@pytest.fixture(params=[4, 1000], ids=["few at a time", "all at once"], autouse=True)
-def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few pairs at a time, or all."""
-    monkeypatch.setattr(experts_sorted, "PAIRS_AT_A_TIME", request.param)
-    monkeypatch.setattr(experts_merged, "ACTIVATIONS_AT_A_TIME", 600)
+@pytest.fixture(params=[4, 1000], ids=["small chunks", "one chunk"], autouse=True)
+def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small chunks of pairs, or one chunk."""
+    monkeypatch.setattr(experts_sorted, "CHUNK_PAIRS", request.param)
+    monkeypatch.setattr(experts_dense, "MAX_ACTIVATIONS", 600)
     forget_expert_costs()
+
+
+def test_a_second_registration_changes_nothing() -> None:
+    before = {name: ExpertsInterface()[name] for name in OURS}
+    register()
+    assert {name: ExpertsInterface()[name] for name in OURS} == before
 
 
 @every
@@ -147,7 +152,7 @@ def test_bfloat16_is_near_float64(implementation: str) -> None:
 @every
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)], ids=str)
 def test_many_experts(implementation: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Widths of whole 16 bytes, and experts without tokens between others."""
+    """Rows of a multiple of 16 bytes, and experts without tokens between others."""
     module = experts("plain", experts=14, width=16, inner=8)
     hidden, index, weights = routing(60, num_experts=14, unused=(0, 3, 4, 13), width=16)
     expected = oracle(module, hidden, index, weights)
@@ -186,7 +191,7 @@ def test_experts_with_a_norm_after_each_are_refused(implementation: str) -> None
 
 
 def test_infinite_results_of_experts_that_were_not_chosen() -> None:
-    """Sorted experts never compute them; merged ones do, as documented."""
+    """Sorted experts skip them; merged experts compute them, as documented."""
     module, arguments = experts("plain"), routing(5, unused=(2,))
     with torch.no_grad():
         module.down_proj[2] = float("inf")
@@ -213,8 +218,8 @@ def test_the_automatic_choice_is_measured_once_for_each_kind() -> None:
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-def test_what_refuses_a_call_is_named_with_its_reason() -> None:
-    """Grouped products take no float64 on CPU."""
+def test_implementations_that_refuse_a_call_are_listed_with_the_reason() -> None:
+    """grouped_mm does not support float64 on CPU."""
     run(experts("plain"), "vlparts_auto", *routing(7))
     (kind,) = expert_costs()
     assert set(kind["refused"]) == {"grouped_mm"}

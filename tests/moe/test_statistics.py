@@ -1,4 +1,4 @@
-"""Router statistics against NumPy, and the published picture of imbalance."""
+"""Router statistics against NumPy, and the published imbalance of a free choice."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def batch(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def filled(*seeds: int, junk: bool = False) -> RouterStatistics:
-    """Statistics of some of the batches."""
+    """Statistics of the batches with these seeds."""
     statistics = RouterStatistics(EXPERTS, GROUPS)
     for seed in seeds:
         indices, scores, mask = batch(BATCHES[seed], seed)
@@ -38,7 +38,7 @@ def entropy(shares: Any) -> float:
 
 
 def expected() -> dict[str, Any]:
-    """The measures of all batches, written out."""
+    """The measures of all batches in NumPy."""
     counts, importance = np.zeros(EXPERTS, dtype=int), np.zeros(EXPERTS)
     tokens, entropies, imbalances, violations = 0, [], [], []
     for seed, size in enumerate(BATCHES):
@@ -149,7 +149,10 @@ def test_plain_choice_is_as_uneven_as_published() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(indices=torch.zeros(3, dtype=torch.int64)), r"`indices` must be int64 with shape .* with \(3,\)"),
+        (
+            dict(indices=torch.zeros(3, dtype=torch.int64)),
+            r"`indices` must be int64 with shape .* got torch.int64 \(3,\)",
+        ),
         (dict(indices=torch.zeros(3, 2)), "`indices` must be int64 .* got torch.float32"),
         (dict(scores=torch.zeros(3, 7)), r"`scores` must be floating point with shape \(3, 8\), got .* \(3, 7\)"),
         (dict(scores=torch.zeros(3, 8, dtype=torch.int64)), "`scores` must be floating point .* got torch.int64"),

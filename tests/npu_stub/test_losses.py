@@ -28,7 +28,7 @@ each_loss = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide the 40 classes of the linear head into three chunks."""
-    monkeypatch.setattr("vlparts.losses._linear_chunks.CLASSES_AT_A_TIME", 16)
+    monkeypatch.setattr("vlparts.losses._vocab_chunks.MAX_CHUNK_CLASSES", 16)
 
 
 @each_loss

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from tests.tiny import order_one
-from vlparts.moe.switch import set_experts_implementation
+from vlparts.moe import set_experts_implementation
 
 SIZES = {
     "hidden_size": 32,
@@ -71,7 +71,7 @@ def test_switching_reaches_every_layer(name: str) -> None:
 
 def test_models_without_experts_are_refused() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
-    with pytest.raises(ValueError, match="`model` LlamaForCausalLM has no experts module"):
+    with pytest.raises(ValueError, match="`model` must have an experts module .*, got LlamaForCausalLM without one"):
         set_experts_implementation(model, "vlparts_sorted")
 
 

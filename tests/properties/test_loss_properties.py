@@ -1,4 +1,4 @@
-"""What holds for the weighted loss whatever the samples and weights."""
+"""Properties of the weighted loss for any samples and weights."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.losses.loss_oracle import IGNORED, Case, assert_equal, drawn, gradien
 from tests.losses.test_normalizer import select, step_loss
 from torch import Tensor
 
-from vlparts.losses import _linear_chunks as linear_loss_chunks
+from vlparts.losses import _vocab_chunks
 from vlparts.losses.cross_entropy import weighted_cross_entropy
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 from vlparts.losses.weights import PRESETS, weigh_tokens
@@ -133,9 +133,9 @@ def test_token_is_torchs_mean_and_sample_the_mean_of_means(case: Case, smoothing
 @given(
     case=cases(),
     weighting=options,
-    room=st.sampled_from([0, 300, 2**30]),
+    cache_bytes=st.sampled_from([0, 300, 2**30]),
     width=st.integers(1, 5),
-    piece=st.integers(1, 14),
+    chunk_size=st.integers(1, 14),
     softcap=st.sampled_from([None, 1.3]),
     z=st.sampled_from([0.0, 0.2]),
     bias=st.booleans(),
@@ -143,9 +143,9 @@ def test_token_is_torchs_mean_and_sample_the_mean_of_means(case: Case, smoothing
 def test_the_linear_form_is_the_form_of_the_logits(
     case: Case,
     weighting: dict[str, Any],
-    room: int,
+    cache_bytes: int,
     width: int,
-    piece: int,
+    chunk_size: int,
     softcap: float | None,
     z: float,
     bias: bool,
@@ -158,8 +158,8 @@ def test_the_linear_form_is_the_form_of_the_logits(
     logits = plain if softcap is None else softcap * (plain / softcap).tanh()
     expected = loss_of(case._replace(logits=logits), z_loss=z, **weighting)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
-        patch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", piece)
+        patch.setattr(_vocab_chunks, "CACHE_BYTES", cache_bytes)
+        patch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", chunk_size)
         loss = linear_weighted_cross_entropy(
             hidden, weight, case.labels, bias=offsets, softcap=softcap, z_loss=z, **case.weighting, **weighting
         )

@@ -1,4 +1,4 @@
-"""What holds for the router whatever the sizes."""
+"""Properties of the router for all sizes and options."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlparts.moe.statistics import RouterStatistics
+from vlparts.moe import RouterStatistics
 from vlparts.parts.moe_losses import balance_loss, router_z_loss
 from vlparts.parts.moe_options import SCORINGS
 from vlparts.parts.moe_router import GroupedTopKRouter
@@ -83,7 +83,7 @@ def test_names_of_groups_and_of_experts_in_a_group_do_not_matter(
     options: RoutingOptions, tokens: int, seed: int
 ) -> None:
     logits, groups = drawn(tokens, options.num_experts, seed=seed), options.num_expert_groups or 1
-    # Experts are shuffled inside of their groups, and groups as a whole.
+    # Shuffle experts within groups, and the groups.
     inside = drawn(groups, options.group_size, seed=seed + 1).argsort(dim=1)
     inside = inside + torch.arange(groups)[:, None] * options.group_size
     order = inside[drawn(groups, seed=seed + 2).argsort()].flatten()

@@ -40,7 +40,7 @@ class Narrow(OwnLoss):
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "preset": (llama, {"preset": "mean"}, {}, "`preset` must be one of token, sample"),
-    "mix": (llama, {"preset": "token", "mix": 0.5}, {}, "`mix` belongs to `preset='token'` already"),
+    "mix": (llama, {"preset": "token", "mix": 0.5}, {}, "`mix` is fixed by `preset='token'`"),
     "exponent": (llama, {"length_exponent": -1.0}, {}, "`length_exponent` must be a finite number of at least 0"),
     "function": (llama, {"compute_loss_func": print}, {}, "`compute_loss_func` computes another loss"),
     "smoothing": (llama, {}, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor` computes another loss"),

@@ -1,1 +1,5 @@
-"""Logits processors: what a model may generate."""
+"""Logits processors for generation."""
+
+from .constrained_coordinates import CoordinateLogitsProcessor
+
+__all__ = ["CoordinateLogitsProcessor"]

@@ -1,7 +1,7 @@
-"""The weighted cross-entropy as a loss of transformers' models, native ones too: registered as `vlparts_weighted`.
+"""Weighted cross-entropy in the interface of transformers' model losses, registered as `vlparts_weighted`.
 
-transformers' models call `self.loss_function(logits, labels, vocab_size, **kwargs)` with the unknown arguments of
-their `forward`, so that weights reach it as an input of the model, `loss_weights`.
+transformers' models call `self.loss_function(logits, labels, vocab_size, **kwargs)` with the unknown keyword arguments
+of their `forward`, so the weights are an input of the model, `loss_weights`.
 """
 
 from typing import Any
@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from .cross_entropy import check_labels, losses_where
-from .weights import IGNORE_INDEX, check_weights
+from ..parts.utils import IGNORE_INDEX
+from ._checks import check_labels, check_weights, loss_dtype
+from .cross_entropy import masked_token_losses
+
+__all__ = ["WEIGHTED_LOSS_NAME", "weighted_causal_lm_loss"]
 
 WEIGHTED_LOSS_NAME = "vlparts_weighted"
 
@@ -27,39 +30,37 @@ def weighted_causal_lm_loss(
     loss_weights: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The sum of the next tokens' cross-entropies times their weights.
+    """Compute the weighted sum of next-token cross-entropies, or transformers' own loss without `loss_weights`.
 
     Args:
         logits: `(B, S, V)`.
-        labels: `(B, S)`, shifted here: the logits of a token are compared with the label of the next.
+        labels: `(B, S)`, shifted here: the logits of a token are compared with the label of the next one.
         vocab_size: V.
-        num_items_in_batch: Divides the sum where there are no weights, as in transformers; with weights, which hold
-            all denominators, it is not used.
+        num_items_in_batch: Denominator of the sum, as in transformers. Ignored with `loss_weights`, which contain all
+            denominators.
         ignore_index: Label of tokens without loss.
-        shift_labels: `(B, S)` labels that are shifted already, in place of `labels`.
-        loss_weights: `(B, S)` final weight of each token, standing where its label stands (shifted where
-            `shift_labels` is given), as [`weigh_tokens`] makes them of [`next_token_labels`]. Without them the loss is
-            transformers' own.
-        **kwargs: Not used; models pass what they do not know.
+        shift_labels: `(B, S)` labels that are already shifted, instead of `labels`.
+        loss_weights: `(B, S)` weights aligned with the labels (shifted if `shift_labels` is given), as
+            [`weigh_next_tokens`] computes them.
+        **kwargs: Ignored: what models pass to any loss.
 
     Returns:
-        A scalar, float64 for float64 logits, else float32.
+        A scalar, float64 for float64 logits, otherwise float32.
 
     Raises:
         ValueError: If the shape of `loss_weights` is not that of the labels, a weight is negative, infinite or NaN
-            (seen on CPU only), the logits do not fit the labels, or a label is no class.
+            (checked on CPU only), the logits do not fit the labels, or a label is not a class.
     """
-    shifted = shift_labels is not None
-    targets = shift_labels if shift_labels is not None else labels
+    targets = labels if shift_labels is None else shift_labels
     if targets is None:
-        raise ValueError("`labels` or `shift_labels` must be given.")
+        raise ValueError("`labels` or `shift_labels` must be given, got None for both.")
     if logits.numel() != targets.numel() * vocab_size:
         raise ValueError(
             f"`logits` must be of shape {(*targets.shape, vocab_size)} for these labels, got {tuple(logits.shape)}."
         )
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = loss_dtype(logits)
     loss_weights = check_weights(loss_weights, "loss_weights", targets.shape, dtype)
-    if not shifted:
+    if shift_labels is None:
         targets = F.pad(targets, (0, 1), value=ignore_index)[..., 1:]
         loss_weights = None if loss_weights is None else F.pad(loss_weights, (0, 1))[..., 1:]
     flat = check_labels(targets, vocab_size, ignore_index).to(logits.device)
@@ -67,7 +68,7 @@ def weighted_causal_lm_loss(
     weights = valid.to(dtype)
     if loss_weights is not None:
         weights = torch.where(valid, loss_weights.reshape(-1).to(weights), 0)
-    losses = losses_where(weights != 0, logits.reshape(-1, vocab_size), flat.where(valid, 0), 0.0, 0.0, dtype)
+    losses = masked_token_losses(logits.reshape(-1, vocab_size), flat.where(valid, 0), weights != 0)
     total = (losses * weights).sum()
     if loss_weights is not None:
         return total

@@ -1,13 +1,11 @@
-"""Multi-label cluster discrimination (MLCD): an image against the cluster centres that it lies nearest to.
+"""Multi-label cluster discrimination (MLCD): a contrastive loss of images against cluster centres.
 
 The loss is that of MLCD (arXiv 2407.17331); the object and text region losses of RICE (arXiv 2507.20025) have the same
-form. That openPangu-VL's encoder was trained with it is an inference from its lineage: a tool of its maker calls the
-encoder RICE-600M, and its own loss is unpublished.
+form. openPangu-VL's encoder was probably trained with it: a tool of its maker calls the encoder RICE-600M, but the
+training loss is not published.
 
-Shapes: n images, D features, K centres, P labels of an image at most, c the chunk size.
+Shapes: n images, D features, K centres, P maximum number of labels per image, c chunk size.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..parts.utils import positive_integer
+from ._checks import check_number
 
 __all__ = ["DEFAULT_CENTER_CHUNK_SIZE", "multi_label_cluster_loss", "sample_negative_centers"]
 
@@ -31,36 +30,36 @@ def multi_label_cluster_loss(
     negatives: Tensor | None = None,
     chunk_size: int = DEFAULT_CENTER_CHUNK_SIZE,
 ) -> Tensor:
-    """Mean over the images of `log(1 + sum_neg exp(s_j)) + log(1 + sum_pos exp(-s_i))` (MLCD, arXiv 2407.17331).
+    """Compute the mean over images of `log(1 + sum_neg exp(s_j)) + log(1 + sum_pos exp(-s_i))` (arXiv 2407.17331).
 
-    `s_j = scale * cos(feature, centre_j)` for the centres that the image does not have as labels, and
-    `s_i = scale * (cos(feature, centre_i) - margin)` for its labels. The margin is that of CosFace (arXiv 1801.09414);
-    the paper's formula is `margin=0`. A scale for MLCD was not found: the default is CosFace's.
+    Here `s_i = scale * (cos(feature, centre_i) - margin)` for the labels of an image, and
+    `s_j = scale * cos(feature, centre_j)` for the other centres. The margin is that of CosFace (arXiv 1801.09414); the
+    paper's formula has `margin=0`. The scale of MLCD is not published: the default is CosFace's.
 
-    It computes in float32 (float64 for float64 inputs), also under autocast, and holds the scores of c centres at a
-    time, which backward computes again. It reads the values of `labels` and `negatives`, so it waits for the device.
+    The loss is computed in float32 (float64 for float64 inputs), also under autocast, in chunks of c centres that
+    backward recomputes. It reads the values of `labels` and `negatives`, so it waits for the device.
 
     Args:
-        features: `(n, D)` floating point, of any length: they are normalised here. A row of zeros has cosine 0.
-        centers: `(K, D)` floating point, of any length.
-        labels: `(n, P)` int64, the centres of each image, -1 where it has fewer than P. A centre that stands twice
-            in a row counts once. An image without labels has no positive term: it is only pushed away.
+        features: `(n, D)` floating point; normalised here. A row of zeros has cosine 0.
+        centers: `(K, D)` floating point; normalised here.
+        labels: `(n, P)` int64, the centres of each image, padded with -1. Repeated labels of an image count once. An
+            image without labels has no positive term.
         scale: Factor of the cosines, above 0.
         margin: Subtracted from the cosines of the labels, at least 0.
-        negatives: `(M,)` int64, the centres that may be negatives, each once; None for all. An image's labels are
-            never among its own negatives, and are its positives whether they stand here or not. See
-            [`sample_negative_centers`].
-        chunk_size: Centres c whose scores `(n, c)` are held at a time.
+        negatives: `(M,)` int64, distinct centres to use as negatives; None for all. The labels of an image are its
+            positives, and never its negatives, whether they are listed here or not. See [`sample_negative_centers`].
+        chunk_size: Number c of centres whose scores `(n, c)` are held at a time.
 
     Returns:
         The loss, of shape `()`.
 
     Raises:
-        ValueError: If a shape, a type or a value is another than described, or there is no image.
+        ValueError: If a shape, type or value does not fit this description, or there is no image.
     """
     _check_features(features, centers)
     _check_labels(labels, len(features), len(centers))
-    _check_numbers(scale, margin)
+    check_number(scale, "scale", positive=True)
+    check_number(margin, "margin")
     chunk_size = positive_integer(chunk_size, "chunk_size")
     if negatives is None:
         pool, ids = centers, torch.arange(len(centers), device=labels.device)
@@ -70,7 +69,7 @@ def multi_label_cluster_loss(
     dtype = torch.promote_types(torch.promote_types(features.dtype, centers.dtype), torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         scaled = F.normalize(features.to(dtype), dim=-1) * scale
-        # The zeros are the logarithms of the formula's 1, so no sum of exponentials is ever empty.
+        # Zeros are the logarithm of the 1 in the formula, so no log-sum-exp is empty.
         negative = scaled.new_zeros(len(features))
         for chunk, chunk_ids in zip(pool.split(chunk_size), ids.split(chunk_size), strict=True):
             negative = checkpoint(_add_negatives, negative, scaled, chunk, chunk_ids, labels, use_reentrant=False)
@@ -80,27 +79,27 @@ def multi_label_cluster_loss(
 def sample_negative_centers(
     labels: Tensor, num_centers: int, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the centres of one step: those of the batch's labels, filled up at random (Partial FC, arXiv 2203.15565).
+    """Sample the centres of one step: the labels of the batch and random others (Partial FC, arXiv 2203.15565).
 
-    MLCD draws a tenth of a million centres, as more of them bring more that are wrong negatives (arXiv 2407.17331).
+    MLCD samples a tenth of its million centres, since a larger sample has more false negatives (arXiv 2407.17331).
 
     Args:
-        labels: `(n, P)` int64, -1 for none.
+        labels: `(n, P)` int64, padded with -1.
         num_centers: Number K of centres.
-        count: Number of centres to draw, from 1 to K. If the batch has more labels than that, all of them and no
-            others are taken.
-        generator: Source of chance, on the device of `labels`; None for PyTorch's own.
+        count: Number of centres to sample, between 1 and K. If the batch has more distinct labels, exactly those are
+            returned.
+        generator: Random number generator on the device of `labels`; None for the default one.
 
     Returns:
-        `(max(count, number of different labels),)` int64, different ids in rising order.
+        `(max(count, number of distinct labels),)` int64, distinct and ascending.
 
     Raises:
-        ValueError: If `labels` are not of the described kind, or `count` is not between 1 and K.
+        ValueError: If `labels` do not fit this description, or `count` is not between 1 and K.
     """
     num_centers = positive_integer(num_centers, "num_centers")
     _check_labels(labels, len(labels), num_centers)
     if positive_integer(count, "count") > num_centers:
-        raise ValueError(f"`count` must be at most num_centers={num_centers}, got {count}.")
+        raise ValueError(f"`count` must be at most `num_centers`={num_centers}, got {count}.")
     positives = labels[labels >= 0].unique()
     order = torch.rand(num_centers, generator=generator, device=labels.device)
     order[positives] = 2.0
@@ -108,23 +107,23 @@ def sample_negative_centers(
 
 
 def _add_negatives(total: Tensor, scaled: Tensor, centers: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    """Add the exponentials of a chunk's scores to sums `(n,)` that are held as logarithms."""
+    """Add the exponentials of a chunk's scores to log-sums `(n,)`."""
     with torch.autocast(scaled.device.type, enabled=False):
         scores = scaled @ F.normalize(centers.to(scaled.dtype), dim=-1).T
-        own = torch.zeros_like(scores, dtype=torch.bool)
+        is_label = torch.zeros_like(scores, dtype=torch.bool)
         for column in labels.unbind(1):
-            own |= column[:, None] == ids
-        scores = scores.masked_fill_(own, -torch.inf)
+            is_label |= column[:, None] == ids
+        scores = scores.masked_fill_(is_label, -torch.inf)
         return torch.cat([total[:, None], scores], dim=1).logsumexp(dim=1)
 
 
 def _positive_term(scaled: Tensor, centers: Tensor, labels: Tensor, shift: float) -> Tensor:
-    """`log(1 + sum_pos exp(-s_i))` of each image, `(n,)`."""
+    """Compute `log(1 + sum_pos exp(-s_i))` of each image, `(n,)`."""
     ordered = labels.sort(dim=1).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    own = F.normalize(centers[ordered.clamp(min=0)].to(scaled.dtype), dim=-1)
-    scores = shift - torch.einsum("nd,npd->np", scaled, own)
+    positives = F.normalize(centers[ordered.clamp(min=0)].to(scaled.dtype), dim=-1)
+    scores = shift - torch.einsum("nd,npd->np", scaled, positives)
     scores = scores.masked_fill(repeated | (ordered < 0), -torch.inf)
     return torch.cat([scores.new_zeros(len(scores), 1), scores], dim=1).logsumexp(dim=1)
 
@@ -149,7 +148,7 @@ def _check_labels(labels: Tensor, num_images: int, num_centers: int) -> None:
         )
     if labels.numel() and (labels.min() < -1 or labels.max() >= num_centers):
         raise ValueError(
-            f"`labels` must lie between -1 (none) and {num_centers - 1}, got values from {labels.min().item()} to "
+            f"`labels` must be between -1 (padding) and {num_centers - 1}, got values from {labels.min().item()} to "
             f"{labels.max().item()}."
         )
 
@@ -161,16 +160,9 @@ def _check_negatives(negatives: Tensor, num_centers: int) -> None:
         )
     if negatives.numel() and (negatives.min() < 0 or negatives.max() >= num_centers):
         raise ValueError(
-            f"`negatives` must lie between 0 and {num_centers - 1}, got values from {negatives.min().item()} to "
+            f"`negatives` must be between 0 and {num_centers - 1}, got values from {negatives.min().item()} to "
             f"{negatives.max().item()}."
         )
-    different = len(negatives.unique())
-    if different != len(negatives):
-        raise ValueError(f"`negatives` must hold each centre once, got {len(negatives)} of which {different} differ.")
-
-
-def _check_numbers(scale: float, margin: float) -> None:
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"`scale` must be a finite number above 0, got {scale!r}.")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"`margin` must be a finite number of at least 0, got {margin!r}.")
+    distinct = len(negatives.unique())
+    if distinct != len(negatives):
+        raise ValueError(f"`negatives` must be distinct, got {len(negatives)} of which {distinct} are distinct.")

@@ -1,7 +1,6 @@
-"""Cross-entropy with weights of samples and tokens, the same however samples are packed, split and spread.
+"""Weighted cross-entropy whose value does not depend on packing, micro-batches or ranks.
 
-Which token counts how much stands in [`loss_weights`]; here the weights meet the cross-entropy. Labels stand where
-their logits stand, as in torch; nothing is shifted.
+The weights are those of [`weigh_tokens`]. Labels are aligned with the logits, as in torch; nothing is shifted.
 
 Shapes: N tokens, V classes, n samples.
 """
@@ -12,20 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights import IGNORE_INDEX, TokenWeights, weigh_tokens
+from ..parts.utils import IGNORE_INDEX
+from ._checks import check_fraction, check_labels, check_logits, check_number, loss_dtype
+from .weights import TokenWeights, weigh_tokens
+
+__all__ = ["WeightedLoss", "weighted_cross_entropy", "weighted_cross_entropy_with_parts"]
 
 
 class WeightedLoss(NamedTuple):
-    """A loss with its parts.
+    """A loss and the values it is made of.
 
     Attributes:
         loss: Scalar, float32 or float64.
-        per_token: Loss of each token, of the shape of the labels, detached; 0 where they are ignored.
-        per_sample: `(n,)` mean loss of each sample over its tokens, by their weights, detached; 0 for a sample without
+        per_token: Unweighted loss of each token, of the shape of the labels, detached; 0 where the weight is 0.
+        per_sample: `(n,)` mean loss of each sample, by the weights of its tokens, detached; 0 for samples without
             weight.
         weights: Weight W of each token, of the shape of the labels, detached.
-        valid_tokens: Scalar int64, tokens whose label is not ignored.
-        valid_samples: Scalar int64, samples of a size above 0.
+        valid_tokens: Scalar int64, number of tokens whose label is not ignored.
+        valid_samples: Scalar int64, number of samples with a size above 0.
     """
 
     loss: Tensor
@@ -45,26 +48,26 @@ def weighted_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     **weighting: Any,
 ) -> Tensor:
-    """The weighted sum of the cross-entropies of all tokens.
+    """Compute the weighted sum of the cross-entropies of all tokens.
 
-    A token's part is `(1 - s) (-log p_label) + s mean(-log p) + z log(Z)^2`, with the label smoothing s and the weight
-    z of the logarithm of the partition sum Z (z-loss of PaLM, arXiv 2204.02311, section 5).
+    The loss of a token is `(1 - s) (-log p_label) + s mean(-log p) + z log(Z)^2`, with label smoothing s, partition
+    function Z and z-loss weight z (PaLM, arXiv 2204.02311, section 5).
 
     Args:
         logits: `(S, V)` or `(B, S, V)`.
         labels: `(S,)` or `(B, S)` integers from 0 to V - 1, or `ignore_index`; aligned with the logits.
-        label_smoothing: s, from 0 to 1.
+        label_smoothing: s, between 0 and 1.
         z_loss: z, at least 0.
         ignore_index: Label of tokens without loss.
         **weighting: `preset`, `mix`, `length_exponent`, `sample_weights`, `token_weights`, `cu_seqlens`, `sample_ids`
             and `normalizer` of [`weigh_tokens`].
 
     Returns:
-        A scalar, float64 for float64 logits, else float32; exactly 0, with zero gradients, where nothing has weight.
+        A scalar, float64 for float64 logits, otherwise float32; exactly 0, with zero gradients, if all weights are 0.
 
     Raises:
-        ValueError: If shapes do not fit, a label is no class (looked at on CPU only), a weight is not finite or is
-            negative, or an option is out of range.
+        ValueError: If shapes do not fit, a label is not a class (checked on CPU only), a weight is negative, infinite
+            or NaN, or an option is out of range.
     """
     return weighted_cross_entropy_with_parts(
         logits, labels, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, **weighting
@@ -80,120 +83,88 @@ def weighted_cross_entropy_with_parts(
     ignore_index: int = IGNORE_INDEX,
     **weighting: Any,
 ) -> WeightedLoss:
-    """[`weighted_cross_entropy`] with what it is made of, for logs and pictures; arguments and errors are the same."""
-    if not logits.is_floating_point() or logits.shape[:-1] != labels.shape or logits.shape[-1:] == (0,):
-        raise ValueError(
-            f"`logits` must be floating-point of shape {(*labels.shape, 'V')}, V > 0, got {logits.dtype} "
-            f"{tuple(logits.shape)}."
-        )
-    check_loss_options(label_smoothing, z_loss)
+    """Compute [`weighted_cross_entropy`] and its parts, for logging; arguments and errors are the same."""
+    check_logits(logits, labels)
+    check_fraction(label_smoothing, "label_smoothing")
+    check_number(z_loss, "z_loss")
     flat = check_labels(labels, logits.shape[-1], ignore_index)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    weights = weigh_tokens(labels, ignore_index=ignore_index, dtype=dtype, **weighting)
+    weights = weigh_tokens(labels, ignore_index=ignore_index, dtype=loss_dtype(logits), **weighting)
     valid = flat != ignore_index
-    losses = losses_where(
-        counted_tokens(weights, valid),
+    losses = masked_token_losses(
         logits.reshape(-1, logits.shape[-1]),
         flat.where(valid, 0),
-        label_smoothing,
-        z_loss,
-        dtype,
+        active_tokens(weights, valid),
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
     )
-    return with_parts((losses * weights.weights).sum(), losses, weights, valid, labels.shape)
+    return collect_parts((losses * weights.weights).sum(), losses, weights, valid, labels.shape)
 
 
-def counted_tokens(weights: TokenWeights, valid: Tensor) -> Tensor:
-    """Where losses are needed, `(N,)` bool: at weights that are not 0, or that have gradients.
+def active_tokens(weights: TokenWeights, valid: Tensor) -> Tensor:
+    """Return which tokens need a loss, `(N,)` bool: those whose weight is not 0, or has a gradient.
 
     Args:
         weights: The weights of all tokens.
-        valid: `(N,)` bool, where labels are not ignored.
+        valid: `(N,)` bool, true where the label is not ignored.
     """
     if weights.weights.requires_grad and torch.is_grad_enabled():
         return valid & (weights.samples < len(weights.sizes))
     return weights.weights != 0
 
 
-def losses_where(
-    counted: Tensor, logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, dtype: torch.dtype
+def masked_token_losses(
+    logits: Tensor, labels: Tensor, mask: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Tensor:
-    """Unweighted losses of tokens that count, and 0 for others, whose logits may be anything and get zero gradients.
+    """Compute the unweighted losses of the tokens in `mask`; other losses are 0, other logits get zero gradients.
 
     Args:
-        counted: `(N,)` bool.
-        logits: `(N, V)`.
+        logits: `(N, V)`; outside of `mask` they may be anything.
         labels: `(N,)` int64 from 0 to V - 1.
-        label_smoothing: Of the loss.
-        z_loss: Of the loss.
-        dtype: float32 or float64, the type of the losses.
+        mask: `(N,)` bool.
+        label_smoothing: Share of the uniform distribution.
+        z_loss: Weight of the squared log-partition function.
 
     Returns:
-        `(N,)`.
+        `(N,)` float64 for float64 logits, otherwise float32.
     """
-    if torch.compiler.is_compiling():  # without shapes that depend on the data
-        rows = torch.where(counted.unsqueeze(1), logits, 0)
-        return torch.where(counted, token_losses(rows.to(dtype), labels, label_smoothing, z_loss), 0)
-    places = counted.nonzero().squeeze(1)
-    rows = logits[places] if len(places) < len(logits) else logits
-    losses = token_losses(rows.to(dtype), labels[places], label_smoothing, z_loss)
-    return losses.new_zeros(len(logits)).index_put((places,), losses)
+    dtype = loss_dtype(logits)
+    if torch.compiler.is_compiling():  # without shapes that depend on data
+        rows = torch.where(mask.unsqueeze(1), logits, 0)
+        return torch.where(mask, token_losses(rows.to(dtype), labels, label_smoothing, z_loss), 0)
+    tokens = mask.nonzero().squeeze(1)
+    rows = logits[tokens] if len(tokens) < len(logits) else logits
+    losses = token_losses(rows.to(dtype), labels[tokens], label_smoothing, z_loss)
+    return losses.new_zeros(len(logits)).index_put((tokens,), losses)
 
 
-def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Unweighted losses `(N,)` of float32 or float64 logits `(N, V)` and labels `(N,)` from 0 to V - 1."""
+def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Compute the unweighted losses `(N,)` of float32 or float64 logits `(N, V)` and labels `(N,)` from 0 to V - 1."""
     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
 
 
-def with_parts(loss: Tensor, losses: Tensor, weights: TokenWeights, valid: Tensor, shape: torch.Size) -> WeightedLoss:
-    """Put a loss and its parts together.
+def collect_parts(
+    loss: Tensor, losses: Tensor, weights: TokenWeights, valid: Tensor, shape: torch.Size
+) -> WeightedLoss:
+    """Return a loss with its parts.
 
     Args:
         loss: The scalar.
         losses: `(N,)` unweighted, 0 where the weight is 0.
         weights: The weights of all tokens.
-        valid: `(N,)` bool, where labels are not ignored.
+        valid: `(N,)` bool, true where the label is not ignored.
         shape: Shape of the labels.
     """
-    losses, each = losses.detach(), weights.weights.detach()
-    totals = each.new_zeros(2, len(weights.sizes) + 1)
-    totals.index_add_(1, weights.samples, torch.stack([each * losses.to(each), each]))
-    shares, sums = totals[:, :-1]
+    losses, token_weights = losses.detach(), weights.weights.detach()
+    totals = token_weights.new_zeros(2, len(weights.sizes) + 1)
+    totals.index_add_(1, weights.samples, torch.stack([token_weights * losses.to(token_weights), token_weights]))
+    sample_losses, sample_weights = totals[:, :-1]
+    used = sample_weights > 0
     return WeightedLoss(
-        loss,
-        losses.view(shape),
-        torch.where(sums > 0, shares / torch.where(sums > 0, sums, 1), 0),
-        each.view(shape),
-        valid.sum(),
-        (weights.sizes > 0).sum(),
+        loss=loss,
+        per_token=losses.view(shape),
+        per_sample=torch.where(used, sample_losses / torch.where(used, sample_weights, 1), 0),
+        weights=token_weights.view(shape),
+        valid_tokens=valid.sum(),
+        valid_samples=(weights.sizes > 0).sum(),
     )
-
-
-def check_loss_options(label_smoothing: float, z_loss: float) -> None:
-    """Check the options of a loss.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
-    if isinstance(label_smoothing, bool) or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"`label_smoothing` must lie from 0 to 1, got {label_smoothing!r}.")
-    if isinstance(z_loss, bool) or not 0 <= z_loss < float("inf"):
-        raise ValueError(f"`z_loss` must be a finite number of at least 0, got {z_loss!r}.")
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The labels as `(N,)` int64, after a look (on CPU only) whether they are classes.
-
-    Raises:
-        ValueError: If a label is neither a class nor `ignore_index`.
-    """
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"`labels` must be integers, got {labels.dtype}.")
-    flat = labels.reshape(-1).long()
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (flat != ignore_index) & ((flat < 0) | (flat >= num_classes))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"`labels` must lie from 0 to {num_classes - 1}, or be {ignore_index}, got {int(flat[wrong][0])}."
-            )
-    return flat

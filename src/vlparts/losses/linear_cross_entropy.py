@@ -1,7 +1,7 @@
-"""Weighted cross-entropy straight from a model's last hidden states, without ever holding all logits.
+"""Weighted cross-entropy from a model's last hidden states, without holding all logits.
 
-The value and the gradients are those of [`weighted_cross_entropy`] of the logits. Gradients are made together with the
-loss, and ignored tokens are left out before the first product.
+Value and gradients are those of [`weighted_cross_entropy`] of the logits. Gradients are computed together with the
+loss, and tokens without weight are dropped before the first matrix product.
 
 Shapes: N tokens, H width, V classes.
 """
@@ -12,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._linear_chunks import Gradients, Head, Wanted, head_losses
-from .cross_entropy import (
-    WeightedLoss,
-    check_labels,
-    check_loss_options,
-    counted_tokens,
-    weighted_cross_entropy_with_parts,
-    with_parts,
-)
-from .weights import IGNORE_INDEX, weigh_tokens
+from ..parts.utils import IGNORE_INDEX
+from ._checks import check_fraction, check_labels, check_number, loss_dtype
+from ._vocab_chunks import Head, HeadGradients, NeedsGrad, head_losses
+from .cross_entropy import WeightedLoss, active_tokens, collect_parts, weighted_cross_entropy_with_parts
+from .weights import weigh_tokens
 
-# What the weights add up to in float16, whose numbers reach from 6e-8 to 65504.
+__all__ = ["linear_weighted_cross_entropy", "linear_weighted_cross_entropy_with_parts"]
+
+# Sum of the weights with which float16 gradients are computed. float16 ranges from 6e-8 to 65504.
 FLOAT16_TOTAL = 1024
 
 
@@ -34,41 +31,27 @@ def linear_weighted_cross_entropy(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = IGNORE_INDEX,
-    **weighting: Any,
+    **options: Any,
 ) -> Tensor:
-    """[`weighted_cross_entropy`] of the logits `hidden @ lm_head_weight.T + bias`.
+    """Compute [`weighted_cross_entropy`] of the logits `hidden @ lm_head_weight.T + bias`.
 
     Args:
         hidden: `(S, H)` or `(B, S, H)`.
-        lm_head_weight: `(V, H)`, tied to the embeddings or not, of the type of `hidden` (under autocast, of any).
+        lm_head_weight: `(V, H)`, tied to the embeddings or not, of the type of `hidden` (any type under autocast).
         labels: `(S,)` or `(B, S)` integers from 0 to V - 1, or `ignore_index`; aligned with the hidden states.
         bias: `(V,)`.
         softcap: Logits z become `softcap * tanh(z / softcap)` (Gemma 2, arXiv 2408.00118, section 2); above 0.
-        label_smoothing: As for [`weighted_cross_entropy`].
-        z_loss: As for [`weighted_cross_entropy`].
-        ignore_index: Label of tokens without loss.
-        **weighting: As for [`weighted_cross_entropy`].
+        **options: `label_smoothing`, `z_loss`, `ignore_index` and the weighting of [`weighted_cross_entropy`].
 
     Returns:
-        A scalar, float64 for float64 hidden states, else float32.
+        A scalar, float64 for float64 hidden states, otherwise float32.
 
     Raises:
-        ValueError: If shapes or types do not fit, and as for [`weighted_cross_entropy`].
-        RuntimeError: In the backward pass, if it is to be differentiated itself (`create_graph=True`).
+        ValueError: If shapes or types do not fit, and as [`weighted_cross_entropy`].
+        RuntimeError: In a backward pass with `create_graph=True`; the loss is differentiable once.
     """
     return linear_weighted_cross_entropy_with_parts(
-        hidden,
-        lm_head_weight,
-        labels,
-        bias=bias,
-        softcap=softcap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        ignore_index=ignore_index,
-        **weighting,
+        hidden, lm_head_weight, labels, bias=bias, softcap=softcap, **options
     ).loss
 
 
@@ -84,34 +67,35 @@ def linear_weighted_cross_entropy_with_parts(
     ignore_index: int = IGNORE_INDEX,
     **weighting: Any,
 ) -> WeightedLoss:
-    """[`linear_weighted_cross_entropy`] with what it is made of, for logs and pictures."""
-    check_loss_options(label_smoothing, z_loss)
-    hidden, weight, bias = _checked_head(hidden, lm_head_weight, labels, bias, softcap)
+    """Compute [`linear_weighted_cross_entropy`] and its parts, for logging; arguments and errors are the same."""
+    check_fraction(label_smoothing, "label_smoothing")
+    check_number(z_loss, "z_loss")
+    hidden, weight, bias = _check_head(hidden, lm_head_weight, labels, bias, softcap)
     flat = check_labels(labels, len(weight), ignore_index)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    weights = weigh_tokens(labels, ignore_index=ignore_index, dtype=dtype, **weighting)
-    counts = counted_tokens(weights, flat != ignore_index)
-    if torch.compiler.is_compiling():  # which makes pieces of its own, and takes no shapes that depend on the data
-        logits = F.linear(torch.where(counts.view(labels.shape).unsqueeze(-1), hidden, 0), weight, bias)
+    weights = weigh_tokens(labels, ignore_index=ignore_index, dtype=loss_dtype(hidden), **weighting)
+    valid = flat != ignore_index
+    active = active_tokens(weights, valid)
+    if torch.compiler.is_compiling():  # the compiler tiles on its own, and needs shapes that do not depend on data
+        logits = F.linear(torch.where(active.view(labels.shape).unsqueeze(-1), hidden, 0), weight, bias)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return weighted_cross_entropy_with_parts(
             logits, labels, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, **weighting
         )
-    places = counts.nonzero().squeeze(1)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    counted = weights.weights
-    if len(places) < len(rows):
-        rows, counted = rows.index_select(0, places), counted.index_select(0, places)
+    tokens = active.nonzero().squeeze(1)
+    rows, row_weights = hidden.reshape(-1, hidden.shape[-1]), weights.weights
+    if len(tokens) < len(rows):
+        rows, row_weights = rows.index_select(0, tokens), row_weights.index_select(0, tokens)
     head = Head(weight, bias, softcap, label_smoothing, z_loss)
-    loss, losses = _HeadLoss.apply(rows, weight, bias, counted, flat[places], head, torch.is_grad_enabled())
-    losses = losses.new_zeros(len(flat)).index_put((places,), losses)
-    return with_parts(loss, losses, weights, flat != ignore_index, labels.shape)
+    loss, losses = _HeadLoss.apply(rows, weight, bias, row_weights, flat[tokens], head, torch.is_grad_enabled())
+    losses = losses.new_zeros(len(flat)).index_put((tokens,), losses)
+    return collect_parts(loss, losses, weights, valid, labels.shape)
 
 
-def _checked_head(
+def _check_head(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden states, weight and bias in one type."""
     if not hidden.is_floating_point() or hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"`hidden` must be floating-point of shape {(*labels.shape, 'H')}, got {hidden.dtype} "
@@ -121,9 +105,9 @@ def _checked_head(
         raise ValueError(f"`lm_head_weight` must be (V, {hidden.shape[-1]}) and not empty, got {tuple(weight.shape)}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"`bias` must be ({len(weight)},), got {tuple(bias.shape)}.")
-    if softcap is not None and (isinstance(softcap, bool) or not 0 < softcap < float("inf")):
-        raise ValueError(f"`softcap` must be a finite number above 0, got {softcap!r}.")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # which autocast leaves alone
+    if softcap is not None:
+        check_number(softcap, "softcap", positive=True)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # as autocast does
         dtype = torch.get_autocast_dtype(hidden.device.type)
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, tensor in (("lm_head_weight", weight), ("bias", bias)):
@@ -133,7 +117,7 @@ def _checked_head(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The weighted sum of losses, and each loss. Gradients are made in the forward pass."""
+    """The weighted sum of losses and the loss of each token. Gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -144,37 +128,36 @@ class _HeadLoss(torch.autograd.Function):
         token_weights: Tensor,
         labels: Tensor,
         head: Head,
-        recording: bool,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        wanted = Wanted(*(recording and need for need in ctx.needs_input_grad[:3]))
+        needs_grad = NeedsGrad(*(grad_enabled and needed for needed in ctx.needs_input_grad[:3]))
         head = head._replace(weight=weight, bias=bias)
-        ctx.unit = _unit(hidden, token_weights)
-        losses, ctx.gradients = head_losses(hidden, labels, token_weights / ctx.unit, head, wanted)
+        ctx.unit = _gradient_unit(hidden, token_weights)
+        losses, ctx.gradients = head_losses(hidden, labels, token_weights / ctx.unit, head, needs_grad)
         ctx.save_for_backward(hidden, weight, bias, token_weights, labels, losses)
-        ctx.options, ctx.wanted = head[2:], wanted
+        ctx.options, ctx.needs_grad = head[2:], needs_grad
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Not by `once_differentiable`, which lets a second derivative pass as zero where the loss ends the graph.
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # `once_differentiable` may return zero second derivatives
             raise RuntimeError("The linear form of the loss is differentiable once; got `create_graph=True`.")
         hidden, weight, bias, token_weights, labels, losses = ctx.saved_tensors
-        # Handed over once, so that autograd may keep them as they are; a second pass makes them anew.
-        made: Gradients | None = ctx.gradients
+        # Returned once, so that autograd may keep the tensors without a copy; a second pass recomputes them.
+        gradients: HeadGradients | None = ctx.gradients
         ctx.gradients = None
-        if made is None and any(ctx.wanted):
+        if gradients is None and any(ctx.needs_grad):
             head = Head(weight, bias, *ctx.options)
-            _, made = head_losses(hidden, labels, token_weights / ctx.unit, head, ctx.wanted)
-        grads = (None, None, None) if made is None else (made.hidden, made.weight, made.bias)
-        scaled = (None if one is None else _scaled(one, grad * ctx.unit) for one in grads)
-        of_weights = losses * grad if ctx.needs_input_grad[3] else None
-        return *scaled, of_weights, None, None, None
+            _, gradients = head_losses(hidden, labels, token_weights / ctx.unit, head, ctx.needs_grad)
+        found = (None, None, None) if gradients is None else (gradients.hidden, gradients.weight, gradients.bias)
+        scaled = (None if tensor is None else _scaled(tensor, grad * ctx.unit) for tensor in found)
+        grad_weights = losses * grad if ctx.needs_input_grad[3] else None
+        return *scaled, grad_weights, None, None, None
 
 
-def _unit(hidden: Tensor, token_weights: Tensor) -> Tensor | float:
-    """What gradients are made in multiples of: in float16 those of weights that add up to 1 would vanish."""
+def _gradient_unit(hidden: Tensor, token_weights: Tensor) -> Tensor | float:
+    """Return the factor taken out of the gradients. In float16 gradients of weights that sum to 1 would underflow."""
     if hidden.dtype != torch.float16:
         return 1.0
     total = token_weights.sum() / FLOAT16_TOTAL
@@ -182,7 +165,7 @@ def _unit(hidden: Tensor, token_weights: Tensor) -> Tensor | float:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient` times a scalar, without a pass over it where that is 1, which it nearly always is."""
+    """Multiply a gradient by a scalar in place. The usual factor of 1 costs no pass over the tensor."""
     if factor.device.type == "cpu" and float(factor) == 1.0:
         return gradient
-    return gradient.mul_(factor)  # in its own type: in half precision, it would be rounded
+    return gradient.mul_(factor)  # the factor keeps its type; in half precision it would be rounded

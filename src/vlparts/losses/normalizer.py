@@ -1,32 +1,34 @@
-"""What the weights of a whole optimiser step are divided by, over micro-batches and processes."""
+"""Denominators of a loss over all micro-batches and processes of an optimiser step."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._distributed import sum_over_processes
-from .weights import IGNORE_INDEX, resolve_mix, weigh_next_tokens, weigh_tokens
+from ..parts.utils import IGNORE_INDEX
+from .weights import resolve_mix, weigh_next_tokens, weigh_tokens
+
+__all__ = ["LossNormalizer", "sum_over_processes"]
 
 
 class LossNormalizer:
-    """Adds up the denominators of a step, so that its loss is the same however its samples are packed and spread.
+    """Sums the denominators of a step, so that its loss does not depend on packing, micro-batches and ranks.
 
-    First [`add`] the labels of each micro-batch, then [`all_reduce`] where there are several processes; then pass it
-    to [`weighted_cross_entropy`] as `normalizer` for each micro-batch. The losses of all micro-batches and processes
-    add up to the loss of the step; where gradients are averaged over processes, as DistributedDataParallel does,
-    multiply them by the number of processes.
+    Call [`add`] with the labels of each micro-batch, then [`all_reduce`] if there are several processes, then pass the
+    normalizer to [`weighted_cross_entropy`] for each micro-batch. The losses of all micro-batches and processes add up
+    to the loss of the step. If gradients are averaged over processes, as DistributedDataParallel does, multiply the
+    losses by the number of processes.
 
-    Samples are whole: none may be split between micro-batches.
+    Samples must not be split between micro-batches.
 
     Args:
-        preset: As for [`weigh_tokens`].
-        mix: As for [`weigh_tokens`].
-        length_exponent: As for [`weigh_tokens`].
+        preset: "token", "sample", "square" or "openpangu_mix", instead of `mix` and `length_exponent`.
+        mix: Share of sample averaging, between 0 and 1. Default: 0.5.
+        length_exponent: Length exponent, at least 0. Default: 0.
         ignore_index: Label of tokens without loss.
 
     Raises:
-        ValueError: As for [`resolve_mix`].
+        ValueError: As [`resolve_mix`].
     """
 
     def __init__(
@@ -41,23 +43,23 @@ class LossNormalizer:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new step."""
+        """Start a new step."""
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._reduced = False
 
     @property
     def samples(self) -> Tensor:
-        """A: the importance of all samples with tokens, a float64 scalar."""
+        """A, the sum of the importance of samples with labels: a float64 scalar."""
         return self._totals[0]
 
     @property
     def tokens(self) -> Tensor:
-        """C: the weights of all tokens, by importance and length, a float64 scalar."""
+        """C, the sum of the weights of tokens, scaled by importance and length: a float64 scalar."""
         return self._totals[1]
 
     @property
     def options(self) -> dict[str, Any]:
-        """What [`weighted_cross_entropy`] takes beside labels and weights."""
+        """Keyword arguments of [`weighted_cross_entropy`]: mix, length exponent, normalizer and ignored label."""
         return {
             "mix": self.mix,
             "length_exponent": self.length_exponent,
@@ -65,54 +67,39 @@ class LossNormalizer:
             "ignore_index": self.ignore_index,
         }
 
-    def add(
-        self,
-        labels: Tensor,
-        *,
-        sample_weights: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        next_tokens: bool = False,
-    ) -> None:
-        """Count a micro-batch.
+    def add(self, labels: Tensor, *, next_tokens: bool = False, **weighting: Any) -> None:
+        """Add a micro-batch.
 
         Args:
-            labels: As for [`weigh_tokens`].
-            sample_weights: As for [`weigh_tokens`].
-            token_weights: As for [`weigh_tokens`].
-            cu_seqlens: As for [`weigh_tokens`].
-            sample_ids: As for [`weigh_tokens`].
-            next_tokens: Whether the loss shifts these labels, so that [`weigh_next_tokens`] makes its weights.
+            labels: `(S,)` or `(B, S)` integers.
+            next_tokens: Whether the loss shifts these labels, so that [`weigh_next_tokens`] computes its weights.
+            **weighting: `sample_weights`, `token_weights`, `cu_seqlens` and `sample_ids` of [`weigh_tokens`].
 
         Raises:
-            ValueError: As for [`weigh_tokens`].
-            RuntimeError: After [`all_reduce`]; [`reset`] begins a new step.
+            ValueError: As [`weigh_tokens`].
+            RuntimeError: After [`all_reduce`]; call [`reset`] to start a new step.
         """
         self._check_open()
         weights = (weigh_next_tokens if next_tokens else weigh_tokens)(
             labels,
             mix=self.mix,
             length_exponent=self.length_exponent,
-            sample_weights=sample_weights,
-            token_weights=token_weights,
-            cu_seqlens=cu_seqlens,
-            sample_ids=sample_ids,
             ignore_index=self.ignore_index,
             dtype=torch.float64,
+            **weighting,
         )
         totals = torch.stack([weights.total_samples, weights.total_tokens]).detach()
         self._totals = self._totals.to(totals.device) + totals
 
     def all_reduce(self, group: Any = None, device: torch.device | str | None = None) -> None:
-        """Sum over the processes of torch.distributed, once for each step; without it, nothing is to be summed.
+        """Sum over the processes of torch.distributed, once per step; without torch.distributed, do nothing.
 
         Args:
-            group: The process group; the default one where None.
-            device: Where the group's backend works (NCCL and HCCL: the accelerator); where the labels were, if None.
+            group: The process group. Default: the default group.
+            device: Device of the group's backend (the accelerator for NCCL and HCCL). Default: that of the labels.
 
         Raises:
-            RuntimeError: If it was called in this step already; [`reset`] begins a new one.
+            RuntimeError: On a second call in one step; call [`reset`] to start a new one.
         """
         self._check_open()
         self._totals = sum_over_processes(self._totals, group, device)
@@ -120,4 +107,23 @@ class LossNormalizer:
 
     def _check_open(self) -> None:
         if self._reduced:
-            raise RuntimeError("This step is summed over its processes already; `reset` begins a new one.")
+            raise RuntimeError("This step has already been summed over processes; call `reset` to start a new one.")
+
+
+def sum_over_processes(values: Tensor, group: Any = None, device: torch.device | str | None = None) -> Tensor:
+    """Sum float64 values over processes, also with backends and devices without float64.
+
+    Args:
+        values: float64 with one axis, of the same length in each process.
+        group: The process group. Default: the default group.
+        device: Device of the group's backend (the accelerator for NCCL and HCCL). Default: that of `values`.
+
+    Returns:
+        float64 on the device of `values`, the same in each process; `values` if torch.distributed is not initialised.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    bits = values.view(torch.int32).to(device or values.device)  # not every accelerator has float64
+    gathered = [torch.empty_like(bits) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, bits, group=group)
+    return torch.stack([part.to(values.device).view(torch.float64) for part in gathered]).sum(0)

@@ -1,20 +1,20 @@
-"""The experts implementation `vlparts_auto`: the fastest of all, by measured cost.
+"""The experts implementation `vlparts_auto`: the fastest implementation, by measurement.
 
-The first call with a new number of tokens (in steps of a fifth), type, shape or device times every implementation on
-that call's own tokens and weights, and later calls of the kind take the fastest.
+The first call with a new device, dtype, shape or number of tokens (in steps of 20 %) times every implementation on
+that call's own tokens and weights. Later calls with the same key use the fastest.
 
-Shapes: T tokens, K experts of a token, E experts, H width, I inner width of an expert.
+Shapes: T tokens, K experts per token, E experts, H width, I intermediate size of an expert.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from math import log
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from .expert_weights import check_routing, get_expert_weights
 from .experts_dense import MERGED_EXPERTS_NAME, merged_experts_forward
@@ -22,27 +22,54 @@ from .experts_sorted import SORTED_EXPERTS_NAME, sorted_experts_forward
 
 AUTO_EXPERTS_NAME = "vlparts_auto"
 
+# Timed runs per implementation, of which the median counts.
 ROUNDS = 5
-# Each kind covers numbers of tokens up to this many times its smallest; below some 5 tokens, one number.
-STEP = 1.2
-# An implementation that takes so many times as long as the best so far is not timed again.
-HOPELESS = 1.5
-# Copies of weights that `batched_mm` makes, in bytes, and products of `vlparts_merged` for each one that is needed,
-# beyond which they are not tried: they cannot win there, and take memory or minutes.
-MOST_COPIES = 2**30
-MOST_EXTRA_TOKENS = 8
+# Largest ratio of token counts that share a measurement. Below about 5 tokens each count has its own.
+TOKEN_STEP = 1.2
+# An implementation this many times slower than the fastest so far is not timed again.
+DROP_RATIO = 1.5
+# Limits beyond which an implementation is not tried, since it cannot win and would take much memory or minutes: bytes
+# of weights that `batched_mm` copies, and token-expert pairs per expert for `vlparts_merged`.
+MAX_COPIED_BYTES = 2**30
+MAX_PAIRS_PER_EXPERT = 8
 
 Forward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-_chosen: dict[tuple[Any, ...], str] = {}
-_costs: dict[tuple[Any, ...], dict[str, float]] = {}
-_refused: dict[tuple[Any, ...], dict[str, str]] = {}
+
+
+class _Measurement(NamedTuple):
+    """Result for one kind of call.
+
+    Attributes:
+        chosen: Name of the fastest implementation.
+        seconds: Median time of each implementation that accepts the call.
+        refused: Error message of each implementation that does not.
+    """
+
+    chosen: str
+    seconds: dict[str, float]
+    refused: dict[str, str]
+
+
+class _Key(NamedTuple):
+    """What a measurement depends on."""
+
+    device: str
+    dtype: torch.dtype
+    layout: tuple[Any, ...]
+    shape: tuple[int, ...]
+    token_step: int
+    experts_per_token: int
+    trains: bool
+
+
+_measurements: dict[_Key, _Measurement] = {}
 
 
 def auto_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Weighted sum of the experts of each token, by the fastest implementation for such a call.
+    """Compute the weighted sum of each token's experts with the fastest implementation.
 
     Args:
-        module: An experts module of transformers' layout.
+        module: An experts module in transformers' layout.
         hidden_states: `(T, H)`.
         top_k_index: `(T, K)` int64; E marks an expert of another process.
         top_k_weights: `(T, K)`.
@@ -61,109 +88,110 @@ def auto_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor
     trains = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden_states, top_k_weights, *weights[:4])
     )
-    key = _kind(*arguments, weights.up, trains)
-    if key not in _chosen:
-        _costs[key], _refused[key] = _measure(_candidates(*arguments, weights.up), arguments, trains)
-        _chosen[key] = min(_costs[key], key=_costs[key].__getitem__)
-    return _implementations(module)[_chosen[key]](*arguments)
+    key = _key(*arguments, weights.up, trains)
+    if key not in _measurements:
+        _measurements[key] = _measure(_candidates(module, top_k_index, weights.up), arguments, trains)
+    return _implementations(module)[_measurements[key].chosen](*arguments)
 
 
 def expert_costs() -> list[dict[str, Any]]:
-    """What was measured so far.
+    """Return the measurements so far.
 
     Returns:
-        For each kind of call: "device", "dtype", "tokens" (the smallest number of the kind), "experts", "trains",
-        "chosen", "seconds" of every implementation that was timed, and "refused", the errors of those that did not
-        take the call.
+        Per kind of call: "device", "dtype", "tokens" (the smallest number of tokens of the kind), "experts",
+        "trains", "chosen", "seconds" of each implementation that was timed, and "refused", the errors of those that do
+        not accept the call.
     """
     return [
         {
-            "device": key[0],
-            "dtype": key[1],
-            "tokens": _fewest(key[4]),
-            "experts": key[3][0],
-            "trains": key[-1],
-            "chosen": _chosen[key],
-            "seconds": dict(costs),
-            "refused": dict(_refused[key]),
+            "device": key.device,
+            "dtype": key.dtype,
+            "tokens": _smallest_count(key.token_step),
+            "experts": key.shape[0],
+            "trains": key.trains,
+            "chosen": found.chosen,
+            "seconds": dict(found.seconds),
+            "refused": dict(found.refused),
         }
-        for key, costs in _costs.items()
+        for key, found in _measurements.items()
     ]
 
 
 def forget_expert_costs() -> None:
-    """Measure anew from now on, as after a change of the number of threads."""
-    for table in (_chosen, _costs, _refused):
-        table.clear()
+    """Discard all measurements, so that later calls measure again."""
+    _measurements.clear()
 
 
-def _kind(
+def _key(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Tensor, trains: bool
-) -> tuple[Any, ...]:
-    tokens, k = top_k_index.shape
-    step = -1 if tokens == 0 else round(log(tokens) / log(STEP))
+) -> _Key:
+    tokens, experts_per_token = top_k_index.shape
     layout = (type(module), getattr(module, "is_transposed", False), torch.get_num_threads())
-    return hidden_states.device.type, up.dtype, layout, tuple(up.shape), step, k, trains
+    return _Key(
+        hidden_states.device.type, up.dtype, layout, tuple(up.shape), _token_step(tokens), experts_per_token, trains
+    )
 
 
-def _fewest(step: int) -> int:
-    """The smallest number of tokens of a kind."""
-    tokens = max(0, int(STEP ** (step - 0.5)))
-    while step >= 0 and (tokens == 0 or round(log(tokens) / log(STEP)) < step):
+def _token_step(tokens: int) -> int:
+    """Return the number of tokens on a logarithmic scale, -1 for no token."""
+    return -1 if tokens == 0 else round(log(tokens) / log(TOKEN_STEP))
+
+
+def _smallest_count(step: int) -> int:
+    """Return the smallest number of tokens of a step."""
+    tokens = max(0, int(TOKEN_STEP ** (step - 0.5)))
+    while _token_step(tokens) < step:
         tokens += 1
     return tokens
 
 
 def _implementations(module: Any) -> dict[str, Forward]:
-    own = getattr(type(module).forward, "__wrapped__", None)
+    eager = getattr(type(module).forward, "__wrapped__", None)
     found: dict[str, Forward] = {
         SORTED_EXPERTS_NAME: sorted_experts_forward,
         "grouped_mm": grouped_mm_experts_forward,
         MERGED_EXPERTS_NAME: merged_experts_forward,
         "batched_mm": batched_mm_experts_forward,
     }
-    return found if own is None else {**found, "eager": own}
+    return found if eager is None else {**found, "eager": eager}
 
 
-def _candidates(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Tensor
-) -> dict[str, Forward]:
-    """The implementations that may win."""
+def _candidates(module: Any, top_k_index: Tensor, up: Tensor) -> dict[str, Forward]:
+    """Return the implementations worth timing."""
     found = _implementations(module)
     pairs = top_k_index.numel()
-    if pairs * up[0].numel() * up.element_size() > MOST_COPIES:
+    if pairs * up[0].numel() * up.element_size() > MAX_COPIED_BYTES:
         del found["batched_mm"]
-    if pairs > MOST_EXTRA_TOKENS * len(up):
+    if pairs > MAX_PAIRS_PER_EXPERT * len(up):
         del found[MERGED_EXPERTS_NAME]
     return found
 
 
-def _measure(
-    candidates: dict[str, Forward], arguments: tuple[Any, ...], trains: bool
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Median seconds of each candidate, in turn; and the errors of those that refuse the call."""
+def _measure(candidates: dict[str, Forward], arguments: tuple[Any, ...], trains: bool) -> _Measurement:
+    """Time the candidates in turn, round by round."""
     runs: dict[str, Callable[[], None]] = {}
     refused: dict[str, str] = {}
     for name, forward in candidates.items():
-        run = _with_gradients(forward, arguments) if trains else _without(forward, arguments)
+        run = _training_run(forward, arguments) if trains else _inference_run(forward, arguments)
         try:
             run()
         except (RuntimeError, ValueError) as error:  # grouped_mm: widths, float64 on CPU, strides of gradients
-            if name == SORTED_EXPERTS_NAME:  # which takes what any does
+            if name == SORTED_EXPERTS_NAME:  # which accepts whatever another accepts
                 raise
             refused[name] = f"{type(error).__name__}: {error}"
             continue
         runs[name] = run
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
-        best = min((min(times) for times in seconds.values() if times), default=float("inf"))
+        best = min((min(found) for found in times.values() if found), default=float("inf"))
         for name, run in runs.items():
-            if not seconds[name] or min(seconds[name]) < HOPELESS * best:
-                seconds[name].append(_time(run, arguments[1].device))
-    return {name: statistics.median(times) for name, times in seconds.items()}, refused
+            if not times[name] or min(times[name]) < DROP_RATIO * best:
+                times[name].append(_time(run, arguments[1].device))
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    return _Measurement(min(seconds, key=seconds.__getitem__), seconds, refused)
 
 
-def _without(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], None]:
+def _inference_run(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             forward(*arguments)
@@ -171,32 +199,28 @@ def _without(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], None]
     return run
 
 
-def _with_gradients(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], None]:
-    """Forward and backward on copies of the inputs, which leaves no gradient anywhere."""
+def _training_run(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], None]:
+    """Return a forward and backward pass that accumulates no gradient."""
     module, hidden_states, top_k_index, top_k_weights = arguments
     inputs = [hidden_states.detach().requires_grad_(), top_k_weights.detach().requires_grad_()]
-    wanted = [*inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+    leaves = [*inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
 
     def run() -> None:
         with torch.enable_grad():
             output = forward(module, inputs[0], top_k_index, inputs[1])
-            torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+            torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
 
     return run
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    begin = time.perf_counter()
+    _synchronize(device)
+    start = time.perf_counter()
     run()
-    _wait(device)
-    return time.perf_counter() - begin
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-if AUTO_EXPERTS_NAME not in ExpertsInterface():
-    ExpertsInterface.register(AUTO_EXPERTS_NAME, auto_experts_forward)

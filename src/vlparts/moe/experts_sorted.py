@@ -1,11 +1,11 @@
-"""The experts implementation `vlparts_sorted`: tokens sorted by expert, some thousands at a time.
+"""The experts implementation `vlparts_sorted`: token-expert pairs sorted by expert, in chunks that fit the cache.
 
-On CPU each product is that of one expert with its tokens, by the faster of PyTorch's two libraries, written where the
-next step reads it; what lies between the products is computed for many experts at once, in memory that is used again.
-On other devices, and in compiled programs, it is transformers' `grouped_mm`.
+On CPU each product is that of one expert with its tokens, by the faster of PyTorch's two libraries, written to where
+the next step reads it. Elementwise steps between the products run for many experts at once, in memory that is reused.
+On other devices and in compiled programs it is transformers' `grouped_mm`.
 
-Shapes: T tokens, K experts of a token, E experts, H width, I inner width of an expert, N = 2 I with a gate, else I;
-P pairs of a token and an expert, sorted by expert.
+Shapes: T tokens, K experts per token, E experts, H width, I intermediate size of an expert, N = 2 I with a gate, I
+without; P pairs of a token and an expert.
 """
 
 from typing import Any, NamedTuple
@@ -14,53 +14,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..kernels.cpu.linear import linear_cpu, onednn_is_faster, weight_gradient
 from .expert_weights import ExpertWeights, check_routing, get_expert_weights
 
 SORTED_EXPERTS_NAME = "vlparts_sorted"
 
-# Pairs that are computed at a time, but for an expert that has more: what lies between the products is then used again
-# before it leaves the cache, and its memory is not returned to the system in between.
-PAIRS_AT_A_TIME = 2048
+# Pairs per chunk, unless one expert has more. Activations are then still in the cache when they are used again, and
+# their memory is not returned to the system in between.
+CHUNK_PAIRS = 2048
 
+# From this many experts in a chunk PyTorch's grouped product is used: its loop has less overhead than one in Python.
+MIN_GROUPED_EXPERTS = 9
 
-# From so many experts on PyTorch's grouped product is taken, whose loop costs less than one in Python.
-GROUPED_FROM = 9
-
-
-class _Piece(NamedTuple):
-    """The pairs of one expert: `start` to `end` in the sorted order."""
-
-    expert: int
-    start: int
-    end: int
-
-
-class _Plan(NamedTuple):
-    """Pairs in the order of their experts; pairs with experts of other processes are left out.
-
-    Attributes:
-        slots: `(P,)` int64, place of each pair among the T * K of the routing.
-        tokens: `(P,)` int64, its token.
-        places: `(T, K)` int64, where the pairs of the routing stand among the sorted; P for those that were left out.
-        ends: `(E,)` int32, where each expert's pairs end.
-        groups: Experts that have pairs, some at a time.
-    """
-
-    slots: Tensor
-    tokens: Tensor
-    places: Tensor
-    ends: Tensor
-    groups: list[list[_Piece]]
+# Whether a device uses the implementation of this file, so that the dispatcher decides.
+torch.library.define("vlparts::use_sorted_experts", "(Tensor hidden_states) -> bool")
+torch.library.impl("vlparts::use_sorted_experts", "CompositeImplicitAutograd", lambda hidden_states: False)
+torch.library.impl("vlparts::use_sorted_experts", ("CPU", "AutogradCPU"), lambda hidden_states: True)
 
 
 def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Weighted sum of the experts of each token.
+    """Compute the weighted sum of each token's experts, expert by expert.
 
     Args:
-        module: An experts module of transformers' layout.
+        module: An experts module in transformers' layout.
         hidden_states: `(T, H)`.
         top_k_index: `(T, K)` int64; E marks an expert of another process, which is skipped.
         top_k_weights: `(T, K)`.
@@ -73,64 +51,103 @@ def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     """
     weights = get_expert_weights(module, SORTED_EXPERTS_NAME)
     check_routing(hidden_states, top_k_index, top_k_weights, len(weights.up))
-    if torch.compiler.is_compiling() or not torch.ops.vlparts.experts_one_by_one(hidden_states):
+    if torch.compiler.is_compiling() or not torch.ops.vlparts.use_sorted_experts(hidden_states):
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(weights.up.dtype)
     tensors = (inputs, top_k_weights, *weights[:4])
-    plan = _plan(top_k_index, len(weights.up))
+    pairs = _sort_pairs(top_k_index, len(weights.up))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        output = _SortedExperts.apply(*tensors, weights.activate, plan)
+        output = _SortedExperts.apply(*tensors, weights.activate, pairs)
     else:
-        output, _ = _forward(inputs, top_k_weights, weights, plan, keep=False)
+        output, _ = _forward(inputs, top_k_weights, weights, pairs, save_inner=False)
     return output.to(hidden_states.dtype)
 
 
-def _plan(top_k_index: Tensor, num_experts: int) -> _Plan:
+class _Segment(NamedTuple):
+    """The pairs of one expert, `start` to `end` in sorted order."""
+
+    expert: int
+    start: int
+    end: int
+
+
+class _SortedPairs(NamedTuple):
+    """Token-expert pairs sorted by expert, without those of experts of other processes.
+
+    Attributes:
+        slots: `(P,)` int64, index of each pair in the flattened `(T, K)` routing.
+        tokens: `(P,)` int64, token of each pair.
+        positions: `(T, K)` int64, position of each pair of the routing in sorted order; P for skipped pairs.
+        ends: `(E,)` int32, end of each expert's pairs.
+        chunks: Segments of the experts that have pairs, in chunks of about `CHUNK_PAIRS` pairs.
+    """
+
+    slots: Tensor
+    tokens: Tensor
+    positions: Tensor
+    ends: Tensor
+    chunks: list[list[_Segment]]
+
+
+def _sort_pairs(top_k_index: Tensor, num_experts: int) -> _SortedPairs:
     experts, slots = torch.sort(top_k_index.flatten(), stable=True)
     ends = torch.searchsorted(experts, torch.arange(num_experts, dtype=experts.dtype), right=True, out_int32=True)
-    groups = _groups(ends.tolist())
-    used = groups[-1][-1].end if groups else 0
-    slots = slots[:used]
-    places = torch.full_like(top_k_index, used, dtype=torch.int64)
-    places.view(-1)[slots] = torch.arange(used)
-    return _Plan(slots, slots // max(top_k_index.shape[1], 1), places, ends, groups)
+    chunks = _make_chunks(ends.tolist())
+    count = chunks[-1][-1].end if chunks else 0
+    slots = slots[:count]
+    positions = torch.full_like(top_k_index, count, dtype=torch.int64)
+    positions.view(-1)[slots] = torch.arange(count)
+    return _SortedPairs(slots, slots // max(top_k_index.shape[1], 1), positions, ends, chunks)
 
 
-def _groups(ends: list[int]) -> list[list[_Piece]]:
-    groups: list[list[_Piece]] = []
+def _make_chunks(ends: list[int]) -> list[list[_Segment]]:
+    chunks: list[list[_Segment]] = []
     start = 0
     for expert, end in enumerate(ends):
         if start < end:
-            if not groups or end - groups[-1][0].start > PAIRS_AT_A_TIME:
-                groups.append([])
-            groups[-1].append(_Piece(expert, start, end))
+            if not chunks or end - chunks[-1][0].start > CHUNK_PAIRS:
+                chunks.append([])
+            chunks[-1].append(_Segment(expert, start, end))
         start = end
-    return groups
+    return chunks
 
 
-def _takes_grouped(x: Tensor, weight: Tensor, group: list[_Piece]) -> bool:
-    """Whether PyTorch's own loop over experts takes these, and is no slower.
+def _forward(
+    inputs: Tensor, top_k_weights: Tensor, weights: ExpertWeights, pairs: _SortedPairs, save_inner: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the output `(T, H)`, and with `save_inner` return the inputs of the activation, `(P, N)`."""
+    factors = top_k_weights.detach().flatten()[pairs.slots]
+    results = inputs.new_empty(len(pairs.slots) + 1, weights.down.shape[1])
+    saved = inputs.new_empty(len(pairs.slots), weights.up.shape[1]) if save_inner else None
+    with torch.no_grad():
+        for chunk in pairs.chunks:
+            rows = slice(chunk[0].start, chunk[-1].end)
+            tokens = inputs.index_select(0, pairs.tokens[rows])
+            inner = _multiply(tokens, weights.up, weights.up_bias, chunk, pairs.ends)
+            if saved is not None:
+                saved[rows] = inner
+            result = _multiply(weights.activate(inner), weights.down, weights.down_bias, chunk, pairs.ends)
+            torch.mul(result, factors[rows].unsqueeze(1), out=results[rows])
+        return _sum_pairs(results, pairs), saved
 
-    It takes rows of whole 16 bytes, and is no slower for many experts where there is no faster product.
-    """
-    outer, inner = weight.shape[1:]
-    if len(group) < GROUPED_FROM or (outer | inner) * x.element_size() % 16:
-        return False
-    if x.dtype == torch.float32:
-        return not onednn_is_faster(len(x) // len(group), inner, outer)
-    return x.dtype == torch.bfloat16
+
+def _sum_pairs(values: Tensor, pairs: _SortedPairs) -> Tensor:
+    """Sum the pairs of each token, `(T, width)` from `(P + 1, width)`, whose last row is that of skipped pairs."""
+    values[-1] = 0
+    # PyTorch sums bfloat16 in float32.
+    return values.index_select(0, pairs.positions.flatten()).view(*pairs.positions.shape, values.shape[1]).sum(1)
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, group: list[_Piece], ends: Tensor) -> Tensor:
-    """The pairs of a group `(pairs, inner)`, each times its expert's `(outer, inner)` of `(E, outer, inner)`."""
-    first = group[0].start
-    if bias is None and _takes_grouped(x, weight, group):
-        experts = slice(group[0].expert, group[-1].expert + 1)
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: list[_Segment], ends: Tensor) -> Tensor:
+    """Multiply each pair of a chunk, `(pairs, inner)`, by its expert's matrix of `weight` `(E, outer, inner)`."""
+    first = chunk[0].start
+    if bias is None and _use_grouped_mm(x, weight, chunk):
+        experts = slice(chunk[0].expert, chunk[-1].expert + 1)
         return F.grouped_mm(x, weight[experts].transpose(1, 2), offs=ends[experts] - first)
-    if len(group) == 1:
-        return linear_cpu(x, weight[group[0].expert], None if bias is None else bias[group[0].expert])
+    if len(chunk) == 1:
+        return linear_cpu(x, weight[chunk[0].expert], None if bias is None else bias[chunk[0].expert])
     output = x.new_empty(len(x), weight.shape[1])
-    for expert, start, end in group:
+    for expert, start, end in chunk:
         rows = x[start - first : end - first]
         target = output[start - first : end - first]
         if x.dtype == torch.float32:
@@ -142,34 +159,21 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, group: list[_Piece
     return output
 
 
-def _sum_of_pairs(rows: Tensor, plan: _Plan) -> Tensor:
-    """`(T, width)` from `(P + 1, width)`, whose last row stands for pairs that were left out."""
-    rows[-1] = 0
-    # PyTorch sums bfloat16 in float32.
-    return rows.index_select(0, plan.places.flatten()).view(*plan.places.shape, rows.shape[1]).sum(1)
+def _use_grouped_mm(x: Tensor, weight: Tensor, chunk: list[_Segment]) -> bool:
+    """Return whether PyTorch's grouped product supports these operands and is not slower.
 
-
-def _forward(
-    inputs: Tensor, top_k_weights: Tensor, weights: ExpertWeights, plan: _Plan, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The output `(T, H)`; and with `keep` what came before the activation, `(P, N)`."""
-    factors = top_k_weights.detach().flatten()[plan.slots]
-    results = inputs.new_empty(len(plan.slots) + 1, weights.down.shape[1])
-    kept = inputs.new_empty(len(plan.slots), weights.up.shape[1]) if keep else None
-    with torch.no_grad():
-        for group in plan.groups:
-            pairs = slice(group[0].start, group[-1].end)
-            tokens = inputs.index_select(0, plan.tokens[pairs])
-            inner = _multiply(tokens, weights.up, weights.up_bias, group, plan.ends)
-            if kept is not None:
-                kept[pairs] = inner
-            result = _multiply(weights.activate(inner), weights.down, weights.down_bias, group, plan.ends)
-            torch.mul(result, factors[pairs].unsqueeze(1), out=results[pairs])
-        return _sum_of_pairs(results, plan), kept
+    It needs rows of a multiple of 16 bytes, and is not slower with many experts if oneDNN has no faster product.
+    """
+    outer, inner = weight.shape[1:]
+    if len(chunk) < MIN_GROUPED_EXPERTS or (outer | inner) * x.element_size() % 16:
+        return False
+    if x.dtype == torch.float32:
+        return not onednn_is_faster(len(x) // len(chunk), inner, outer)
+    return x.dtype == torch.bfloat16
 
 
 class _SortedExperts(torch.autograd.Function):
-    """The experts with a backward pass that works expert by expert as well."""
+    """The experts with a backward pass that also runs expert by expert."""
 
     @staticmethod
     def forward(
@@ -181,99 +185,89 @@ class _SortedExperts(torch.autograd.Function):
         down: Tensor,
         down_bias: Tensor | None,
         activate: Any,
-        plan: _Plan,
+        pairs: _SortedPairs,
     ) -> Tensor:
         weights = ExpertWeights(up, up_bias, down, down_bias, activate)
-        output, kept = _forward(inputs, top_k_weights, weights, plan, keep=True)
-        ctx.save_for_backward(inputs, top_k_weights, up, up_bias, down, down_bias, kept)
-        ctx.activate, ctx.plan = activate, plan
+        output, saved = _forward(inputs, top_k_weights, weights, pairs, save_inner=True)
+        ctx.save_for_backward(inputs, top_k_weights, up, up_bias, down, down_bias, saved)
+        ctx.activate, ctx.pairs = activate, pairs
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, top_k_weights, up, up_bias, down, down_bias, kept = ctx.saved_tensors
+        inputs, top_k_weights, up, up_bias, down, down_bias, saved = ctx.saved_tensors
         weights = ExpertWeights(up, up_bias, down, down_bias, ctx.activate)
-        return *_backward(ctx.needs_input_grad, inputs, top_k_weights, weights, kept, grad, ctx.plan), None, None
+        return *_backward(ctx.needs_input_grad, inputs, top_k_weights, weights, saved, grad, ctx.pairs), None, None
 
 
 def _backward(
-    needed: tuple[bool, ...],
+    needs_grad: tuple[bool, ...],
     inputs: Tensor,
     top_k_weights: Tensor,
     weights: ExpertWeights,
-    kept: Tensor,
+    saved: Tensor,
     grad: Tensor,
-    plan: _Plan,
+    pairs: _SortedPairs,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the first six inputs of [`_SortedExperts`], as far as they are needed."""
-    needs_inputs, needs_factors, *needs_weights = needed[:6]
-    factors = top_k_weights.flatten()[plan.slots]
-    rows = inputs.new_empty(len(plan.slots) + 1, inputs.shape[1]) if needs_inputs else None
+    """Compute the gradients of the first six inputs of [`_SortedExperts`] that need one."""
+    needs_inputs, needs_factors, *needs_weights = needs_grad[:6]
+    factors = top_k_weights.flatten()[pairs.slots]
+    grad_pairs = inputs.new_empty(len(pairs.slots) + 1, inputs.shape[1]) if needs_inputs else None
     grad_factors = torch.zeros_like(top_k_weights).view(-1) if needs_factors else None
-    wanted = zip(weights[:4], needs_weights, strict=True)
-    grads = [_room(weight, plan.groups) if weight is not None and need else None for weight, need in wanted]
-    for group in plan.groups:
-        pairs = slice(group[0].start, group[-1].end)
-        slots, tokens = plan.slots[pairs], plan.tokens[pairs]
-        of_output, factor = grad.index_select(0, tokens), factors[pairs].unsqueeze(1)
+    grad_weights = [
+        _allocate_gradient(weight, pairs.chunks) if weight is not None and needed else None
+        for weight, needed in zip(weights[:4], needs_weights, strict=True)
+    ]
+    for chunk in pairs.chunks:
+        rows = slice(chunk[0].start, chunk[-1].end)
+        slots, tokens = pairs.slots[rows], pairs.tokens[rows]
+        grad_output, factor = grad.index_select(0, tokens), factors[rows].unsqueeze(1)
         with torch.enable_grad():
-            inner = kept[pairs].detach().requires_grad_()
+            inner = saved[rows].detach().requires_grad_()
             active = weights.activate(inner)
-        before = _multiply(of_output, weights.down.transpose(1, 2), None, group, plan.ends)
+        grad_active = _multiply(grad_output, weights.down.transpose(1, 2), None, chunk, pairs.ends)  # without factor
         if grad_factors is not None:
-            grad_factors[slots] = (active.detach() * before).sum(-1).to(grad_factors.dtype)
-        (of_inner,) = torch.autograd.grad(active, inner, (before * factor).to(grad.dtype))
-        if rows is not None:
-            rows[pairs] = _multiply(of_inner, weights.up.transpose(1, 2), None, group, plan.ends)
-        weighted = (of_output * factor).to(grad.dtype)
-        _weight_gradients(inputs.index_select(0, tokens), of_inner, active.detach(), weighted, group, grads)
+            grad_factors[slots] = (active.detach() * grad_active).sum(-1).to(grad_factors.dtype)
+        (grad_inner,) = torch.autograd.grad(active, inner, (grad_active * factor).to(grad.dtype))
+        if grad_pairs is not None:
+            grad_pairs[rows] = _multiply(grad_inner, weights.up.transpose(1, 2), None, chunk, pairs.ends)
+        grad_result = (grad_output * factor).to(grad.dtype)
+        _write_weight_gradients(
+            inputs.index_select(0, tokens), grad_inner, active.detach(), grad_result, chunk, grad_weights
+        )
         if grad_factors is not None and weights.down_bias is not None:
-            biases = torch.cat([weights.down_bias[[one.expert]].expand(one.end - one.start, -1) for one in group])
-            grad_factors[slots] += (of_output * biases).sum(-1).to(grad_factors.dtype)
-    grad_inputs = None if rows is None else _sum_of_pairs(rows, plan)
-    return grad_inputs, None if grad_factors is None else grad_factors.view_as(top_k_weights), *grads
+            biases = torch.cat([weights.down_bias[[one.expert]].expand(one.end - one.start, -1) for one in chunk])
+            grad_factors[slots] += (grad_output * biases).sum(-1).to(grad_factors.dtype)
+    grad_inputs = None if grad_pairs is None else _sum_pairs(grad_pairs, pairs)
+    return grad_inputs, None if grad_factors is None else grad_factors.view_as(top_k_weights), *grad_weights
 
 
-def _weight_gradients(
+def _write_weight_gradients(
     inputs: Tensor,
-    of_inner: Tensor,
+    grad_inner: Tensor,
     active: Tensor,
-    of_output: Tensor,
-    group: list[_Piece],
-    grads: list[Tensor | None],
+    grad_result: Tensor,
+    chunk: list[_Segment],
+    gradients: list[Tensor | None],
 ) -> None:
-    """Write the gradients of the weights and biases of a group's experts, as far as there is room for them."""
-    first = group[0].start
-    for x, grad, (weight, bias) in ((inputs, of_inner, grads[:2]), (active, of_output, grads[2:])):
-        for expert, start, end in group:
-            pairs = slice(start - first, end - first)
+    """Write the gradients of the weights and biases of a chunk's experts that are allocated."""
+    first = chunk[0].start
+    for x, grad, (weight, bias) in ((inputs, grad_inner, gradients[:2]), (active, grad_result, gradients[2:])):
+        for expert, start, end in chunk:
+            rows = slice(start - first, end - first)
             if weight is not None:
-                weight_gradient(x[pairs], grad[pairs], weight[expert])
+                weight_gradient(x[rows], grad[rows], weight[expert])
             if bias is not None:
-                bias[expert] = grad[pairs].sum(0)
+                bias[expert] = grad[rows].sum(0)
 
 
-def _room(weight: Tensor, groups: list[list[_Piece]]) -> Tensor:
-    """Room for the gradient of all experts' weights, with zeros for experts without pairs."""
-    room = torch.empty_like(weight)
+def _allocate_gradient(weight: Tensor, chunks: list[list[_Segment]]) -> Tensor:
+    """Return an uninitialised gradient of all experts' weights, with zeros for experts without pairs."""
+    gradient = torch.empty_like(weight)
     start = 0
-    for expert in [*(piece.expert for group in groups for piece in group), len(weight)]:
+    for expert in [*(segment.expert for chunk in chunks for segment in chunk), len(weight)]:
         if start < expert:
-            room[start:expert].zero_()
+            gradient[start:expert].zero_()
         start = expert + 1
-    return room
-
-
-def _define_operation() -> None:
-    """Register once per process, also where several copies of this file are imported."""
-    if not hasattr(torch.ops.vlparts, "experts_one_by_one"):
-        name = "vlparts::experts_one_by_one"
-        torch.library.define(name, "(Tensor hidden_states) -> bool")
-        torch.library.impl(name, "CompositeImplicitAutograd", lambda hidden_states: False)
-        torch.library.impl(name, ("CPU", "AutogradCPU"), lambda hidden_states: True)
-    if SORTED_EXPERTS_NAME not in ExpertsInterface():
-        ExpertsInterface.register(SORTED_EXPERTS_NAME, sorted_experts_forward)
-
-
-_define_operation()
+    return gradient

@@ -10,9 +10,8 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import unwrap_peft_model
 
-from ..losses._distributed import sum_over_processes
 from ..losses.causal_lm import weighted_causal_lm_loss
-from ..losses.normalizer import LossNormalizer
+from ..losses.normalizer import LossNormalizer, sum_over_processes
 from ..losses.weights import Denominators, resolve_mix, weigh_tokens
 from .weighted_inputs import WEIGHT_INPUTS, WeightedLabels, ignore_repeated, take_weights
 

@@ -1,19 +1,19 @@
-"""Losses some tokens at a time: the same as all at once."""
+"""Losses in chunks of tokens equal losses computed at once."""
 
 import math
 
 import pytest
 import torch
 
-from vlparts.losses import chunked as token_chunks
-from vlparts.losses.chunked import chunked_losses
+from vlparts.losses import _token_chunks
+from vlparts.losses._token_chunks import chunked_losses
 
 COUNTED = torch.tensor([True, False, True, True, False, True, True])
 FACTORS = torch.arange(1.0, 8.0, dtype=torch.float64)
 
 
-def row_losses(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return rows.logsumexp(1) * FACTORS[places].to(rows.dtype)
+def row_losses(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return rows.logsumexp(1) * FACTORS[tokens].to(rows.dtype)
 
 
 def logits_of(dtype: torch.dtype) -> torch.Tensor:
@@ -24,8 +24,10 @@ def logits_of(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pieces_give_what_all_rows_give(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_chunks, "LOGITS_AT_A_TIME", rows * 4 * 5)
+def test_chunks_give_losses_and_gradients_of_all_rows(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_token_chunks, "CHUNK_BYTES", rows * 4 * 5)
     logits = logits_of(dtype)
     wide = logits.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)[COUNTED].requires_grad_()
     expected = row_losses(wide, COUNTED.nonzero().squeeze(1))
@@ -42,13 +44,13 @@ def test_pieces_give_what_all_rows_give(rows: int, dtype: torch.dtype, monkeypat
     torch.testing.assert_close(logits.grad[COUNTED], wide.grad.to(dtype))
 
 
-def test_no_piece_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_chunks, "LOGITS_AT_A_TIME", 2 * 4 * 5)
+def test_no_chunk_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_token_chunks, "CHUNK_BYTES", 2 * 4 * 5)
     seen = []
 
-    def counting(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def counting(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         seen.append(tuple(rows.shape))
-        return row_losses(rows, places)
+        return row_losses(rows, tokens)
 
     chunked_losses(logits_of(torch.bfloat16), COUNTED, counting).sum().backward()
     assert seen == [(2, 5), (2, 5), (1, 5)] * 2

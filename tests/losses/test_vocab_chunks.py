@@ -1,4 +1,4 @@
-"""The linear form in other types, under autocast and compiled; what it holds; bad input."""
+"""The chunks of classes of the linear form: number types, ranges of logits, memory and recomputation."""
 
 from typing import Any
 
@@ -9,35 +9,34 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.losses.loss_oracle import IGNORED, assert_equal, drawn, gradients
-from tests.losses.test_linear_cross_entropy import CLASSES, LENGTHS, WIDTH, Inputs, expected_of, inputs, ours
-from vlparts.losses import _linear_chunks as linear_loss_chunks
-from vlparts.losses.cross_entropy import weighted_cross_entropy
+from tests.losses.test_linear_cross_entropy import CLASSES, WIDTH, Inputs, expected_of, inputs, ours
+from vlparts.losses import _vocab_chunks
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 
-ROOMS = pytest.mark.parametrize("room", [0, 300, 2**30])
+every_cache = pytest.mark.parametrize("cache_bytes", [0, 300, 2**30])
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """Pieces of five classes, and so many bytes kept from the first pass."""
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 5)
+def set_chunks(monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
+    """Use chunks of five classes and this many bytes of cache."""
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 5)
 
 
 def wide_of(given: Inputs) -> Inputs:
-    """The same numbers in float64."""
+    """The same inputs in float64."""
     leaves = (leaf.detach().double().requires_grad_() for leaf in given[:3])
     return Inputs(*leaves, given.case)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
+    """The largest difference, relative to the largest number."""
     return ((got.double() - wanted).abs().max() / wanted.abs().max()).item()
 
 
-@ROOMS
+@every_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_float64(dtype: torch.dtype, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, room)
+def test_half_precision_is_near_float64(dtype: torch.dtype, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs(dtype=dtype)
     wide = wide_of(given)
     for options in (dict(), dict(softcap=2.0, label_smoothing=0.1, z_loss=0.1)):
@@ -55,15 +54,15 @@ def test_small_losses_are_not_rounded_to_half_precision() -> None:
 
 
 class HugeStep:
-    """Denominators of a step much larger than the call."""
+    """Denominators of a step much larger than this call."""
 
     samples = tokens = torch.tensor(1e6).double()
 
 
-@ROOMS
-def test_float16_with_a_loss_scale(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A scale of 65536 is no float16, and neither is the 1e-8 that a token weighs before it.
-    cut(monkeypatch, room)
+@every_cache
+def test_float16_with_a_loss_scale(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither the scale of 65536 nor a token weight of 1e-8 is representable in float16.
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs(dtype=torch.float16)
     wide = wide_of(given)
     loss, expected = (2.0**16 * ours(each, normalizer=HugeStep()) for each in (given, wide))
@@ -73,9 +72,9 @@ def test_float16_with_a_loss_scale(room: int, monkeypatch: pytest.MonkeyPatch) -
             assert relative(got, want) < 1e-2
 
 
-@ROOMS
-def test_autocast_takes_its_own_type(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, room)
+@every_cache
+def test_autocast_takes_its_own_type(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs(dtype=torch.float32)
     half = Inputs(*(leaf.detach().bfloat16().requires_grad_() for leaf in given[:3]), given.case)
     mixed = given._replace(hidden=half.hidden.detach().requires_grad_())
@@ -108,9 +107,9 @@ class Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("room", [0, 40 * 5 * 8])
-def test_logits_are_never_held_together(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, room)
+@pytest.mark.parametrize("cache_bytes", [0, 40 * 5 * 8])
+def test_logits_are_never_held_together(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs([40, 60])
     with Largest() as seen:
         gradients(ours(given), *given[:3])
@@ -121,7 +120,7 @@ def test_logits_are_never_held_together(room: int, monkeypatch: pytest.MonkeyPat
 
 
 class Products(TorchDispatchMode):
-    """How often a head of so many classes is multiplied with tokens, in all pieces together."""
+    """Counts the classes of all products of the head with tokens."""
 
     classes = 0
 
@@ -132,11 +131,11 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_is_kept_saves_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_chunks_save_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs([100], bias=False)
     given.case.labels.clamp_(min=0)
-    for pieces_kept, classes in ((0, 4 * CLASSES), (1, 4 * CLASSES - 5), (2, 4 * CLASSES - 10), (3, 3 * CLASSES)):
-        cut(monkeypatch, pieces_kept * 5 * 100 * 8)
+    for cached_chunks, classes in ((0, 4 * CLASSES), (1, 4 * CLASSES - 5), (2, 4 * CLASSES - 10), (3, 3 * CLASSES)):
+        set_chunks(monkeypatch, cached_chunks * 5 * 100 * 8)
         with Products() as seen:
             gradients(ours(given), *given[:2])
         assert seen.classes == classes
@@ -145,15 +144,15 @@ def test_what_is_kept_saves_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.classes == CLASSES
 
 
-def test_pieces_shrink_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_loss_chunks, "LEAST_CLASSES", 2)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 8)
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", 0)
+def test_chunks_shrink_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vocab_chunks, "MIN_CHUNK_CLASSES", 2)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 8)
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", 0)
     given = inputs([100], bias=False)
     given.case.labels.clamp_(min=0)
     expected = expected_of(given)
-    for room, elements in ((8 * 100 * 8, 800), (8 * 100 * 8 - 1, 600), (1, 600)):  # 600 are those of the hidden states
-        monkeypatch.setattr(linear_loss_chunks, "PIECE_BYTES", room)
+    for chunk_bytes, elements in ((8 * 100 * 8, 800), (8 * 100 * 8 - 1, 600), (1, 600)):  # hidden states have 600
+        monkeypatch.setattr(_vocab_chunks, "CHUNK_BYTES", chunk_bytes)
         with Largest() as seen:
             assert_equal(ours(given), expected)
         assert seen.elements == elements
@@ -164,18 +163,18 @@ def test_ignored_tokens_are_left_out_before_the_first_product() -> None:
     given.case.labels[3:] = IGNORED
     with Largest() as seen:
         ours(given)
-    assert seen.elements <= 40 * WIDTH  # that of the gradient, which is put back in place; no logits of 40 tokens
+    assert seen.elements <= 40 * WIDTH  # the scattered gradient, and no logits of 40 tokens
     assert seen.elements < 40 * CLASSES
 
 
-@ROOMS
+@every_cache
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rising", [1, -1])
-def test_pieces_may_differ_by_more_than_exponentials_can_hold(
-    dtype: torch.dtype, room: int, rising: int, monkeypatch: pytest.MonkeyPatch
+def test_chunks_may_differ_by_more_than_the_range_of_exponentials(
+    dtype: torch.dtype, cache_bytes: int, rising: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The bias of the last classes is 400 above that of the first, or below: e^400 is no float32.
-    cut(monkeypatch, room)
+    # The bias of the last classes is 400 above or below that of the first ones: e^400 overflows float32.
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs(dtype=dtype)
     steps = (torch.arange(CLASSES) // 5 * 200 * rising).to(dtype)
     given = given._replace(bias=(given.bias.detach() + steps).requires_grad_())
@@ -188,11 +187,11 @@ def test_pieces_may_differ_by_more_than_exponentials_can_hold(
             assert relative(got, wanted) < limit
 
 
-@ROOMS
-def test_classes_may_be_ruled_out(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, room)
+@every_cache
+def test_classes_may_be_excluded(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs()
-    allowed = torch.arange(CLASSES) >= 10  # no class of the first two pieces
+    allowed = torch.arange(CLASSES) >= 10  # excludes the first two chunks
     given.case.labels[given.case.labels != IGNORED] = 11
     given = given._replace(bias=torch.where(allowed, given.bias.detach(), -torch.inf).requires_grad_())
     loss, expected = ours(given), expected_of(given)
@@ -200,20 +199,20 @@ def test_classes_may_be_ruled_out(room: int, monkeypatch: pytest.MonkeyPatch) ->
     assert_equal(gradients(loss, *given[:3]), gradients(expected, *given[:3]))
 
 
-@ROOMS
+@every_cache
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_not_hidden(room: int, junk: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, room)
+def test_nonfinite_logits_give_nan(cache_bytes: int, junk: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunks(monkeypatch, cache_bytes)
     given = inputs()
     given = given._replace(bias=given.bias.detach().index_fill(0, torch.tensor([7]), junk).requires_grad_())
     assert ours(given).isnan()
 
 
-@pytest.mark.parametrize("room", [0, 2**30])
-def test_half_precision_is_nearer_than_rounded_logits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The largest logits are near 30. bfloat16 rounds them, and ours only what the shift leaves of them.
-    monkeypatch.setattr(linear_loss_chunks, "KEPT_BYTES", room)
-    monkeypatch.setattr(linear_loss_chunks, "CLASSES_AT_A_TIME", 128)
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_half_precision_is_nearer_than_rounded_logits(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The largest logits are near 30. bfloat16 rounds them; the linear form rounds logits minus a shift.
+    monkeypatch.setattr(_vocab_chunks, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 128)
     leaves = [x.bfloat16().requires_grad_() for x in (drawn(64, 32, seed=1), 1.5 * drawn(1024, 32, seed=2))]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     likely = F.linear(*exact).argmax(1)
@@ -225,15 +224,15 @@ def test_half_precision_is_nearer_than_rounded_logits(room: int, monkeypatch: py
         assert (got - want).norm() < 0.7 * (plain - want).norm()
 
 
-def test_gradients_are_made_only_where_some_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_computed_only_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = linear_loss_chunks._Tokens.differentiate
+    original = _vocab_chunks._ChunkedHead.backward
 
     def noted(self: Any, *arguments: Any) -> None:
         seen.append(arguments)
         original(self, *arguments)
 
-    monkeypatch.setattr(linear_loss_chunks._Tokens, "differentiate", noted)
+    monkeypatch.setattr(_vocab_chunks._ChunkedHead, "backward", noted)
     given = inputs()
     with torch.no_grad():
         ours(given)
@@ -248,58 +247,3 @@ def test_the_factor_of_the_loss_is_not_rounded_to_half_precision() -> None:
     (once,) = gradients(ours(given), given.weight)
     (third,) = gradients(ours(given) / 3, given.weight)
     assert_equal(third.double(), (once.float() / 3).bfloat16().double(), 0)
-
-
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_compiles(softcap: float | None) -> None:
-    given = inputs([sum(LENGTHS)])
-    options: dict[str, Any] = dict(
-        bias=given.bias, softcap=softcap, token_weights=given.case.token_weights, z_loss=0.1
-    )
-    hidden = given.hidden.detach().masked_fill((given.case.labels == IGNORED)[:, None], torch.nan).requires_grad_()
-    compiled = torch.compile(linear_weighted_cross_entropy, backend="aot_eager", fullgraph=True)
-    loss = compiled(hidden, given.weight, given.case.labels, **options)
-    expected = linear_weighted_cross_entropy(hidden, given.weight, given.case.labels, **options)
-    assert_equal(loss, expected)
-    leaves = hidden, given.weight, given.bias
-    assert_equal(gradients(loss, *leaves), gradients(expected, *leaves))
-
-
-def test_the_batch_dimension_and_a_module_of_torch() -> None:
-    head = torch.nn.Linear(WIDTH, CLASSES)
-    hidden, labels = torch.randn(2, 5, WIDTH), torch.arange(10).view(2, 5)
-    loss = linear_weighted_cross_entropy(hidden, head.weight, labels, bias=head.bias, preset="sample")
-    assert_equal(loss, weighted_cross_entropy(head(hidden), labels, preset="sample"), 1e-6)
-    assert_equal(loss, F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()), 1e-6)
-
-
-HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(hidden=HIDDEN.long()), "`hidden` must be floating-point .* got torch.int64"),
-        (dict(hidden=HIDDEN[0]), r"`hidden` must be .* of shape \(2, 3, 'H'\), .* \(3, 4\)"),
-        (dict(lm_head_weight=WEIGHT.t()), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(4, 5\)"),
-        (dict(lm_head_weight=WEIGHT[0]), r"`lm_head_weight` must be \(V, 4\) .* \(4,\)"),
-        (dict(lm_head_weight=WEIGHT[:0]), r"`lm_head_weight` must be \(V, 4\) and not empty, got \(0, 4\)"),
-        (dict(lm_head_weight=WEIGHT.double()), "`lm_head_weight` must have the type of `hidden`, torch.float32, got"),
-        (dict(bias=torch.zeros(4)), r"`bias` must be \(5,\), got \(4,\)"),
-        (dict(bias=torch.zeros(5).bfloat16()), "`bias` must have the type of `hidden`, torch.float32, got torch.bfl"),
-        (dict(softcap=0.0), "`softcap` must be a finite number above 0, got 0.0"),
-        (dict(softcap=float("nan")), "`softcap` must be a finite number above 0, got nan"),
-        (dict(softcap=True), "`softcap` must be a finite number above 0, got True"),
-        (dict(label_smoothing=-0.1), "`label_smoothing` must lie from 0 to 1, got -0.1"),
-        (dict(z_loss=float("inf")), "`z_loss` must be a finite number"),
-        (dict(labels=LABELS + 5), "`labels` must lie from 0 to 4, or be -100, got 5"),
-        (dict(labels=LABELS.double()), "`labels` must be integers, got torch.float64"),
-        (dict(preset="sample", mix=1.0), "`mix` belongs to `preset='sample'` already"),
-        (dict(sample_weights=torch.tensor([1, torch.nan])), "`sample_weights` must be finite"),
-        (dict(token_weights=-torch.ones(2, 3)), "`token_weights` must be finite and at least 0"),
-        (dict(cu_seqlens=torch.tensor([0, 7])), "`cu_seqlens` must rise from 0"),
-    ],
-)
-def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        linear_weighted_cross_entropy(**{"hidden": HIDDEN, "lm_head_weight": WEIGHT, "labels": LABELS, **options})
