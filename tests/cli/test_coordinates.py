@@ -1,4 +1,4 @@
-"""The command line of coordinates: what it writes, what it reports, and how it fails."""
+"""The coordinate commands: output, reports and errors."""
 
 import builtins
 import json
@@ -41,7 +41,7 @@ def rows(text: str) -> list[Any]:
 
 
 def said(result: Result) -> str:
-    """The message, as one line."""
+    """The message as one line."""
     return " ".join(result.stderr.split())
 
 

@@ -1,4 +1,4 @@
-"""Many boxes at once, and the numbers alone."""
+"""Arrays of boxes, and quantization of arrays."""
 
 import math
 from typing import Any

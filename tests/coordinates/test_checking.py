@@ -1,4 +1,4 @@
-"""What would go wrong with regions in a format is found before training."""
+"""Problems of regions and texts in a format."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Regions to text and back: what does not depend on the grammar."""
+"""Encoding and decoding, independent of the grammar."""
 
 import dataclasses
 import gc
@@ -66,7 +66,7 @@ def test_image_size_may_come_from_numpy() -> None:
 
 
 class Listed:
-    """A grammar for tests that can say everything: one region per line, field by field."""
+    """A grammar for tests that can express every region: one per line, field by field."""
 
     kinds = ("point", "box", "polygon", "track")
     separator = "\n"

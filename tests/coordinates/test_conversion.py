@@ -1,4 +1,4 @@
-"""From format to format within a text."""
+"""Conversion between formats within a text."""
 
 from typing import Any
 

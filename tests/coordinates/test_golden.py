@@ -1,7 +1,7 @@
-"""Examples from the models' own documentation, each format's rule worked out by hand.
+"""Examples from the documentation of the models, with regions computed by hand.
 
-Text and numbers are published where nothing else is said. "The form" says that the text around the numbers is
-published and the numbers are ours.
+Text and numbers are published unless the comment says otherwise. "The form": only the text around the numbers is
+published.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The rule that turns pixels into codes, against exact fractions."""
+"""Quantization, compared with exact fractions."""
 
 import math
 from fractions import Fraction

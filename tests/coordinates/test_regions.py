@@ -1,4 +1,4 @@
-"""Regions: what they hold and what they refuse."""
+"""Regions: values and errors."""
 
 import dataclasses
 import math

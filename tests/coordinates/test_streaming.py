@@ -1,4 +1,4 @@
-"""Reading while a text arrives."""
+"""Decoding a text in chunks."""
 
 import random
 from typing import Any

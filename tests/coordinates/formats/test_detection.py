@@ -1,4 +1,4 @@
-"""Guesses of the format of a text."""
+"""Detection of the format of a text."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The table of formats: complete, dated, and every format gives back what it wrote."""
+"""The table of formats: sources, dates and round trips."""
 
 import dataclasses
 import datetime

@@ -1,4 +1,4 @@
-"""Codes of formats whose rule transformers holds, against its functions."""
+"""Codes of formats, compared with the functions of transformers."""
 
 from copy import deepcopy
 

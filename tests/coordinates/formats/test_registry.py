@@ -1,4 +1,4 @@
-"""Formats as data, and finding them by name."""
+"""Formats as data and the registry."""
 
 import dataclasses
 from collections.abc import Iterator

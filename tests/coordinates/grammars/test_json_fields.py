@@ -1,4 +1,4 @@
-"""Regions as JSON objects with a key for each number."""
+"""Regions as JSON objects with one key per number."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The scanner of JSON objects inside text, against the json module."""
+"""The scanner of JSON objects inside text, compared with the json module."""
 
 import json
 import re
@@ -19,7 +19,7 @@ VALUES = st.recursive(
 
 
 def plain(value: Any) -> Any:
-    """What the scanner gives, as the json module would."""
+    """The value that the json module returns for a value of the scanner."""
     if isinstance(value, JsonObject):
         return {key: plain(entry) for key, entry in value.members}
     if isinstance(value, JsonList):

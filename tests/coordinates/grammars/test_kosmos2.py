@@ -1,4 +1,4 @@
-"""Kosmos-2's cells, against transformers' own functions."""
+"""Kosmos-2's cells, compared with transformers' functions."""
 
 import numpy as np
 import pytest

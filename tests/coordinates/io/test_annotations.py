@@ -1,4 +1,4 @@
-"""Annotations go out and come back exactly; broken files say where."""
+"""Annotation files and training records: exact round trips and errors."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""COCO files come back exactly, and the forms that others write are read."""
+"""COCO files: exact round trips, and files of other writers."""
 
 import json
 from pathlib import Path

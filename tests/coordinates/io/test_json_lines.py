@@ -1,4 +1,4 @@
-"""Lines of JSON: what is read, what is refused, and that nothing is read ahead."""
+"""JSON Lines: round trips, errors, and lazy reading."""
 
 import io
 import json

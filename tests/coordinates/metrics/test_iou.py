@@ -1,4 +1,4 @@
-"""The overlap of boxes, and what lies inside."""
+"""IoU of boxes and points inside regions."""
 
 import math
 from typing import Any

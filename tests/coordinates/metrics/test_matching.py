@@ -1,4 +1,4 @@
-"""Matching against brute force."""
+"""Matching, compared with brute force."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ overlaps = shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=st.in
 
 
 def one_to_one(rows: int, columns: int, count: int) -> Any:
-    """All ways to make `count` pairs of different rows and columns."""
+    """All sets of `count` pairs of different rows and columns."""
     for chosen in itertools.combinations(range(rows), count):
         for others in itertools.permutations(range(columns), count):
             yield list(zip(chosen, others, strict=True))

@@ -1,4 +1,4 @@
-"""The numbers of a report, by hand and against plain loops."""
+"""Metrics of a report, compared with values by hand and with plain loops."""
 
 import json
 import math
