@@ -84,7 +84,9 @@ def check_routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Ten
             f"{tuple(top_k_weights.shape)}."
         )
     if len(top_k_index) != len(hidden_states):
-        raise ValueError(f"`top_k_index` must have one row per token, {len(hidden_states)}, got {len(top_k_index)}.")
+        raise ValueError(
+            f"`top_k_index` must have a row for each of {len(hidden_states)} tokens, got {len(top_k_index)}."
+        )
     if top_k_index.device.type == "cpu" and top_k_index.numel() and not torch.compiler.is_compiling():
         low, high = (int(x) for x in torch.aminmax(top_k_index))
         if low < 0 or high > num_experts:
