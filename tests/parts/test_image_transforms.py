@@ -1,4 +1,4 @@
-"""Colour modes, and sizes that fit a patch grid."""
+"""Colour modes, and image sizes that are multiples of a patch."""
 
 import numpy as np
 import pytest
