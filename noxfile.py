@@ -69,7 +69,7 @@ def npu_schema(session: nox.Session) -> None:
 
 @nox.session
 def npu_stub(session: nox.Session) -> None:
-    """Run the kernels for the NPU with the real torch_npu on a stand-in for CANN, which gcc compiles."""
+    """Run the kernels for the NPU with the real torch_npu on a CANN stub, which gcc compiles."""
     install(session, ".[test]")
     install(session, "--no-deps", "-c", "constraints-npu.txt", "torch-npu")
     session.env.update(TORCH_DEVICE_BACKEND_AUTOLOAD="0", VLPARTS_NPU_STUB="1", OMP_WAIT_POLICY="PASSIVE")

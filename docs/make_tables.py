@@ -1,4 +1,4 @@
-"""Write the table of formats: `python docs/make_tables.py` renews it in `docs/coordinate_formats.md`."""
+"""Generate the tables in `docs/coordinate_formats.md`: `python docs/make_tables.py`."""
 
 import re
 from pathlib import Path
@@ -54,7 +54,7 @@ def _cell(text: str) -> str:
 
 
 def _last_number(fmt: CoordinateFormat, place: float) -> str:
-    """The last number in the text of a region that lies at one place of the diagonal of an image of 1000 x 1000."""
+    """Return the last number in the text of a region at (place, place) in an image of 1000 x 1000 pixels."""
     kind = next(kind for kind in ("point", "box", "quad") if kind in fmt.kinds)
     count = {"point": 1, "box": 2, "quad": 4}[kind]
     text = encode([Region(kind, ((place, place),) * count)], (1000, 1000), fmt)
@@ -63,7 +63,7 @@ def _last_number(fmt: CoordinateFormat, place: float) -> str:
 
 
 def numbers(fmt: CoordinateFormat) -> tuple[str, str]:
-    """The range of the numbers, and which of them stands for the full side."""
+    """Return the range of the numbers, and the number of the full side."""
     rule = fmt.numbers
     if not isinstance(rule, NumberRule):
         return "cells of a 32 x 32 grid", "-"
@@ -76,7 +76,7 @@ def numbers(fmt: CoordinateFormat) -> tuple[str, str]:
 
 
 def frame(fmt: CoordinateFormat) -> str:
-    """The frame in words."""
+    """Return the frame in words."""
     rule = fmt.frame
     if isinstance(rule, SmartResize):
         return f"resized: `SmartResize({rule.factor}, {rule.min_pixels}, {rule.max_pixels})`"
@@ -88,33 +88,33 @@ def frame(fmt: CoordinateFormat) -> str:
 
 
 def rounding(fmt: CoordinateFormat) -> str:
-    """The rounding in words."""
+    """Return the rounding in words."""
     rule = fmt.numbers
     names = {"round": "nearest", "floor": "down", "bins": "down, read at the middle"}
     return names[rule.rounding] if isinstance(rule, NumberRule) else "outwards, read at the middle"
 
 
-def off(fmt: CoordinateFormat) -> str:
-    """How far a coordinate on a side of 1000 pixels may move."""
-    seen = fmt.frame((1000, 1000))
-    return f"{fmt.numbers.error_bound(seen.size)[0] / float(seen.scale[0]):.2g}"
+def error(fmt: CoordinateFormat) -> str:
+    """Return the maximum error of a coordinate on a side of 1000 pixels."""
+    frame = fmt.frame((1000, 1000))
+    return f"{fmt.numbers.error_bound(frame.size)[0] / float(frame.scale[0]):.2g}"
 
 
 def table() -> str:
-    """All formats, a row each."""
-    head = ["format", "models", "regions", "numbers", "full side", "rounding", "order", "frame", "off by"]
+    """Return the table of all formats."""
+    head = ["format", "models", "regions", "numbers", "full side", "rounding", "order", "frame", "error"]
     rows = []
     for name, models in MODELS.items():
         fmt = FORMATS[name]
         order = "**y, x**" if set(fmt.y_first) == set(fmt.kinds) else "**y, x** in boxes" if fmt.y_first else "x, y"
         cells = [f"[`{name}`](#{name})", models, ", ".join(fmt.kinds), *numbers(fmt), rounding(fmt), order]
-        rows.append([*cells, frame(fmt), off(fmt)])
+        rows.append([*cells, frame(fmt), error(fmt)])
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
 
 
 def example(fmt: CoordinateFormat) -> str:
-    """A region with the label "cat" as text: a box where the format has boxes; without the label where it has none."""
+    """Return the text of a region, a box if the format has boxes, with the label "cat" if it has labels."""
     corners = ((100.0, 200.0), (400.0, 200.0), (400.0, 450.0), (100.0, 450.0))
     kind = next(kind for kind in ("box", "quad", "point") if kind in fmt.kinds)
     points = {"box": corners[::2], "quad": corners, "point": corners[:1]}[kind]
@@ -125,24 +125,24 @@ def example(fmt: CoordinateFormat) -> str:
 
 
 def examples() -> str:
-    """A section for each format: an example, the source, and what was assumed."""
+    """Return a section per format: an example, the source, and the assumptions."""
     parts = []
     for name in MODELS:
         fmt = FORMATS[name]
         lines = [f"### {name}", "", "~~~text", example(fmt), "~~~", "", f"Source: {fmt.source}, read {fmt.date}."]
         if fmt.assumed:
-            lines += ["Not said there, and taken so here:", "", *(f"- {one}" for one in fmt.assumed)]
+            lines += ["Assumptions:", "", *(f"- {one}" for one in fmt.assumed)]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def absent() -> str:
-    """Models without a format."""
+    """Return the list of models without a format."""
     return "".join(f"- `{name}`: {reason}.\n" for name, reason in ABSENT.items())
 
 
-def renewed(text: str) -> str:
-    """The page with its generated pieces as they should be."""
+def updated(text: str) -> str:
+    """Return the page with its generated parts updated."""
     for name, piece in (("formats", table()), ("absent", absent()), ("examples", examples())):
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
@@ -151,4 +151,4 @@ def renewed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

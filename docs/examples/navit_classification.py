@@ -1,7 +1,7 @@
-"""A small NaViT against a ViT of one resolution, trained from nothing with equally many floating-point operations.
+"""Compares a small NaViT with a ViT of one resolution, trained with equally many floating-point operations.
 
-Handwritten digits in crops of photographs of many sizes and shapes; the class is the digit. All images are made from
-files inside scikit-learn. `python docs/examples/navit_classification.py --help`
+The task is to classify handwritten digits in crops of photographs of many sizes and aspect ratios. All images are made
+from files of scikit-learn. `python docs/examples/navit_classification.py --help`
 """
 
 import json
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlparts import NaViTConfig, NaViTForImageClassification, NaViTImageProcessor
 from vlparts.demo.data import Task, write_dataset
+from vlparts.parts.image_transforms import open_image
 from vlparts.training.images.balance import encoder_work
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import PackedImageDataset
@@ -33,14 +34,14 @@ from vlparts.training.images.token_drop import BetaDrop
 from vlparts.training.optimizers import muon_with_adamw
 
 PATCH = 4
-RESOLUTIONS = (16, 20, 24, 32, 40, 48)  # sides in pixels of the squares of equal area
-MIDDLE = 32  # the resolution that the ViT is trained at
+RESOLUTIONS = (16, 20, 24, 32, 40, 48)  # side in pixels of the square of equal area
+VIT_RESOLUTION = 32  # training resolution of the ViT
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.05, 0.05
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a comparison is: the task, training and test images, operations, patches of a step, blocks."""
+    """Size of a comparison: task, training and test images, operations, patches per step, blocks."""
 
     task: Task
     images: tuple[int, int]
@@ -50,32 +51,32 @@ class Scale:
 
 
 class Digits(Dataset):
-    """The images and labels that `write_dataset` wrote."""
+    """Images and labels of a dataset of `write_dataset`."""
 
     def __init__(self, path: Path) -> None:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         self.files = [path.parent / record["image"] for record in records]
         self.labels = [int(record["messages"][1]["content"][0]["label"]) for record in records]
-        self.sizes = [Image.open(file).size[::-1] for file in self.files]
+        self.sizes = [open_image(file).size[::-1] for file in self.files]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(self.files[index]), self.labels[index]
+        return open_image(self.files[index]), self.labels[index]
 
 
 @dataclass(frozen=True)
 class Square:
-    """A resolution policy that squashes every image to one square, as a plain ViT needs it."""
+    """Resolution policy that resizes every image to a square, as a plain ViT requires."""
 
     side: int
 
     def grid(self, height: int, width: int, factor: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Rows and columns of the square in units of `factor` pixels."""
+        """Return rows and columns of the square in units of `factor` pixels."""
         return self.side // factor, self.side // factor
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, the sampler's options for its training images, and the policy for test images of a resolution."""
+    """A model, the sampler options for its training images, and the resolution policy of its test images."""
 
     config: NaViTConfig
     training: dict[str, Any]
@@ -83,7 +84,7 @@ class Contender:
 
 
 def contenders(layers: int) -> dict[str, Contender]:
-    """The two models, which differ in their positions only, and what each is fed."""
+    """Return the two models, which differ only in position embeddings, with their image options."""
     shape = {"num_hidden_layers": layers, "patch_size": PATCH, "num_labels": 10, "pooling": "mean"}
     low, high = RESOLUTIONS[0], RESOLUTIONS[-1]
     navit = NaViTConfig.from_preset("tiny", max_grid_size=high // PATCH, **shape)
@@ -91,17 +92,21 @@ def contenders(layers: int) -> dict[str, Contender]:
         "resolution": ResolutionSampler(low, high, distribution="truncated_normal", mean=-0.5),
         "token_drop": BetaDrop(mean=0.25, maximum=0.5),
     }
-    # A row for each place of the training grid; for other grids the table is interpolated, as is usual for a ViT.
-    table = {"max_grid_size": MIDDLE // PATCH, "position_combination": "joint", "position_interpolation": "bicubic"}
+    # One embedding per position of the training grid, interpolated for other grids, as is usual for a ViT.
+    table = {
+        "max_grid_size": VIT_RESOLUTION // PATCH,
+        "position_combination": "joint",
+        "position_interpolation": "bicubic",
+    }
     vit = NaViTConfig.from_preset("tiny", **table, **shape)
     return {
         "NaViT": Contender(navit, sampled, lambda side: ResolutionSampler(side, side)),
-        "ViT": Contender(vit, {"resolution": Square(MIDDLE)}, Square),
+        "ViT": Contender(vit, {"resolution": Square(VIT_RESOLUTION)}, Square),
     }
 
 
 def packs(data: Digits, capacity: int, workers: int = 0, **options: Any) -> DataLoader:
-    """A loader of packs of at most `capacity` patches; `options` are those of [`PackedImageSampler`]."""
+    """Return a loader of packs of at most `capacity` patches; `options` are those of `PackedImageSampler`."""
     return DataLoader(
         PackedImageDataset(data, NaViTImageProcessor(patch_size=PATCH), image_key=0, label_key=1),
         sampler=PackedImageSampler(data.sizes, PATCH, capacity, **options),
@@ -112,21 +117,21 @@ def packs(data: Digits, capacity: int, workers: int = 0, **options: Any) -> Data
 
 
 def training_flops(config: NaViTConfig, lengths: list[int]) -> int:
-    """Operations of a step on images of so many patches: three times those of embedding and blocks, forward."""
+    """Return the operations of a training step, three times those of the forward pass of embedding and blocks."""
     embedding = 2 * config.num_channels * config.patch_size**2 * config.hidden_size
     blocks = config.num_hidden_layers * encoder_work(lengths, config.hidden_size)
     return 3 * (blocks + sum(lengths) * embedding)
 
 
 def train(contender: Contender, loader: DataLoader, budget: float, title: str) -> tuple[Any, int]:
-    """Train a model until a number of operations is spent; returns it and the number of images that it saw."""
+    """Train a model for a budget of operations; return it and the number of images seen."""
     model = NaViTForImageClassification(contender.config).train()
     optimizer = muon_with_adamw(model, LEARNING_RATE, WEIGHT_DECAY)
     spent = seen = 0
     columns = (*Progress.get_default_columns(), "loss {task.fields[loss]:.2f}")
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(title, total=budget, loss=math.nan)
-        for batch in chain.from_iterable(repeat(loader)):  # each epoch with other resolutions and patches
+        for batch in chain.from_iterable(repeat(loader)):  # resolutions and kept patches differ per epoch
             share = spent / budget
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1, share / WARM_UP) * (1 + math.cos(math.pi * share)) / 2
@@ -144,15 +149,15 @@ def train(contender: Contender, loader: DataLoader, budget: float, title: str) -
 
 @torch.no_grad()
 def accuracy(model: NaViTForImageClassification, loader: DataLoader) -> float:
-    """Share of the images that are classified correctly."""
+    """Return the fraction of correctly classified images."""
     right = [model(**batch).logits.argmax(-1) == batch["labels"] for batch in loader]
     return float(torch.cat(right).double().mean())
 
 
 def compare(folder: Path, scale: Scale, seeds: int) -> dict[str, np.ndarray]:
-    """Train both models from several seeds; returns `(seeds, resolutions)` accuracies of each.
+    """Train both models with several seeds; return the `(seeds, resolutions)` accuracies of each.
 
-    Training and test images share no digit and no pixel of a photograph.
+    Training and test images share neither digits nor pixels.
     """
     files = [
         write_dataset(folder, name, count, scale.task, held_out=name == "test", seed=0)
@@ -173,14 +178,14 @@ def compare(folder: Path, scale: Scale, seeds: int) -> dict[str, np.ndarray]:
 def print_table(scores: dict[str, np.ndarray]) -> None:
     """Print mean and range over the seeds as a Markdown table."""
     print("\n| resolution | " + " | ".join(scores) + " |\n" + "|---" * (len(scores) + 1) + "|")
-    for place, side in enumerate(RESOLUTIONS):
-        cells = [runs[:, place] for runs in scores.values()]
+    for index, side in enumerate(RESOLUTIONS):
+        cells = [runs[:, index] for runs in scores.values()]
         texts = [f"{one.mean():.1%} ({one.min():.1%} to {one.max():.1%})" for one in cells]
         print(f"| {side} | " + " | ".join(texts) + " |")
 
 
 def draw(scores: dict[str, np.ndarray], path: Path) -> None:
-    """Draw accuracy against resolution: a line for the mean, a band for the range over the seeds."""
+    """Plot accuracy against resolution: the mean as a line, the range over the seeds as a band."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))
@@ -195,14 +200,14 @@ def draw(scores: dict[str, np.ndarray], path: Path) -> None:
 
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each model, with the seeds 0, 1, ...")] = 3,
-    teraflops: Annotated[float, typer.Option(help="Operations that each training may take, in 10^12.")] = 5.0,
-    picture: Annotated[Path | None, typer.Option(help="PNG file for accuracy against resolution.")] = None,
-    quick: Annotated[bool, typer.Option(help="One short run with easier images, to see that all works.")] = False,
+    teraflops: Annotated[float, typer.Option(help="Operations of each training run, in 10^12.")] = 5.0,
+    picture: Annotated[Path | None, typer.Option(help="PNG file for the plot of accuracy against resolution.")] = None,
+    quick: Annotated[bool, typer.Option(help="One short run with easier images, as a smoke test.")] = False,
 ) -> None:
     """Train NaViT and a ViT with equally many operations; print their accuracy at each resolution."""
     scale = Scale(Task(sides=(40, 80), digit_sides=(24, 40)), (10_000, 1_000), teraflops * 1e12)
     if quick:
-        torch.set_num_threads(1)  # such small products gain nothing from more
+        torch.set_num_threads(1)  # such small matrix products do not gain from more
         scale, seeds = Scale(Task((32, 34), (32, 32)), (600, 100), 0.12e12, capacity=256, layers=1), 1
     with tempfile.TemporaryDirectory() as folder:
         scores = compare(Path(folder), scale, seeds)

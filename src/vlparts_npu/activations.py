@@ -1,4 +1,4 @@
-"""Exact GELU by `npu_gelu` and gated SiLU by `npu_swiglu`."""
+"""Exact GELU by `npu_gelu`, and SwiGLU by `npu_swiglu`."""
 
 from math import sqrt
 
@@ -7,18 +7,17 @@ from torch import Tensor
 
 from vlparts.parts.ops_activations import swiglu_reference
 
-from .dispatch import register_operation
-from .self_check import Kernel
+from .self_check import Kernel, register_operation
 from .support import supports_gelu, supports_swiglu
 
 
 def gelu_npu(input: Tensor) -> Tensor:
-    """GELU by the error function, which `torch.nn.functional.gelu` is not on the NPU."""
+    """Exact GELU; `torch.nn.functional.gelu` computes the tanh approximation on the NPU."""
     return torch.ops.npu.npu_gelu(input=input, approximate="none")
 
 
 def gelu_reference(input: Tensor) -> Tensor:
-    """GELU out of operations that the NPU computes as they are named, in float32 or better."""
+    """Exact GELU in float32 or better, without `torch.nn.functional.gelu`, which is not exact on the NPU."""
     precise = input.to(torch.promote_types(input.dtype, torch.float32))
     return (precise * 0.5 * (1.0 + torch.erf(precise / sqrt(2.0)))).to(input.dtype)
 
@@ -30,7 +29,7 @@ def swiglu_npu(gate_up: Tensor) -> Tensor:
 
 def _inputs() -> list[tuple[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    # Where the form by tanh differs most from the exact one, at 2 and -2, it does so by 5e-4.
+    # The range holds 2 and -2, where the tanh approximation of GELU differs most from the exact form, by 5e-4.
     x = torch.cat((torch.linspace(-6, 6, 121), 3 * torch.randn(39, generator=generator))).view(10, 16)
     return [(x.clone().requires_grad_(),), (x.bfloat16().requires_grad_(),)]
 

@@ -1,35 +1,84 @@
-"""Packed attention by `npu_fusion_attention`; without gradients, heads of 128 channels by the inference operation.
+"""Packed attention by `npu_fusion_attention`, or by the inference operation where that applies.
 
-transformers' own implementation for the NPU ("flash_attention_2") copies the boundaries from the device twice in every
-layer, and hands any number of segments to an operation that takes 1,024. Models of transformers, too, reach the kernel
-here by `attn_implementation="vlparts_packed"`: their packed batches carry `cu_seq_lens_q`.
+Both operations need the segment boundaries as host integers, and take at most 1,024 segments per call. transformers'
+own implementation for the NPU ("flash_attention_2") copies the boundaries from the device twice per layer and does not
+split calls; with `attn_implementation="vlparts_packed"` its models run these kernels instead.
 
 Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key heads; `D` channels of queries and keys,
 `Dv` of values.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlparts.parts.ops_attention import define_operations
+from vlparts.parts import ops_attention  # noqa: F401 (defines the operation)
 from vlparts.parts.ops_attention_reference import packed_attention_reference
-from vlparts.parts.packed_index import read_bounds, remember_bounds
 
-from .attention_calls import Call, split_calls
-from .dispatch import register_operation
-from .self_check import Kernel
-from .support import supports_attention_tensors, supports_inference_attention, supports_segments
+from .self_check import Kernel, register_operation
+from .support import (
+    MAX_SEGMENTS,
+    MAX_TOKENS,
+    supports_attention_tensors,
+    supports_inference_attention,
+    supports_segments,
+)
 
-# The operations' causal modes take this mask for any length; 1 is hidden. Mode 3 counts from the end of a segment.
-MASK_SIZE = 2048
-FROM_THE_END = 3
+# The mask of the operations' causal modes, for any length; True is masked. Mode 3 aligns the ends of queries and keys.
+CAUSAL_MASK_SIZE = 2048
+CAUSAL_FROM_END = 3
 
-_masks: dict[torch.device, Tensor] = {}
+_causal_masks: dict[torch.device, Tensor] = {}
 
 
-def supports_packed_attention(
+class SegmentGroup(NamedTuple):
+    """Consecutive segments that one call computes.
+
+    Attributes:
+        queries: Rows of the group's queries.
+        keys: Rows of the group's keys.
+        ends_q: Cumulative query counts of the group, without the leading 0.
+        ends_k: Cumulative key counts of the group, without the leading 0.
+    """
+
+    queries: slice
+    keys: slice
+    ends_q: list[int]
+    ends_k: list[int]
+
+
+def group_segments(cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int]) -> list[SegmentGroup]:
+    """Divide segments into groups that one call can compute; segments without queries are left out.
+
+    Args:
+        cu_seqlens_q: Cumulative query counts from 0.
+        cu_seqlens_k: Cumulative key counts from 0.
+    """
+    groups: list[list[tuple[int, int, int, int]]] = []
+    for (start_q, end_q), (start_k, end_k) in zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True):
+        if start_q == end_q:
+            continue
+        first = groups[-1][0] if groups else None
+        # A segment left out ends a group, unless it has no keys: the keys of a group are one slice.
+        follows = first is not None and groups[-1][-1][3] == start_k and len(groups[-1]) < MAX_SEGMENTS
+        if first is None or not follows or max(end_q - first[0], end_k - first[2]) > MAX_TOKENS:
+            groups.append([])
+        groups[-1].append((start_q, end_q, start_k, end_k))
+    return [
+        SegmentGroup(
+            slice(group[0][0], group[-1][1]),
+            slice(group[0][2], group[-1][3]),
+            [segment[1] - group[0][0] for segment in group],
+            [segment[3] - group[0][2] for segment in group],
+        )
+        for group in groups
+    ]
+
+
+def add_host_lengths(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -39,13 +88,27 @@ def supports_packed_attention(
     max_seqlen_k: int,
     scale: float | None = None,
     causal: bool = False,
-) -> str | None:
-    """Why the kernel is not for these arguments; it reads the boundaries, which waits unless they are remembered."""
-    reason = supports_attention_tensors(query, key, value)
-    if reason:
-        return reason
-    bounds = (read_bounds(cu_seqlens_q), read_bounds(cu_seqlens_k))
-    return supports_segments(*bounds, query.shape[0], key.shape[0], causal)
+    cu_seqlens_q_cpu: Sequence[int] | None = None,
+    cu_seqlens_k_cpu: Sequence[int] | None = None,
+) -> tuple[Any, ...]:
+    """Return all arguments of the operation, with host lengths copied from the device where they are None."""
+    same_segments = cu_seqlens_k is cu_seqlens_q
+    if cu_seqlens_q_cpu is None:
+        cu_seqlens_q_cpu = cu_seqlens_k_cpu if same_segments else None
+    if cu_seqlens_q_cpu is None:
+        cu_seqlens_q_cpu = cu_seqlens_q.tolist()
+    if cu_seqlens_k_cpu is None:
+        cu_seqlens_k_cpu = cu_seqlens_q_cpu if same_segments else cu_seqlens_k.tolist()
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return query, key, value, *lengths, scale, causal, cu_seqlens_q_cpu, cu_seqlens_k_cpu
+
+
+def supports_packed_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> str | None:
+    """Return why the kernel does not support these arguments, which are those of [`packed_attention_npu`]."""
+    *_, causal, cu_seqlens_q_cpu, cu_seqlens_k_cpu = settings
+    return supports_attention_tensors(query, key, value) or supports_segments(
+        cu_seqlens_q_cpu, cu_seqlens_k_cpu, query.shape[0], key.shape[0], causal
+    )
 
 
 def packed_attention_npu(
@@ -56,27 +119,29 @@ def packed_attention_npu(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    scale: float | None = None,
-    causal: bool = False,
+    scale: float | None,
+    causal: bool,
+    cu_seqlens_q_cpu: Sequence[int],
+    cu_seqlens_k_cpu: Sequence[int],
 ) -> Tensor:
-    """The kernel; arguments and result are those of `packed_attention_reference`."""
-    calls = split_calls(read_bounds(cu_seqlens_q), read_bounds(cu_seqlens_k))
+    """Packed attention; arguments are those of `packed_attention_reference`, host lengths required."""
+    groups = group_segments(cu_seqlens_q_cpu, cu_seqlens_k_cpu)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = _attend if supports_inference_attention(query, key, value) else _attend_without_gradients
+    attend = _attend if supports_inference_attention(query, key, value) else _attend_without_grad
     outputs = [
-        attend(_take(query, one.queries), _take(key, one.keys), _take(value, one.keys), one, scale, causal)
-        for one in calls
+        attend(_rows(query, group.queries), _rows(key, group.keys), _rows(value, group.keys), group, scale, causal)
+        for group in groups
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _take(tokens: Tensor, part: slice) -> Tensor:
-    """Some tokens; all of them without a view, whose backward pass would copy."""
-    return tokens if part == slice(0, tokens.shape[0]) else tokens[part]
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    """Slice a tensor; all rows are the tensor itself, since the backward pass of a slice copies."""
+    return tensor if rows == slice(0, tensor.shape[0]) else tensor[rows]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, causal: bool) -> Tensor:
-    """Differentiable by torch_npu's own derivative."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, group: SegmentGroup, scale: float, causal: bool) -> Tensor:
+    """`npu_fusion_attention`, which torch_npu differentiates."""
     return torch.ops.npu.npu_fusion_attention(
         query=query,
         key=key,
@@ -85,41 +150,41 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float,
         input_layout="TND",
         atten_mask=_causal_mask(query.device) if causal else None,
         scale=scale,
-        actual_seq_qlen=call.ends_q,
-        actual_seq_kvlen=call.ends_k,
-        sparse_mode=FROM_THE_END if causal else 0,
+        actual_seq_qlen=group.ends_q,
+        actual_seq_kvlen=group.ends_k,
+        sparse_mode=CAUSAL_FROM_END if causal else 0,
     )[0]
 
 
-def _attend_without_gradients(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, causal: bool
+def _attend_without_grad(
+    query: Tensor, key: Tensor, value: Tensor, group: SegmentGroup, scale: float, causal: bool
 ) -> Tensor:
-    """The operation for inference, which keeps no statistics for a backward pass."""
+    """The operation for inference, which stores no statistics for a backward pass."""
     return torch.ops.npu.npu_fused_infer_attention_score(
         query=query.contiguous(),
         key=key.contiguous(),
         value=value.contiguous(),
         atten_mask=_causal_mask(query.device) if causal else None,
-        actual_seq_lengths=call.ends_q,
-        actual_seq_lengths_kv=call.ends_k,
+        actual_seq_lengths=group.ends_q,
+        actual_seq_lengths_kv=group.ends_k,
         num_heads=query.shape[1],
         scale=scale,
         input_layout="TND",
         num_key_value_heads=key.shape[1],
-        sparse_mode=FROM_THE_END if causal else 0,
+        sparse_mode=CAUSAL_FROM_END if causal else 0,
     )[0]
 
 
 def _causal_mask(device: torch.device) -> Tensor:
-    """The mask of the causal modes, made once for each device."""
-    if device not in _masks:
-        # A mask made under `inference_mode` could not be kept for a backward pass.
+    """The mask of the causal modes, created once per device."""
+    if device not in _causal_masks:
+        # An inference tensor could not be saved for a backward pass later.
         with torch.inference_mode(False):
-            mask = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu(1)
-        if type(mask) is not Tensor:  # made while something is traced
+            mask = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool, device=device).triu(1)
+        if type(mask) is not Tensor:  # a fake tensor, while tracing
             return mask
-        _masks[device] = mask
-    return _masks[device]
+        _causal_masks[device] = mask
+    return _causal_masks[device]
 
 
 def _case(
@@ -129,8 +194,8 @@ def _case(
     channels: tuple[int, int],
     dtype: torch.dtype,
     causal: bool,
-    trains: bool,
-) -> tuple[object, ...]:
+    requires_grad: bool,
+) -> tuple[Any, ...]:
     """Arguments with random queries, keys and values."""
     generator = torch.Generator().manual_seed(len(ends_q) + channels[0])
     shapes = (
@@ -138,13 +203,13 @@ def _case(
         (ends_k[-1], heads[1], channels[0]),
         (ends_k[-1], heads[1], channels[1]),
     )
-    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_(trains) for shape in shapes]
-    bounds = [remember_bounds(torch.tensor([0, *ends], dtype=torch.int32), (0, *ends)) for ends in (ends_q, ends_k)]
-    longest = [int(one.diff().max()) for one in bounds]
-    return *tensors, *bounds, *longest, None, causal
+    query, key, value = (torch.randn(x, generator=generator).to(dtype).requires_grad_(requires_grad) for x in shapes)
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, *ends], dtype=torch.int32) for ends in (ends_q, ends_k))
+    max_seqlen_q, max_seqlen_k = (int(one.diff().max()) for one in (cu_seqlens_q, cu_seqlens_k))
+    return add_host_lengths(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal)
 
 
-def _inputs() -> list[tuple[object, ...]]:
+def _inputs() -> list[tuple[Any, ...]]:
     single, half = torch.float32, torch.bfloat16
     return [
         _case((3, 3, 16), (3, 3, 16), (2, 2), (80, 80), single, False, True),
@@ -157,16 +222,16 @@ def _inputs() -> list[tuple[object, ...]]:
 
 
 KERNEL = Kernel(
-    name="vlparts::packed_attention",
+    name="vlparts::varlen_attention",
     run=packed_attention_npu,
     reference=packed_attention_reference,
     make_inputs=_inputs,
     supports=supports_packed_attention,
     tolerance={torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2},
+    complete=add_host_lengths,
 )
 
 
 def register_attention() -> None:
-    """Register the kernel of `vlparts::packed_attention`, which the implementation `vlparts_packed` calls."""
-    define_operations()
+    """Register the kernel of `vlparts::varlen_attention`, which the implementation `vlparts_packed` calls."""
     register_operation(KERNEL)

@@ -1,4 +1,4 @@
-"""Values and gradients of two implementations, compared on small inputs."""
+"""Comparison of the values and gradients of two implementations."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,47 +15,47 @@ Tolerance = float | dict[torch.dtype, float]
 def copy_arguments(
     arguments: Arguments, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Arguments:
-    """Copy tensors and modules to a device, and what is floating point to a type; the rest stays.
+    """Copy tensors and modules to a device, floating-point tensors to a dtype; other arguments are passed on.
 
-    Tensors that are parts of one stay so, with their strides.
+    Views of one storage are copied to views of one storage, with their strides.
     """
-    memories: dict[tuple[int, torch.dtype], Tensor] = {}
+    storages: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def convert(value: Any) -> Any:
         if isinstance(value, nn.Module):
             return copy.deepcopy(value).to(device=device, dtype=dtype)
         if not isinstance(value, Tensor):
             return value
-        kind = dtype if value.is_floating_point() else None
         storage = value.untyped_storage()
         name = (storage._cdata, value.dtype)
-        if name not in memories:
+        if name not in storages:
             whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
-            memories[name] = whole.to(device=device, dtype=kind, copy=True)
-        copied = memories[name].as_strided(value.shape, value.stride(), value.storage_offset())
+            target = dtype if value.is_floating_point() else None
+            storages[name] = whole.to(device=device, dtype=target, copy=True)
+        copied = storages[name].as_strided(value.shape, value.stride(), value.storage_offset())
         return copied.requires_grad_(value.requires_grad)
 
     return tuple(pytree.tree_map(convert, arguments))
 
 
 def values_and_gradients(function: Callable[..., Any], arguments: Arguments) -> list[Tensor | None]:
-    """The results, and the gradients of a weighted sum of them, on the CPU."""
+    """Return the outputs on the CPU, then the gradients of a weighted sum of them with respect to all inputs."""
     outputs = [x for x in pytree.tree_leaves(function(*arguments)) if isinstance(x, Tensor)]
-    inputs = list(_differentiable(arguments))
-    scored = [x for x in outputs if x.requires_grad]
+    inputs = list(_inputs_with_grad(arguments))
+    differentiable = [x for x in outputs if x.requires_grad]
     gradients: Sequence[Tensor | None] = []
-    if inputs and scored:
-        weights = [_weights(x).to(x.device) for x in scored]
-        gradients = torch.autograd.grad(scored, inputs, weights, allow_unused=True)
+    if inputs and differentiable:
+        weights = [_output_weights(x).to(x.device) for x in differentiable]
+        gradients = torch.autograd.grad(differentiable, inputs, weights, allow_unused=True)
     return [None if x is None else x.detach().cpu() for x in (*outputs, *gradients)]
 
 
-def _weights(like: Tensor) -> Tensor:
-    """Weights that differ from place to place, small integers, which every type holds exactly."""
-    return ((torch.arange(like.numel()) % 7).reshape(like.shape) - 3).to(like.dtype)
+def _output_weights(output: Tensor) -> Tensor:
+    """Integers from -3 to 3, which differ between neighbours and are exact in every dtype."""
+    return ((torch.arange(output.numel()) % 7).reshape(output.shape) - 3).to(output.dtype)
 
 
-def _differentiable(arguments: Arguments) -> Iterator[Tensor]:
+def _inputs_with_grad(arguments: Arguments) -> Iterator[Tensor]:
     for value in pytree.tree_leaves(arguments):
         if isinstance(value, Tensor) and value.requires_grad:
             yield value
@@ -64,33 +64,35 @@ def _differentiable(arguments: Arguments) -> Iterator[Tensor]:
 
 
 def find_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], tolerance: Tolerance) -> str:
-    """Say where two lists of tensors differ.
+    """Describe the first difference between two lists of tensors.
 
     Args:
-        found: Tensors of a kernel; None for a gradient that it does not give.
-        expected: Those of its reference.
+        found: Tensors of a kernel; None for a gradient that it does not compute.
+        expected: Tensors of its reference.
         tolerance: Largest error allowed, relative to the largest magnitude of the expected tensor; one number, or one
-            for each type of the found tensors. Integers must be equal.
+            per dtype of the found tensors. Integers must be equal.
 
     Returns:
-        The first difference in words; empty for none.
+        The description; an empty string if there is no difference.
     """
     if len(found) != len(expected):
-        return f"{len(found)} tensors and gradients in place of {len(expected)}"
-    for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        return f"{len(found)} tensors and gradients instead of {len(expected)}"
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours is None and theirs is None:
             continue
-        fault = "a gradient is missing" if ours is None or theirs is None else _difference(ours, theirs, tolerance)
-        if fault:
-            return f"tensor {place}: {fault}"
+        if ours is None or theirs is None:
+            return f"tensor {index}: a gradient is missing"
+        error = _tensor_difference(ours, theirs, tolerance)
+        if error:
+            return f"tensor {index}: {error}"
     return ""
 
 
-def _difference(found: Tensor, expected: Tensor, tolerance: Tolerance) -> str:
+def _tensor_difference(found: Tensor, expected: Tensor, tolerance: Tolerance) -> str:
     if found.shape != expected.shape:
-        return f"shape {tuple(found.shape)} in place of {tuple(expected.shape)}"
+        return f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     if found.is_floating_point() != expected.is_floating_point():
-        return f"{found.dtype} in place of {expected.dtype}"
+        return f"{found.dtype} instead of {expected.dtype}"
     if not expected.is_floating_point():
         return "" if torch.equal(found.long(), expected.long()) else "integers differ"
     if not expected.numel():
@@ -98,4 +100,4 @@ def _difference(found: Tensor, expected: Tensor, tolerance: Tolerance) -> str:
     allowed = tolerance[found.dtype] if isinstance(tolerance, dict) else tolerance
     scale = expected.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = ((found.double() - expected.double()).abs().max() / scale).item()
-    return "" if error <= allowed else f"relative error {error:.1e}, allowed {allowed:.1e}"  # NaN is not allowed
+    return "" if error <= allowed else f"relative error {error:.1e}, allowed {allowed:.1e}"  # NaN fails

@@ -1,8 +1,10 @@
-"""Routed experts by grouped products: the implementation `npu_grouped` for transformers.
+"""Routed experts by grouped matmuls: transformers' experts implementation `npu_grouped`.
 
-Tokens are sorted by expert, one product per weight computes all experts, and the weighted results are added up per
-token; no step waits for the device. Shapes: T tokens, K experts of a token, E experts, H width, I inner width of an
-expert, N = 2 I with a gate, else I; P = T * K pairs.
+Tokens are sorted by expert, one grouped matmul per weight computes all experts, and the weighted results are summed
+per token. No step synchronizes with the device.
+
+Shapes: `T` tokens, `K` experts per token, `E` experts, `H` width, `I` inner width of an expert, `N = 2 * I` with a
+gate, else `I`; `P = T * K` pairs of a token and an expert.
 """
 
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from vlparts.parts.moe_experts import RoutedExperts
 from vlparts.parts.ops_activations import swiglu
 
 from .experts_layout import arrange_expert_weights, arrange_once
-from .self_check import Kernel, guarded
+from .self_check import Kernel, with_fallback
 from .support import supports_experts
 
 NPU_EXPERTS_NAME = "npu_grouped"
@@ -29,26 +31,29 @@ NPU_EXPERTS_NAME = "npu_grouped"
 SILU_CLASSES = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
 
 
-class GroupedProduct(torch.autograd.Function):
-    """Each expert's rows `(P, inner)` times its matrix `(E, inner, outer)`; torch_npu has no derivative for it."""
+class GroupedMatmul(torch.autograd.Function):
+    """Rows `(P, inner)` times the matrices `(E, inner, outer)` of their experts.
+
+    torch_npu has no derivative for `npu_grouped_matmul`.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-        """Rows stand expert after expert; `counts` `(E,)` int64 says how many each has, all P together."""
+        """Multiply rows sorted by expert; `counts` `(E,)` int64 is the number of rows per expert."""
         ctx.save_for_backward(rows, matrices, counts)
-        return _multiply(rows, matrices, counts)
+        return _grouped_matmul(rows, matrices, counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of rows and matrices."""
         rows, matrices, counts = ctx.saved_tensors
-        grad, of_rows, of_matrices = grad.contiguous(), None, None
+        grad, grad_rows, grad_matrices = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
-            of_rows = _multiply(grad, matrices.transpose(1, 2), counts)
+            grad_rows = _grouped_matmul(grad, matrices.transpose(1, 2), counts)
         if ctx.needs_input_grad[1]:
-            # Group type 2 divides the summed axis: one product (inner, outer) for each expert.
-            of_matrices = torch.ops.npu.npu_grouped_matmul(
+            # Group type 2 divides the summed axis: one (inner, outer) matrix per expert.
+            grad_matrices = torch.ops.npu.npu_grouped_matmul(
                 x=[rows.transpose(0, 1)],
                 weight=[grad],
                 group_list=counts,
@@ -56,52 +61,52 @@ class GroupedProduct(torch.autograd.Function):
                 group_type=2,
                 group_list_type=1,
             )[0]
-        return of_rows, of_matrices, None
+        return grad_rows, grad_matrices, None
 
 
-def _multiply(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """Matrices may be a transposed view of contiguous ones, rows may not."""
+def _grouped_matmul(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """`npu_grouped_matmul`, whose matrices may be a transposed view of contiguous ones, its rows not."""
     return torch.ops.npu.npu_grouped_matmul(
         x=[rows], weight=[matrices], group_list=counts, split_item=2, group_type=0, group_list_type=1
     )[0]
 
 
 def grouped_experts_npu(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The kernel; arguments and result are those of [`npu_experts_forward`]."""
+    """Routed experts; arguments and result are those of [`npu_experts_forward`]."""
     weights = get_expert_weights(module, NPU_EXPERTS_NAME)
-    experts, dtype = len(weights.up), weights.up.dtype
+    num_experts, dtype = len(weights.up), weights.up.dtype
     if getattr(module, "_is_expert_parallel", True):
-        # Experts of other processes: the last one here computes their pairs, with weights of zero.
-        top_k_weights = top_k_weights.masked_fill(top_k_index == experts, 0.0)
-        top_k_index = top_k_index.clamp(max=experts - 1)
-    rows, places = torch.ops.npu.npu_moe_token_permute(tokens=hidden_states.to(dtype), indices=top_k_index)
-    counts = _count(top_k_index, experts)
-    inner = GroupedProduct.apply(rows, weights.up.transpose(1, 2), counts)
-    active = swiglu(inner) if _has_plain_swiglu(module) else weights.activate(inner)
-    results = GroupedProduct.apply(active.contiguous(), weights.down.transpose(1, 2), counts)
+        # Pairs with experts of other processes go to the last expert here, with weight zero.
+        top_k_weights = top_k_weights.masked_fill(top_k_index == num_experts, 0.0)
+        top_k_index = top_k_index.clamp(max=num_experts - 1)
+    rows, sorted_indices = torch.ops.npu.npu_moe_token_permute(tokens=hidden_states.to(dtype), indices=top_k_index)
+    counts = _count_pairs(top_k_index, num_experts)
+    gate_up = GroupedMatmul.apply(rows, weights.up.transpose(1, 2), counts)
+    activated = swiglu(gate_up) if _has_default_swiglu(module) else weights.activate(gate_up)
+    results = GroupedMatmul.apply(activated.contiguous(), weights.down.transpose(1, 2), counts)
     output = torch.ops.npu.npu_moe_token_unpermute(
-        permuted_tokens=results, sorted_indices=places, probs=top_k_weights.to(dtype)
+        permuted_tokens=results, sorted_indices=sorted_indices, probs=top_k_weights.to(dtype)
     )
     return output.to(hidden_states.dtype)
 
 
-def _has_plain_swiglu(module: Any) -> bool:
-    """Whether transformers' own experts have the usual gate with SiLU; those of `vlparts` know the operation."""
-    usual, own = getattr(moe, "_default_apply_gate", None), getattr(type(module), "_apply_gate", None)
-    return usual is not None and own is usual and isinstance(getattr(module, "act_fn", None), SILU_CLASSES)
+def _has_default_swiglu(module: Any) -> bool:
+    """Whether transformers' experts use its default gate with SiLU; experts of `vlparts` call the operation."""
+    default, own = getattr(moe, "_default_apply_gate", None), getattr(type(module), "_apply_gate", None)
+    return default is not None and own is default and isinstance(getattr(module, "act_fn", None), SILU_CLASSES)
 
 
-def _count(top_k_index: Tensor, experts: int) -> Tensor:
-    """Pairs of each expert, `(E,)` int64, without waiting; int64 is slow to add on the device."""
-    chosen = top_k_index.flatten()
-    counts = torch.zeros(experts, dtype=torch.int32, device=chosen.device)
-    return counts.scatter_add_(0, chosen.long(), torch.ones_like(chosen, dtype=torch.int32)).long()
+def _count_pairs(top_k_index: Tensor, num_experts: int) -> Tensor:
+    """Number of pairs per expert, `(E,)` int64, without synchronizing; added in int32, since int64 is slow."""
+    index = top_k_index.flatten()
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=index.device)
+    return counts.scatter_add_(0, index.long(), torch.ones_like(index, dtype=torch.int32)).long()
 
 
 def supports_grouped_experts(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> str | None:
-    """Why the kernel is not for these arguments."""
+    """Return why the kernel does not support these arguments, or None if it does."""
     weights = get_expert_weights(module, NPU_EXPERTS_NAME)
     has_biases = weights.up_bias is not None or weights.down_bias is not None
     return supports_experts(hidden_states, top_k_index, weights.up, weights.down, has_biases)
@@ -118,7 +123,7 @@ def _inputs() -> list[tuple[Any, ...]]:
         arrange_expert_weights(module.to(dtype))
         hidden = torch.randn(9, 32, generator=generator).to(dtype).requires_grad_()
         scores = torch.rand(9, 4, generator=generator)
-        # Expert 2 gets no token: the gradient of its weights must be zero, not what memory held.
+        # Expert 2 gets no token: the gradient of its weights must be zero, not uninitialized memory.
         index = scores.topk(2).indices
         index = torch.where(index >= 2, index + 1, index)
         cases.append((module, hidden, index, torch.rand(9, 2, generator=generator).to(dtype).requires_grad_()))
@@ -133,32 +138,32 @@ KERNEL = Kernel(
     supports=supports_grouped_experts,
     tolerance={torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2},
 )
-_guarded = guarded(KERNEL)
+_with_fallback = with_fallback(KERNEL)
 
 
 def npu_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum of the experts of each token.
 
-    At its first call it brings the weights into the kernel's layout, and says so; see [`arrange_expert_weights`].
+    The first call copies the weights to the kernel's memory layout, with a warning; see [`arrange_expert_weights`].
 
     Args:
         module: An experts module of transformers' layout.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` int64; E marks an expert of another process, which adds nothing.
-        top_k_weights: `(T, K)`. They are rounded to the type of the expert weights.
+        top_k_index: `(T, K)` int64; `E` is an expert of another process, which adds nothing.
+        top_k_weights: `(T, K)`, rounded to the dtype of the expert weights.
 
     Returns:
-        `(T, H)` in the type of `hidden_states`.
+        `(T, H)` in the dtype of `hidden_states`.
 
     Raises:
         ValueError: If the module has another layout, shapes do not fit, or (on CPU) an index is out of range.
     """
     check_routing(hidden_states, top_k_index, top_k_weights, len(get_expert_weights(module, NPU_EXPERTS_NAME).up))
     arrange_once(module, hidden_states)
-    return _guarded(module, hidden_states, top_k_index, top_k_weights)
+    return _with_fallback(module, hidden_states, top_k_index, top_k_weights)
 
 
 def register_experts() -> None:
-    """Offer `npu_grouped` to all models."""
+    """Register `npu_grouped` for all models."""
     if NPU_EXPERTS_NAME not in ExpertsInterface():
         ExpertsInterface.register(NPU_EXPERTS_NAME, npu_experts_forward)

@@ -1,6 +1,6 @@
-"""The order in which expert weights stand in memory, for grouped products.
+"""Memory layout of expert weights for grouped matmuls.
 
-Shapes: E experts, H width, I inner width of an expert, N = 2 I with a gate, else I.
+Shapes: `E` experts, `H` width, `I` inner width of an expert, `N = 2 * I` with a gate, else `I`.
 """
 
 import logging
@@ -14,73 +14,73 @@ from . import self_check
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+WEIGHT_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def arrange_expert_weights(model: nn.Module) -> int:
-    """Let the weights of all experts in a model stand as the grouped product reads them, row by row of `(E, in, out)`.
+    """Copy the weights of all experts of a model to the layout of the grouped matmul: contiguous as `(E, in, out)`.
 
-    Shapes, values, names and what is saved stay as they are; only strides change. So the products read `(E, N, H)`
-    weights through a transposed view that is contiguous, where others would be copied in every call, 12.88 GB for a
-    layer of real size. Each parameter is copied once, one at a time, while none is in use: call it after loading and
-    before parameters are given to an optimizer. FSDP gathers weights in the order of their shapes again: experts
-    under it run the reference.
+    Shapes, values, names and saved files do not change, only strides. The kernel then reads `(E, N, H)` weights
+    through a contiguous transposed view; weights in another layout would be copied in every call, in bfloat16 12.88 GB
+    for 256 experts with H = 4096 and I = 2048. Parameters are copied one at a time. Call this after loading, and
+    before an optimizer takes the parameters. FSDP gathers weights contiguous in their shapes, so experts under FSDP
+    run the reference.
 
-    `vlparts_merged` reads the other order: after this it copies the first weights in every call.
+    `vlparts_merged` needs the original layout; after this it copies the first weights in every call.
 
     Args:
-        model: A model with experts modules of transformers' layout, or such a module.
+        model: A model with experts modules in transformers' layout, or such a module.
 
     Returns:
-        Bytes that were copied; 0 if all stood so already.
+        Bytes copied; 0 if all weights had the layout already.
 
     Raises:
-        ValueError: If a weight is a part of a larger tensor, or not an ordinary tensor (sharded).
+        ValueError: If a weight is sharded or a view of a larger tensor.
     """
     copied = 0
     for module in model.modules():
         for name, parameter in _weights(module):
-            if _stands_right(module, parameter):
+            if _is_arranged(module, parameter):
                 continue
             if not _can_arrange(parameter):
                 raise ValueError(
-                    f"`{name}` of {type(module).__name__} is sharded or a part of a larger tensor; arrange the expert "
-                    "weights before they are wrapped."
+                    f"`{name}` of {type(module).__name__} is sharded or a view of a larger tensor. Call "
+                    "`arrange_expert_weights` before the model is wrapped."
                 )
             copied += _arrange(parameter)
     return copied
 
 
 def arrange_once(module: Any, hidden_states: Tensor) -> None:
-    """Arrange the weights of an experts module on the NPU where they stand otherwise, with a warning."""
+    """Copy the weights of an experts module on the NPU to the kernel's layout if they have another, with a warning."""
     if hidden_states.device.type != self_check.DEVICE_TYPE or torch.compiler.is_compiling():
         return
-    weights = [(name, x) for name, x in _weights(module) if not _stands_right(module, x)]
+    weights = [(name, x) for name, x in _weights(module) if not _is_arranged(module, x)]
     if weights and all(_can_arrange(x) for _, x in weights):
         copied = sum(_arrange(x) for _, x in weights)
         logger.warning(
-            "The weights of %s were copied once into the order that npu_grouped reads, %.2f GB. "
-            "vlparts_npu.experts_layout.arrange_expert_weights(model), called after loading, does so beforehand.",
+            "The weights of %s were copied to the memory layout of `npu_grouped`, %.2f GB. To copy them in advance, "
+            "call `vlparts_npu.experts_layout.arrange_expert_weights(model)` after loading.",
             type(module).__name__,
             copied / 1e9,
         )
 
 
 def _weights(module: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Weights of three axes of an experts module; none for other modules."""
+    """Weights with three axes of an experts module; none for other modules."""
     named = dict(module.named_parameters(recurse=False))
-    if "down_proj" in named and named.keys() & set(WEIGHTS[:2]):
-        yield from ((name, named[name]) for name in WEIGHTS if name in named and named[name].ndim == 3)
+    if "down_proj" in named and named.keys() & set(WEIGHT_NAMES[:2]):
+        yield from ((name, named[name]) for name in WEIGHT_NAMES if name in named and named[name].ndim == 3)
 
 
-def _stands_right(module: Any, parameter: Tensor) -> bool:
-    """Whether `(E, in, out)` is contiguous; `is_transposed` modules hold that shape, others `(E, out, in)`."""
-    wanted = parameter if getattr(module, "is_transposed", False) else parameter.transpose(1, 2)
-    return wanted.is_contiguous()
+def _is_arranged(module: Any, parameter: Tensor) -> bool:
+    """Whether a weight is contiguous as `(E, in, out)`, the shape in `is_transposed` modules; else `(E, out, in)`."""
+    matrices = parameter if getattr(module, "is_transposed", False) else parameter.transpose(1, 2)
+    return matrices.is_contiguous()
 
 
 def _can_arrange(parameter: nn.Parameter) -> bool:
-    """Whether nobody else looks at the parameter's memory, as far as can be seen."""
+    """Whether the parameter is an ordinary tensor that fills its storage."""
     return (
         type(parameter.data) is Tensor
         and not parameter.is_meta

@@ -1,8 +1,8 @@
-"""Rotary positions of packed images by `npu_rotary_mul`.
+"""Rotary position embedding of packed images by `npu_rotary_mul`.
 
-Rotary positions of language models are transformers' own code, and reach no operation of `vlparts`.
+Language models compute theirs in transformers' own code, which calls no operation of `vlparts`.
 
-Shapes: L patches of all images, H heads, D channels of a head.
+Shapes: `L` patches of all images, `H` heads, `D` channels of a head.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from vlparts.parts.ops_rotary import axial_rotary, rotary_pair_reference, rotary_reference
 
-from .dispatch import register_operation
-from .self_check import Kernel
-from .support import is_rotary_joint, supports_rotary, supports_rotary_pair
+from .self_check import Kernel, register_operation
+from .support import is_joint_projection, supports_rotary, supports_rotary_pair
 
 
 def rotary_npu(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The kernel, in float32 like the reference; arguments are those of `rotary_reference`.
+    """Rotation in float32; arguments are those of `rotary_reference`.
 
-    The operation rotates halves of heads, `x * cos + cat(-x2, x1) * sin`, layout TND with angles T1D.
+    The operation computes `x * cos + cat(-x2, x1) * sin` of the halves `x1, x2` of a head, in layout TND with cosines
+    and sines T1D.
     """
     precise = input.to(torch.float32, memory_format=torch.contiguous_format)
     rotated = torch.ops.npu.npu_rotary_mul(
@@ -30,11 +30,11 @@ def rotary_npu(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(input.dtype)
 
 
-class JointRotation(torch.autograd.Function):
-    """Queries and keys `(L, H, D)` that are parts of one projection, rotated as one tensor `(2, L, H, D)`.
+class JointRotary(torch.autograd.Function):
+    """Rotation of queries and keys `(L, H, D)`, views of one projection, as one tensor `(2, L, H, D)`.
 
-    In half precision every rotation needs a cast before it and one behind, so that three launches do for six. Both
-    results are contiguous, as attention wants them. Layout BSND with angles 1S1D.
+    In half precision a rotation casts before and after, so this takes three launches instead of six. Both results are
+    contiguous, as attention needs them. Layout BSND with cosines and sines 1S1D.
     """
 
     @staticmethod
@@ -50,22 +50,22 @@ class JointRotation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries and keys."""
         cos, sin = ctx.saved_tensors
-        grad = of_query.new_empty(2, *of_query.shape, dtype=torch.float32)
-        grad[0].copy_(of_query)
-        grad[1].copy_(of_key)
-        # The rotated tensor is asked for because of the gradients of the angles, which nobody wants.
-        turned = torch.ops.npu.npu_rotary_mul_backward(grad=grad, input=grad, r1=cos, r2=sin, rotary_mode="half")[0]
-        turned = turned.to(of_query.dtype)
-        return turned[0], turned[1], None, None
+        grad = grad_query.new_empty(2, *grad_query.shape, dtype=torch.float32)
+        grad[0].copy_(grad_query)
+        grad[1].copy_(grad_key)
+        # `input` matters only for the gradients of cosines and sines, which are not used.
+        rotated = torch.ops.npu.npu_rotary_mul_backward(grad=grad, input=grad, r1=cos, r2=sin, rotary_mode="half")[0]
+        rotated = rotated.to(grad_query.dtype)
+        return rotated[0], rotated[1], None, None
 
 
 def rotary_pair_npu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel for both; arguments are those of `rotary_pair_reference`."""
-    if is_rotary_joint(query, key):
-        return JointRotation.apply(query, key, cos, sin)
+    """Rotation of queries and keys; arguments are those of `rotary_pair_reference`."""
+    if is_joint_projection(query, key):
+        return JointRotary.apply(query, key, cos, sin)
     return rotary_npu(query, cos, sin), rotary_npu(key, cos, sin)
 
 

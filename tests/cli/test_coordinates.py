@@ -16,7 +16,7 @@ from vlparts.cli.coordinates import app
 from vlparts.cli.jsonl import image_size, map_texts
 from vlparts.coordinates.formats import published as table
 from vlparts.coordinates.formats import registry as formats
-from vlparts.coordinates.grammars.openpangu import padded_format
+from vlparts.coordinates.formats.openpangu import padded_format
 
 TENS = padded_format("tens", levels=11, digits=2, denominator=10, label_open="<", label_close=">")
 ROW = {"id": 1, "text": "see cat (000,500),(999,999).", "width": 100, "height": 200, "größe": "groß"}
@@ -78,7 +78,7 @@ def test_convert_messages() -> None:
     (got,) = rows(result.stdout)
     assert got["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "(00,05)"}]
     assert got["messages"][1] == {"from": "gpt", "value": "(10,00)"}
-    with pytest.raises(ValueError, match="expected a text or a list of messages, got 3"):
+    with pytest.raises(ValueError, match="Expected a text or a list of messages, got 3"):
         map_texts(3, str)
 
 
@@ -100,41 +100,41 @@ def test_a_line_that_cannot_be_converted(tmp_path: Path) -> None:
     source, target = write(tmp_path / "a.jsonl", ROW, BROKEN, ROW), tmp_path / "b.jsonl"
     result = run(*CONVERT, source, "-o", target)
     assert result.exit_code == 2
-    assert re.search(r"error: .*a\.jsonl, line 2: position 0: ", said(result))
+    assert re.search(r"error: .*a\.jsonl, line 2: Position 0: ", said(result))
     assert not target.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
     result = run(*CONVERT, source, "--on-error", "skip")
     assert (result.exit_code, len(rows(result.stdout))) == (0, 2)
-    assert said(result) == "2 lines converted, 1 left out."
+    assert said(result) == "2 lines converted, 1 skipped."
 
     result = run(*CONVERT, source, "--on-error", "collect")
     kept = rows(result.stdout)[1]
-    assert kept.pop("convert_error").startswith("position 0: ")
+    assert kept.pop("convert_error").startswith("Position 0: ")
     assert kept == BROKEN
-    assert said(result) == "2 lines converted, 1 kept as they were."
+    assert said(result) == "2 lines converted, 1 kept unchanged."
 
 
 @pytest.mark.parametrize(
     ("arguments", "text", "message"),
     [
-        (("--on-error", "drop"), lines(ROW), "--on-error must be one of raise, skip, collect, got 'drop'"),
-        (("--to", "morse"), lines(ROW), "format must be a CoordinateFormat or one of"),
-        (("--text-field", "answer"), lines(ROW), "line 1: the field 'answer' is not there; the fields are id, text"),
-        ((), "[1]\n", "standard input, line 1: expected a JSON object, got list"),
-        ((), "\n{", "standard input, line 2: not valid JSON"),
-        ((), lines({**ROW, "width": 0}), r"line 1: \(width, height\) must be \(width, height\), two positive"),
+        (("--on-error", "drop"), lines(ROW), "`--on-error` must be one of raise, skip, collect, got 'drop'"),
+        (("--to", "morse"), lines(ROW), "`format` must be a CoordinateFormat or one of"),
+        (("--text-field", "answer"), lines(ROW), "line 1: A line must have the field 'answer', got id, text"),
+        ((), "[1]\n", "standard input, line 1: Expected a JSON object, got list"),
+        ((), "\n{", "standard input, line 2: Not valid JSON"),
+        ((), lines({**ROW, "width": 0}), r"line 1: `\(width, height\)` must be \(width, height\), two positive"),
         (
             (),
             lines({**ROW, "width": None}),
-            "line 1: the size of the image is needed: the fields 'width' and",
+            "line 1: A line must have the fields 'width' and 'height', or 'image', got id",
         ),
-        ((), lines({**ROW, "width": None, "image": "no.png"}), "line 1: cannot read the size of image no.png"),
-        ((), lines({**ROW, "text": 3}), "line 1: expected a text or a list of messages, got 3"),
-        (("-o", "/no/such/folder/b"), lines(ROW), "the output must lie in a folder that is there"),
+        ((), lines({**ROW, "width": None, "image": "no.png"}), "line 1: The size of image no.png cannot be read"),
+        ((), lines({**ROW, "text": 3}), "line 1: Expected a text or a list of messages, got 3"),
+        (("-o", "/no/such/folder/b"), lines(ROW), "The output must be in an existing folder"),
     ],
 )
-def test_mistakes_end_with_their_message(arguments: tuple[str, ...], text: str, message: str) -> None:
+def test_errors_exit_with_their_message(arguments: tuple[str, ...], text: str, message: str) -> None:
     result = run(*CONVERT, "-", *arguments, input=text)
     assert result.exit_code == 2
     assert re.search("error: .*" + message, said(result))
@@ -144,10 +144,10 @@ def test_files_are_not_written_over(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", ROW)
     result = run(*CONVERT, source, "-o", tmp_path / "x" / ".." / "a.jsonl")
     assert result.exit_code == 2
-    assert "--output must be another file than the input" in said(result)
+    assert "`--output` must be another file than the input" in said(result)
     assert rows(source.read_text(encoding="utf-8")) == [ROW]
     result = run(*CONVERT, tmp_path / "none.jsonl")
-    assert "the input must be a JSON Lines file" in said(result)
+    assert "The input must be a JSON Lines file" in said(result)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -183,10 +183,10 @@ def test_check_reports_problems_and_examples(tmp_path: Path) -> None:
     assert result.exit_code == 1
     got = result.stdout.splitlines()
     assert got[0] == "5 regions checked for tens: 4 problems."
-    assert got[1:3] == ["1 broken: not a region", "  line 2, 3: box must hold 4 numbers, got 1"]
+    assert got[1:3] == ["1 broken: not a region", "  line 2, 3: `box` must have 4 numbers, got 1."]
     assert got[3:5] == ["1 reordered: a box with x1 > x2 or y1 > y2", "  line 2, 0: box [60, 0, 50, 20]"]
     assert got[5] == "2 outside: leaves its image"
-    assert got[6].startswith("  line 2, 1: point: points[0] [101.0, 0.0] leaves")
+    assert got[6].startswith("  line 2, 1: point: `points[0]` [101.0, 0.0] leaves")
     assert len(got) == 7
     found = rows(target.read_text(encoding="utf-8"))
     assert [(item["line"], item["index"], item["problem"]) for item in found] == [
@@ -244,9 +244,9 @@ def test_check_reads_training_records_and_texts() -> None:
     [
         (
             {"width": 1, "height": 1},
-            "neither the field 'regions' nor messages are there; the fields are width, height",
+            "A line must have the field 'regions' or messages, got width, height",
         ),
-        ({"width": 1, "height": 1, "regions": 3}, "the field 'regions' must hold a list of regions, got 3"),
+        ({"width": 1, "height": 1, "regions": 3}, "The field 'regions' must contain a list of regions, got 3"),
     ],
 )
 def test_lines_that_cannot_be_checked(row: Any, message: str) -> None:
@@ -302,14 +302,14 @@ def test_show_draws_training_records(pictured: Path, monkeypatch: pytest.MonkeyP
 
 def test_show_needs_a_folder(pictured: Path) -> None:
     result = run("show", pictured, "-o", pictured.parent / "none" / "out.png")
-    assert (result.exit_code, "the output must lie in a folder that is there" in said(result)) == (2, True)
+    assert (result.exit_code, "The output must be in an existing folder" in said(result)) == (2, True)
 
 
 def test_show_says_what_is_missing(pictured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("show", write(pictured.parent / "b.jsonl", {"image": "a.png"}), "-o", "b.png")
-    assert (result.exit_code, "neither the field 'text' nor 'regions' is there" in said(result)) == (2, True)
+    assert (result.exit_code, "A line must have the field 'text' or 'regions'" in said(result)) == (2, True)
     result = run("show", write(pictured.parent / "b.jsonl", {**ROW, "image": "none.png"}), "-o", "b.png")
-    assert (result.exit_code, "line 1: cannot read image" in said(result)) == (2, True)
+    assert (result.exit_code, "none.png cannot be read" in said(result)) == (2, True)
     monkeypatch.setattr("vlparts.show.box_grid", lambda *args: builtins.__import__("no_such_module"))
     result = run("show", pictured, "-o", "b.png")
     assert (result.exit_code, "No module named" in said(result)) == (2, True)

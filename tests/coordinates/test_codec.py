@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from vlparts.coordinates.codec import CoordinateError, decode, encode
+from vlparts.coordinates.formats.openpangu import PADDED, padded_format
 from vlparts.coordinates.formats.registry import CoordinateFormat
 from vlparts.coordinates.frames.rules import PaddedSquare, Resized, SmartResize
 from vlparts.coordinates.grammars.base import Coded, DecodeError, Found
-from vlparts.coordinates.grammars.openpangu import PADDED, PairGrammar, padded_format
+from vlparts.coordinates.grammars.openpangu import PairGrammar
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import Region
 
@@ -22,7 +23,7 @@ OUTSIDE = [Region.point(1, 2, "in"), Region.box(-5, 10, 20, 2000, "out"), Region
 
 
 def test_a_region_outside_is_an_error() -> None:
-    message = r"regions\[1\] .* leaves the image of size \(999, 999\); on_outside='clamp'"
+    message = r"`regions\[1\]` .* leaves the image of size \(999, 999\); on_outside='clamp'"
     with pytest.raises(CoordinateError, match=message) as caught:
         encode(OUTSIDE, SIZE)
     assert caught.value.position is None
@@ -41,21 +42,21 @@ def test_skip_leaves_out() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: encode([Region.point(1, 2)], (0, 5)), r"image_size must be \(width, height\), two positive"),
-        (lambda: encode([], (5.0, 5)), "image_size must be"),
-        (lambda: encode([], (True, 5)), "image_size must be"),
-        (lambda: encode([], 5), "image_size must be .* got 5"),
-        (lambda: encode([], "ab"), "image_size must be"),
-        (lambda: decode("", (5, 5, 5)), "image_size must be"),
-        (lambda: encode(Region.point(1, 2), SIZE), "regions must be an iterable of Region, got Region"),
-        (lambda: encode([Region.point(1, 2), (1, 2)], SIZE), r"regions\[1\] must be a Region, got tuple"),
-        (lambda: encode([], SIZE, on_outside="ignore"), "on_outside must be one of 'raise', 'clamp', 'skip'"),
-        (lambda: encode([], SIZE, "unknown"), "format must be"),
-        (lambda: decode(b"(001,002)", SIZE), "text must be a str, got bytes"),
-        (lambda: decode("", SIZE, on_error="warn"), "on_error must be one of 'raise', 'skip', 'collect'"),
+        (lambda: encode([Region.point(1, 2)], (0, 5)), r"`image_size` must be \(width, height\), two positive"),
+        (lambda: encode([], (5.0, 5)), "`image_size` must be"),
+        (lambda: encode([], (True, 5)), "`image_size` must be"),
+        (lambda: encode([], 5), "`image_size` must be .* got 5"),
+        (lambda: encode([], "ab"), "`image_size` must be"),
+        (lambda: decode("", (5, 5, 5)), "`image_size` must be"),
+        (lambda: encode(Region.point(1, 2), SIZE), "`regions` must be an iterable of Region, got Region"),
+        (lambda: encode([Region.point(1, 2), (1, 2)], SIZE), r"`regions\[1\]` must be a Region, got tuple"),
+        (lambda: encode([], SIZE, on_outside="ignore"), "`on_outside` must be one of 'raise', 'clamp', 'skip'"),
+        (lambda: encode([], SIZE, "unknown"), "`format` must be"),
+        (lambda: decode(b"(001,002)", SIZE), "`text` must be a str, got bytes"),
+        (lambda: decode("", SIZE, on_error="warn"), "`on_error` must be one of 'raise', 'skip', 'collect'"),
     ],
 )
-def test_bad_arguments_are_refused(call: Any, message: str) -> None:
+def test_bad_arguments_raise(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -111,11 +112,13 @@ def test_several_images_have_their_own_sizes() -> None:
     assert text == "point|999,0||1||\nbox|1,2,3,4|a|0||\npoint|1,999||1||"
     assert decode(text, sizes, LISTED).regions == tuple(regions)
     assert decode(text, np.array(sizes), LISTED).regions == tuple(regions)
-    with pytest.raises(CoordinateError, match=r"regions\[0\] lies in image 1, but image_size gives 1"):
+    with pytest.raises(
+        CoordinateError, match=r"`regions\[0\]` is in image 1 \(counted from 0\), but `image_size` has 1"
+    ):
         encode(regions, SIZE, LISTED)
     errors = decode(text, SIZE, LISTED, on_error="collect").errors
     assert [error.position for error in errors] == [0, text.index("\npoint") + 1]
-    assert "image 1 (counted from 0): image_size gives 1" in errors[0].reason
+    assert "image 1 (counted from 0) does not exist: `image_size` has 1" in errors[0].reason
 
 
 def test_identities_and_times_come_back() -> None:
@@ -132,10 +135,10 @@ def test_what_no_region_can_be_is_an_error_with_its_place() -> None:
     assert result.regions == (Region.point(1, 2), Region.point(3, 4))
     assert [error.position for error in result.errors] == [text.index("poly"), text.index("track")]
     assert "a polygon has at least 3 point(s), got 2" in result.errors[0].reason
-    assert "times must not fall" in result.errors[1].reason
+    assert "`times` must not decrease" in result.errors[1].reason
 
 
-def test_what_would_be_read_as_another_thing_is_refused() -> None:
+def test_what_would_be_read_as_another_thing_raises() -> None:
     class Forgetful(Listed):
         def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
             found, errors = super().scan(text)
@@ -144,7 +147,7 @@ def test_what_would_be_read_as_another_thing_is_refused() -> None:
     forgetful = dataclasses.replace(LISTED, grammar=Forgetful())
     assert encode([Region.point(1, 2)], SIZE, forgetful) == "point|1,2||0||"
     for region in (Region.point(1, 2, image=1), Region.box(1, 2, 3, 4)):
-        with pytest.raises(CoordinateError, match=f"a {region.kind} would be read back as another thing"):
+        with pytest.raises(CoordinateError, match=f"A {region.kind} would be read back differently"):
             encode([region], [SIZE, SIZE], forgetful)
 
     class Doubling(Listed):
@@ -152,7 +155,7 @@ def test_what_would_be_read_as_another_thing_is_refused() -> None:
             found, errors = super().scan(text)
             return found * 2, errors
 
-    with pytest.raises(CoordinateError, match="more regions than the 1 written would be read back"):
+    with pytest.raises(CoordinateError, match="The text of 1 regions would be read back as 2 regions"):
         encode([Region.point(1, 2)], SIZE, dataclasses.replace(LISTED, grammar=Doubling()))
 
 
@@ -172,7 +175,7 @@ def test_numbers_may_measure_a_resized_image() -> None:
     text = encode([Region.box(0, 0, 100, 100)], (100, 100), fmt)
     assert text == "box|0,0,200,50||0||"
     assert decode(text, (100, 100), fmt).regions == (Region.box(0, 0, 100, 100),)
-    with pytest.raises(CoordinateError, match="holds a code above 50: 51"):
+    with pytest.raises(CoordinateError, match="code 51 is above the largest code 50"):
         decode("point|3,51||0||", (100, 100), fmt)
     clamped = decode("point|201,51||0||", (100, 100), fmt, on_outside="clamp")
     assert clamped.regions == (Region.point(100, 100),)
@@ -183,7 +186,7 @@ def test_a_place_in_the_padding_is_outside() -> None:
     text = encode([Region.box(0, 0, 100, 50)], (100, 50), fmt)
     assert text == "box|0,25,100,75||0||"
     assert decode(text, (100, 50), fmt).regions == (Region.box(0, 0, 100, 50),)
-    with pytest.raises(CoordinateError, match=r"holds a place outside the image of size \(100, 50\)"):
+    with pytest.raises(CoordinateError, match=r"a point outside the image of size \(100, 50\)"):
         decode("point|3,10||0||", (100, 50), fmt)
     clamped = decode("point|3,10||0||", (100, 50), fmt, on_outside="clamp")
     assert clamped.regions == (Region.point(3, 0),)
@@ -191,15 +194,15 @@ def test_a_place_in_the_padding_is_outside() -> None:
 
 def test_a_size_without_a_frame_is_named() -> None:
     fmt = dataclasses.replace(LISTED, frame=SmartResize())
-    message = r"format 'listed' has no frame for image_size \(1, 1000\): .* too thin"
+    message = r"Format 'listed' has no frame for image size \(1, 1000\): .* too thin"
     with pytest.raises(CoordinateError, match=message):
         encode([Region.point(1, 1)], (1, 1000), fmt)
     with pytest.raises(CoordinateError, match=message):
         decode("point|1,1||0||", (1, 1000), fmt)
 
 
-def test_kinds_that_a_format_lacks_are_refused() -> None:
-    message = r"regions\[1\] is a line, which format 'openpangu' cannot write; it writes: point, box"
+def test_kinds_that_a_format_lacks_raise() -> None:
+    message = r"`regions\[1\]` is a line, which format 'openpangu' cannot write; it writes point, box"
     with pytest.raises(CoordinateError, match=message):
         encode([Region.point(1, 2), Region.line([(1, 2), (3, 4)])], SIZE)
 
@@ -207,12 +210,12 @@ def test_kinds_that_a_format_lacks_are_refused() -> None:
 def test_codes_above_the_range_are_clamped_where_wanted() -> None:
     percent = padded_format(levels=101, denominator=100)
     assert decode("(101,000)", SIZE, percent, on_outside="clamp").regions == (Region.point(999, 0),)
-    with pytest.raises(ValueError, match="on_outside must be one of 'error', 'clamp', got 'skip'"):
+    with pytest.raises(ValueError, match="`on_outside` must be one of 'error', 'clamp', got 'skip'"):
         decode("(101,000)", SIZE, percent, on_outside="skip")
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_the_search_for_cycles_goes_on_as_before(running: bool) -> None:
+def test_garbage_collection_is_restored(running: bool) -> None:
     before = gc.isenabled()
     try:
         (gc.enable if running else gc.disable)()
@@ -231,7 +234,7 @@ def test_errors_are_in_the_order_of_the_text() -> None:
     assert result.regions == (Region.point(1, 2),)
 
 
-def test_a_grammar_that_refuses_is_heard() -> None:
-    with pytest.raises(CoordinateError, match="points and boxes of one image"):
+def test_errors_of_a_grammar_are_raised() -> None:
+    with pytest.raises(CoordinateError, match="The format writes regions of one image"):
         encode([Region.point(1, 2, identity=3)], SIZE)
     assert isinstance(PADDED.grammar, PairGrammar)

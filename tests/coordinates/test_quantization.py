@@ -101,13 +101,13 @@ def test_nothing_gives_nothing() -> None:
 @pytest.mark.parametrize(
     ("rule", "codes", "message"),
     [
-        (NumberRule(), [0, 1000], "a code above 999: 1000"),
-        (NumberRule(denominator=1000, most=1000), [1001, 3], "a code above 1000: 1001"),
-        (PIXELS[0], [0, 481], "a code above 480: 481"),
-        (PIXELS[1], [640, 0], "a code above 639: 640"),
+        (NumberRule(), [0, 1000], "Code 1000 is above the largest code 999"),
+        (NumberRule(denominator=1000, most=1000), [1001, 3], "Code 1001 is above the largest code 1000"),
+        (PIXELS[0], [0, 481], "Code 481 is above the largest code 480"),
+        (PIXELS[1], [640, 0], "Code 640 is above the largest code 639"),
     ],
 )
-def test_codes_out_of_range_are_refused(rule: NumberRule, codes: list[int], message: str) -> None:
+def test_codes_out_of_range_raise(rule: NumberRule, codes: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rule.to_points([[0, 0, 0, 0], codes], (640, 480))
 
@@ -115,22 +115,22 @@ def test_codes_out_of_range_are_refused(rule: NumberRule, codes: list[int], mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"levels": True}, "levels must be an integer, got True"),
-        ({"levels": 3.0}, "levels must be an integer, got 3.0"),
-        ({"levels": 1}, "levels must be at least 2"),
-        ({"levels": None}, "levels must be at least 2 where there is a denominator, got None"),
-        ({"denominator": 998}, "denominator must be at least 999 for 1000 levels and rounding 'round', got 998"),
-        ({"rounding": "bins"}, "denominator must be at least 1000 .* 'bins', got 999"),
-        ({"rounding": "ceil"}, "rounding must be 'round', 'floor' or 'bins', got 'ceil'"),
-        ({"step": 2}, "step and far_edge are for denominator=None"),
-        ({"far_edge": False}, "step and far_edge are for denominator=None"),
-        ({"step": 0}, "step must be at least 1, got 0"),
-        ({"most": 998}, "most must be at least levels - 1 = 999, got 998"),
-        ({"denominator": None}, "levels and most must be None"),
-        ({"denominator": None, "levels": None, "most": 5}, "levels and most must be None"),
-        ({"denominator": None, "levels": None, "rounding": "bins"}, "rounding must be 'round' or 'floor'"),
+        ({"levels": True}, "`levels` must be an integer, got True"),
+        ({"levels": 3.0}, "`levels` must be an integer, got 3.0"),
+        ({"levels": 1}, "`levels` must be at least 2"),
+        ({"levels": None}, "`levels` must be at least 2 if `denominator` is given, got None"),
+        ({"denominator": 998}, "`denominator` must be at least 999 for 1000 levels and rounding 'round', got 998"),
+        ({"rounding": "bins"}, "`denominator` must be at least 1000 .* 'bins', got 999"),
+        ({"rounding": "ceil"}, "`rounding` must be 'round', 'floor' or 'bins', got 'ceil'"),
+        ({"step": 2}, "`step` and `far_edge` need `denominator=None`"),
+        ({"far_edge": False}, "`step` and `far_edge` need `denominator=None`"),
+        ({"step": 0}, "`step` must be at least 1, got 0"),
+        ({"most": 998}, "`most` must be at least levels - 1 = 999, got 998"),
+        ({"denominator": None}, "`levels` and `most` must be None"),
+        ({"denominator": None, "levels": None, "most": 5}, "`levels` and `most` must be None"),
+        ({"denominator": None, "levels": None, "rounding": "bins"}, "`rounding` must be 'round' or 'floor'"),
     ],
 )
-def test_bad_rules_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_bad_rules_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NumberRule(**changes)

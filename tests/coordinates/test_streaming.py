@@ -8,10 +8,11 @@ import pytest
 from tests.coordinates.grammars.tagged_examples import FORMATS
 from tests.coordinates.grammars.test_tagged import ERRORS, TEXTS
 from vlparts.coordinates.codec import CoordinateError, decode
+from vlparts.coordinates.formats.openpangu import PADDED
 from vlparts.coordinates.formats.registry import CoordinateFormat
-from vlparts.coordinates.grammars.openpangu import PADDED
+from vlparts.coordinates.grammars.tagged import TaggedGrammar
 from vlparts.coordinates.regions import Region
-from vlparts.coordinates.streaming import StreamDecoder
+from vlparts.coordinates.streaming import GROWTH, SHORT_TEXT, StreamDecoder
 
 SIZE = (999, 999)
 
@@ -67,7 +68,7 @@ def test_a_region_comes_as_soon_as_it_is_certain() -> None:
     assert decoder.close() == []
 
 
-def test_a_label_behind_is_waited_for() -> None:
+def test_a_label_after_a_region_is_awaited() -> None:
     decoder = StreamDecoder(SIZE, FORMATS["behind"])
     assert decoder.feed("<box>1 2 3 4</box><ref>a") == []
     assert decoder.feed(" cat</ref>") == []
@@ -75,17 +76,26 @@ def test_a_label_behind_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("name", ["marks", "behind", "tokens", "list"])
-def test_long_texts_are_read_in_linear_time(name: str) -> None:
-    """A hundred thousand characters by fives: quadratic work would run into the time limit of the tests."""
+def test_scanned_characters_grow_linearly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk scans at most `SHORT_TEXT` characters, or the scans of longer texts are those of a geometric series."""
     text = next(text for own, _, text in TEXTS if own == name)
     text = (text + "\n") * (30_000 // len(text)) + "x" * 60_000 + text
     whole = decode(text, SIZE, FORMATS[name], on_error="collect")
+    scanned, scan = [], TaggedGrammar.scan
+
+    def counting_scan(self: TaggedGrammar, text: str) -> Any:
+        scanned.append(len(text))
+        return scan(self, text)
+
+    monkeypatch.setattr(TaggedGrammar, "scan", counting_scan)
     decoder, regions = StreamDecoder(SIZE, FORMATS[name]), []
     for start in range(0, len(text), 5):
         regions += decoder.feed(text[start : start + 5])
     assert len(regions) > 0.8 * len(whole.regions)
     regions += decoder.close()
     assert (tuple(regions), decoder.errors) == (whole.regions, whole.errors)
+    assert len(scanned) <= len(text) / 5 + 2
+    assert 0 < sum(size for size in scanned if size > SHORT_TEXT) <= (GROWTH + 2) * len(text)
 
 
 def test_positions_count_from_the_beginning() -> None:
@@ -101,13 +111,13 @@ def test_clamping_is_as_in_decode() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StreamDecoder(5), "image_size must be"),  # type: ignore[arg-type]
-        (lambda: StreamDecoder(SIZE, "unknown"), "format must be"),
-        (lambda: StreamDecoder(SIZE, on_outside="skip"), "on_outside must be one of 'error', 'clamp'"),
-        (lambda: StreamDecoder(SIZE).feed(b"x"), "chunk must be a str, got bytes"),  # type: ignore[arg-type]
+        (lambda: StreamDecoder(5), "`image_size` must be"),  # type: ignore[arg-type]
+        (lambda: StreamDecoder(SIZE, "unknown"), "`format` must be"),
+        (lambda: StreamDecoder(SIZE, on_outside="skip"), "`on_outside` must be one of 'error', 'clamp'"),
+        (lambda: StreamDecoder(SIZE).feed(b"x"), "`chunk` must be a str, got bytes"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_arguments_are_refused(make: Any, message: str) -> None:
+def test_bad_arguments_raise(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -115,5 +125,5 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
 def test_a_closed_stream_takes_no_more() -> None:
     decoder = StreamDecoder(SIZE)
     decoder.close()
-    with pytest.raises(CoordinateError, match="the stream is closed"):
+    with pytest.raises(CoordinateError, match="The stream is closed"):
         decoder.feed("x")

@@ -57,7 +57,7 @@ def test_arguments_cache_and_network(python: Path, tmp_path: Path) -> None:
 
 def test_a_failure_is_an_error_with_what_it_wrote(python: Path, tmp_path: Path) -> None:
     script = "import sys; print('before'); print('what went wrong', file=sys.stderr); sys.exit(3)"
-    with pytest.raises(RuntimeError, match=r"(?s)ended with status 3.*what went wrong"):
+    with pytest.raises(RuntimeError, match=r"(?s)exited with status 3.*what went wrong"):
         run_without(python, script, modules_cache=tmp_path)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         run_without(python, "1 / 0", modules_cache=tmp_path)
@@ -65,7 +65,7 @@ def test_a_failure_is_an_error_with_what_it_wrote(python: Path, tmp_path: Path) 
 
 def test_a_run_that_takes_too_long_is_an_error(python: Path, tmp_path: Path) -> None:
     script = "import sys, time; print('waiting', file=sys.stderr, flush=True); time.sleep(60)"
-    with pytest.raises(RuntimeError, match=r"(?s)did not end within 2 seconds.*waiting"):
+    with pytest.raises(RuntimeError, match=r"(?s)did not finish within 2 seconds.*waiting"):
         run_without(python, script, modules_cache=tmp_path, timeout=2)
 
 

@@ -55,6 +55,7 @@ SMALL = 80
 SMALL_FILES = {
     "vlparts._public": "loaded on first use, so that `import vlparts` is lazy",
     "vlparts.demo.ask": "a script for a Python without vlparts",
+    "vlparts.training.tokenizer": "used alone in the README, without the dependencies of training",
 }
 # The two patterns by which transformers finds the files to copy into a checkpoint; they read text, not code.
 REMOTE_CODE_PATTERNS = (r"^\s*import\s+\.(\S+)\s*$", r"^\s*from\s+\.(\S+)\s+import")

@@ -1,7 +1,7 @@
-"""`torch.ops.npu` without torch_npu: the operations that the kernels call, with torch_npu's schemas, on the CPU.
+"""`torch.ops.npu` without torch_npu: the operations that the kernels call, on the CPU.
 
-PyTorch matches names, types and order of arguments against the committed schemas, as it does with the real library.
-The arithmetic is that of the operations' documentation, differentiable by PyTorch, and checks the limits it can.
+PyTorch matches the arguments of calls with the committed schemas, as with the real library. The operations compute
+what their documentation says, are differentiable by PyTorch, and assert the documented limits.
 """
 
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
     return F.silu(first) * second
 
 
-def _check_angles(x: Tensor, r1: Tensor, r2: Tensor) -> None:
-    """Layout TND with angles T1D, or BSND with 1S1D."""
+def _check_cos_sin(x: Tensor, r1: Tensor, r2: Tensor) -> None:
+    """Check cosines and sines: T1D for layout TND, 1S1D for BSND."""
     assert r1.shape == r2.shape == (*(1,) * (x.ndim - 3), x.shape[-3], 1, x.shape[-1])
 
 
@@ -59,7 +59,7 @@ def _check_angles(x: Tensor, r1: Tensor, r2: Tensor) -> None:
 def npu_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Any = None) -> Tensor:
     assert rotary_mode == "half"
     assert rotate is None
-    _check_angles(x, r1, r2)
+    _check_cos_sin(x, r1, r2)
     first, second = x.chunk(2, -1)
     return x * r1 + torch.cat((-second, first), -1) * r2
 
@@ -69,13 +69,13 @@ def npu_rotary_mul_backward(
     grad: Tensor, x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half"
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert rotary_mode == "half"
-    _check_angles(grad, r1, r2)
+    _check_cos_sin(grad, r1, r2)
     first, second = (grad * r2).chunk(2, -1)
     return grad * r1 + torch.cat((second, -first), -1), torch.zeros(0), torch.zeros(0)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, ends: tuple[list[int], list[int]], scale: float, mode: int) -> Tensor:
-    """Layout TND, segment by segment, dense."""
+    """Dense attention, segment by segment, in layout TND."""
     precise = torch.promote_types(q.dtype, torch.float32)
     repeat, outputs, start_q, start_k = q.shape[1] // k.shape[1], [], 0, 0
     assert len(ends[0]) == len(ends[1]) <= 1024
@@ -178,7 +178,7 @@ def npu_moe_token_unpermute(
 
 
 def _define() -> None:
-    """Once per process."""
+    """Define the operations, once per process."""
     if hasattr(torch.ops.npu, "npu_rms_norm"):
         return
     for line in committed(VERSION):

@@ -1,7 +1,7 @@
-"""Schema lines of torch_npu's operations, read from its wheels without installing them.
+"""Schemas of torch_npu's operations, one per line, read from its wheels without installing them.
 
 python -m tests.npu.schema_lines torch_npu-2.13.0-*.whl ...     compare with the committed lines
-python -m tests.npu.schema_lines --write torch_npu-*.whl ...    write them
+python -m tests.npu.schema_lines --write torch_npu-*.whl ...    write the lines
 """
 
 import re
@@ -11,10 +11,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).with_name("schemas")
 VERSIONS = ("2.11", "2.12", "2.13", "2.14")
-# The lines that its library registers. The YAML file in the wheel says `self` where the library says `input`.
+# Holds the schemas that torch_npu registers. In the wheel's YAML file arguments named `input` are called `self`.
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
 
-# Operations that the kernels call, and the backward operations that torch_npu's own formulas call.
+# Operations that the kernels call, and the backward operations that torch_npu's derivatives call.
 NAMES = (
     "npu_fused_infer_attention_score",
     "npu_fusion_attention",
@@ -36,12 +36,12 @@ NAMES = (
 
 
 def committed(version: str) -> list[str]:
-    """The committed lines of a version, such as "2.13"."""
+    """Return the committed lines of a version, such as "2.13"."""
     return (FOLDER / f"{version}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def extracted(wheel: Path) -> list[str]:
-    """The lines of `NAMES` in a wheel, sorted; every overload."""
+    """Return the sorted schemas of `NAMES` in a wheel, all overloads included."""
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(LIBRARY)
     names = "|".join(NAMES).encode()
@@ -50,28 +50,28 @@ def extracted(wheel: Path) -> list[str]:
 
 
 def version_of(wheel: Path) -> str:
-    """Major and minor version in a wheel's file name."""
+    """Return the major and minor version in a wheel's file name."""
     found = re.match(r"torch_npu-(\d+\.\d+)\.", wheel.name)
     if found is None:
-        raise ValueError(f"{wheel.name} is not the name of a wheel of torch_npu")
+        raise ValueError(f"The name of a torch_npu wheel was expected, got {wheel.name}.")
     return found[1]
 
 
 def main(arguments: list[str]) -> None:
-    """Compare or write the lines of the wheels given."""
+    """Compare or write the lines of the given wheels."""
     write = "--write" in arguments
     wheels = [Path(argument) for argument in arguments if argument != "--write"]
     found = {version_of(wheel): extracted(wheel) for wheel in wheels}
     missing = sorted(set(VERSIONS) - found.keys())
     if missing:
-        raise SystemExit(f"no wheel of {', '.join(missing)} given")
+        raise SystemExit(f"A wheel of each supported version is needed, got none of {', '.join(missing)}.")
     for version, lines in found.items():
         if write:
             FOLDER.mkdir(exist_ok=True)
             (FOLDER / f"{version}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         elif lines != committed(version):
             differing = "\n".join(sorted(set(lines) ^ set(committed(version))))
-            raise SystemExit(f"the committed lines of {version} differ from the wheel's:\n{differing}")
+            raise SystemExit(f"The committed lines of {version} differ from the wheel's:\n{differing}")
         print(f"{version}: {len(lines)} lines")
 
 

@@ -1,4 +1,4 @@
-"""Routed experts by grouped products, and the order of their weights in memory."""
+"""Routed experts by grouped matmuls, and the memory layout of their weights."""
 
 import logging
 from pathlib import Path
@@ -18,23 +18,23 @@ from vlparts.parts.modeling_moge import MoGEForCausalLM
 from vlparts.parts.moe_experts import RoutedExperts
 from vlparts_npu.experts import NPU_EXPERTS_NAME, grouped_experts_npu, npu_experts_forward, register_experts
 from vlparts_npu.experts_layout import arrange_expert_weights
-from vlparts_npu.self_check import USES, forget_results
+from vlparts_npu.self_check import CALL_LOG, reset_checks
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     fake_ops.CALLS.clear()
-    forget_results()
+    reset_checks()
 
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tensors on the CPU count as those of the device."""
+    """Treat the CPU as the device."""
     monkeypatch.setattr("vlparts_npu.self_check.DEVICE_TYPE", "cpu")
 
 
-def test_outputs_and_gradients_in_float64_are_those_of_loops() -> None:
-    """Without some experts, whose gradients are zero."""
+def test_outputs_and_gradients_in_float64_equal_the_oracle() -> None:
+    """Experts without tokens get zero gradients."""
     module = experts("plain")
     arguments = routing(13, unused=(0, 4))
     inputs = [arguments[0], arguments[2], *module.parameters()]
@@ -60,7 +60,7 @@ def test_experts_of_other_processes_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "swish"])
-def test_the_usual_gate_is_one_operation(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_gate_is_one_operation(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(
         "vlparts_npu.experts.swiglu", lambda x: called.append(1) or nn.functional.silu(x[:, :7]) * x[:, 7:]
@@ -76,7 +76,7 @@ def test_the_usual_gate_is_one_operation(activation: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_a_call_starts_four_operations_and_copies_weights_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_runs_four_operations_and_the_first_copies_the_weights(caplog: pytest.LogCaptureFixture) -> None:
     module = experts("plain").float()
     hidden, index, weights = (x.float() if x.is_floating_point() else x for x in routing(9))
     before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -85,8 +85,8 @@ def test_a_call_starts_four_operations_and_copies_weights_once(caplog: pytest.Lo
             fake_ops.CALLS.clear()
             output = npu_experts_forward(module, hidden, index, weights)
     assert [record.message for record in caplog.records] == [
-        "The weights of Qwen3MoeExperts were copied once into the order that npu_grouped reads, 0.00 GB. "
-        "vlparts_npu.experts_layout.arrange_expert_weights(model), called after loading, does so beforehand."
+        "The weights of Qwen3MoeExperts were copied to the memory layout of `npu_grouped`, 0.00 GB. To copy them in "
+        "advance, call `vlparts_npu.experts_layout.arrange_expert_weights(model)` after loading."
     ]
     assert fake_ops.CALLS == [
         "npu_moe_token_permute",
@@ -94,27 +94,27 @@ def test_a_call_starts_four_operations_and_copies_weights_once(caplog: pytest.Lo
         "npu_grouped_matmul",
         "npu_moe_token_unpermute",
     ]
-    assert USES[-1] == (NPU_EXPERTS_NAME, "")
+    assert CALL_LOG[-1] == (NPU_EXPERTS_NAME, "")
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     torch.testing.assert_close(output, oracle(module, hidden, index, weights), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_biases_go_to_the_reference() -> None:
+def test_experts_with_biases_run_the_reference() -> None:
     module, (hidden, index, weights) = experts("transposed with biases"), routing(5)
     output = npu_experts_forward(module, hidden, index, weights)
     torch.testing.assert_close(output, oracle(module, hidden, index, weights))
-    assert USES[-1] == (NPU_EXPERTS_NAME, "the experts have biases")
+    assert CALL_LOG[-1] == (NPU_EXPERTS_NAME, "the experts have biases")
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_weights_inside_of_a_larger_tensor_stay_and_go_to_the_reference() -> None:
+def test_weights_that_are_views_stay_and_run_the_reference() -> None:
     module, (hidden, index, weights) = experts("plain"), routing(5)
     module.down_proj = nn.Parameter(torch.cat((module.down_proj.data, module.down_proj.data))[:6])
     output = npu_experts_forward(module, hidden, index, weights)
     torch.testing.assert_close(output, oracle(module, hidden, index, weights))
-    assert "call `arrange_expert_weights`" in USES[-1].reason
-    with pytest.raises(ValueError, match=r"`down_proj` of Qwen3MoeExperts is sharded or a part of a larger tensor"):
+    assert "call `arrange_expert_weights`" in CALL_LOG[-1].reason
+    with pytest.raises(ValueError, match=r"`down_proj` of Qwen3MoeExperts is sharded or a view of a larger tensor"):
         arrange_expert_weights(module)
 
 
@@ -122,7 +122,7 @@ def test_on_other_devices_nothing_changes() -> None:
     module, arguments = experts("plain"), routing(5)
     torch.testing.assert_close(npu_experts_forward(module, *arguments), oracle(module, *arguments))
     assert module.down_proj.is_contiguous()
-    assert USES[-1].reason == "the tensors are on cpu"
+    assert CALL_LOG[-1].reason == "the tensors are on cpu"
     with pytest.raises(ValueError, match=r"`top_k_index` must have a row for each of 5 tokens, got 4"):
         npu_experts_forward(module, arguments[0], arguments[1][:4], arguments[2][:4])
 
@@ -145,8 +145,8 @@ def small_moge() -> MoGEForCausalLM:
     return MoGEForCausalLM(config)
 
 
-def test_arranged_weights_are_the_same_weights(tmp_path: Path) -> None:
-    """Values, shapes, what is saved, and what is computed from them; only the first call copies."""
+def test_arranging_changes_only_strides(tmp_path: Path) -> None:
+    """Values, shapes, saved files and outputs stay; only the first call copies."""
     model = small_moge()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.randint(0, 40, (2, 7))
@@ -163,8 +163,8 @@ def test_arranged_weights_are_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in before.items())
 
 
-def test_gradients_of_arranged_weights_stand_like_them() -> None:
-    """So that optimizers walk both in the same order, and nothing is copied."""
+def test_gradients_have_the_strides_of_arranged_weights() -> None:
+    """Otherwise the gradients would be copied when they are accumulated."""
     config: Any = SimpleNamespace(num_experts=6, hidden_size=10, moe_intermediate_size=7, hidden_act="silu")
     module = RoutedExperts(config).double()
     for parameter in module.parameters():
@@ -177,7 +177,7 @@ def test_gradients_of_arranged_weights_stand_like_them() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_models_take_it_by_name() -> None:
+def test_models_select_it_by_name() -> None:
     register_experts()
     register_experts()
     assert ExpertsInterface()[NPU_EXPERTS_NAME] is npu_experts_forward
@@ -193,5 +193,5 @@ def test_models_take_it_by_name() -> None:
             model(ids, labels=ids).loss.backward()
             results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
-        assert USES[-1] == (NPU_EXPERTS_NAME, "")
-        USES.clear()
+        assert CALL_LOG[-1] == (NPU_EXPERTS_NAME, "")
+        CALL_LOG.clear()

@@ -1,4 +1,4 @@
-"""Every kernel against its reference, with the operations of torch_npu computed on the CPU."""
+"""Each kernel compared with its reference, with the operations of torch_npu computed on the CPU."""
 
 import itertools
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from tests.npu import fake_ops
 from vlparts.parts.ops_rms_norm import rms_norm_reference
 from vlparts.parts.ops_rotary import axial_rotary, rotary_pair_reference, rotary_reference
-from vlparts_npu import activations, attention, dispatch, experts, norm, rotary
-from vlparts_npu.self_check import Kernel, find_fault, guarded
+from vlparts_npu import activations, attention, experts, rms_norm, rotary
+from vlparts_npu.self_check import DISPATCH_KEYS, Kernel, check_kernel, with_fallback
 
 KERNELS = [
     attention.KERNEL,
-    norm.KERNEL,
+    rms_norm.KERNEL,
     activations.GELU,
     activations.SWIGLU,
     rotary.KERNEL,
@@ -28,7 +28,7 @@ KERNELS = [
 
 
 def changed(output: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """A kernel's result, or all of them, changed."""
+    """Apply a function to a kernel's output, or to each of its outputs."""
     return change(output) if isinstance(output, Tensor) else tuple(change(one) for one in output)
 
 
@@ -39,11 +39,11 @@ def _empty_log() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_it_passes_its_own_check(kernel: Kernel) -> None:
-    assert find_fault(kernel, "cpu") == ""
+    assert check_kernel(kernel, "cpu") == ""
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_its_own_check_sees_a_wrong_result_and_wrong_gradients(kernel: Kernel) -> None:
+def test_its_own_check_finds_wrong_outputs_and_wrong_gradients(kernel: Kernel) -> None:
     def wrong(*arguments: Any) -> Any:
         return changed(kernel.run(*arguments), lambda output: output * 1.1)
 
@@ -51,12 +51,12 @@ def test_its_own_check_sees_a_wrong_result_and_wrong_gradients(kernel: Kernel) -
         return changed(kernel.run(*arguments), lambda output: 2 * output - output.detach())
 
     results = 2 if kernel is rotary.PAIR else 1
-    assert "tensor 0: relative error" in find_fault(replace(kernel, run=wrong), "cpu")
-    assert f"tensor {results}: relative error" in find_fault(replace(kernel, run=with_gradient_doubled), "cpu")
+    assert "tensor 0: relative error" in check_kernel(replace(kernel, run=wrong), "cpu")
+    assert f"tensor {results}: relative error" in check_kernel(replace(kernel, run=with_gradient_doubled), "cpu")
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_its_own_inputs_are_the_same_each_time_and_leave_the_seed_alone(kernel: Kernel) -> None:
+def test_its_inputs_are_reproducible_and_do_not_change_the_random_state(kernel: Kernel) -> None:
     state = torch.get_rng_state()
     cases = zip(kernel.make_inputs(), kernel.make_inputs(), strict=True)
     pairs = itertools.chain.from_iterable(zip(*case, strict=True) for case in cases)
@@ -77,22 +77,30 @@ def test_it_runs_without_gradients(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    "register",
-    [attention.register_attention, norm.register_norm, activations.register_activations, rotary.register_rotary],
+    ("register", "kernels"),
+    [
+        (attention.register_attention, [attention.KERNEL]),
+        (rms_norm.register_rms_norm, [rms_norm.KERNEL]),
+        (activations.register_activations, [activations.GELU, activations.SWIGLU]),
+        (rotary.register_rotary, [rotary.KERNEL, rotary.PAIR]),
+    ],
 )
-def test_it_is_registered_once_at_both_keys(register: Callable[[], None]) -> None:
-    for _ in range(2):
-        register()
-    for kernel in KERNELS[:-1]:
-        if kernel.name.split("::")[1] in register.__name__.replace("register_norm", "rms_norm"):
-            has = torch._C._dispatch_has_kernel_for_dispatch_key
-            assert all(has(kernel.name, key) for key in dispatch.KEYS)
+def test_it_is_registered_once_at_both_keys(
+    register: Callable[[], None], kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert all(has_kernel(kernel.name, key) for kernel in kernels for key in DISPATCH_KEYS)
+    again: list[str] = []
+    monkeypatch.setattr(torch.library, "impl", lambda name, *_: again.append(name))
+    register()
+    assert again == []
 
 
-def test_the_check_of_gelu_tells_the_form_by_tanh_from_the_exact_one() -> None:
-    """What the NPU computes for `torch.nn.functional.gelu`."""
+def test_the_check_of_gelu_rejects_the_tanh_approximation() -> None:
+    """The NPU computes it for `torch.nn.functional.gelu`."""
     wrong = replace(activations.GELU, run=lambda x: F.gelu(x, approximate="tanh"))
-    assert "relative error" in find_fault(wrong, "cpu")
+    assert "relative error" in check_kernel(wrong, "cpu")
 
 
 def test_the_reference_of_gelu_is_exact() -> None:
@@ -102,15 +110,15 @@ def test_the_reference_of_gelu_is_exact() -> None:
 
 
 def test_kernels_in_float64_agree_to_rounding() -> None:
-    """Forward and backward, with the arithmetic of the reference in the operations' place."""
+    """Forward and backward, since the fake operations compute in the dtype of their inputs."""
     x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    angles = axial_rotary(torch.randint(0, 9, (5, 2)), 8)
+    cos_sin = axial_rotary(torch.randint(0, 9, (5, 2)), 8)
     heads = torch.randn(5, 3, 8, dtype=torch.float64)
     cases = [
-        (norm.rms_norm_npu, rms_norm_reference, (x, weight, 1e-6), 1e-12),
+        (rms_norm.rms_norm_npu, rms_norm_reference, (x, weight, 1e-6), 1e-12),
         (activations.gelu_npu, activations.gelu_reference, (x,), 1e-12),
         (activations.swiglu_npu, activations.swiglu_reference, (x,), 1e-12),
-        (rotary.rotary_npu, rotary_reference, (heads, *angles), 1e-5),  # float32 on the device
+        (rotary.rotary_npu, rotary_reference, (heads, *cos_sin), 1e-5),  # float32 on the device
     ]
     for run, reference, arguments, tolerance in cases:
         results = []
@@ -124,30 +132,30 @@ def test_kernels_in_float64_agree_to_rounding() -> None:
         torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
 
 
-def test_strided_queries_are_rotated() -> None:
+def test_strided_queries() -> None:
     query, _ = torch.randn(6, 2, 3, 16).unbind(1)
-    angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
-    torch.testing.assert_close(rotary.rotary_npu(query, *angles), rotary_reference(query, *angles))
+    cos_sin = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
+    torch.testing.assert_close(rotary.rotary_npu(query, *cos_sin), rotary_reference(query, *cos_sin))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "parts", "forward", "backward"),
+    ("dtype", "joint", "forward", "backward"),
     [
         (torch.bfloat16, True, 1, 1),
         (torch.float16, True, 1, 1),
-        (torch.float32, True, 2, 0),  # whose derivative is torch_npu's own
+        (torch.float32, True, 2, 0),  # torch_npu computes the gradients
         (torch.bfloat16, False, 2, 0),
     ],
 )
-def test_parts_of_one_projection_are_rotated_together(
-    dtype: torch.dtype, parts: bool, forward: int, backward: int
+def test_views_of_one_projection_are_rotated_together(
+    dtype: torch.dtype, joint: bool, forward: int, backward: int
 ) -> None:
-    angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
+    cos_sin = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
     projection = torch.randn(6, 3, 2, 16).to(dtype).requires_grad_()
     found = []
     for rotate in (rotary.rotary_pair_npu, rotary_pair_reference):
         query, key, _ = projection.unbind(1)
-        outputs = rotate(query if parts else query.contiguous(), key, *angles)
+        outputs = rotate(query if joint else query.contiguous(), key, *cos_sin)
         assert all(x.is_contiguous() for x in outputs)
         weights = [1 + torch.arange(x.numel()).view(x.shape) % 5 for x in outputs]
         (gradient,) = torch.autograd.grad(outputs, projection, [x.to(dtype) for x in weights])
@@ -157,21 +165,21 @@ def test_parts_of_one_projection_are_rotated_together(
     assert calls == fake_ops.CALLS
 
 
-def test_a_gradient_of_keys_alone() -> None:
-    angles = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
+def test_rotation_where_only_keys_require_gradients() -> None:
+    cos_sin = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
     query, key, _ = torch.randn(6, 3, 2, 16).bfloat16().unbind(1)
     key.requires_grad_()
     found = [
-        torch.autograd.grad(rotate(query, key, *angles)[1].float().square().sum(), key)
+        torch.autograd.grad(rotate(query, key, *cos_sin)[1].float().square().sum(), key)
         for rotate in (rotary.rotary_pair_npu, rotary_pair_reference)
     ]
     torch.testing.assert_close(*found)
 
 
-def test_unsupported_arguments_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_arguments_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlparts_npu.self_check.DEVICE_TYPE", "cpu")
     x, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
-    implementation = guarded(norm.KERNEL)
+    implementation = with_fallback(rms_norm.KERNEL)
     assert torch.equal(implementation(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
     assert fake_ops.CALLS == []
     implementation(x.float(), weight.float(), 1e-6)

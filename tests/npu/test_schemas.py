@@ -1,4 +1,4 @@
-"""Every call of an operation of torch_npu in the kernels fits the schemas of all its supported versions."""
+"""Every call of a torch_npu operation in the kernels matches the schemas of all supported versions."""
 
 import ast
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def schemas(version: str) -> dict[str, list[torch._C.FunctionSchema]]:
 
 
 def calls(source: str) -> Iterator[ast.Call]:
-    """Calls of attributes named `npu_...`, with or without `.default` behind."""
+    """Calls of attributes named `npu_...`, with or without `.default`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and name_of(node.func):
             yield node
@@ -33,8 +33,8 @@ def name_of(attribute: ast.Attribute) -> str:
     return attribute.attr if attribute.attr.startswith("npu_") else ""
 
 
-def fault_of(call: ast.Call, known: dict[str, list[torch._C.FunctionSchema]]) -> str:
-    """What is wrong with a call; empty for nothing."""
+def error_of(call: ast.Call, known: dict[str, list[torch._C.FunctionSchema]]) -> str:
+    """Why a call does not match; empty if it does."""
     assert isinstance(call.func, ast.Attribute)
     name = name_of(call.func)
     given = {keyword.arg for keyword in call.keywords}
@@ -42,14 +42,14 @@ def fault_of(call: ast.Call, known: dict[str, list[torch._C.FunctionSchema]]) ->
         return f"{name}: arguments without a name"
     if name not in known:
         return f"{name}: no committed schema"
-    faults = []
+    errors = []
     for schema in known[name]:
         names = {argument.name for argument in schema.arguments}
         needed = {argument.name for argument in schema.arguments if not argument.has_default_value()}
-        faults.append(f"unknown {sorted(given - names)}, missing {sorted(needed - given)}")
+        errors.append(f"unknown {sorted(given - names)}, missing {sorted(needed - given)}")
         if needed <= given <= names:
             return ""
-    return f"{name}: {faults[0]}"
+    return f"{name}: {errors[0]}"
 
 
 def all_calls() -> list[tuple[str, ast.Call]]:
@@ -57,14 +57,14 @@ def all_calls() -> list[tuple[str, ast.Call]]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_kernels_call_what_torch_npu_offers(version: str) -> None:
+def test_calls_of_the_kernels_match_the_schemas(version: str) -> None:
     known = schemas(version)
-    faults = [f"{name}:{call.lineno} {fault}" for name, call in all_calls() if (fault := fault_of(call, known))]
-    assert faults == []
+    errors = [f"{name}:{call.lineno} {error}" for name, call in all_calls() if (error := error_of(call, known))]
+    assert errors == []
 
 
 @pytest.mark.parametrize(
-    ("source", "fault"),
+    ("source", "error"),
     [
         ("npu.npu_swiglu(input=x, dim=-1)", ""),
         ("torch.ops.npu.npu_swiglu.default(input=x)", ""),
@@ -75,6 +75,6 @@ def test_the_kernels_call_what_torch_npu_offers(version: str) -> None:
         ("npu.npu_unheard_of(input=x)", "npu_unheard_of: no committed schema"),
     ],
 )
-def test_a_wrong_call_is_found(source: str, fault: str) -> None:
+def test_a_wrong_call_is_found(source: str, error: str) -> None:
     known = schemas(VERSIONS[0])
-    assert [fault_of(call, known) for call in calls(source)] == [fault]
+    assert [error_of(call, known) for call in calls(source)] == [error]

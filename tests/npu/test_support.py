@@ -1,4 +1,4 @@
-"""What the kernels refuse, with its reason, on tensors without values."""
+"""Arguments that the kernels do not support, with the reason, on meta tensors."""
 
 import itertools
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlparts_npu.support import (
-    is_rotary_joint,
+    is_joint_projection,
     supports_attention_tensors,
     supports_experts,
     supports_gelu,
@@ -28,7 +28,7 @@ def empty(*shape: int, dtype: torch.dtype = HALF, **options: Any) -> Tensor:
 
 
 def check(reason: str | None, part: str | None) -> None:
-    """No reason, or one with these words."""
+    """Compare a reason with a part of the expected one; None if the arguments are supported."""
     assert reason is None if part is None else reason is not None and part in reason, reason
 
 
@@ -43,8 +43,8 @@ def check(reason: str | None, part: str | None) -> None:
         ((7, 8), HALF, 8, torch.float16, "the weight is torch.float16 and the input torch.bfloat16"),
         ((8,), SINGLE, 8, SINGLE, "1 axes"),
         ((1,) * 9, SINGLE, 1, SINGLE, "9 axes"),
-        ((7, 8), SINGLE, 4, SINGLE, "last axis of (7, 8)"),
-        ((7, 0), SINGLE, 0, SINGLE, "last axis"),
+        ((7, 8), SINGLE, 4, SINGLE, "the weight (4,) does not match the last axis of (7, 8)"),
+        ((7, 0), SINGLE, 0, SINGLE, "the weight (0,) does not match the last axis of (7, 0)"),
         ((7, 8), DOUBLE, 8, DOUBLE, "torch.float64"),
     ],
 )
@@ -94,7 +94,7 @@ def test_swiglu(gate_up: Tensor, reason: str | None) -> None:
         ((7, 1000, 8), HALF, False, "1000 heads"),
         ((0, 2, 8), HALF, False, "empty"),
         ((7, 2, 8), DOUBLE, False, "torch.float64"),
-        ((7, 2, 8), HALF, True, "angles require gradients"),
+        ((7, 2, 8), HALF, True, "cosines or sines require gradients"),
     ],
 )
 def test_rotary(shape: tuple[int, int, int], dtype: torch.dtype, trained: bool, reason: str | None) -> None:
@@ -104,28 +104,28 @@ def test_rotary(shape: tuple[int, int, int], dtype: torch.dtype, trained: bool, 
         check(supports_rotary_pair(*pair, angles, angles), reason)
 
 
-def parts(*shape: int, dtype: torch.dtype = HALF) -> list[Tensor]:
-    """Parts of one projection."""
+def projected(*shape: int, dtype: torch.dtype = HALF) -> list[Tensor]:
+    """Queries, keys and values that are views of one projection."""
     return list(empty(shape[0], 3, *shape[1:], dtype=dtype).unbind(1))
 
 
 @pytest.mark.parametrize(
     ("query", "key", "joint"),
     [
-        (*parts(7, 4, 8)[:2], True),
-        (*parts(7, 4, 8, dtype=torch.float16)[:2], True),
-        (*parts(7, 4, 8, dtype=SINGLE)[:2], False),
-        (*parts(7, 4, 8)[::2], True),
-        (*parts(7, 4, 8)[1::-1], False),
-        (parts(7, 4, 8)[0], parts(7, 4, 8)[1], False),
+        (*projected(7, 4, 8)[:2], True),
+        (*projected(7, 4, 8, dtype=torch.float16)[:2], True),
+        (*projected(7, 4, 8, dtype=SINGLE)[:2], False),
+        (*projected(7, 4, 8)[::2], True),
+        (*projected(7, 4, 8)[1::-1], False),
+        (projected(7, 4, 8)[0], projected(7, 4, 8)[1], False),
         (empty(7, 4, 8), empty(7, 4, 8), False),
-        (*[x.transpose(1, 2) for x in parts(7, 8, 8)[:2]], True),
-        (parts(7, 8, 8)[0], parts(7, 8, 8)[1].transpose(1, 2), False),
-        (parts(7, 4, 8)[0], empty(7, 2, 8), False),
+        (*[x.transpose(1, 2) for x in projected(7, 8, 8)[:2]], True),
+        (projected(7, 8, 8)[0], projected(7, 8, 8)[1].transpose(1, 2), False),
+        (projected(7, 4, 8)[0], empty(7, 2, 8), False),
     ],
 )
 def test_which_queries_and_keys_are_rotated_together(query: Tensor, key: Tensor, joint: bool) -> None:
-    assert is_rotary_joint(query, key) == joint
+    assert is_joint_projection(query, key) == joint
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_which_queries_and_keys_are_rotated_together(query: Tensor, key: Tensor,
         (empty(9, 3, 8), empty(9, 0, 8), empty(9, 0, 8), "on 0 key heads"),
         (empty(9, 2, 776), empty(9, 2, 776), empty(9, 2, 8), "776 channels"),
         (empty(9, 2, 8), empty(9, 2, 8), empty(9, 2, 16), "16 of values"),
-        (empty(9, 2, 8), empty(9, 2, 8), empty(9, 2, 8, dtype=SINGLE), "types differ"),
+        (empty(9, 2, 8), empty(9, 2, 8), empty(9, 2, 8, dtype=SINGLE), "dtypes differ"),
         (empty(9, 2, 8, dtype=DOUBLE), empty(9, 2, 8, dtype=DOUBLE), empty(9, 2, 8, dtype=DOUBLE), "torch.float64"),
     ],
 )
@@ -178,7 +178,7 @@ def test_segments_must_cover_all_tokens() -> None:
     ("query", "key", "reason"),
     [
         (empty(9, 8, 128), empty(9, 2, 128), None),
-        (empty(9, 8, 64), empty(9, 2, 64), "heads of 64 and 64 channels"),
+        (empty(9, 8, 64), empty(9, 2, 64), "heads have 64 and 64 channels"),
         (empty(9, 8, 128, dtype=SINGLE), empty(9, 2, 128, dtype=SINGLE), "not half precision"),
         (empty(9, 130, 128), empty(9, 2, 128), "more than 64 query heads"),
         (empty(9, 8, 128, requires_grad=True), empty(9, 2, 128), "gradients"),
@@ -200,14 +200,14 @@ def arranged(experts: int, outer: int, inner: int, dtype: torch.dtype = HALF) ->
         ({}, None),
         ({"hidden_states": empty(7, 16, dtype=SINGLE)}, None),
         ({"has_biases": True}, "biases"),
-        ({"down": arranged(4, 16, 8, SINGLE)}, "types of weights differ"),
+        ({"down": arranged(4, 16, 8, SINGLE)}, "dtypes of the weights differ"),
         ({"up": empty(4, 16, 16)}, "call `arrange_expert_weights`"),
         ({"down": empty(4, 16, 8)}, "call `arrange_expert_weights`"),
         ({"up": arranged(1025, 16, 16), "down": arranged(1025, 16, 8)}, "1025 experts"),
-        ({"up": arranged(4, 65_536, 16)}, "not below 65536"),
-        ({"hidden_states": empty(0, 16), "top_k_index": empty(0, 2)}, "at least one token"),
-        ({"top_k_index": empty(7, 513)}, "(7, 513) choices"),
-        ({"top_k_index": empty(7, 0)}, "(7, 0) choices"),
+        ({"up": arranged(4, 65_536, 16)}, "are not below 65536"),
+        ({"hidden_states": empty(0, 16), "top_k_index": empty(0, 2)}, "(0, 2) are not 1 to 512 of one or more tokens"),
+        ({"top_k_index": empty(7, 513)}, "(7, 513) are not 1 to 512"),
+        ({"top_k_index": empty(7, 0)}, "(7, 0) are not 1 to 512"),
         ({"top_k_index": empty(2**22, 4)}, "16777216 pairs"),
         ({"up": arranged(4, 16, 16, DOUBLE), "down": arranged(4, 16, 8, DOUBLE)}, "torch.float64"),
     ],

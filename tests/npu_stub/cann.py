@@ -1,7 +1,7 @@
-"""A stand-in for CANN in host memory, under the names that torch_npu links, so that torch_npu runs without a device.
+"""A stub of CANN with host memory as device memory, on which torch_npu runs without an NPU.
 
-What then is real: the schemas of its operations, its argument checks and shape functions on the host, its derivatives,
-and its choice of device kernels. What is not: the arithmetic of those kernels, which do nothing.
+torch_npu's schemas, argument checks, shape functions, derivatives and choice of device kernels are real. The device
+kernels compute nothing.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 HAND_WRITTEN = Path(__file__).with_name("cann.c")
-# Libraries that torch_npu links besides the three with functions of their own.
+# Libraries that torch_npu links besides ascendcl, opapi and atb; empty, they link ascendcl.
 OTHER_LIBRARIES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "runtime")
 _OBJECT = re.compile(
     r"acl(Create|Destroy)(Tensor|Scalar|IntArray|BoolArray|FloatArray|TensorList|ScalarList|AclOpExecutor)(?!.*Desc)"
@@ -21,42 +21,42 @@ _WORKSPACE = "GetWorkspaceSize"
 
 
 class Cann:
-    """The loaded stand-in.
+    """The loaded stub.
 
     Args:
-        folder: Where its libraries are built.
+        folder: Folder in which its libraries are built.
     """
 
     def __init__(self, folder: Path) -> None:
         build(folder)
-        # Loaded first, they serve every later request for a library of their name.
+        # Libraries that are loaded already are used for later requests of their name.
         self.library = ctypes.CDLL(str(folder / "libascendcl.so"), ctypes.RTLD_GLOBAL)
         for name in ("opapi", "atb", *OTHER_LIBRARIES):
             ctypes.CDLL(str(folder / f"lib{name}.so"), ctypes.RTLD_GLOBAL)
         self.library.stub_log.restype = ctypes.c_char_p
 
     def clear(self) -> None:
-        """Forget the device kernels asked for so far."""
+        """Clear the log of device kernels."""
         self.library.stub_clear()
 
     def kernels(self) -> list[str]:
-        """Device kernels asked for since `clear`, in order."""
+        """Names of the device kernels requested since `clear`, in order."""
         return self.library.stub_log().decode().split()
 
     def counts(self) -> Counter[str]:
-        """How often each device kernel was asked for since `clear`."""
+        """Number of requests per device kernel since `clear`."""
         return Counter(self.kernels())
 
 
 def build(folder: Path) -> None:
     """Write and compile the libraries."""
-    names, transformer_names = _wanted_names()
+    names, transformer_names = _requested_names()
     runtime = HAND_WRITTEN.read_text(encoding="utf-8")
     answered = set(re.findall(r"^\S[\w *]*?(\w+)\(", runtime, flags=re.MULTILINE))
     operators = [name for name in names if name.startswith("aclnn")]
     objects = [name for name in names if _OBJECT.match(name)]
     rest = names - answered - set(operators) - set(objects)
-    lines = ["#include <stdlib.h>", "void stub_note(const char *);"]
+    lines = ["#include <stdlib.h>", "void stub_log_kernel(const char *);"]
     lines += [_operator(name) for name in sorted(operators)]
     lines += [_object(name) for name in sorted(objects)]
     lines += ["int InitHugeMemThreadLocal(void *a, int b) { return 0; }"]
@@ -69,9 +69,9 @@ def build(folder: Path) -> None:
 
 
 def _operator(name: str) -> str:
-    """A function that plans or launches a device kernel. Its plan is noted, which is made in the calling thread."""
-    note = f'stub_note("{name.removesuffix(_WORKSPACE)}"); ' if name.endswith(_WORKSPACE) else ""
-    return f"int {name}(void) {{ {note}return 0; }}"
+    """C code of a function that plans or launches a device kernel; planning, in the calling thread, is logged."""
+    log = f'stub_log_kernel("{name.removesuffix(_WORKSPACE)}"); ' if name.endswith(_WORKSPACE) else ""
+    return f"int {name}(void) {{ {log}return 0; }}"
 
 
 def _object(name: str) -> str:
@@ -80,11 +80,11 @@ def _object(name: str) -> str:
     return f"int {name}(void *p) {{ return 0; }}"
 
 
-def _wanted_names() -> tuple[set[str], set[str]]:
-    """Functions that torch_npu's libraries name: those of CANN, and those of its transformer library, in C++."""
+def _requested_names() -> tuple[set[str], set[str]]:
+    """Names of functions in torch_npu's libraries: of CANN, and of its transformer library, mangled."""
     spec = importlib.util.find_spec("torch_npu")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("torch_npu is not installed")
+        raise ModuleNotFoundError("torch_npu is not installed.", name="torch_npu")
     package = Path(spec.submodule_search_locations[0])
     content = b"\0".join(path.read_bytes() for path in [*package.glob("_C*.so"), *package.glob("lib/*.so")])
     plain = re.findall(rb"(?<=\0)((?:acl|rt[A-Z]|Msprof|Hccl)[A-Za-z0-9_]{3,80})(?=\0)", content)

@@ -1,7 +1,7 @@
-"""A device `npu` made of host memory, for the session `npu_stub`.
+"""Fixtures for tests on the CANN stub.
 
-The session switches this folder on by VLPARTS_NPU_STUB=1, in an environment of its own: on a machine with CANN the
-stand-in would take its place.
+The tests are collected only with VLPARTS_NPU_STUB=1, which the session `npu_stub` sets in its own environment: on a
+machine with CANN the stub would replace it.
 """
 
 import os
@@ -23,7 +23,7 @@ if os.environ.get("VLPARTS_NPU_STUB") == "1":
 
 @pytest.fixture
 def cann() -> "Cann":
-    """The stand-in, with an empty list of device kernels."""
+    """The stub, with an empty log of device kernels."""
     from tests.npu_stub.device import CANN
 
     CANN.clear()
@@ -32,7 +32,7 @@ def cann() -> "Cann":
 
 @pytest.fixture
 def numerics() -> Iterator["Numerics"]:
-    """The mode that gives operations on `npu` tensors the numbers of the CPU."""
+    """The mode that computes operations on `npu` tensors on the CPU."""
     from tests.npu_stub.numerics import Numerics
 
     with Numerics() as mode:

@@ -1,4 +1,4 @@
-"""To import this file makes a device `npu` of host memory, before torch_npu is first imported."""
+"""Creates the device `npu` on the CANN stub; import this before torch_npu."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.npu_stub.cann import Cann
 
-# Kernels are asked for in the thread that calls, and not in a queue's.
+# Request kernels in the calling thread, not in the thread of a queue.
 os.environ.update(TASK_QUEUE_ENABLE="0", TORCH_NPU_DISABLED_WARNING="1")
 _folder = tempfile.TemporaryDirectory(prefix="vlparts-cann-")
 CANN = Cann(Path(_folder.name))

@@ -1,10 +1,10 @@
-"""Device kernels launched with and without the kernels of `vlparts_npu`, as a table.
+"""Table of the device kernels launched with and without `vlparts_npu`.
 
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m tests.npu_stub.launches
 
-Counted are the kernels that torch_npu asks CANN for, copies and fills included. Operations whose sizes depend on
-numbers, such as `nonzero` and `index`, are not. The row of a layer is the difference between models of 8 and of 4
-layers.
+Counts the kernels that torch_npu requests from CANN, copies and fills included, but not those of operations whose
+output sizes depend on values, such as `nonzero` and `index`. The row of a layer is the difference between models of 8
+and of 4 layers, per layer.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ FEW, MANY = 4, 8
 
 
 class Launches(NamedTuple):
-    """Device kernels of a forward pass, and of the backward pass after it, without and with the kernels."""
+    """Numbers of device kernels in a forward and in a backward pass, without and with the kernels."""
 
     forward_without: float
     forward: float
@@ -40,10 +40,10 @@ class Launches(NamedTuple):
     backward: float
 
     def row(self, name: str) -> str:
-        """A line of the table."""
+        """Return a row of the table."""
         cells = [name]
-        for without, having in (self[:2], self[2:]):
-            cells += [f"{without:.0f}", f"{having:.0f}", f"{without / having:.1f}"]
+        for without, used in (self[:2], self[2:]):
+            cells += [f"{without:.0f}", f"{used:.0f}", f"{without / used:.1f}"]
         return f"| {' | '.join(cells)} |"
 
 
@@ -56,7 +56,7 @@ def count(make: Callable[[], Made], dtype: torch.dtype) -> Launches:
 
 
 def count_layer(make: Callable[[int], Made], dtype: torch.dtype) -> Launches:
-    """Count the launches of one layer of a model, which is made with any number of them."""
+    """Count the launches of one layer of a model whose number of layers can be chosen."""
     few, many = (count(lambda layers=layers: make(layers), dtype) for layers in (FEW, MANY))  # type: ignore[misc]
     return Launches(*((more - less) / (MANY - FEW) for less, more in zip(few, many, strict=True)))
 
@@ -64,7 +64,7 @@ def count_layer(make: Callable[[int], Made], dtype: torch.dtype) -> Launches:
 def _count_once(made: Made, dtype: torch.dtype) -> tuple[int, int]:
     model, inputs = cast(made, dtype)
     model, inputs = model.to("npu").eval(), {name: move(x, "npu") for name, x in inputs.items()}
-    model(**inputs)  # what is done once, such as masks and the layout of weights
+    model(**inputs)  # what is done once: masks and the layout of weights
     CANN.clear()
     output = model(**inputs)
     forward = len(CANN.kernels())
@@ -77,7 +77,7 @@ def _count_once(made: Made, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print a table for each type."""
+    """Print a table per dtype."""
     with Numerics():
         check_all("npu")
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Small whole models, and one step of training of each, for tests and for the table of launches."""
+"""Small models with inputs, and one training step of each, for tests and for the table of launches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,11 +18,15 @@ from vlparts.parts.modeling_moge import MoGEBlock
 from vlparts.parts.ops_rms_norm import RMSNorm
 from vlparts_npu import self_check
 
+# A model and its inputs.
 Made = tuple[nn.Module, dict[str, Any]]
+
+# Ascend's error thresholds: twice the unit roundoff of the dtype.
+THRESHOLDS = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def make_rms_norm() -> Made:
-    """One normalisation."""
+    """One RMS normalization."""
     return order_one(RMSNorm(32)), {"hidden_states": torch.randn(12, 32).requires_grad_()}
 
 
@@ -42,26 +46,26 @@ def make_windowfree(layers: int = 4) -> Made:
 
 
 def make_moge_block(experts: int = 8) -> Made:
-    """The mixture of grouped experts in a layer."""
+    """One MoGE block."""
     config = MoGEConfig.from_preset("tiny", num_experts=experts, experts_implementation="npu_grouped")
     block = order_one(MoGEBlock(config))
     return block, {"hidden_states": torch.randn(2, 7, block.gate.hidden_size).requires_grad_()}
 
 
 def make_vlm() -> Made:
-    """NaViT and Qwen3, composed, on samples with two images, none and one."""
+    """NaViT composed with Qwen3, on samples with two images, none and one."""
     return _composed(text_config("qwen3", tokenizer()))
 
 
 def make_vlm_moge() -> Made:
-    """NaViT and a text model of MoGE layers, composed."""
+    """NaViT composed with a MoGE text model."""
     words = tokenizer()
     special = {name: getattr(words, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     return _composed(MoGEConfig.from_preset("tiny", vocab_size=len(words), **special))
 
 
 def make_native() -> Made:
-    """A model of transformers alone, with experts, on two packed sequences, through both of its interfaces."""
+    """transformers' Qwen3-MoE on two packed sequences, through the attention and the experts interface."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     config = Qwen3MoeConfig(**sizes, **heads, vocab_size=40, num_experts=6, num_experts_per_tok=2)
@@ -75,14 +79,14 @@ def make_native() -> Made:
 
 
 class Loss(nn.Module):
-    """A loss of labels and what stands before them."""
+    """A loss as a module; the labels are its last argument."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Compute it."""
+        """Compute the loss."""
         return self.function(*inputs.values(), labels)
 
 
@@ -92,7 +96,7 @@ def make_loss() -> Made:
 
 
 def make_linear_loss() -> Made:
-    """The same of a linear head."""
+    """The weighted cross-entropy of a linear head."""
     hidden, weight = torch.randn(2, 7, 16).requires_grad_(), torch.randn(40, 16).requires_grad_()
     return Loss(linear_weighted_cross_entropy), {"hidden": hidden, "weight": weight, "labels": _labels()}
 
@@ -122,12 +126,12 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 
 def move(value: Any, device: str) -> Any:
-    """A tensor as a leaf on a device; anything else as it is."""
+    """Copy a tensor to a device, as a leaf; other values are passed on."""
     return value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 def cast(made: Made, dtype: torch.dtype) -> Made:
-    """A copy of a model and its inputs in another type."""
+    """Copy a model and its inputs to another dtype."""
     inputs = {
         name: x.detach().to(dtype).requires_grad_(x.requires_grad) if _is_float(x) else x
         for name, x in made[1].items()
@@ -140,7 +144,7 @@ def _is_float(value: Any) -> bool:
 
 
 def step(made: Made, device: str, backward: bool = True) -> dict[str, Tensor]:
-    """Run a copy of a model forward and backward on a device; returns results and gradients by name, on the CPU."""
+    """Run a copy of a model on a device, and return its outputs and gradients by name, on the CPU."""
     model = copy.deepcopy(made[0]).to(device).train(backward)
     inputs = {name: move(x, device) for name, x in made[1].items()}
     with torch.set_grad_enabled(backward):
@@ -157,14 +161,34 @@ def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield "output", output
     elif isinstance(output, tuple):
-        yield from ((f"output {place}", x) for place, x in enumerate(output) if isinstance(x, Tensor))
+        yield from ((f"output {index}", x) for index, x in enumerate(output) if isinstance(x, Tensor))
     else:
         yield from ((name, x) for name, x in output.items() if isinstance(x, Tensor))
 
 
+def excess_errors(
+    found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], slack: float
+) -> list[str]:
+    """Describe the tensors whose error is more than twice the CPU's, plus a share of the tensor's norm.
+
+    Args:
+        found: Outputs and gradients on the NPU.
+        plain: The same on the CPU in the same dtype.
+        exact: The same on the CPU in float64.
+        slack: Share of the norm.
+    """
+    assert found.keys() == plain.keys() == exact.keys()
+    errors = []
+    for name, theirs in exact.items():
+        ours, usual = ((x[name].double() - theirs).norm() for x in (found, plain))
+        if not ours <= 2 * usual + slack * theirs.norm():
+            errors.append(f"{name}: error {ours:.1e}, on the CPU {usual:.1e}, norm {theirs.norm():.1e}")
+    return errors
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Send every call to the reference, as if `vlparts_npu` were not there."""
+    """Run the references instead of the kernels."""
     kept, self_check.DEVICE_TYPE = self_check.DEVICE_TYPE, "nothing"
     try:
         yield

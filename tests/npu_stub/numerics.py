@@ -1,8 +1,8 @@
-"""A dispatch mode under which operations on `npu` tensors of the stand-in for CANN give right numbers.
+"""A dispatch mode that computes operations on `npu` tensors of the CANN stub.
 
-Every operation runs twice: by torch_npu, whose checks, shapes, types and choice of device kernels are real, and on the
-CPU, whose numbers are then written over what torch_npu returned. Operations of torch_npu itself have their CPU form in
-references.py. As the mode stands below autograd, the derivatives are torch_npu's own.
+Each operation runs twice: in torch_npu, whose checks, shapes, dtypes and choice of device kernels are real, and on the
+CPU, whose values are written into the tensors that torch_npu returned. references.py has the CPU form of torch_npu's
+own operations. The mode is below autograd, so derivatives are torch_npu's.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tests.npu_stub.attention_references  # noqa: F401 (adds to the table)
 from tests.npu_stub.references import REFERENCES
 
-# The sizes of their results depend on numbers that only the CPU has, or they read numbers inside.
-BY_NUMBERS = {
+# Operations whose output sizes depend on values, or that read values; torch_npu does not run them.
+DATA_DEPENDENT = {
     "aten::_local_scalar_dense",
     "aten::_unique2",
     "aten::bincount",
@@ -36,20 +36,26 @@ BY_NUMBERS = {
     "aten::unique_consecutive",
     "aten::unique_dim",
 }
-WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::masked_select", "aten::nonzero"}
-# The results of torch_npu's own function of shapes differ from those of its host code where key heads are shared.
-# No kernel of ours calls it: `scaled_dot_product_attention` does.
-PLANNED_WRONGLY = {"npu::npu_fusion_attention_grad_v3"}
+SYNCHRONIZING = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+}
+# torch_npu's Meta function and its host code return different shapes where key heads are shared. No kernel here calls
+# the operation; `scaled_dot_product_attention` does.
+WRONG_META = {"npu::npu_fusion_attention_grad_v3"}
 
 
 class Numerics(TorchDispatchMode):
-    """Give operations on `npu` tensors the numbers of the CPU.
+    """Compute operations on `npu` tensors on the CPU.
 
     Attributes:
-        log: Names of the operations that were computed, in order.
-        mismatches: Operations whose shape or type on the CPU is not torch_npu's.
-        not_run: Operations that torch_npu refused, with its message.
-        waits: Operations that bring numbers from the device to the host, for which the host waits.
+        log: Names of the operations, in order.
+        mismatches: Operations whose shape or dtype on the CPU differs from torch_npu's.
+        not_run: Operations that torch_npu rejected, with its message.
+        waits: Operations that copy values to the host, which synchronizes with the device.
     """
 
     def __init__(self) -> None:
@@ -62,12 +68,12 @@ class Numerics(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run one operation."""
         kwargs = kwargs or {}
-        if not _concerns_npu(args, kwargs) or _makes_view(func):
+        if not _involves_npu(args, kwargs) or _returns_view(func):
             return func(*args, **kwargs)
         name = func._schema.name
         self.log.append(name)
-        to_host = _goes_to_host(name, args, kwargs)
-        if name in WAITS or to_host:
+        to_host = _copies_to_host(name, args, kwargs)
+        if name in SYNCHRONIZING or to_host:
             self.waits.append(name)
         copies = _Copies()
         cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, copies, (args, kwargs))
@@ -86,8 +92,8 @@ class Numerics(TorchDispatchMode):
         return found
 
     def _run(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], expected: Any) -> Any:
-        """Let torch_npu run the operation, and give its results the expected numbers."""
-        if name in BY_NUMBERS:
+        """Run the operation in torch_npu, and write the expected values into its outputs."""
+        if name in DATA_DEPENDENT:
             if func._schema.is_mutable:
                 return args[0]
             return pytree.tree_map_only(Tensor, _to_npu, expected)
@@ -96,22 +102,24 @@ class Numerics(TorchDispatchMode):
         except (RuntimeError, NotImplementedError) as error:
             self.not_run.append(f"{name}: {str(error).splitlines()[0]}")
             return pytree.tree_map_only(Tensor, _to_npu, expected)
-        has_plan = name.startswith("npu::") and name not in PLANNED_WRONGLY
-        if has_plan and (planned := _planned(func, args, kwargs)) != _kinds(found):
-            self.mismatches.append(f"{name}: {planned} by torch_npu's Meta function, {_kinds(found)} by its host code")
+        has_meta = name.startswith("npu::") and name not in WRONG_META
+        if has_meta and (planned := _meta_outputs(func, args, kwargs)) != _describe(found):
+            self.mismatches.append(
+                f"{name}: {planned} by torch_npu's Meta function, {_describe(found)} by its host code"
+            )
         given = {id(x) for x in pytree.tree_leaves((args, kwargs))}
         ours, theirs = pytree.tree_leaves(found), pytree.tree_leaves(expected)
         for one, other in zip(ours, theirs, strict=True):
             if not isinstance(one, Tensor) or id(one) in given:
                 continue
             if (one.shape, one.dtype) != (other.shape, other.dtype):
-                self.mismatches.append(f"{name}: {_kinds(one)} by torch_npu, {_kinds(other)} on the CPU")
+                self.mismatches.append(f"{name}: {_describe(one)} by torch_npu, {_describe(other)} on the CPU")
             alias(one).copy_(other.reshape(one.shape) if one.numel() == other.numel() else other)
         return found
 
 
 class _Copies:
-    """CPU copies of tensors, one for each."""
+    """CPU copies of `npu` tensors, one per tensor."""
 
     def __init__(self) -> None:
         self.of: dict[int, Tensor] = {}
@@ -125,7 +133,7 @@ class _Copies:
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """The same memory as a CPU tensor: that of the stand-in lies in the host."""
+    """Return a CPU tensor that shares the memory of an `npu` tensor."""
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -137,7 +145,7 @@ def alias(tensor: Tensor) -> Tensor:
 
 
 def _copy_with_strides(tensor: Tensor) -> Tensor:
-    """Strides decide what some operations return, so that a plain copy would not do."""
+    """Copy a tensor with its strides, on which the outputs of some operations depend."""
     if tensor.numel() == 0:
         return tensor.clone()
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -145,27 +153,27 @@ def _copy_with_strides(tensor: Tensor) -> Tensor:
 
 
 def _to_npu(tensor: Tensor) -> Tensor:
-    """A new `npu` tensor with the same numbers and strides."""
+    """Return a new `npu` tensor with the same values and strides."""
     moved = torch.empty_like(tensor, device="npu")
     alias(moved).copy_(tensor)
     return moved
 
 
-def _concerns_npu(args: Any, kwargs: dict[str, Any]) -> bool:
+def _involves_npu(args: Any, kwargs: dict[str, Any]) -> bool:
     leaves = pytree.tree_leaves((args, kwargs))
     devices = [x.device if isinstance(x, Tensor) else x for x in leaves if isinstance(x, Tensor | torch.device)]
     return any(device.type == "npu" for device in devices)
 
 
-def _goes_to_host(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+def _copies_to_host(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operation copies a tensor to the CPU."""
     if name == "aten::copy_":
         return args[0].device.type == "cpu"
     return name == "aten::_to_copy" and torch.device(kwargs.get("device") or args[0].device).type == "cpu"
 
 
-def _makes_view(func: Callable[..., Any]) -> bool:
-    """Whether an operation returns its argument's memory unchanged, or only tells or changes what is known of it."""
+def _returns_view(func: Callable[..., Any]) -> bool:
+    """Whether an operation returns a view or changes only metadata."""
     schema = func._schema  # type: ignore[attr-defined]
     if schema.name in ("aten::set_", "aten::resize_", "aten::detach_", "aten::record_stream"):
         return True
@@ -174,7 +182,7 @@ def _makes_view(func: Callable[..., Any]) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The `npu` tensors among the arguments that an operation changes."""
+    """Return the `npu` tensors that an operation changes in place."""
     given = {**{one.name: value for one, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
     names = [one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
     leaves = pytree.tree_leaves([given.get(name) for name in names])
@@ -182,18 +190,18 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _by_name(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of an operation's schema by name."""
+    """Return all arguments of an operation's schema by name."""
     arguments = func._schema.arguments
     defaults = {one.name: one.default_value for one in arguments if one.has_default_value()}
     return {**defaults, **{one.name: value for one, value in zip(arguments, args, strict=False)}, **kwargs}
 
 
-def _planned(func: Any, args: Any, kwargs: dict[str, Any]) -> list[str]:
-    """What torch_npu's own function of shapes says, which programs are compiled with."""
+def _meta_outputs(func: Any, args: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Describe the outputs of torch_npu's Meta function, which compilation uses."""
     with FakeTensorMode() as mode:
         args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-        return _kinds(func(*args, **kwargs))
+        return _describe(func(*args, **kwargs))
 
 
-def _kinds(results: Any) -> list[str]:
+def _describe(results: Any) -> list[str]:
     return [f"{x.dtype} {tuple(x.shape)}" for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]

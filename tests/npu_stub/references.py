@@ -1,8 +1,6 @@
-"""What torch_npu's operations compute, in plain PyTorch on the CPU, from their documentation.
+"""CPU forms of torch_npu's operations in plain PyTorch, from their documentation.
 
-Those of torch_npu get all arguments of their schema by name, with defaults.
-
-Shapes: T tokens, H heads, Hkv key heads, D channels, E experts, K experts of a token.
+The forms of `npu::` operations get all arguments of the schema by name, defaults included.
 """
 
 import functools
@@ -20,7 +18,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {}
 def reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a function as the CPU form of an operation.
 
-    It runs in a thread of its own, where autograd works, which is switched off inside a dispatch mode.
+    It runs in a new thread, since autograd is disabled inside a dispatch mode.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +29,7 @@ def reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             def work() -> None:
                 try:
                     outcome.extend([function(*args, **kwargs), None])
-                except BaseException as error:  # raised again in the caller's thread
+                except BaseException as error:  # raised again in the calling thread
                     outcome.extend([None, error])
 
             thread = threading.Thread(target=work)
@@ -114,12 +112,12 @@ def grouped_matmul(
     **others: Any,
 ) -> list[Tensor]:
     if len(x) != 1 or len(weight) != 1 or split_item not in (2, 3) or any(others.values()):
-        raise NotImplementedError("another form of the grouped product")
+        raise NotImplementedError("Only one grouped matmul with tensors of all groups is implemented.")
     ends = (group_list if group_list_type == 0 else group_list.cumsum(0)).tolist()
     pieces = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     rows, matrices = x[0], weight[0]
     if ends[-1] != rows.shape[0 if group_type == 0 else 1]:
-        raise ValueError("the last group must end with the last row")
+        raise ValueError(f"`group_list` must end at the last row, got {ends}.")
     if group_type == 0:
         return [torch.cat([rows[piece] @ matrix for piece, matrix in zip(pieces, matrices, strict=True)])]
     return [torch.stack([rows[:, piece] @ matrices[piece] for piece in pieces])]
@@ -130,10 +128,10 @@ def moe_token_permute(
     tokens: Tensor, indices: Tensor, num_out_tokens: int | None, padded_mode: bool
 ) -> tuple[Tensor, Tensor]:
     order = torch.sort(indices.flatten(), stable=True).indices
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    each = indices.numel() // max(len(tokens), 1)
-    return tokens[order // each][: num_out_tokens or None], places.int()
+    sorted_indices = torch.empty_like(order)
+    sorted_indices[order] = torch.arange(len(order))
+    experts_per_token = indices.numel() // max(len(tokens), 1)
+    return tokens[order // experts_per_token][: num_out_tokens or None], sorted_indices.int()
 
 
 @reference("npu::npu_moe_token_permute_grad_v2")
@@ -176,7 +174,7 @@ def matmul_backward(
 
 @reference("aten::histc")
 def histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
-    return torch.histc(input.float(), bins, min, max).to(input.dtype)  # the CPU has none for integers
+    return torch.histc(input.float(), bins, min, max).to(input.dtype)  # not implemented for integers on the CPU
 
 
 @reference("npu::npu_gather_backward")
@@ -184,7 +182,7 @@ def gather_backward(grad: Tensor, self_size: list[int], dim: int, index: Tensor,
     return grad.new_zeros(self_size).scatter_add(dim, index, grad)
 
 
-@reference("npu::_npu_dtype_cast")  # of `softmax` and `log_softmax` with a type
+@reference("npu::_npu_dtype_cast")  # of `softmax` and `log_softmax` with a `dtype`
 def dtype_cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     return input.to(dtype)
 
@@ -198,7 +196,7 @@ def dtype_cast_backward(grad: Tensor, dtype: torch.dtype) -> Tensor:
 def layer_norm(
     input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics are float32, which those of the CPU are not for half precision."""
+    """Statistics are float32; the CPU's have the dtype of the input."""
     precise = [None if x is None else x.float() for x in (weight, bias)]
     output, mean, rstd = torch.native_layer_norm(input.float(), shape, *precise, eps)
     return output.to(input.dtype), mean, rstd

@@ -1,4 +1,4 @@
-"""Every kernel on the stand-in: registered, checked, right forward and backward, by the device kernels meant."""
+"""Each kernel on the CANN stub: registration, values and gradients, and the device kernels that it launches."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
-import vlparts  # noqa: F401 (loads the backends)
+import vlparts.registration  # noqa: F401 (loads the backends)
 from tests.npu_stub.cann import Cann
 from tests.npu_stub.numerics import Numerics
-from vlparts_npu.self_check import KERNELS, USES, check_all, find_fault, forget_results
+from vlparts_npu.self_check import CALL_LOG, KERNELS, check_all, check_kernel, reset_checks
 
-# What each kernel launches besides copies and fills.
+# Device kernels that each kernel launches, without copies and fills.
 LAUNCHED = {
     "npu_grouped": {
         "aclnnGroupedMatmulV5",
@@ -25,7 +25,7 @@ LAUNCHED = {
         "aclnnSwiGluGrad",
     },
     "vlparts::gelu": {"aclnnGeluV2", "aclnnGeluBackwardV2"},
-    "vlparts::packed_attention": {
+    "vlparts::varlen_attention": {
         "aclnnFlashAttentionVarLenScore",
         "aclnnFlashAttentionUnpaddingScoreGrad",
         "aclnnFusedInferAttentionScoreV2",
@@ -54,7 +54,7 @@ def test_it_is_registered(name: str) -> None:
 
 @each_kernel
 def test_it_equals_its_reference(name: str, numerics: Numerics, cann: Cann) -> None:
-    assert find_fault(KERNELS[name], "npu") == ""
+    assert check_kernel(KERNELS[name], "npu") == ""
     assert LAUNCHED[name] <= cann.counts().keys()
     assert numerics.mismatches == []
     assert numerics.not_run == []
@@ -68,7 +68,7 @@ def test_it_equals_its_reference(name: str, numerics: Numerics, cann: Cann) -> N
         (torch.ops.vlparts.swiglu, (torch.randn(3, 8),), "NpuSwigluBackward0"),
     ],
 )
-def test_the_dispatcher_finds_it(
+def test_the_dispatcher_calls_it(
     operation: Callable[..., Tensor], arguments: tuple, node: str, numerics: Numerics, cann: Cann
 ) -> None:
     check_all("npu")
@@ -81,15 +81,34 @@ def test_the_dispatcher_finds_it(
     torch.testing.assert_close(found.detach().cpu(), operation(*arguments))
 
 
-def test_parts_of_one_projection_are_rotated_in_three_launches(numerics: Numerics, cann: Cann) -> None:
+@pytest.mark.parametrize(("cross", "host_lengths", "copies"), [(False, False, 1), (True, False, 2), (True, True, 0)])
+def test_missing_host_lengths_are_copied_once_per_call(
+    cross: bool, host_lengths: bool, copies: int, numerics: Numerics
+) -> None:
     check_all("npu")
-    projection, angles = torch.randn(5, 3, 2, 8).bfloat16(), torch.randn(2, 5, 4).repeat(1, 1, 2)
+    CALL_LOG.clear()
+    query, keys = torch.randn(9, 2, 8), torch.randn(2, 12 if cross else 9, 2, 8)
+    bounds = ([0, 4, 9], [0, 5, 12] if cross else [0, 4, 9])
+    cu_seqlens = [torch.tensor(one, dtype=torch.int32) for one in (bounds if cross else bounds[:1])]
+    expected = torch.ops.vlparts.varlen_attention(query, *keys, cu_seqlens[0], cu_seqlens[-1], 7, 7)
+    tensors = [x.to("npu") for x in (query, *keys, *cu_seqlens)]
+    numerics.waits.clear()
+    given = {"cu_seqlens_q_cpu": bounds[0], "cu_seqlens_k_cpu": bounds[1]} if host_lengths else {}
+    found = torch.ops.vlparts.varlen_attention(*tensors[:4], tensors[-1], 7, 7, **given)
+    assert len(numerics.waits) == copies
+    assert list(CALL_LOG) == [("vlparts::varlen_attention", "")]
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_views_of_one_projection_are_rotated_in_three_launches(numerics: Numerics, cann: Cann) -> None:
+    check_all("npu")
+    projection, cos_sin = torch.randn(5, 3, 2, 8).bfloat16(), torch.randn(2, 5, 4).repeat(1, 1, 2)
     found = []
     for device in ("npu", "cpu"):
         moved = projection.to(device).requires_grad_()
         query, key, value = moved.unbind(1)
         cann.clear()
-        outputs = torch.ops.vlparts.rotary_pair(query, key, *angles.to(device))
+        outputs = torch.ops.vlparts.rotary_pair(query, key, *cos_sin.to(device))
         launched = cann.kernels()
         torch.stack([*outputs, value]).backward(torch.ones(3, 5, 2, 8, dtype=torch.bfloat16, device=device))
         found.append([x.detach().cpu() for x in (*outputs, moved.grad)])
@@ -100,8 +119,8 @@ def test_parts_of_one_projection_are_rotated_in_three_launches(numerics: Numeric
     torch.testing.assert_close(*found)
 
 
-def test_the_first_use_checks_once(numerics: Numerics, cann: Cann) -> None:
-    forget_results()
+def test_only_the_first_use_checks_the_kernel(numerics: Numerics, cann: Cann) -> None:
+    reset_checks()
     tensor, weight = torch.randn(3, 8).to("npu"), torch.ones(8).to("npu")
     cann.clear()
     torch.ops.vlparts.rms_norm(tensor, weight, 1e-6)
@@ -109,12 +128,12 @@ def test_the_first_use_checks_once(numerics: Numerics, cann: Cann) -> None:
     cann.clear()
     torch.ops.vlparts.rms_norm(tensor, weight, 1e-6)
     assert cann.kernels() == ["aclnnRmsNorm"]
-    assert [use.reason for use in USES if use.name == "vlparts::rms_norm"] == ["", ""]
+    assert [use.reason for use in CALL_LOG if use.name == "vlparts::rms_norm"] == ["", ""]
 
 
-def test_what_is_not_supported_runs_the_reference(numerics: Numerics) -> None:
+def test_unsupported_arguments_run_the_reference(numerics: Numerics) -> None:
     check_all("npu")
-    USES.clear()
+    CALL_LOG.clear()
     found = torch.ops.vlparts.rms_norm(torch.ones(3, 8, dtype=torch.float64).to("npu"), torch.ones(8).to("npu"), 0.0)
     assert torch.equal(found.cpu(), torch.ones(3, 8, dtype=torch.float64))
-    assert USES[-1].reason
+    assert CALL_LOG[-1] == ("vlparts::rms_norm", "the weight is torch.float32 and the input torch.float64")

@@ -1,12 +1,12 @@
-"""The script for the owner of a card runs on the stand-in."""
+"""The script that measures the kernels on a card runs on the CANN stub."""
 
 import pytest
 
-from tests.npu_device import measure, sizes
-from tests.npu_device.sizes import REAL_SIZES
+from tests.npu_device import measure
+from tests.npu_device.measure import REAL_SIZES
 from tests.npu_stub.numerics import Numerics
 from vlparts_npu.self_check import KERNELS
-from vlparts_npu.support import is_rotary_joint
+from vlparts_npu.support import is_joint_projection
 
 
 def test_there_are_sizes_for_every_kernel() -> None:
@@ -18,7 +18,7 @@ def test_it_prints_both_tables(
 ) -> None:
     small = {"TOKENS": 24, "EXPERT_WIDTH": 32, "EXPERT_INNER": 16, "EXPERT_TOKENS": 12}
     for name, size in small.items():
-        monkeypatch.setattr(sizes, name, size)
+        monkeypatch.setattr(measure, name, size)
     monkeypatch.setattr(measure, "ROUNDS", 1)
     measure.main([])
     printed = capsys.readouterr().out
@@ -32,4 +32,4 @@ def test_it_prints_both_tables(
 def test_real_sizes_are_supported() -> None:
     for name in KERNELS.keys() - {"npu_grouped", "vlparts::swiglu"}:
         assert KERNELS[name].supports(*REAL_SIZES[name]()) is None
-    assert is_rotary_joint(*REAL_SIZES["vlparts::rotary_pair"]()[:2])
+    assert is_joint_projection(*REAL_SIZES["vlparts::rotary_pair"]()[:2])

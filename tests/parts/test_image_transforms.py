@@ -1,4 +1,8 @@
-"""Colour modes, and image sizes that are multiples of a patch."""
+"""Image files, colour modes, and image sizes that are multiples of a patch."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +11,92 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as native_smart_resize
 
-from vlparts.parts.image_transforms import fit_to_grid, smart_resize, to_rgb
+from tests.tiny import picture
+from vlparts.parts.image_transforms import fit_to_grid, open_image, read_image, smart_resize, to_rgb
+
+
+def encoded(kind: str) -> bytes:
+    """A small image file."""
+    file = io.BytesIO()
+    picture(40, 40).save(file, kind)
+    return file.getvalue()
+
+
+def replaced(data: bytes, at: int, value: bytes) -> bytes:
+    return data[:at] + value + data[at + len(value) :]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_upright(tmp_path: Path, orientation: int) -> None:
+    """The file holds the upright image, transformed by the inverse of its EXIF orientation."""
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    upright = picture(24, 12)
+    stored = upright.transpose(Image.Transpose(inverse[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(upright))
+
+
+def test_files_are_converted_to_rgb_on_request(tmp_path: Path) -> None:
+    Image.new("LA", (3, 2), (0, 51)).save(tmp_path / "a.png")
+    assert open_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (204, 204, 204)
+    assert open_image(tmp_path / "a.png", convert_rgb=False).getpixel((0, 0)) == (0, 51)
+
+
+def test_an_opened_image_does_not_need_its_file(tmp_path: Path) -> None:
+    picture(24, 12).save(tmp_path / "a.png")
+    image = open_image(tmp_path / "a.png")
+    (tmp_path / "a.png").unlink()
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(picture(24, 12)))
+
+
+BROKEN_FILES: dict[str, Callable[[], bytes]] = {
+    "no bytes": lambda: b"",
+    "not an image": lambda: b"<html>no</html>" * 20,
+    "JPEG cut at half": lambda: encoded("JPEG")[: len(encoded("JPEG")) // 2],
+    "JPEG without its last bytes": lambda: encoded("JPEG")[:-4],
+    "PNG cut at half": lambda: encoded("PNG")[: len(encoded("PNG")) // 2],
+    "PNG cut in its header": lambda: encoded("PNG")[:20],
+    "PNG with a wrong checksum": lambda: replaced(encoded("PNG"), 60, b"abc"),
+    "DDS cut at half": lambda: encoded("DDS")[: len(encoded("DDS")) // 2],
+    "DDS of an unknown pixel format": lambda: replaced(encoded("DDS"), 80, b"\x00\x10\x00\x00"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_file_is_a_value_error_with_its_path(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bad.img"
+    path.write_bytes(BROKEN_FILES[name]())
+    with pytest.raises(ValueError, match=r"^Image .*bad\.img cannot be read: .") as caught:
+        open_image(path)
+    assert type(caught.value) is ValueError
+
+
+def test_a_missing_file_and_a_folder_are_value_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^Image .*none\.png does not exist\.$"):
+        open_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match=r"^Image .* cannot be read: .*Is a directory"):
+        open_image(tmp_path)
+
+
+def test_a_file_beyond_pillows_pixel_limit_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(40, 40).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 799)
+    with pytest.raises(ValueError, match=r"large\.png cannot be read: .*1600 pixels"):
+        open_image(tmp_path / "large.png")
+
+
+def test_a_file_of_unknown_range_is_a_value_error(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif cannot be read: .*mode 'F'"):
+        open_image(tmp_path / "a.tif")
+
+
+def test_a_broken_image_that_is_open_already_is_a_value_error() -> None:
+    for data in (BROKEN_FILES["JPEG cut at half"](), BROKEN_FILES["DDS cut at half"]()):
+        with pytest.raises(ValueError, match=r"^The image cannot be read: ."):
+            read_image(Image.open(io.BytesIO(data)))
 
 
 def gradient() -> np.ndarray:

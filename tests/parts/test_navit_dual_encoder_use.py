@@ -72,7 +72,7 @@ def test_comparing_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
     expected = model(**inputs).logits_per_image
     torch.testing.assert_close(compiled.logits_per_image, expected)
-    inputs["segment_bounds"] = inputs["cu_seqlens"].tolist()
+    inputs["cu_seqlens_cpu"] = inputs["cu_seqlens"].tolist()
     assert torch.equal(model(**inputs).logits_per_image, expected)
 
 

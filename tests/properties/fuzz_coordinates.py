@@ -1,9 +1,9 @@
-"""Arbitrary text never makes `decode` raise anything but its own error.
+"""Fuzz `decode`: any text must give regions and errors, and no other exception.
 
-`python tests/properties/fuzz_coordinates.py [--inputs N] [--seed N]` reads N texts (a million by default), each in one
-of all formats in turn: pieces of sound answers, of all marks, digits and signs, put together, cut, repeated and
-changed at random places, and random characters of all of Unicode. It prints what was read, and stops at the first
-other error, at a span or a position outside the text, or where "raise" and "collect" do not agree.
+`python tests/properties/fuzz_coordinates.py [--inputs N] [--seed N]` decodes N texts (a million by default) in all
+formats in turn. The texts are random concatenations of pieces of valid answers, marks, numbers and Unicode characters,
+cut, repeated and changed at random positions. The script prints the counts, and stops at the first other exception, at
+a span or position outside the text, or if "raise" and "collect" disagree.
 """
 
 import argparse
@@ -61,8 +61,8 @@ ODD = [
 NUMBERS = ["0", "7", "012", "345", "999", "1000", "0.5", "0.123", "100.0", "1023", "123456789", "1234567890"]
 
 
-def sound_pieces() -> tuple[list[str], list[str]]:
-    """Texts of regions in every format, and what they are made of."""
+def valid_pieces() -> tuple[list[str], list[str]]:
+    """Return texts of regions in every format, and pieces of them."""
     whole = []
     for name, fmt in FORMATS.items():
         for label in (None, "cat"):
@@ -78,7 +78,7 @@ def sound_pieces() -> tuple[list[str], list[str]]:
 
 
 def make_text(draw: random.Random, pieces: tuple[list[str], list[str]]) -> str:
-    """One text."""
+    """Return a random text."""
     parts = []
     for _ in range(draw.randrange(1, 9)):
         kind = draw.random()
@@ -103,7 +103,7 @@ def make_text(draw: random.Random, pieces: tuple[list[str], list[str]]) -> str:
 
 
 def try_one(text: str, name: str, size: tuple[int, int]) -> tuple[int, int]:
-    """Read a text; how many regions and errors there are."""
+    """Decode a text and return the numbers of regions and errors."""
     result = decode(text, size, name, on_error="collect")
     last = 0
     for start, end in result.spans:
@@ -123,12 +123,12 @@ def try_one(text: str, name: str, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Read many texts and print what came out."""
+    """Decode many texts and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    draw, pieces, names = random.Random(options.seed), sound_pieces(), list(FORMATS)
+    draw, pieces, names = random.Random(options.seed), valid_pieces(), list(FORMATS)
     regions = errors = characters = 0
     begin = time.perf_counter()
     for index in track(range(options.inputs), "reading", disable=not sys.stderr.isatty()):

@@ -1,4 +1,4 @@
-"""What holds for every region, image size, format and text."""
+"""Properties of all formats, for any region, image size and text."""
 
 import copy
 import dataclasses
@@ -14,9 +14,9 @@ from tests.coordinates.grammars.tagged_examples import FORMATS as EXAMPLES
 import vlparts.coordinates  # noqa: F401  registers the published formats
 from vlparts.coordinates.arrays import decode_array, dequantize, encode_array, quantize
 from vlparts.coordinates.codec import CoordinateError, decode, encode
-from vlparts.coordinates.converting import convert
+from vlparts.coordinates.conversion import convert
+from vlparts.coordinates.formats.openpangu import padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
-from vlparts.coordinates.grammars.openpangu import padded_format
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import KINDS, Region
 from vlparts.coordinates.streaming import StreamDecoder
@@ -33,7 +33,7 @@ every_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
 few = settings(max_examples=25)
 
 unit = st.floats(0, 1)
-# Characters of the grammars, their look-alikes, and others.
+# Characters of the grammars, similar ones of other scripts, and others.
 hostile = st.text(
     st.sampled_from(
         "()[]{}<>/|\"':=,0123456789 \n\t;-+.eE_abclnopqstrx\uff08\uff09\uff0c\uff11\u0661\u3001\u2028\uff1c"
@@ -54,11 +54,11 @@ def image_sizes(draw: st.DrawFn) -> tuple[int, int]:
 
 
 def known(fmt: CoordinateFormat, size: tuple[int, int]) -> bool:
-    """Whether the format has a frame for images of this size; where not, both ways say so."""
+    """Whether the format has a frame for images of this size; if not, `encode` raises."""
     try:
         fmt.frame(size)
     except ValueError:
-        with pytest.raises(CoordinateError, match=r"has no frame for image_size"):
+        with pytest.raises(CoordinateError, match=r"has no frame for image size"):
             encode([sample(fmt, fmt.kinds[0])], size, fmt, on_outside="clamp")
         return False
     return True
@@ -72,7 +72,7 @@ def sample(fmt: CoordinateFormat, kind: str, label: str | None = None) -> Region
 
 @cache
 def writable_label(fmt: CoordinateFormat, kind: str) -> str | None:
-    """A label with which the format can write this kind: none, where it may be left out."""
+    """A label with which the format can write this kind; None if it is optional."""
     try:
         encode([sample(fmt, kind)], (1000, 1000), fmt)
     except CoordinateError:
@@ -83,7 +83,7 @@ def writable_label(fmt: CoordinateFormat, kind: str) -> str | None:
 
 @st.composite
 def region_lists(draw: st.DrawFn, fmt: CoordinateFormat, size: tuple[int, int], most: int = 4) -> list[Region]:
-    """Regions of one kind inside an image, in a form that the format can write."""
+    """Regions of one kind inside an image that the format can write."""
     kind = draw(st.sampled_from(fmt.kinds))
     label = writable_label(fmt, kind)
     regions = []
@@ -99,7 +99,7 @@ def region_lists(draw: st.DrawFn, fmt: CoordinateFormat, size: tuple[int, int], 
 
 
 def written(regions: list[Region], size: tuple[int, int], fmt: CoordinateFormat) -> str:
-    """Encode regions; those that the format refuses to write in a row are written alone."""
+    """Encode regions, or only the first if the format cannot write them consecutively."""
     try:
         return encode(regions, size, fmt)
     except CoordinateError:
@@ -108,7 +108,7 @@ def written(regions: list[Region], size: tuple[int, int], fmt: CoordinateFormat)
 
 
 def quanta(fmt: CoordinateFormat, size: tuple[int, int]) -> np.ndarray:
-    """The documented bound of the error of x and y, in pixels of the original image."""
+    """The documented maximum error of x and y, in pixels of the original image."""
     frame = fmt.frame(size)
     bounds = fmt.numbers.error_bound(frame.size)
     return (
@@ -120,7 +120,7 @@ def quanta(fmt: CoordinateFormat, size: tuple[int, int]) -> np.ndarray:
 @given(data=st.data(), size=image_sizes())
 @few
 def test_regions_come_back_close_and_their_codes_exactly(fmt: CoordinateFormat, data: Any, size: Any) -> None:
-    """P1, P2, P3 and P4: codes stay, pixels move by the bound at most, boxes stay in order, text is read back."""
+    """Codes are kept, pixels move by at most the bound, boxes stay in order, and the text is read back."""
     if not known(fmt, size):
         return
     regions = data.draw(region_lists(fmt, size))
@@ -158,15 +158,15 @@ def test_order_is_kept_and_codes_are_fixed_points(fmt: CoordinateFormat, side: i
 @rules
 @given(bad=st.sampled_from([np.nan, np.inf, -np.inf, -0.5, True]), side=st.integers(1, 100_000))
 @few
-def test_what_is_no_place_is_refused(fmt: CoordinateFormat, bad: Any, side: int) -> None:
-    with pytest.raises(ValueError, match="values must"):
+def test_values_outside_the_side_raise(fmt: CoordinateFormat, bad: Any, side: int) -> None:
+    with pytest.raises(ValueError, match="^`values` must be (real numbers|in )"):
         quantize([bad], side, fmt)
 
 
 @every_format
 @given(data=st.data(), label=labels)
 @few
-def test_a_label_comes_back_or_is_refused(fmt: CoordinateFormat, data: Any, label: str | None) -> None:
+def test_a_label_comes_back_or_raises(fmt: CoordinateFormat, data: Any, label: str | None) -> None:
     regions = [dataclasses.replace(one, label=label) for one in data.draw(region_lists(fmt, (640, 480)))]
     try:
         text = encode(regions, (640, 480), fmt)
@@ -179,7 +179,7 @@ def test_a_label_comes_back_or_is_refused(fmt: CoordinateFormat, data: Any, labe
 
 @st.composite
 def broken(draw: st.DrawFn, fmt: CoordinateFormat) -> str:
-    """A valid text with pieces cut out, doubled or put in."""
+    """A valid text with pieces deleted, doubled or inserted."""
     text = written(draw(region_lists(fmt, (640, 480))), (640, 480), fmt)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
@@ -193,7 +193,7 @@ def broken(draw: st.DrawFn, fmt: CoordinateFormat) -> str:
 @given(data=st.data())
 @settings(max_examples=60)
 def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -> None:
-    """P7."""
+    """Errors have sorted positions within the text, and `on_error` and `on_outside` agree about them."""
     text = data.draw(hostile | st.text() | broken(fmt) | broken(fmt))
     size = data.draw(st.sampled_from([(640, 480), (1, 1), (56, 5600)]))
     collected = decode(text, size, fmt, on_error="collect")
@@ -241,7 +241,7 @@ def test_a_stream_gives_what_the_whole_gives(fmt: CoordinateFormat, data: Any) -
 @given(data=st.data(), size=image_sizes())
 @few
 def test_from_one_format_to_another_and_back(fmt: CoordinateFormat, data: Any, size: tuple[int, int]) -> None:
-    """P5."""
+    """Pixels move by at most the bounds of both formats."""
     other = data.draw(st.sampled_from([one for one in ALL if set(one.kinds) & set(fmt.kinds)]))
     assume(known(fmt, size) and known(other, size))
     read = decode(written(data.draw(region_lists(fmt, size, 1)), size, fmt), size, fmt).regions
@@ -283,7 +283,7 @@ def test_converting_to_the_same_format_changes_no_region(
 @given(data=st.data())
 @few
 def test_one_by_one_equals_together(fmt: CoordinateFormat, data: Any) -> None:
-    """P10."""
+    """Encoding and decoding one region at a time, or arrays, gives the same results."""
     size = (640, 480)
     regions = data.draw(region_lists(fmt, size))
     together = decode(written(regions, size, fmt), size, fmt).regions
@@ -321,8 +321,8 @@ def test_clamp_and_skip_need_no_more_room(fmt: CoordinateFormat, data: Any, shif
 @every_format
 @given(data=st.data())
 @few
-def test_inputs_are_left_alone(fmt: CoordinateFormat, data: Any) -> None:
-    """P9."""
+def test_inputs_are_not_modified(fmt: CoordinateFormat, data: Any) -> None:
+    """Neither regions nor arrays are modified."""
     size = (640, 480)
     regions = data.draw(region_lists(fmt, size, 1))
     kept = copy.deepcopy(regions)

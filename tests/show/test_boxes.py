@@ -137,11 +137,11 @@ def test_images_of_many_kinds_are_drawn(image: Any) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((3, 8, 9)), r"image must have shape \(H, W\) or \(H, W, 1, 3 or 4\), got \(3, 8, 9\)"),
-        (np.zeros((0, 9)), "image must have shape"),
-        (np.full((8, 9, 3), 2.0), r"image of floats must lie in \[0, 1\], got 2..2"),
-        (np.full((8, 9, 3), np.nan), "image of floats must lie in"),
-        (np.zeros((8, 9), dtype=np.int64), r"image must hold uint8 or floats in \[0, 1\], got int64"),
+        (np.zeros((3, 8, 9)), r"`image` must have shape \(H, W\) or \(H, W, 1, 3 or 4\), got \(3, 8, 9\)"),
+        (np.zeros((0, 9)), "`image` must have shape"),
+        (np.full((8, 9, 3), 2.0), r"`image` of floats must be in \[0, 1\], got 2\.\.2"),
+        (np.full((8, 9, 3), np.nan), "`image` of floats must be in"),
+        (np.zeros((8, 9), dtype=np.int64), r"`image` must be uint8 or floats in \[0, 1\], got int64"),
     ],
 )
 def test_bad_images_are_refused(image: Any, message: str) -> None:
@@ -150,9 +150,9 @@ def test_bad_images_are_refused(image: Any, message: str) -> None:
 
 
 def test_bad_regions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"regions\[0\] must be a Region, got tuple"):
+    with pytest.raises(ValueError, match=r"`regions\[0\]` must be a Region, got tuple"):
         show.boxes(IMAGE, [(1, 2, 3, 4)])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="truth must be an iterable of Region, got Region"):
+    with pytest.raises(ValueError, match="`truth` must be an iterable of Region, got Region"):
         show.boxes(IMAGE, [], truth=BOX)  # type: ignore[arg-type]
 
 
@@ -178,10 +178,10 @@ def test_a_grid_of_one_has_no_empty_cells() -> None:
 @pytest.mark.parametrize(
     ("items", "columns", "message"),
     [
-        ([], 4, "items must hold at least one picture"),
-        ([dict(image=IMAGE)], 0, "columns must be at least 1, got 0"),
-        ([dict(image=IMAGE), dict(predicted=[])], 4, r"items\[1\] must have 'image'"),
-        ([dict(image=IMAGE, boxes=[])], 4, r"items\[0\] must have 'image' .* got \['boxes', 'image'\]"),
+        ([], 4, "`items` must have at least one entry, got none"),
+        ([dict(image=IMAGE)], 0, "`columns` must be an integer of at least 1, got 0"),
+        ([dict(image=IMAGE), dict(predicted=[])], 4, r"`items\[1\]` must have 'image'"),
+        ([dict(image=IMAGE, boxes=[])], 4, r"`items\[0\]` must have 'image' .* got \['boxes', 'image'\]"),
     ],
 )
 def test_bad_grids_are_refused(items: Any, columns: int, message: str) -> None:
@@ -229,11 +229,11 @@ def test_plans_may_be_long_or_hold_empty_bins() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ([], "plan must hold at least one bin"),
-        ([[0], [3]], r"plan\[1\] holds item 3, expected 0..2"),
-        ([[-1]], r"plan\[0\] holds item -1"),
-        ([[0, 1], [0]], r"plan\[1\] holds item 0, which stands in the plan already"),
-        ([[0, 1, 2]], r"plan\[0\] holds 60, expected at most capacity 50"),
+        ([], "`plan` must have at least one bin, got none"),
+        ([[0], [3]], r"`plan\[1\]` must have items in 0\.\.2, got 3"),
+        ([[-1]], r"`plan\[0\]` must have items in 0\.\.2, got -1"),
+        ([[0, 1], [0]], r"`plan\[1\]` has item 0, which is already in the plan"),
+        ([[0, 1, 2]], r"`plan\[0\]` has length 60, which exceeds `capacity`=50"),
     ],
 )
 def test_bad_plans_are_refused(plan: Any, message: str) -> None:

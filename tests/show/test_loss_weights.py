@@ -109,10 +109,10 @@ def test_extreme_weights_leave_the_colours_to_the_others() -> None:
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [
-        (LABELS, {"presets": []}, "presets must hold at least one name, got none"),
+        (LABELS, {"presets": []}, "`presets` must have at least one name, got none"),
         (LABELS, {"presets": ["mean"]}, "`preset` must be one of token, sample, square, openpangu_mix, got 'mean'"),
-        (torch.full((4,), -100), {}, "labels must hold at least one label, got none"),
-        (LABELS, {"token_weights": torch.zeros(13)}, "labels must hold a token with a weight above 0, got none"),
+        (torch.full((4,), -100), {}, "`labels` must have at least one label, got none"),
+        (LABELS, {"token_weights": torch.zeros(13)}, "`labels` must have a token with a weight above 0, got none"),
         (LABELS, {"token_weights": -torch.ones(13)}, "`token_weights` must be finite and at least 0, got -1.0"),
     ],
 )

@@ -66,13 +66,13 @@ def test_one_layer_and_one_group_have_no_lines() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([], "statistics_per_layer must hold at least one layer, got none"),
-        ([torch.zeros(3)], r"statistics_per_layer\[0\] must be RouterStatistics or RouterLoad, got Tensor"),
+        ([], "`statistics_per_layer` must have at least one layer, got none"),
+        ([torch.zeros(3)], r"`statistics_per_layer\[0\]` must be RouterStatistics or RouterLoad, got Tensor"),
         (
             [*statistics(1), *statistics(1, groups=2)],
-            r"statistics_per_layer\[1\] must have \(8, 4\) experts and groups as the first, got \(8, 2\)",
+            r"`statistics_per_layer\[1\]` must have \(8, 4\) experts and groups as the first, got \(8, 2\)",
         ),
-        ([*statistics(1), RouterStatistics(8, 4)], r"statistics_per_layer\[1\] must have seen tokens, got none"),
+        ([*statistics(1), RouterStatistics(8, 4)], r"`statistics_per_layer\[1\]` must have seen tokens, got none"),
     ],
 )
 def test_bad_layers_are_refused(layers: Any, message: str) -> None:

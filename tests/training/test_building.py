@@ -75,7 +75,7 @@ def test_a_composed_model_can_be_trained_further(tmp_path: Path) -> None:
 
 
 def test_a_composed_model_takes_no_other_parts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`model` comes in place of `vision`, `text`; give one or the other"):
+    with pytest.raises(ValueError, match="`model` replaces `vision`, `text`; expected only one of the two"):
         train(settings(tmp_path, model=tmp_path))
 
 
@@ -91,7 +91,7 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
 def test_a_vocabulary_size_that_is_given_is_kept(tmp_path: Path) -> None:
     result = train(settings(tmp_path, text={**TEXT, "vocab_size": 512}, max_steps=1))
     assert result.model.lm_head.weight.shape[0] == result.model.config.text_config.vocab_size == 512
-    with pytest.raises(ValueError, match=r"`text` has a vocab_size of 100, but the tokenizer has \d+ tokens"):
+    with pytest.raises(ValueError, match=r"`text` has vocab_size=100; expected at least the \d+ tokens"):
         train(settings(tmp_path, text={**TEXT, "vocab_size": 100}, output=tmp_path / "other"))
 
 
@@ -126,20 +126,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mapping without a kind": ({"text": {"hidden_size": 3}}, "`text` must have a 'model_type'"),
     "mapping of an unknown kind": ({"vision": {"model_type": "none"}}, "`vision` must have a 'model_type'"),
     "field of the wrong type": ({"text": {**TEXT, "hidden_size": "wide"}}, "`text`: .*'hidden_size'"),
-    "fields that do not fit": ({"vision": {**VISION, "num_attention_heads": 5}}, "`vision`: .*num_attention_heads"),
+    "inconsistent fields": ({"vision": {**VISION, "num_attention_heads": 5}}, "`vision`: .*num_attention_heads"),
     "text as vision": ({"vision": TEXT}, "`vision`"),
     "JSON file of a list": ({"vision": "list.json"}, r"`vision` list\.json must hold a mapping, got list"),
     "JSON file that is none": ({"text": "broken.json"}, r"`text` broken\.json is not valid JSON"),
     "folder without a checkpoint": ({"text": "empty"}, "`text` empty cannot be loaded"),
     "vision folder without a checkpoint": ({"vision": "empty"}, "`vision` empty cannot be loaded"),
-    "model that is missing": ({"model": "none", "only": True}, "`model` none is no folder"),
+    "model that is missing": ({"model": "none", "only": True}, "`model` must be a folder, got none"),
     "model folder without a checkpoint": ({"model": "empty", "only": True}, "`model` empty cannot be loaded"),
-    "tokenizer that is missing": ({"tokenizer": "none"}, "`tokenizer` none is no folder"),
+    "tokenizer that is missing": ({"tokenizer": "none"}, "`tokenizer` must be a folder, got none"),
     "tokenizer folder without one": ({"tokenizer": "empty"}, "`tokenizer` empty cannot be loaded"),
     "projector": ({"projector": "none"}, "`projector`:? .*must be one of linear, mlp2_gelu, .*got 'none'"),
     "trainer field": ({"trainer": {"no_such_field": 1}}, "`trainer`.*no_such_field"),
-    "field that has its own setting": ({"trainer": {"output_dir": "x"}}, "`trainer` must not hold 'output_dir'"),
-    "batch size": ({"trainer": {"per_device_train_batch_size": 2}}, "`trainer` must not hold 'per_device_train_batch"),
+    "field that has its own setting": ({"trainer": {"output_dir": "x"}}, "`trainer` must not contain 'output_dir'"),
+    "batch size": (
+        {"trainer": {"per_device_train_batch_size": 2}},
+        "`trainer` must not contain 'per_device_train_",
+    ),
     "evaluation file": ({"eval_data": "none.jsonl"}, r"`eval_data` must be a JSON Lines file, got none\.jsonl"),
     "training file": ({"data": "none.jsonl"}, r"`data` must be a JSON Lines file, got none\.jsonl"),
 }
@@ -162,7 +165,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: py
 def test_a_text_model_without_packed_attention_is_refused_by_name(tmp_path: Path) -> None:
     bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
     with pytest.raises(
-        ValueError, match="`text` BloomModel does not take other attention functions.*switch packing off"
+        ValueError, match="`text` BloomModel does not support custom attention functions.*set packing=False"
     ):
         train(settings(tmp_path, text=bloom))
     assert train(settings(tmp_path, text=bloom, packing=False, max_steps=1)).steps == 1

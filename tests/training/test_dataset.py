@@ -8,8 +8,9 @@ import torch
 
 from tests.tiny import picture
 from tests.training.making import example, processor_for, write_records
+from vlparts.parts.utils import IGNORE_INDEX
 from vlparts.training.dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
-from vlparts.training.encoding import IGNORE, Sample, SampleEncoder
+from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError, RecordFile, read_records
 
 PROCESSOR = processor_for()
@@ -40,7 +41,7 @@ def equal(first: Sample, second: Sample) -> bool:
 
 
 def test_a_record_that_cannot_be_encoded_is_an_error_with_its_line(records: RecordFile) -> None:
-    with pytest.raises(RecordError, match=r"train\.jsonl, line 3: image .*nothing\.png does not exist"):
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 3: Image .*nothing\.png does not exist\."):
         dataset(records, on_error="raise")
 
 
@@ -49,21 +50,21 @@ def test_skipped_records_are_kept_with_their_reasons(records: RecordFile) -> Non
     assert [line.number for line in found.lines] == [1, 2, 4, 5, 7, 8]
     assert len(found) == 6
     first, second = records.skipped
-    assert "train.jsonl, line 3: image" in first
-    assert "train.jsonl, line 6: regions[0]" in second
+    assert "train.jsonl, line 3: Image" in first
+    assert "train.jsonl, line 6: `regions[0]`" in second
 
 
 def test_no_usable_record_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
     rows = [{**example(0, tmp_path), "image": "nothing.png"}] * 2
     records = read_records(write_records(tmp_path / "train.jsonl", rows))
-    with pytest.raises(RecordError, match=r"no usable record \(2 skipped, the first: .*line 1: image .*nothing\.png"):
+    with pytest.raises(RecordError, match=r"got none \(2 skipped\)\. First skipped: .*line 1: Image .*nothing\.png"):
         dataset(records)
 
 
 def test_an_image_that_vanishes_later_is_an_error_with_its_line(records: RecordFile, tmp_path: Path) -> None:
     found = dataset(records)
     (tmp_path / "3.png").unlink()
-    with pytest.raises(RecordError, match=r"train\.jsonl, line 4: image .*3\.png does not exist"):
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 4: Image .*3\.png does not exist\."):
         found[[0, 2]]
 
 
@@ -81,21 +82,21 @@ def test_packs_hold_their_samples(records: RecordFile, cache: bool) -> None:
 def test_targets_are_the_tokens_that_the_loss_counts(records: RecordFile) -> None:
     found = dataset(records)
     batch = collate_packed([found[range(len(found))]])
-    assert found.targets == int((batch["labels"][:, 1:] != IGNORE).sum())
+    assert found.targets == int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def test_collating_leaves_cached_samples_alone(records: RecordFile) -> None:
     found = dataset(records, cache=True)
     sample = found[[0]][0]
-    sample.labels[0] = 5  # so that the label that collating masks is one that would be learnt
+    sample.labels[0] = 5  # a label with loss where collating ignores it
     for pack in ([0], [0, 1], [1, 0]):
         collate_packed([found[pack]])
     assert sample.labels[0] == 5
 
 
-def sample_of(length: int, start: int, grids: list[tuple[int, int]], learnt: int = 2) -> Sample:
+def sample_of(length: int, start: int, grids: list[tuple[int, int]], in_loss: int = 2) -> Sample:
     ids = torch.arange(start, start + length)
-    labels = torch.where(torch.arange(length) >= length - learnt, ids, IGNORE)
+    labels = torch.where(torch.arange(length) >= length - in_loss, ids, IGNORE_INDEX)
     rows = sum(height * width for height, width in grids)
     images = {
         "pixel_values": torch.full((rows, 3), float(start)),
@@ -106,8 +107,8 @@ def sample_of(length: int, start: int, grids: list[tuple[int, int]], learnt: int
 
 SAMPLES = [
     sample_of(5, 10, [(2, 1)]),
-    sample_of(1, 20, [], learnt=1),
-    sample_of(3, 30, [], learnt=3),
+    sample_of(1, 20, [], in_loss=1),
+    sample_of(3, 30, [], in_loss=3),
     sample_of(7, 40, [(1, 1), (3, 1)]),
 ]
 
@@ -116,11 +117,12 @@ def test_a_row_of_samples() -> None:
     row = collate_packed([SAMPLES[:2], SAMPLES[2:]])
     assert row["input_ids"].tolist() == [[*range(10, 15), 20, *range(30, 33), *range(40, 47)]]
     assert row["position_ids"].tolist() == [[*range(5), 0, *range(3), *range(7)]]
-    x = IGNORE
+    x = IGNORE_INDEX
     assert row["labels"].tolist() == [[x, x, x, 13, 14, x, x, 31, 32, x, x, x, x, x, 45, 46]]
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        assert row[name].tolist() == [0, 5, 6, 9, 16]
-        assert row[name].dtype == torch.int32
+    assert row["cu_seq_lens_q"].tolist() == [0, 5, 6, 9, 16]
+    assert row["cu_seq_lens_q"].dtype == torch.int32
+    assert row["cu_seq_lens_k"] is row["cu_seq_lens_q"]  # by which attention takes the segments as equal
+    assert all(row[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
     assert row["max_length_q"] == row["max_length_k"] == 7
     assert type(row["max_length_q"]) is int
     assert row["image_grid_thw"].tolist() == [[1, 2, 1], [1, 1, 1], [1, 3, 1]]
@@ -135,7 +137,7 @@ def test_a_batch_of_samples() -> None:
     for row, sample in enumerate(SAMPLES):
         length = len(sample)
         assert batch["input_ids"][row].tolist() == sample.input_ids.tolist() + [99] * (7 - length)
-        assert batch["labels"][row].tolist() == sample.labels.tolist() + [IGNORE] * (7 - length)
+        assert batch["labels"][row].tolist() == sample.labels.tolist() + [IGNORE_INDEX] * (7 - length)
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (7 - length)
     assert batch["image_grid_thw"].tolist() == [[1, 2, 1], [1, 1, 1], [1, 3, 1]]
     assert batch["pixel_values"][:, 0].tolist() == [10, 10, 40, 40, 40, 40]
@@ -148,7 +150,7 @@ def test_text_alone_has_no_image_tensors(collate: Any) -> None:
 
 
 @pytest.mark.parametrize("vision", ["navit", "clip", "siglip2"])
-def test_image_tensors_of_every_kind_of_tower_are_those_of_one_call(tmp_path: Path, vision: str) -> None:
+def test_image_tensors_of_every_vision_encoder_are_those_of_one_call(tmp_path: Path, vision: str) -> None:
     processor = processor_for(vision)
     rows = [example(index, tmp_path) for index in range(3)]
     records = read_records(write_records(tmp_path / "train.jsonl", rows))

@@ -1,4 +1,4 @@
-"""Records to samples: what is learnt, what the model sees when it is asked, and every trouble with images."""
+"""Encoding of records: labels, prompts that equal those of inference, and images that cannot be used."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from PIL import Image
 from tests.tiny import picture
 from tests.training.making import TOKENIZERS, processor_for, save
 from vlparts.coordinates.codec import decode
-from vlparts.training.encoding import IGNORE, Sample, SampleEncoder, load_image
+from vlparts.parts.utils import IGNORE_INDEX
+from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import Record
 
 PROCESSOR = processor_for()
@@ -81,18 +82,18 @@ def about(content: Any, *paths: str) -> Record:
     return record(images=paths, messages=[USER, {"role": "assistant", "content": content}])
 
 
-def stretches_of(sample: Sample) -> list[tuple[int, int]]:
-    """Begin and end of each stretch of tokens that the loss is taken over."""
-    learnt = torch.nn.functional.pad((sample.labels != IGNORE).long(), (1, 1)).diff()
+def spans_of(sample: Sample) -> list[tuple[int, int]]:
+    """Begin and end of each span of tokens with loss."""
+    learnt = torch.nn.functional.pad((sample.labels != IGNORE_INDEX).long(), (1, 1)).diff()
     return list(
         zip((learnt == 1).nonzero().flatten().tolist(), (learnt == -1).nonzero().flatten().tolist(), strict=True)
     )
 
 
 def answers_of(sample: Sample, processor: Any = PROCESSOR) -> list[str]:
-    """The supervised stretches of a sample, as text that follows what stands before them."""
+    """The texts of the spans with loss, each decoded after the tokens before it."""
     ids, decode_ids = sample.input_ids.tolist(), processor.tokenizer.decode
-    return [decode_ids(ids[:end]).removeprefix(decode_ids(ids[:begin])) for begin, end in stretches_of(sample)]
+    return [decode_ids(ids[:end]).removeprefix(decode_ids(ids[:begin])) for begin, end in spans_of(sample)]
 
 
 def words_of(message: Any) -> str:
@@ -101,11 +102,11 @@ def words_of(message: Any) -> str:
 
 @pytest.mark.parametrize("words", TOKENIZERS)
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_what_is_learnt_is_the_answers_with_their_ends(folder: Path, name: str, words: str) -> None:
+def test_the_loss_covers_the_answers_with_their_end_tokens(folder: Path, name: str, words: str) -> None:
     processor = processor_for(words=TOKENIZERS[words]())
     given_record = record(**CONVERSATIONS[name])
     sample = SampleEncoder(processor, folder)(given_record)
-    learnt = sample.labels != IGNORE
+    learnt = sample.labels != IGNORE_INDEX
     assert torch.equal(sample.labels[learnt], sample.input_ids[learnt])
     expected = [words_of(message) for message in given_record.messages if message.role == "assistant"]
     end = processor.tokenizer.eos_token
@@ -136,14 +137,14 @@ def inference_chat(given_record: Record, folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("vision", ["navit", "clip", "siglip2"])
 @pytest.mark.parametrize("words", TOKENIZERS)
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_prompt_is_the_same_as_when_the_model_is_asked(folder: Path, name: str, words: str, vision: str) -> None:
+def test_a_prompt_equals_that_of_inference(folder: Path, name: str, words: str, vision: str) -> None:
     """For each answer: the ids before it, and the pixels, are those of `apply_chat_template` at inference."""
     processor = processor_for(vision, TOKENIZERS[words]())
     given_record = record(**CONVERSATIONS[name])
     sample = SampleEncoder(processor, folder)(given_record)
     chat = inference_chat(given_record, folder)
     turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
-    for (begin, _), turn in zip(stretches_of(sample), turns, strict=True):
+    for (begin, _), turn in zip(spans_of(sample), turns, strict=True):
         if turn == 0:
             continue  # nothing was asked
         asked = processor.apply_chat_template(
@@ -155,11 +156,11 @@ def test_a_prompt_is_the_same_as_when_the_model_is_asked(folder: Path, name: str
             assert torch.equal(asked[key], value), key
 
 
-def test_an_answer_with_an_image_is_learnt_without_its_placeholders(folder: Path) -> None:
+def test_image_placeholders_in_an_answer_have_no_loss(folder: Path) -> None:
     sample = SampleEncoder(PROCESSOR, folder)(about(["Here: ", IMAGE, " is it"], "a.png"))
     places = sample.input_ids == PROCESSOR.image_token_id
     assert places.sum() == 6 * 3
-    assert (sample.labels[places] == IGNORE).all()
+    assert (sample.labels[places] == IGNORE_INDEX).all()
     assert answers_of(sample) == ["Here: ", "\n is it<|im_end|>"]
 
 
@@ -224,7 +225,7 @@ def test_a_region_outside_its_image(folder: Path) -> None:
 
 
 def test_unknown_choices_are_errors_before_any_record(folder: Path) -> None:
-    with pytest.raises(ValueError, match="on_outside must be one of 'raise', 'clamp', 'skip', got 'cut'"):
+    with pytest.raises(ValueError, match="on_outside.* must be one of 'raise', 'clamp', 'skip', got 'cut'"):
         SampleEncoder(PROCESSOR, folder, on_outside="cut")
     with pytest.raises(ValueError, match="no_such_format"):
         SampleEncoder(PROCESSOR, folder, coordinate_format="no_such_format")
@@ -232,7 +233,7 @@ def test_unknown_choices_are_errors_before_any_record(folder: Path) -> None:
 
 def test_a_conversation_that_the_template_refuses_is_an_error(folder: Path) -> None:
     processor = processor_for(chat_template="{{ raise_exception('no system turns') }}")
-    with pytest.raises(ValueError, match="the chat template cannot write the conversation: no system turns"):
+    with pytest.raises(ValueError, match="The chat template cannot render the conversation: no system turns"):
         SampleEncoder(processor, folder)(about("here"))
 
 
@@ -240,13 +241,14 @@ def test_a_conversation_that_the_template_refuses_is_an_error(folder: Path) -> N
 def test_a_placeholder_in_the_text_is_an_error(folder: Path, text: str) -> None:
     for paths in ([], ["a.png"]):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "no"}]
-        with pytest.raises(ValueError, match="<image>"):
+        message = f"The conversation has {len(paths) + 1} <image> tokens for {len(paths)} images"
+        with pytest.raises(ValueError, match=message):
             SampleEncoder(PROCESSOR, folder)(record(images=paths, messages=messages))
 
 
 def test_an_image_after_the_last_answer_is_an_error(folder: Path) -> None:
     messages = [{"role": "assistant", "content": "no"}, {"role": "user", "content": ["see ", IMAGE]}]
-    with pytest.raises(ValueError, match="did not place every image before the last assistant turn"):
+    with pytest.raises(ValueError, match="The chat template placed 0 of 1 images before the last assistant turn"):
         SampleEncoder(PROCESSOR, folder)(record(image="a.png", messages=messages))
 
 
@@ -262,7 +264,8 @@ def test_a_sample_that_is_too_long_is_an_error(folder: Path) -> None:
     length = len(SampleEncoder(PROCESSOR, folder)(about("here", "a.png")))
     assert len(SampleEncoder(PROCESSOR, folder, max_length=length)(about("here", "a.png"))) == length
     with pytest.raises(
-        ValueError, match=rf"has {length} tokens \(18 of them for images\), but at most {length - 1} fit"
+        ValueError,
+        match=rf"has {length} tokens \(18 of them for images\); expected at most {length - 1}\.",
     ):
         SampleEncoder(PROCESSOR, folder, max_length=length - 1)(about("here", "a.png"))
 
@@ -276,15 +279,10 @@ def test_images_are_turned_upright(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     save(tmp_path, "a.png", stored, exif=exif)
-    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), np.asarray(upright))
     sample = SampleEncoder(PROCESSOR, tmp_path)(about({"box": [0, 0, 24, 6]}, "a.png"))
     assert sample.images["image_grid_thw"].tolist() == [[1, 3, 6]]
     (text,) = answers_of(sample)
     assert np.abs(np.array(decode(text[: -len("<|im_end|>")], (24, 12)).regions[0].xyxy) - (0, 0, 24, 6)).max() < 0.05
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def truncated(path: Path, kind: str, share: float) -> None:
@@ -292,32 +290,19 @@ def truncated(path: Path, kind: str, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def changed(path: Path, kind: str, at: int, value: bytes) -> None:
-    picture(40, 40).save(path, kind)
-    data = path.read_bytes()
-    path.write_bytes(data[:at] + value + data[at + len(value) :])
-
-
-TROUBLES: dict[str, tuple[Any, str]] = {
+BROKEN: dict[str, tuple[Any, str]] = {
     "missing": (lambda path: None, "does not exist"),
     "a folder": (lambda path: path.mkdir(), "cannot be read"),
-    "no bytes": (lambda path: write_bytes(path, b""), "cannot be read"),
-    "not an image": (lambda path: write_bytes(path, b"<html>no</html>" * 20), "cannot be read"),
+    "not an image": (lambda path: path.write_bytes(b"<html>no</html>" * 20), "cannot be read"),
     "JPEG cut at half": (lambda path: truncated(path, "JPEG", 0.5), "cannot be read"),
-    "JPEG without its last bytes": (lambda path: truncated(path, "JPEG", 0.99), "cannot be read"),
-    "PNG cut at half": (lambda path: truncated(path, "PNG", 0.5), "cannot be read"),
-    "PNG cut in its header": (lambda path: truncated(path, "PNG", 0.005), "cannot be read"),
-    "PNG with a wrong checksum": (lambda path: changed(path, "PNG", 60, b"abc"), "cannot be read"),
-    "DDS cut at half": (lambda path: truncated(path, "DDS", 0.5), "cannot be read"),
-    "DDS of an unknown kind": (lambda path: changed(path, "DDS", 80, b"\x00\x10\x00\x00"), "cannot be read"),
     "500 times as wide as high": (lambda path: picture(500, 1).save(path, "PNG"), "aspect ratio of 500.0"),
     "floats": (lambda path: Image.fromarray(np.ones((9, 9), np.float32)).save(path, "TIFF"), "mode 'F'"),
 }
 
 
-@pytest.mark.parametrize("name", TROUBLES)
+@pytest.mark.parametrize("name", BROKEN)
 def test_an_image_that_cannot_be_used_is_named(tmp_path: Path, name: str) -> None:
-    make, reason = TROUBLES[name]
+    make, reason = BROKEN[name]
     save(tmp_path, "good.png")
     make(tmp_path / "bad.img")
     with pytest.raises(ValueError, match=reason) as caught:

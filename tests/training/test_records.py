@@ -1,4 +1,4 @@
-"""Records: every broken line is named with its file, its number and the reason, or skipped and kept in a list."""
+"""Records: an invalid line is reported with its file, number and reason, or skipped and listed."""
 
 import json
 from pathlib import Path
@@ -24,26 +24,29 @@ def asked(content: Any, **fields: Any) -> dict[str, Any]:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "not JSON": ('{"image": ', "not valid JSON"),
-    "a list": ([GOOD], "expected a JSON object, got list"),
-    "a number": (3, "expected a JSON object, got int"),
-    "null": (None, "expected a JSON object, got NoneType"),
+    "not JSON": ('{"image": ', "Not valid JSON"),
+    "a list": ([GOOD], "Expected a JSON object, got list"),
+    "a number": (3, "Expected a JSON object, got int"),
+    "null": (None, "Expected a JSON object, got NoneType"),
     "unknown key": ({**GOOD, "picture": "a.png"}, "picture: Extra inputs are not permitted"),
-    "key given twice": ('{"messages": [], "messages": []}', "the key 'messages' stands twice"),
-    "NaN": ('{"image": NaN}', "NaN is no valid number"),
-    "Infinity": ('{"image": Infinity}', "Infinity is no valid number"),
-    "minus Infinity": ('{"image": -Infinity}', "-Infinity is no valid number"),
+    "key given twice": ('{"messages": [], "messages": []}', "Key 'messages' occurs twice"),
+    "NaN": ('{"image": NaN}', "NaN is not a valid number"),
+    "Infinity": ('{"image": Infinity}', "Infinity is not a valid number"),
+    "minus Infinity": ('{"image": -Infinity}', "-Infinity is not a valid number"),
     "nested too deeply": ("[" * 100_000, "nested too deeply"),
     "a lone surrogate": (answered("\ud800"), "half of a surrogate pair"),
-    "x2 < x1": (answered({"box": [3, 2, 1, 4]}), "messages.1.content.0: x2 (1) is less than x1 (3)"),
-    "y2 < y1": (answered({"box": [1, 4, 3, 2]}), "messages.1.content.0: y2 (2) is less than y1 (4)"),
+    "x2 < x1": (answered({"box": [3, 2, 1, 4]}), "messages.1.content.0: `x2` (1) is less than `x1` (3)"),
+    "y2 < y1": (answered({"box": [1, 4, 3, 2]}), "messages.1.content.0: `y2` (2) is less than `y1` (4)"),
     "three numbers": (answered({"box": [1, 2, 3]}), "messages.1.content.0.box.3: Field required"),
     "five numbers": (answered({"box": [1, 2, 3, 4, 5]}), "at most 4 items"),
-    "NaN in a box": ('{"messages": [{"role": "assistant", "content": {"box": [NaN, 0, 1, 1]}}]}', "NaN is no valid"),
+    "NaN in a box": (
+        '{"messages": [{"role": "assistant", "content": {"box": [NaN, 0, 1, 1]}}]}',
+        "NaN is not a valid number",
+    ),
     "number beyond floats": (answered({"box": [0, 0, 10**400, 1]}), "messages.1.content.0.box.2: "),
     "exponent beyond floats": (
         json.dumps(answered({"box": [0, 0, 7, 1]})).replace("7", "1e999"),
-        "points[1] x must be finite, got inf",
+        "`points[1][0]` must be finite, got inf",
     ),
     "number with too many digits": (
         json.dumps(answered({"box": [0, 0, 7, 1]})).replace("7", "7" * 5000),
@@ -52,14 +55,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "text in a box": (answered({"box": ["1", 2, 3, 4]}), "messages.1.content.0.box.0: Input should be a valid number"),
     "a bool in a box": (answered({"box": [True, 2, 3, 4]}), "messages.1.content.0.box.0: Input should be a valid num"),
     "point of three": (answered({"point": [1, 2, 3]}), "messages.1.content.0.point: Tuple should have at most 2"),
-    "box and point": (answered({"box": [1, 2, 3, 4], "point": [1, 2]}), "needs either a 'box' or a 'point'"),
-    "label alone": (answered({"label": "cat"}), "needs either a 'box' or a 'point'"),
+    "box and point": (answered({"box": [1, 2, 3, 4], "point": [1, 2]}), "A region must have either 'box' or 'point'"),
+    "label alone": (answered({"label": "cat"}), "A region must have either 'box' or 'point'"),
     "unknown key in a region": (answered({"box": [1, 2, 3, 4], "score": 1}), "content.0.score: Extra inputs"),
     "unknown block": (answered({"video": "a.mp4"}), "messages.1.content.0.text: Field required"),
-    "number as content": (answered(5), "expected a text, an image, a box or a point, got 5"),
-    "null as content": (answered(None), "expected a text, an image, a box or a point, got None"),
-    "list in a list": (answered([["cat"]]), "expected a text, an image, a box or a point, got ['cat']"),
-    "image and images": ({**GOOD, "images": ["b.png"]}, "give either 'image' or 'images', not both"),
+    "number as content": (answered(5), "Expected a text, an image, a box or a point, got 5."),
+    "null as content": (answered(None), "Expected a text, an image, a box or a point, got None."),
+    "list in a list": (answered([["cat"]]), "Expected a text, an image, a box or a point, got ['cat']."),
+    "image and images": ({**GOOD, "images": ["b.png"]}, "A record must have either 'image' or 'images', got both."),
     "number as image": ({**GOOD, "image": 5}, "image: Input should be a valid string"),
     "one text as images": (
         {"images": "a.png", "messages": [QUESTION, ANSWER]},
@@ -67,22 +70,31 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "no messages": ({"image": "a.png"}, "messages: Field required"),
     "empty messages": ({"messages": []}, "messages: Tuple should have at least 1 item"),
-    "no assistant turn": ({"messages": [QUESTION]}, "no assistant turn, so there is nothing to learn"),
+    "no assistant turn": ({"messages": [QUESTION]}, "A record must have an assistant turn, got none."),
     "wrong role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: Input should be 'system'"),
-    "region in no image": (answered({"box": [1, 2, 3, 4], "image": 1}), "lies in image 1, but there are 1 images"),
-    "region without an image": ({"messages": [QUESTION, ANSWER]}, "lies in image 0, but there are 0 images"),
+    "region in no image": (
+        answered({"box": [1, 2, 3, 4], "image": 1}),
+        "image 1, but the record has 1 images.",
+    ),
+    "region without an image": ({"messages": [QUESTION, ANSWER]}, "refers to image 0, but the record has 0 images."),
     "negative image": (answered({"box": [1, 2, 3, 4], "image": -1}), "content.0.image: Input should be greater"),
     "text as image index": (answered({"box": [1, 2, 3, 4], "image": "0"}), "content.0.image: Input should be a valid"),
     "bool as image index": (answered({"box": [1, 2, 3, 4], "image": False}), "content.0.image: Input should be a"),
-    "too many places": (asked([{"type": "image"}] * 2, image="a.png"), "2 image blocks for 1 images"),
-    "too few places": (asked([{"type": "image"}], images=["a.png", "b.png"]), "1 image blocks for 2 images"),
+    "too many places": (
+        asked([{"type": "image"}] * 2, image="a.png"),
+        "2 image blocks for 1 images; expected 0 or 1",
+    ),
+    "too few places": (
+        asked([{"type": "image"}], images=["a.png", "b.png"]),
+        "1 image blocks for 2 images",
+    ),
     "place without an image": (
         {"messages": [{"role": "assistant", "content": {"type": "image"}}]},
-        "1 image blocks for 0 images",
+        "1 image blocks for 0 images; expected 0 or 0.",
     ),
-    "image without a turn to stand in": (
+    "image without a user turn": (
         {"image": "a.png", "messages": [ANSWER]},
-        "no user turn that the images could stand in",
+        "no user turn to place its images in",
     ),
 }
 
@@ -122,23 +134,23 @@ def test_reasons_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [100, 900, 990, 2000, 20_000])
-def test_no_depth_of_nesting_ends_in_another_error(tmp_path: Path, depth: int) -> None:
+def test_no_nesting_depth_raises_another_error(tmp_path: Path, depth: int) -> None:
     nested = json.dumps(answered(["deep", "\ud800"])).replace('"deep"', "[" * depth + "]" * depth)
     found = read_records(write(tmp_path / "train.jsonl", GOOD, nested), on_error="skip")
     assert len(found.skipped) == 1
     assert len(found.skipped[0]) < 1000
 
 
-def test_bytes_that_are_no_utf8_are_a_broken_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_an_invalid_line(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"image": "\xff\xfe"}\n' + json.dumps(GOOD).encode())
-    with pytest.raises(RecordError, match="line 2: not valid UTF-8"):
+    with pytest.raises(RecordError, match="line 2: Not valid UTF-8"):
         read_records(path)
     found = read_records(path, on_error="skip")
     assert [line.number for line in found.lines] == [1, 3]
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n" + json.dumps(GOOD).encode() + b"\r\n")
     assert [line.number for line in read_records(path).lines] == [1, 2]
@@ -149,19 +161,19 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path, content: str, on_error: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(RecordError, match=r"train\.jsonl: no usable record \(0 skipped\); expected at least one"):
+    with pytest.raises(RecordError, match=r"train\.jsonl: expected at least one valid record, got none \(0 sk"):
         read_records(path, on_error)
 
 
 def test_a_file_of_broken_lines_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", "{", "[]")
-    with pytest.raises(RecordError, match=r"no usable record \(2 skipped.*line 1: not valid JSON"):
+    with pytest.raises(RecordError, match=r"got none \(2 skipped\)\. First skipped: .*line 1: Not valid JSON"):
         read_records(path, on_error="skip")
 
 
 @pytest.mark.parametrize("missing", ["nothing.jsonl", "."])
 def test_a_missing_file_is_an_error(tmp_path: Path, missing: str) -> None:
-    with pytest.raises(ValueError, match="`data` must be a JSON Lines file, got .*which is no file"):
+    with pytest.raises(ValueError, match="`data` must be a JSON Lines file, got .*, which is not a file"):
         read_records(tmp_path / missing)
 
 

@@ -158,7 +158,7 @@ def test_later_callbacks_see_the_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "callback", "message"),
     [
-        (nn.Linear(2, 2), RouterLoadCallback(), "needs a model with a GroupedTopKRouter"),
+        (nn.Linear(2, 2), RouterLoadCallback(), "`model` must contain a GroupedTopKRouter, got Linear without one"),
         (Routed(), RouterLoadCallback(num_devices=3), "`num_groups` must divide `num_experts`=8, got 3"),
         (Routed(), RouterLoadCallback(num_devices=0), "`num_groups` must be an integer of at least 1, got 0"),
     ],

@@ -209,7 +209,7 @@ def test_frozen_parts_stay_as_they_are(tmp_path: Path, part: str) -> None:
 
 def test_every_part_frozen_is_refused(tmp_path: Path) -> None:
     config = settings(tmp_path, freeze=["vision", "text", "projector"])
-    with pytest.raises(ValueError, match="`freeze` leaves no weights to train"):
+    with pytest.raises(ValueError, match="`freeze` must leave parameters to train"):
         train(config)
 
 
@@ -229,7 +229,7 @@ def test_skipped_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         "train.jsonl, line 2",
         "eval.jsonl, line 2",
     ]
-    assert "3 records skipped; the first: " in caplog.text
+    assert "Skipped 3 records. First: " in caplog.text
 
 
 def test_a_label_that_cannot_be_written_is_an_error_of_its_line(tmp_path: Path) -> None:
@@ -243,20 +243,20 @@ def test_a_label_that_cannot_be_written_is_an_error_of_its_line(tmp_path: Path) 
 
 
 def test_samples_longer_than_a_pack_are_errors_of_their_line(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"line 1: the sample has \d+ tokens .* at most 20 fit; raise the capacity"):
+    with pytest.raises(RecordError, match=r"line 1: The sample has \d+ tokens .* expected at most 20\. Raise"):
         train(settings(tmp_path, capacity=20))
 
 
 def test_an_output_with_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
     train(settings(tmp_path, max_steps=1))
-    with pytest.raises(ValueError, match="`output` .*output holds checkpoints; pass resume, or name another folder"):
+    with pytest.raises(ValueError, match="`output` .*output contains checkpoints; set `resume`, or"):
         train(settings(tmp_path, max_steps=1))
 
 
 def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-best1").mkdir()  # not one of ours
     for output in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(ValueError, match="`output` .* holds no checkpoint to resume from"):
+        with pytest.raises(ValueError, match="`output` .* contains no checkpoint to resume from"):
             train(settings(tmp_path, resume=True, output=output))
 
 
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert [line["step"] for line in result.log if "loss" in line] == [1, 2, 3, 4]
     for path in (tmp_path / "output").glob("checkpoint-*"):
         (path / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="contains no checkpoint to resume from"):
         train(settings(tmp_path, max_steps=4, resume=True))
 
 

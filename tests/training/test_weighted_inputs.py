@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.training.weighted_making import Rows, one_row, padded, padded_left
 from vlparts.losses.normalizer import LossNormalizer
 from vlparts.losses.weights import find_samples
-from vlparts.training.weighted_inputs import WeightedCollator, checked_weight, take_weights, without_samples
+from vlparts.training.weighted_inputs import WeightedCollator, checked_weight, ignore_repeated, take_weights
 
 LABELS = torch.arange(10, 17)[None]
 X = -100
@@ -64,7 +64,7 @@ def test_rows_are_samples(case: str) -> None:
     assert samples_of({"labels": torch.arange(6).view(2, 3), **ROWS[case]}) == [0, 0, 0, 1, 1, 1]
 
 
-def test_the_first_token_behind_padding_has_no_loss() -> None:
+def test_the_first_token_after_padding_has_no_loss() -> None:
     batch = {"labels": torch.arange(10, 18).view(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])}
     found = take_weights(batch)[1]
     assert found is not None
@@ -95,7 +95,7 @@ def test_weights_must_be_finite_and_not_negative(name: str, value: float) -> Non
 
 
 @pytest.mark.parametrize("collator", [padded, padded_left, one_row])
-def test_weights_stand_where_their_tokens_stand(collator: Any) -> None:
+def test_weights_are_aligned_with_their_tokens(collator: Any) -> None:
     features = [Rows()[index] for index in range(4)]
     batch = WeightedCollator(collator)(features)
     plain = collator(features)
@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[Any, list[dict[str, Any]], str]] = {
     "missing": (
         padded,
         changed(sample_weight=None),
-        "`sample_weight` must stand in every feature of a batch, got 2 of 3",
+        "`sample_weight` must be in every feature of a batch, got 2 of 3",
     ),
     "negative": (padded, changed(sample_weight=-1), "`sample_weight` must be a finite number of at least 0, got -1"),
     "NaN": (
@@ -144,7 +144,7 @@ BROKEN: dict[str, tuple[Any, list[dict[str, Any]], str]] = {
     "number of tokens": (
         padded,
         changed(token_weights=[1.0]),
-        r"`token_weights` must have a number for each token, \[3",
+        r"`token_weights` must have one number per token, \[3",
     ),
     "a collator that cuts": (
         cut,
@@ -169,17 +169,17 @@ def test_integers_are_weights_and_huge_ones_are_not() -> None:
 
 @pytest.mark.parametrize("collator", [padded, one_row])
 @pytest.mark.parametrize("kept", [0, 2, 4])
-def test_what_is_repeated_is_ignored(collator: Any, kept: int) -> None:
+def test_repeated_features_are_ignored(collator: Any, kept: int) -> None:
     features = [Rows()[index] for index in range(4)]
     found = take_weights(WeightedCollator(collator)(features))[1]
     assert found is not None
-    left = without_samples(found, kept, 4).labels
+    left = ignore_repeated(found, kept, 4).labels
     valid = [int((one["labels"][1:] != X).sum()) for one in features]
     assert int((left != X).sum()) == sum(valid[:kept])
 
 
-def test_what_is_repeated_must_be_known() -> None:
+def test_repeated_features_must_be_identifiable() -> None:
     found = take_weights({"labels": LABELS, **PLACES["lengths"]})[1]
     assert found is not None
-    with pytest.raises(ValueError, match=r"shape \(1, 7\) from 2 features .* per_device_eval_batch_size=1"):
-        without_samples(found, 1, 2)
+    with pytest.raises(ValueError, match=r"shape \(1, 7\) from 2 features .* per_device_eval_batch_size=1\."):
+        ignore_repeated(found, 1, 2)

@@ -199,7 +199,7 @@ def test_samples_carry_their_weights_into_batches(tmp_path: Path) -> None:
 
 BROKEN = {
     "-0.5": r"`importance` must be a finite number of at least 0, got -0\.5",
-    "NaN": "NaN is no valid number",
+    "NaN": "NaN is not a valid number",
     "1e999": "`importance` must be a finite number of at least 0, got inf",
     '"1"': "`importance` must be a finite number of at least 0, got '1'",
     "true": "`importance` must be a finite number of at least 0, got True",
@@ -227,7 +227,7 @@ def test_a_weight_without_the_setting_is_an_unknown_field(tmp_path: Path) -> Non
 
 
 def test_a_field_that_no_record_has_is_misspelt(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`sample_weight_field` 'weihgt' stands in no record of .*train\.jsonl"):
+    with pytest.raises(ValueError, match=r"`sample_weight_field` 'weihgt' is in no record of .*train\.jsonl"):
         train(settings(tmp_path, sample_weight_field="weihgt"))
 
 
@@ -235,14 +235,17 @@ def test_a_field_that_no_record_has_is_misspelt(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"loss": "mean"}, "`loss`: Value error, must be one of token, sample, square, openpangu_mix, got 'mean'"),
-        ({"mix": 0.5}, "`mix` belongs to `loss` 'openpangu_mix', got `loss` None"),
-        ({"mix": 0.5, "loss": "square"}, "`mix` belongs to `loss` 'openpangu_mix', got `loss` 'square'"),
+        ({"mix": 0.5}, "`mix` requires loss='openpangu_mix', got loss=None"),
+        ({"mix": 0.5, "loss": "square"}, "`mix` requires loss='openpangu_mix', got loss='square'"),
         ({"mix": 1.5, "loss": "openpangu_mix"}, "`mix`: Input should be less than or equal to 1"),
         ({"mix": -1, "loss": "openpangu_mix"}, "`mix`: Input should be greater than or equal to 0"),
-        ({"sample_weight_field": "messages"}, "`sample_weight_field`: .*'messages' is another field of the records"),
+        (
+            {"sample_weight_field": "messages"},
+            "`sample_weight_field`: .*records have already, got 'messages'",
+        ),
         ({"sample_weight_field": ""}, "`sample_weight_field`: String should have at least 1 character"),
     ],
 )
-def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(None, {"data": "a", "output": "b", **changes})

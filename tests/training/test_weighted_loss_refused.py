@@ -1,4 +1,4 @@
-"""Models and Trainers that the weighted loss cannot serve are refused."""
+"""Models and Trainer options that the weighted loss does not support raise."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from vlparts.training.weighted_loss import WeightedLossTrainer
 
 
 class OwnLoss(nn.Module):
-    """A model that passes nothing on to its loss."""
+    """A model that passes no further arguments to its loss."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -26,13 +26,13 @@ class OwnLoss(nn.Module):
         return CausalLMOutputWithPast(loss=loss, logits=outputs.logits)
 
 
-def test_a_model_that_leaves_the_weights_behind_is_found_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="The weights did not reach the loss of OwnLoss"):
+def test_a_model_that_drops_the_weights_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`loss_weights` did not reach the loss of OwnLoss"):
         step(tmp_path, OwnLoss(llama()), padded, "sample")
 
 
 class Narrow(OwnLoss):
-    """A model that takes no further arguments."""
+    """A model whose forward takes no further arguments."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
         raise NotImplementedError
@@ -42,8 +42,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "preset": (llama, {"preset": "mean"}, {}, "`preset` must be one of token, sample"),
     "mix": (llama, {"preset": "token", "mix": 0.5}, {}, "`mix` belongs to `preset='token'` already"),
     "exponent": (llama, {"length_exponent": -1.0}, {}, "`length_exponent` must be a finite number of at least 0"),
-    "function": (llama, {"compute_loss_func": print}, {}, "`compute_loss_func` computes the loss in another way"),
-    "smoothing": (llama, {}, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor` computes the loss in another"),
+    "function": (llama, {"compute_loss_func": print}, {}, "`compute_loss_func` computes another loss"),
+    "smoothing": (llama, {}, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor` computes another loss"),
     "headless": (
         lambda: LlavaModel(composed("llava").config),
         {},
@@ -60,13 +60,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
         lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
         {},
         {},
-        "`model` must be trained on next tokens .* got T5ForConditionalGeneration",
+        "`model` must be a decoder with .* got T5ForConditionalGeneration",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_weighted_is_refused(tmp_path: Path, case: str) -> None:
+def test_unsupported_models_and_options_raise(tmp_path: Path, case: str) -> None:
     model, options, changes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         WeightedLossTrainer(model(), arguments(tmp_path, **changes), data_collator=padded, **options)

@@ -1,4 +1,4 @@
-"""The command line of coordinates: `python -m vlparts coordinates convert | check | show`."""
+"""The coordinate commands: `python -m vlparts coordinates convert | check | show`."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ import typer
 
 from ..coordinates.checking import PROBLEMS, Problem, check_region, check_text
 from ..coordinates.codec import decode
-from ..coordinates.converting import convert as convert_text
+from ..coordinates.conversion import convert as convert_text
 from ..coordinates.formats.registry import CoordinateFormat, get_format
 from ..coordinates.io.annotations import region_from_dict
 from ..coordinates.io.json_lines import json_line
 from ..coordinates.regions import KINDS, Region
-from .errors import mistakes
-from .jsonl import STANDARD, SizeFields, map_texts, read_rows, source_name, upright, written
+from .errors import exit_on_value_error
+from .jsonl import STANDARD, SizeFields, map_texts, open_output, read_rows, source_name, upright
 
 __all__ = ["app"]
 
@@ -31,8 +31,8 @@ FormatName = Annotated[str, typer.Option("--format", help="Format of the coordin
 Width = Annotated[str, typer.Option(help="Field with the width of the image.")]
 Height = Annotated[str, typer.Option(help="Field with the height of the image.")]
 ImageField = Annotated[str, typer.Option(help="Field with the path of the image.")]
-Root = Annotated[Path | None, typer.Option(help="Folder of the images; that of the input file if not given.")]
-TextField = Annotated[str, typer.Option(help="Field with the text, or with messages that hold it.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the images; by default that of the input file.")]
+TextField = Annotated[str, typer.Option(help="Field with the text, or with messages that contain it.")]
 RegionsField = Annotated[str, typer.Option(help="Field with regions.")]
 
 
@@ -41,16 +41,16 @@ def _sizes(source: str, width: str, height: str, image: str, root: Path | None) 
     return SizeFields(width, height, image, folder if root is None else root)
 
 
-def _choice(value: str) -> str:
+def _policy(value: str) -> str:
     if value not in POLICIES:
-        raise ValueError(f"--on-error must be one of {', '.join(POLICIES)}, got {value!r}")
+        raise ValueError(f"`--on-error` must be one of {', '.join(POLICIES)}, got {value!r}.")
     return value
 
 
-def _same(source: str, target: str) -> None:
-    """Refuse to write over what is being read."""
+def _check_output(source: str, target: str) -> None:
+    """Raise ValueError if the output would overwrite the input."""
     if STANDARD not in (source, target) and Path(source).resolve() == Path(target).resolve():
-        raise ValueError(f"--output must be another file than the input, got {target}")
+        raise ValueError(f"`--output` must be another file than the input, got {target}.")
 
 
 @app.command()
@@ -66,22 +66,22 @@ def convert(
     image_root: Root = None,
     on_error: Annotated[
         str,
-        typer.Option(
-            help="A line that cannot be converted: raise; skip it; or collect, keep it with `convert_error`."
-        ),
+        typer.Option(help="If a line cannot be converted: raise, skip it, or collect (keep it with `convert_error`)."),
     ] = "raise",
 ) -> None:
-    """Write the coordinates in texts in another format; all else in a line stays as it is."""
-    with mistakes():
-        policy, given, wanted = _choice(on_error), get_format(from_format), get_format(to_format)
-        _same(source, output)
+    """Convert the coordinates in texts to another format; the rest of a line does not change."""
+    with exit_on_value_error():
+        policy, source_format, target_format = _policy(on_error), get_format(from_format), get_format(to_format)
+        _check_output(source, output)
         sizes = _sizes(source, width_field, height_field, image_field, image_root)
         counts: Counter[str] = Counter()
-        with written(output) as file:
+        with open_output(output) as file:
             for number, row in read_rows(source):
                 try:
-                    _need(row, text_field)
-                    change = partial(convert_text, source=given, target=wanted, image_size=sizes.size(row))
+                    _check_field(row, text_field)
+                    change = partial(
+                        convert_text, source=source_format, target=target_format, image_size=sizes.size(row)
+                    )
                     value = map_texts(row[text_field], change)
                 except ValueError as error:
                     if policy == "raise":
@@ -92,8 +92,8 @@ def convert(
                     continue
                 counts["converted"] += 1
                 file.write(json_line({**row, text_field: value}))
-    left = "left out" if policy == "skip" else "kept as they were"
-    failed = f", {counts['failed']} {left}" if counts["failed"] else ""
+    action = "skipped" if policy == "skip" else "kept unchanged"
+    failed = f", {counts['failed']} {action}" if counts["failed"] else ""
     typer.echo(f"{_count(counts['converted'], 'line')} converted{failed}.", err=True)
 
 
@@ -101,20 +101,20 @@ def _count(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
 
 
-def _need(row: dict[str, Any], field: str) -> None:
+def _check_field(row: dict[str, Any], field: str) -> None:
     if field not in row:
-        raise ValueError(f"the field {field!r} is not there; the fields are {', '.join(row)}")
+        raise ValueError(f"A line must have the field {field!r}, got {', '.join(row)}.")
 
 
 def _region_fields(row: dict[str, Any], field: str) -> Iterator[Any]:
-    """The regions of a line as they stand there: of its field, or of a training record's messages."""
+    """Yield the regions of a line as plain data: those of its field, or of a training record's messages."""
     if field in row:
         if not isinstance(row[field], list):
-            raise ValueError(f"the field {field!r} must hold a list of regions, got {row[field]!r}")
+            raise ValueError(f"The field {field!r} must contain a list of regions, got {row[field]!r}.")
         yield from row[field]
         return
     if not isinstance(row.get("messages"), list):
-        raise ValueError(f"neither the field {field!r} nor messages are there; the fields are {', '.join(row)}")
+        raise ValueError(f"A line must have the field {field!r} or messages, got {', '.join(row)}.")
     for message in row["messages"]:
         content = message.get("content") if isinstance(message, dict) else None
         for block in content if isinstance(content, list) else [content]:
@@ -123,8 +123,8 @@ def _region_fields(row: dict[str, Any], field: str) -> Iterator[Any]:
 
 
 def _texts(row: dict[str, Any], field: str) -> list[str]:
-    """All texts of a field."""
-    _need(row, field)
+    """Return all texts of a field."""
+    _check_field(row, field)
     texts: list[str] = []
 
     def keep(text: str) -> str:
@@ -138,7 +138,7 @@ def _texts(row: dict[str, Any], field: str) -> list[str]:
 def _checked(
     source: str, sizes: SizeFields, fmt: CoordinateFormat, regions: str, texts: str | None, most: float
 ) -> Iterator[tuple[int, int, list[Problem]]]:
-    """For each region or text the number of its line, its index there, and its problems."""
+    """Yield line number, index in the line, and problems of each region or text."""
     for number, row in read_rows(source):
         try:
             size = sizes.size(row)
@@ -161,21 +161,23 @@ def check(
         typer.Option("--output", "-o", help="JSON Lines file for all problems, or - for the standard output."),
     ] = None,
     regions_field: RegionsField = "regions",
-    text_field: Annotated[str | None, typer.Option(help="Check texts of this field, in place of regions.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Check the texts of this field instead of regions.")] = None,
     width_field: Width = "width",
     height_field: Height = "height",
     image_field: ImageField = "image",
     image_root: Root = None,
-    most: Annotated[float, typer.Option(help="Pixels that a coordinate may move when written and read.")] = 1.0,
-    examples: Annotated[int, typer.Option(help="Problems of each kind to show.")] = 3,
+    most: Annotated[
+        float, typer.Option(help="Maximum pixels that a coordinate may move when written and read.")
+    ] = 1.0,
+    examples: Annotated[int, typer.Option(help="Number of examples per kind of problem.")] = 3,
 ) -> None:
-    """Report regions that leave their image, are out of order, or move or are lost in a format; exit code 1 if any."""
+    """Report invalid regions, and regions that a format cannot write or moves; the exit code is 1 if there are any."""
     total, counts, shown = 0, Counter[str](), dict[str, list[str]]()
-    with mistakes():
+    with exit_on_value_error():
         fmt = get_format(format)
-        _same(source, output or STANDARD)
+        _check_output(source, output or STANDARD)
         sizes = _sizes(source, width_field, height_field, image_field, image_root)
-        with nullcontext() if output is None else written(output) as file:
+        with nullcontext() if output is None else open_output(output) as file:
             for number, index, found in _checked(source, sizes, fmt, regions_field, text_field, most):
                 total += 1
                 for name, detail in found:
@@ -184,8 +186,8 @@ def check(
                         shown.setdefault(name, []).append(f"line {number}, {index}: {detail}")
                     if file is not None:
                         file.write(json_line({"line": number, "index": index, "problem": name, "detail": detail}))
-    things = _count(total, "region" if text_field is None else "text")
-    typer.echo(f"{things} checked for {fmt.name}: {_count(counts.total(), 'problem')}.", err=output == STANDARD)
+    checked = _count(total, "region" if text_field is None else "text")
+    typer.echo(f"{checked} checked for {fmt.name}: {_count(counts.total(), 'problem')}.", err=output == STANDARD)
     for name in (name for name in PROBLEMS if counts[name]):
         typer.echo(f"{counts[name]} {name}: {PROBLEMS[name]}", err=output == STANDARD)
         for line in shown.get(name, []):
@@ -197,18 +199,18 @@ def check(
 def _picture(
     row: dict[str, Any], sizes: SizeFields, fmt: CoordinateFormat, texts: str, regions: str
 ) -> dict[str, Any]:
-    """What `show.box_grid` draws for a line: its first image, with what its text says and what its regions are."""
+    """Return the item of `show.box_grid` for a line: its first image, predicted and true regions."""
     paths, size = sizes.paths(row), sizes.size(row)
-    true = regions in row or (texts not in row and "messages" in row)
-    if texts not in row and not true:
-        raise ValueError(f"neither the field {texts!r} nor {regions!r} is there; the fields are {', '.join(row)}")
-    said: list[Region] = []
+    has_truth = regions in row or (texts not in row and "messages" in row)
+    if texts not in row and not has_truth:
+        raise ValueError(f"A line must have the field {texts!r} or {regions!r}, got {', '.join(row)}.")
+    predicted: list[Region] = []
     for text in _texts(row, texts) if texts in row else []:
-        said += [region for region in decode(text, size, fmt, on_error="skip").regions if region.image == 0]
-    there = [region_from_dict(fields) for fields in (_region_fields(row, regions) if true else ())]
-    there = [region for region in there if region.image == 0]
+        predicted += [region for region in decode(text, size, fmt, on_error="skip").regions if region.image == 0]
+    truth = [region_from_dict(fields) for fields in (_region_fields(row, regions) if has_truth else ())]
+    truth = [region for region in truth if region.image == 0]
     item: dict[str, Any] = {"image": upright(paths[0]), "title": paths[0].name}
-    return item | ({"predicted": said} if texts in row else {}) | ({"truth": there} if true else {})
+    return item | ({"predicted": predicted} if texts in row else {}) | ({"truth": truth} if has_truth else {})
 
 
 @app.command()
@@ -222,17 +224,17 @@ def show(
     height_field: Height = "height",
     image_field: ImageField = "image",
     image_root: Root = None,
-    limit: Annotated[int, typer.Option(help="Lines to draw, from the first.")] = 12,
-    columns: Annotated[int, typer.Option(help="Pictures in a row.")] = 4,
+    limit: Annotated[int, typer.Option(help="Maximum number of lines to draw.")] = 12,
+    columns: Annotated[int, typer.Option(help="Pictures per row.")] = 4,
 ) -> None:
-    """Draw what texts say with solid lines, and the regions of the same lines, as the truth, with dashed lines."""
-    with mistakes():
+    """Draw the regions of texts with solid lines, and the true regions of the same lines with dashed lines."""
+    with exit_on_value_error():
         try:
-            from ..show._boxes import box_grid
+            from ..show import box_grid
 
             fmt = get_format(format)
             if not output.parent.is_dir():
-                raise ValueError(f"the output must lie in a folder that is there, got {output}")
+                raise ValueError(f"The output must be in an existing folder, got {output}.")
             sizes = _sizes(source, width_field, height_field, image_field, image_root)
             items = []
             for number, row in islice(read_rows(source), limit):

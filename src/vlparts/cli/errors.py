@@ -1,4 +1,4 @@
-"""How commands end where the user is to mend something: with the message alone, and exit code 2."""
+"""Exit of commands on invalid input: the message without a traceback, and exit code 2."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["mistakes"]
+__all__ = ["exit_on_value_error"]
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """Show a ValueError as `error: message` and leave with exit code 2."""
+def exit_on_value_error() -> Iterator[None]:
+    """Print a ValueError as `error: message` to standard error and exit with code 2."""
     try:
         yield
     except ValueError as error:

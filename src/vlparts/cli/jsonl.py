@@ -1,4 +1,4 @@
-"""Lines of JSON for the coordinate commands: where they come from, how large their images are, where they go."""
+"""JSON Lines for the coordinate commands: input, image sizes and output."""
 
 import io
 import os
@@ -13,40 +13,40 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import Progress
 
-from ..coordinates.frames.rules import check_size
 from ..coordinates.io.json_lines import read_json_lines
+from ..coordinates.validation import check_size
 
-__all__ = ["STANDARD", "SizeFields", "image_size", "map_texts", "read_rows", "source_name", "upright", "written"]
+__all__ = ["STANDARD", "SizeFields", "image_size", "map_texts", "open_output", "read_rows", "source_name", "upright"]
 
 STANDARD = "-"
 TEXT_KEYS = ("content", "value", "text")
 ORIENTATION = 0x0112  # the EXIF tag
-TURNED = (5, 6, 7, 8)  # its values for images whose sides change places
+TRANSPOSED = (5, 6, 7, 8)  # its values that exchange width and height
 
 
 def source_name(source: str) -> str:
-    """What messages call a source of lines."""
+    """Return the name of the input in messages."""
     return "standard input" if source == STANDARD else source
 
 
 def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read lines of a file, or of the standard input for "-", one at a time, with progress on a terminal.
+    """Read the lines of a file, or of the standard input for "-", one at a time, with a progress bar on a terminal.
 
     Yields:
-        The number of a line and its object.
+        Line number and object.
 
     Raises:
-        ValueError: If there is no such file, or a line is no JSON object.
+        ValueError: If the file does not exist, or a line is not a JSON object.
     """
     if source == STANDARD:
         yield from read_json_lines(sys.stdin.buffer, source_name(source))
         return
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"the input must be a JSON Lines file, got {source}, which is no file")
+        raise ValueError(f"The input must be a JSON Lines file, got {source}, which does not exist.")
     console = Console(stderr=True)
-    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with path.open("rb") as file, shown as progress:
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with path.open("rb") as file, progress:
         task = progress.add_task(path.name, total=path.stat().st_size)
 
         def counted() -> Iterator[bytes]:
@@ -58,10 +58,10 @@ def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 @contextmanager
-def written(target: str) -> Iterator[IO[str]]:
-    """Open a file for lines, or the standard output for "-"; a file appears only when all went well."""
+def open_output(target: str) -> Iterator[IO[str]]:
+    """Open a file for lines, or the standard output for "-". The file is created only if no exception occurs."""
     if target == STANDARD:
-        # In UTF-8 whatever the terminal's language, as a file would be.
+        # In UTF-8, like a file, independent of the locale.
         stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="\n")
         try:
             yield stream
@@ -70,7 +70,7 @@ def written(target: str) -> Iterator[IO[str]]:
         return
     path, part = Path(target), Path(target + ".part")
     if not path.parent.is_dir():
-        raise ValueError(f"the output must lie in a folder that is there, got {target}")
+        raise ValueError(f"The output must be in an existing folder, got {target}.")
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -81,13 +81,14 @@ def written(target: str) -> Iterator[IO[str]]:
 
 @dataclass(frozen=True)
 class SizeFields:
-    """Where the size of a line's image stands.
+    """The fields with the size of a line's image.
 
     Args:
-        width: Field with the width; a list of widths where a line has several images.
-        height: Field with the height, or heights.
-        image: Field with the path of the image, or several; opened for its size where the fields are not there.
-        root: Folder that paths of images are relative to.
+        width: Field with the width, or with a list of widths for several images.
+        height: Field with the height, or with a list of heights.
+        image: Field with the path of the image, or with several. The size is read from the file if a line has no width
+            or height.
+        root: Folder that image paths are relative to.
     """
 
     width: str
@@ -96,24 +97,24 @@ class SizeFields:
     root: Path
 
     def paths(self, row: dict[str, Any]) -> list[Path]:
-        """Paths of the images of a line."""
+        """Return the paths of the images of a line."""
         given = row.get(self.image, row.get("images"))
         names = [given] if isinstance(given, str) else given
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"the field {self.image!r} must hold the path of an image, got {given!r}")
+            raise ValueError(f"The field {self.image!r} must contain the path of an image, got {given!r}.")
         return [self.root / name for name in names]
 
     def size(self, row: dict[str, Any]) -> tuple[int, int] | list[tuple[int, int]]:
-        """The (width, height) of the image of a line, or a list of them.
+        """Return the (width, height) of the image of a line, or a list of them.
 
         Raises:
-            ValueError: If neither the fields nor a readable image are there.
+            ValueError: If the line has neither valid sizes nor a readable image.
         """
         width, height = row.get(self.width), row.get(self.height)
         if width is None or height is None:
             if not {self.image, "images"} & row.keys():
                 fields = f"{self.width!r} and {self.height!r}, or {self.image!r}"
-                raise ValueError(f"the size of the image is needed: the fields {fields}; there are {', '.join(row)}")
+                raise ValueError(f"A line must have the fields {fields}, got {', '.join(row)}.")
             sizes = [image_size(path) for path in self.paths(row)]
             return sizes[0] if len(sizes) == 1 else sizes
         name = f"({self.width}, {self.height})"
@@ -123,37 +124,39 @@ class SizeFields:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image file as it is shown: turned by its EXIF orientation.
+    """Return (width, height) of an image file after applying its EXIF orientation.
 
     Raises:
-        ValueError: If it is no image.
+        ValueError: If the file is not an image.
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION) in TURNED
-            return (image.height, image.width) if turned else image.size
+            is_transposed = image.getexif().get(ORIENTATION) in TRANSPOSED
+            return (image.height, image.width) if is_transposed else image.size
     except OSError as error:
-        raise ValueError(f"cannot read the size of image {path}: {error}") from None
+        raise ValueError(f"The size of image {path} cannot be read: {error}.") from None
 
 
 def upright(path: Path) -> Image.Image:
-    """Open an image as it is shown: turned by its EXIF orientation, in RGB.
+    """Read an image as RGB after applying its EXIF orientation.
 
     Raises:
-        ValueError: If it is no image.
+        ValueError: If the file is not a valid image.
     """
+    from ..parts.image_transforms import read_image  # imports transformers, which the other commands do not need
+
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"cannot read image {path}: {error}") from None
+            return read_image(ImageOps.exif_transpose(image))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Image {path} cannot be read: {error}") from None
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Change every text of a field: a str, or a list of messages with their text under content, value or text.
+    """Apply `change` to every text of a field: a str, or messages with their text under content, value or text.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither.
     """
     if isinstance(value, str):
         return change(value)
@@ -162,4 +165,4 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         keys = [key for key in TEXT_KEYS if isinstance(value.get(key), (str, list))]
         return {**value, **{key: map_texts(value[key], change) for key in keys}}
-    raise ValueError(f"expected a text or a list of messages, got {value!r}")
+    raise ValueError(f"Expected a text or a list of messages, got {value!r}.")

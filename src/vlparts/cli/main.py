@@ -1,4 +1,4 @@
-"""The command line: `python -m vlparts demo | train | coordinates | info`."""
+"""Command line: `python -m vlparts demo | train | coordinates | info`."""
 
 import importlib.metadata
 import os
@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlparts.cli.coordinates import app as coordinates_app
-from vlparts.cli.errors import mistakes
+from .coordinates import app as coordinates_app
+from .errors import exit_on_value_error
 
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(coordinates_app, name="coordinates")
@@ -23,17 +23,17 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path(
         "vlparts-demo"
     ),
-    minutes: Annotated[float, typer.Option(help="Time for all of it, in minutes.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Training steps, in place of a time.")] = None,
-    digits: Annotated[int, typer.Option(help="Digits in an image; more than one makes the task harder.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Total time in minutes.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the order of samples.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps, instead of --minutes.")] = None,
+    digits: Annotated[int, typer.Option(help="Digits per image, 1 to 4; more are harder.")] = 1,
     text: Annotated[str, typer.Option(help="Preset of the text model, such as moge:small.")] = "qwen3:tiny",
 ) -> None:
-    """Compose a model, train it to find digits in photographs, save it, and ask it without vlparts."""
+    """Compose a model, train it to locate digits in photographs, save it, and evaluate it without vlparts."""
     from ..demo.data import Task
     from ..demo.run import run_demo
 
-    with mistakes():
+    with exit_on_value_error():
         task = Task(digits=digits)
         run_demo(out, minutes=minutes, seed=seed, steps=steps, console=console, task=task, text=text)
 
@@ -42,38 +42,42 @@ def demo(
 def train(
     data: Annotated[Path | None, typer.Option(help="JSON Lines file of training records.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the trained model.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here come first.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings, which options override.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSON Lines file of evaluation records.")] = None,
     vision: Annotated[str | None, typer.Option(help="Preset such as navit:tiny, folder, or JSON file.")] = None,
     text: Annotated[str | None, typer.Option(help="Preset such as qwen3:tiny, folder, or JSON file.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Composed model to train further.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a composed model to train further.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
     freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
     packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     loss: Annotated[str | None, typer.Option(help="token, sample, square or openpangu_mix.")] = None,
     mix: Annotated[float | None, typer.Option(help="Share of sample averaging in openpangu_mix, 0 to 1.")] = None,
-    sample_weight_field: Annotated[str | None, typer.Option(help="Field of the records with their weights.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    sample_weight_field: Annotated[
+        str | None, typer.Option(help="Field of the records with their loss weight.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the weights and the order of samples.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint in the output folder.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="raise or skip broken records.")] = None,
-    on_outside: Annotated[str | None, typer.Option(help="raise, clamp or skip regions outside images.")] = None,
+    resume: Annotated[bool | None, typer.Option(help="Resume from the last checkpoint in --output.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="Policy for invalid records: raise or skip.")] = None,
+    on_outside: Annotated[
+        str | None, typer.Option(help="Policy for regions outside their image: raise, clamp or skip.")
+    ] = None,
 ) -> None:
-    """Fine-tune a composed model on records of images and conversations."""
+    """Fine-tune a composed model on conversations about images."""
     changes: dict[str, Any] = {
         name: value for name, value in locals().items() if name != "config" and value not in (None, [])
     }
     from ..training.config import load_config
     from ..training.train import train as run
 
-    with mistakes():
+    with exit_on_value_error():
         result = run(load_config(config, changes))
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one reports
+    if int(os.environ.get("RANK", "0")) == 0:  # only the first process reports
         for reason in result.skipped:
             console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
         console.print(f"{result.steps} steps, {len(result.skipped)} records skipped.")
@@ -81,9 +85,11 @@ def train(
 
 @app.command()
 def info(
-    self_check: Annotated[bool, typer.Option("--self-check", help="Compare backends' kernels with PyTorch.")] = False,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Compare kernels of backends with PyTorch.")
+    ] = False,
 ) -> None:
-    """Show versions, registered parts, and backends with the reasons of those that are not active."""
+    """Show versions, registered parts, and backends with the reason if one is not active."""
     from ..backends import backend_status, check_backends
     from ..registration import PARTS
 
@@ -106,14 +112,14 @@ def info(
     if not self_check:
         return
     table = Table("backend", "kernel", "self-check")
-    faults = check_backends()
-    for backend, kernels in faults.items():
-        for kernel, fault in kernels.items():
-            table.add_row(backend, kernel, Text(f"switched off: {fault}" if fault else "passed"))
+    results = check_backends()
+    for backend, kernels in results.items():
+        for kernel, error in kernels.items():
+            table.add_row(backend, kernel, Text(f"switched off: {error}" if error else "passed"))
     console.print(table)
-    if not faults:
+    if not results:
         console.print("No active backend has kernels to check.")
-    if any(fault for kernels in faults.values() for fault in kernels.values()):
+    if any(error for kernels in results.values() for error in kernels.values()):
         raise typer.Exit(1)
 
 

@@ -1,24 +1,22 @@
-"""Regions of images as text: every model's format, the frames that models see, and the numbers of answers.
-
-Nothing here needs torch or transformers.
-"""
+"""Regions of images as text: published formats, frames and metrics. Requires neither torch nor transformers."""
 
 from .arrays import decode_array, dequantize, encode_array, quantize
 from .checking import PROBLEMS, Problem, check_region, check_text
-from .checks import check_boxes
 from .codec import CoordinateError, DecodeResult, decode, encode
-from .converting import convert
+from .conversion import convert
 from .formats.detection import Guess, guess_format
+from .formats.openpangu import PADDED, padded_format
 from .formats.published import ABSENT
 from .formats.registry import FORMATS, CoordinateFormat, get_format, register_format
-from .frames.rules import FitWithin, Frame, FrameRule, Original, PaddedSquare, Resized, SmartResize, clip_points
+from .frames.maps import Frame, clip_points
+from .frames.rules import FitWithin, FrameRule, Original, PaddedSquare, Resized, SmartResize
 from .grammars.base import Coded, DecodeError, Found, Grammar
 from .grammars.json_fields import NamedJsonGrammar
 from .grammars.json_objects import JsonGrammar
 from .grammars.kosmos2 import CellNumbers, KosmosGrammar
 from .grammars.molmo import MolmoGrammar
 from .grammars.molmo2 import Molmo2Grammar
-from .grammars.openpangu import PADDED, PairGrammar, padded_format
+from .grammars.openpangu import PairGrammar
 from .grammars.tagged import Shape, TaggedGrammar
 from .io.annotations import ImageRegions, read_annotations, record_regions, training_record, write_annotations
 from .io.coco import read_coco, write_coco
@@ -28,6 +26,7 @@ from .metrics.report import Detection, Report, report
 from .quantization import NumberRule, Numbers
 from .regions import KINDS, Region
 from .streaming import StreamDecoder
+from .validation import check_boxes
 
 __all__ = [
     "ABSENT",

@@ -1,4 +1,4 @@
-"""What would go wrong with regions in a format, before a model is trained on them."""
+"""Checks of training data: regions and texts with problems in a format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from .codec import CoordinateError, ImageSizes, decode, encode
 from .formats.registry import CoordinateFormat, get_format
-from .frames.rules import clip_points
+from .frames.maps import clip_points
 from .io.annotations import region_from_dict
 from .resolving import check_sizes
 
@@ -21,26 +21,14 @@ PROBLEMS = {
     "moved": "moves too far when it is written and read",
     "unreadable": "text that cannot be read in the format",
 }
-"""The names of problems, and what they mean."""
+"""The names of problems with their descriptions."""
 
 
 class Problem(NamedTuple):
-    """A problem: its name in `PROBLEMS`, and what exactly came."""
+    """A problem: its name in `PROBLEMS`, and the details."""
 
     name: str
     detail: str
-
-
-def _in_order(fields: Any) -> tuple[Any, list[Problem]]:
-    """Put the corners of a box in order, and say so where they were not."""
-    box = fields.get("box") if isinstance(fields, Mapping) else None
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-        return fields, []
-    x1, y1, x2, y2 = box
-    if x1 <= x2 and y1 <= y2:
-        return fields, []
-    ordered = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
-    return {**fields, "box": ordered}, [Problem("reordered", f"box {list(box)}")]
 
 
 def check_region(
@@ -50,28 +38,28 @@ def check_region(
     *,
     most: float = 1.0,
 ) -> list[Problem]:
-    """Return what would go wrong with a region in a format.
+    """Return the problems of a region in a format.
 
     Args:
-        fields: The region as plain data (see `region_from_dict`); its box may be out of order.
+        fields: The region as plain data (see `region_from_dict`). The corners of its box may be out of order.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
-        format: A format or its name; the default format where None.
-        most: The furthest that a coordinate may move when the region is written and read, in pixels.
+        format: A format or its name; None for openPangu's.
+        most: Maximum distance, in pixels, that a coordinate may move when the region is written and read.
 
     Returns:
-        The problems; [] where all is well. Of a box out of order the rest is looked at with its corners in order.
+        The problems; [] for none. A box out of order is checked further with its corners in order.
 
     Raises:
-        ValueError: For an unknown format, or a size that is none.
+        ValueError: If the format is unknown or `image_size` is invalid.
     """
     fmt, sizes = get_format(format), check_sizes(image_size)
-    fields, problems = _in_order(fields)
+    fields, problems = _ordered_corners(fields)
     try:
         region = region_from_dict(fields)
     except (ValueError, TypeError) as error:
         return [*problems, Problem("broken", str(error))]
     if region.image >= len(sizes):
-        return [*problems, Problem("broken", f"there is no image {region.image}")]
+        return [*problems, Problem("broken", f"Image {region.image} (counted from 0) does not exist.")]
     try:
         clip_points(region.points, sizes[region.image])
     except ValueError as error:
@@ -89,10 +77,27 @@ def check_region(
 
 
 def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str | None = None) -> list[Problem]:
-    """Return what in a text was meant as a region of the format and is none, as problems named "unreadable".
+    """Return the malformed and unfinished regions of a text as problems named "unreadable".
+
+    Args:
+        text: Any text.
+        image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
+        format: A format or its name; None for openPangu's.
 
     Raises:
-        ValueError: For an unknown format, or a size that is none.
+        ValueError: If the format is unknown or `image_size` is invalid.
     """
     errors = decode(text, image_size, format, on_error="collect").errors
     return [Problem("unreadable", f"position {position}: {reason}") for position, reason in errors]
+
+
+def _ordered_corners(fields: Any) -> tuple[Any, list[Problem]]:
+    """Return the fields with the corners of a box in order, and a problem if they were not."""
+    box = fields.get("box") if isinstance(fields, Mapping) else None
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
+        return fields, []
+    x1, y1, x2, y2 = box
+    if x1 <= x2 and y1 <= y2:
+        return fields, []
+    ordered = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+    return {**fields, "box": ordered}, [Problem("reordered", f"box {list(box)}")]

@@ -1,69 +1,63 @@
-"""How a coordinate in pixels becomes an integer code, and a code becomes pixels again."""
+"""Quantization: from coordinates in pixels to integer codes and back."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol, SupportsIndex
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NumberRule", "Numbers", "integer"]
+from .validation import integer
+
+__all__ = ["NumberRule", "Numbers"]
 
 ROUNDINGS = ("round", "floor", "bins")
-# A value that lies so close below a code, in units of codes, counts as on it. Pixels that were read from a code are
-# the nearest float64, which may lie below; without this, "floor" would drift down with each pass.
+# In codes: a value below a code by no more than this counts as the code. Pixels that were read from a code are rounded
+# to float64, possibly down; without the tolerance, "floor" would decrease the code with each pass.
 TOLERANCE = 1e-6
 Points = Sequence[Sequence[tuple[float, float]]]
 
 
-def integer(value: object, name: str) -> int:
-    """Return `value` as an int, or raise ValueError naming it."""
-    if not isinstance(value, SupportsIndex) or isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    return operator.index(value)
-
-
 class Numbers(Protocol):
-    """Between the points of regions in a frame and the codes of a format."""
+    """Converts between the points of regions in a frame and the codes of a format."""
 
     def to_codes(self, points: NDArray[np.float64], counts: Sequence[int], size: tuple[int, int]) -> list[list[int]]:
-        """Codes of regions with `counts` points each, of `points` `(sum(counts), 2)` within a frame of `size`."""
+        """Return the codes of regions with `counts` points each, of `points` `(sum(counts), 2)` in a frame."""
 
     def to_points(self, codes: Sequence[Sequence[int]], size: tuple[int, int]) -> Points:
-        """The points of regions with these codes.
+        """Return the points of regions with these codes.
 
         Raises:
-            ValueError: If a code is out of range; says which, and what the range is.
+            ValueError: If a code is out of range; names the code and the range.
         """
 
     def error_bound(self, size: tuple[int, int]) -> tuple[float, float]:
-        """The furthest that x and y of a point inside the frame move when they are written and read, in pixels."""
+        """Return the maximum error of x and y, in pixels, when a point inside the frame is written and read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRule:
-    """The rule of nearly all formats: a linear scale, rounded.
+    """Linear quantization, the rule of nearly all formats.
 
-    A value `v` on a side of `s` pixels lies at `u = v * D / s`, where D is `denominator`, or `s / step` for formats
-    that count pixels of the frame (`denominator=None`). Rounding "round" writes `floor(u + 1/2)` and reads
+    A value `v` on a side of `s` pixels is scaled to `u = v * D / s`, where D is `denominator`, or `s / step` for
+    formats that count pixels of the frame (`denominator=None`). Rounding "round" writes `floor(u + 1/2)` and reads
     `code * s / D`; "floor" writes `floor(u)` and reads `code * s / D`; "bins" writes `floor(u)` and reads the middle
-    of that bin, `(code + 1/2) * s / D`. Codes above the largest are written as the largest, which only a value near
-    the far edge can need: it is part of such a rule.
+    of that bin, `(code + 1/2) * s / D`. A result above the largest code, which only a value near the far edge has, is
+    written as the largest code.
 
     Args:
-        denominator: The number that stands for the full side; None where the unit is pixels.
-        levels: Codes run from 0 to `levels - 1`; None, with pixels only, for as many as the frame has.
+        denominator: The number of the full side; None if codes count pixels.
+        levels: Codes run from 0 to `levels - 1`; None, with pixels only, for the pixels of the frame.
         rounding: "round" (half up), "floor" or "bins".
-        step: Pixels of the frame in a unit; with `denominator=None` only.
-        far_edge: With pixels only: whether the far edge has a code of its own (s), or the last is that of the last
+        step: Pixels of the frame per code; with `denominator=None` only.
+        far_edge: With pixels only: whether the far edge has its own code (s), or the largest code is that of the last
             pixel (s - 1).
-        most: Largest code that is accepted when reading, at least `levels - 1`, which is the default; for models that
-            also say 1000 where 999 is the last that is written. Such a code reads as the far edge at most.
+        most: Largest code that is accepted when reading; at least `levels - 1`, the default. For models that also
+            write 1000 where 999 is the largest code. Such a code reads as the far edge at most.
 
     Raises:
-        ValueError: For a value outside its range, or two that exclude each other.
+        ValueError: If a value is outside its range, or two values exclude each other.
     """
 
     denominator: int | None = 999
@@ -78,9 +72,9 @@ class NumberRule:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, integer(getattr(self, name), name))
         if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be 'round', 'floor' or 'bins', got {self.rounding!r}")
+            raise ValueError(f"`rounding` must be 'round', 'floor' or 'bins', got {self.rounding!r}.")
         if self.step < 1:
-            raise ValueError(f"step must be at least 1, got {self.step}")
+            raise ValueError(f"`step` must be at least 1, got {self.step}.")
         if self.denominator is None:
             self._check_pixels()
         else:
@@ -88,37 +82,41 @@ class NumberRule:
 
     def _check_pixels(self) -> None:
         if self.levels is not None or self.most is not None:
-            raise ValueError("levels and most must be None with denominator=None: the frame's pixels are the codes")
+            raise ValueError(
+                f"`levels` and `most` must be None if `denominator` is None, got {self.levels} and {self.most}."
+            )
         if self.rounding == "bins":
-            raise ValueError("rounding must be 'round' or 'floor' with denominator=None, got 'bins'")
+            raise ValueError("`rounding` must be 'round' or 'floor' if `denominator` is None, got 'bins'.")
 
     def _check_relative(self, denominator: int) -> None:
         if self.levels is None or self.levels < 2:
-            raise ValueError(f"levels must be at least 2 where there is a denominator, got {self.levels}")
+            raise ValueError(f"`levels` must be at least 2 if `denominator` is given, got {self.levels}.")
         if self.step != 1 or not self.far_edge:
-            raise ValueError("step and far_edge are for denominator=None, where codes count pixels")
-        # With a smaller denominator a code could stand for a place outside the image.
+            raise ValueError(
+                f"`step` and `far_edge` need `denominator=None`, got step={self.step}, far_edge={self.far_edge}."
+            )
+        # With a smaller denominator, a code could mean a point outside the image.
         least = self.levels if self.rounding == "bins" else self.levels - 1
         if denominator < least:
             raise ValueError(
-                f"denominator must be at least {least} for {self.levels} levels and rounding "
-                f"{self.rounding!r}, got {denominator}"
+                f"`denominator` must be at least {least} for {self.levels} levels and rounding "
+                f"{self.rounding!r}, got {denominator}."
             )
         if self.most is not None and self.most < self.levels - 1:
-            raise ValueError(f"most must be at least levels - 1 = {self.levels - 1}, got {self.most}")
+            raise ValueError(f"`most` must be at least levels - 1 = {self.levels - 1}, got {self.most}.")
 
     def last(self, side: int) -> int:
-        """The largest code that is written for a side of that many pixels."""
+        """Return the largest code that is written for a side of this many pixels."""
         if self.levels is not None:
             return self.levels - 1
         return (side if self.far_edge else side - 1) // self.step
 
     def largest(self, side: int) -> int:
-        """The largest code that is accepted for a side of that many pixels."""
+        """Return the largest code that is accepted when reading, for a side of this many pixels."""
         return self.last(side) if self.most is None else self.most
 
     def quantize(self, pixels: NDArray[np.float64], sides: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Codes of values in [0, side], of the broadcast shape of both; the values are not checked."""
+        """Return the codes of values in [0, side], of the broadcast shape of both. The values are not checked."""
         last: NDArray[np.float64] | np.float64
         if self.denominator is None:
             scaled = pixels / self.step
@@ -131,7 +129,7 @@ class NumberRule:
         return result
 
     def dequantize(self, codes: NDArray[np.int64], sides: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Pixels of codes, of the broadcast shape of both; the codes are not checked."""
+        """Return the pixels of codes, of the broadcast shape of both. The codes are not checked."""
         values = codes.astype(np.float64)
         if self.denominator is None:
             return values * self.step
@@ -141,7 +139,7 @@ class NumberRule:
         return values if self.most is None else np.minimum(values, sides)
 
     def to_codes(self, points: NDArray[np.float64], counts: Sequence[int], size: tuple[int, int]) -> list[list[int]]:
-        """See [`Numbers`]: x and y of each point in turn."""
+        """See [`Numbers`]: two codes per point."""
         flat = self.quantize(points, np.asarray(size, dtype=np.float64)).ravel().tolist()
         result, start = [], 0
         for count in counts:
@@ -157,10 +155,10 @@ class NumberRule:
         most = (self.largest(size[0]), self.largest(size[1]))
         if len(flat) and (flat > most).any():
             axis = 0 if (flat[:, 0] > most[0]).any() else 1
-            raise ValueError(f"a code above {most[axis]}: {int(flat[:, axis].max())}")
+            raise ValueError(f"Code {int(flat[:, axis].max())} is above the largest code {most[axis]}.")
         xs, ys = self.dequantize(flat, np.asarray(size, dtype=np.float64)).T.tolist()
         points = list(zip(xs, ys, strict=True))
-        if not counts or (counts[0] == 4 and counts.count(4) == len(counts)):  # boxes alone, the common case
+        if not counts or (counts[0] == 4 and counts.count(4) == len(counts)):  # only boxes, the common case
             return list(zip(points[::2], points[1::2], strict=True))
         result, start = [], 0
         for count in counts:

@@ -1,1 +1,1 @@
-"""The demo: a small model learns, from nothing, to say where a digit is."""
+"""Demo: train a small vision-language model from random weights to locate digits in photographs."""

@@ -1,6 +1,6 @@
-"""Ask a saved model about images, with transformers alone.
+"""Script that generates answers with a saved model, using transformers only.
 
-Run as a script in an environment where vlparts cannot be imported:
+Run it in an environment where vlparts cannot be imported:
 `ask.py FOLDER QUESTIONS.jsonl ANSWERS.json [TOKENS]`.
 """
 
@@ -17,16 +17,19 @@ _BATCH = 50
 
 
 def main(folder: str, questions: str, answers: str, tokens: str = "40") -> None:
-    """Answer every question of a file of records with the model in `folder`.
+    """Generate an answer for each record of a file.
 
     Args:
         folder: A checkpoint with its code.
         questions: JSON Lines file of records; the first user turn is the question.
-        answers: Where the list of answers goes, as JSON.
-        tokens: Tokens of an answer at most.
+        answers: JSON file to write the list of answers to.
+        tokens: Maximum number of tokens per answer.
+
+    Raises:
+        RuntimeError: If vlparts can be imported.
     """
     if importlib.util.find_spec("vlparts") is not None:
-        raise RuntimeError("vlparts can be imported here, so this would prove nothing.")
+        raise RuntimeError("vlparts can be imported; expected an environment without it.")
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     root = Path(questions).parent

@@ -1,7 +1,7 @@
-"""Photographs with handwritten digits in them, as the JSON Lines file that users write.
+"""Data of the demo: photographs with handwritten digits, as images and a JSON Lines file of training records.
 
-Both sources ship inside scikit-learn: two photographs and 1,797 digits of 8 x 8 pixels. Training and held-out images
-share no digit and no pixel of a photograph: the held-out ones come from the right part of each photograph.
+Both sources are part of scikit-learn: two photographs and 1,797 digits of 8 x 8 pixels. Training and held-out images
+share neither digits nor pixels: held-out images are crops of the right part of each photograph.
 """
 
 import json
@@ -13,21 +13,25 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 _TRAIN_SHARE = 0.75
-# White digits stand where no more than this share of the photograph is brighter than this, or taken by another digit.
-_BRIGHTEST, _MOST_TAKEN = 150, 0.05
-_TRIES = 50
+# White digits are placed where at most `_MAX_BLOCKED` of the pixels are brighter than `_MAX_BRIGHTNESS` or covered by
+# another digit.
+_MAX_BRIGHTNESS, _MAX_BLOCKED = 150, 0.05
+_MAX_ATTEMPTS = 50
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the images look like.
+    """Parameters of the images.
 
     Args:
-        sides: Smallest and largest side of an image in pixels; width and height are drawn apart.
+        sides: Smallest and largest side of an image in pixels; width and height are drawn independently.
         digit_sides: Smallest and largest side of a digit in pixels.
-        digits: Digits in an image, all of different values; one of them is asked for.
+        digits: Digits per image, from 1 to 4, all of different values; the question is about one of them.
+
+    Raises:
+        ValueError: If `digits` is not in 1..4.
     """
 
     sides: tuple[int, int] = (72, 112)
@@ -36,14 +40,14 @@ class Task:
 
     def __post_init__(self) -> None:
         if not 1 <= self.digits <= 4:
-            raise ValueError(f"`digits` must lie in 1..4, since more do not fit into an image, got {self.digits}.")
+            raise ValueError(f"`digits` must be in 1..4, got {self.digits}; more do not fit into an image.")
 
 
 def load_sources(held_out: bool, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Photographs and digits of one side of the split.
+    """Load the photographs and digits of one split.
 
     Args:
-        held_out: Whether to return the held-out side.
+        held_out: True for the held-out split, False for the training split.
         seed: Seed of the split of the digits.
 
     Returns:
@@ -63,29 +67,29 @@ def load_sources(held_out: bool, seed: int = 0) -> tuple[list[np.ndarray], np.nd
 
 
 def write_dataset(folder: Path, name: str, count: int, task: Task, *, held_out: bool, seed: int) -> Path:
-    """Make images and the records that ask for a digit in each.
+    """Write images and one record per image that asks for a digit.
 
     Args:
-        folder: Where `name`.jsonl and the folder `name` with the images go.
-        name: Name of the set.
+        folder: Folder for `name`.jsonl and the folder `name` with the images.
+        name: Name of the dataset.
         count: Number of images.
-        task: What they look like.
-        held_out: Which side of the split they are made from.
-        seed: Seed of everything that is drawn.
+        task: Parameters of the images.
+        held_out: True to use the held-out split.
+        seed: Seed of all draws.
 
     Returns:
         Path of the JSON Lines file.
     """
     photographs, digits, values = load_sources(held_out)
-    chance = np.random.default_rng((seed, int(held_out)))
+    generator = np.random.default_rng((seed, int(held_out)))
     (folder / name).mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     with path.open("w", encoding="utf-8") as lines:
         for index in tqdm(range(count), desc=f"making {name} images", leave=False):
-            image, boxes = _make_image(photographs, digits, values, task, chance)
+            image, boxes = _make_image(photographs, digits, values, task, generator)
             file = f"{name}/{index:05d}.png"
             image.save(folder / file, compress_level=1)
-            value, box = boxes[chance.integers(len(boxes))]
+            value, box = boxes[generator.integers(len(boxes))]
             lines.write(json.dumps(_record(file, value, box)) + "\n")
     return path
 
@@ -101,45 +105,45 @@ def _record(file: str, value: int, box: Box) -> dict:
 
 
 def _make_image(
-    photographs: list[np.ndarray], digits: np.ndarray, values: np.ndarray, task: Task, chance: np.random.Generator
+    photographs: list[np.ndarray], digits: np.ndarray, values: np.ndarray, task: Task, generator: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[int, Box]]]:
-    """A crop of a photograph with digits in it, and the value and box of each digit."""
+    """Draw a crop of a photograph with digits; return it with the value and box of each digit."""
     while True:
-        photograph = photographs[chance.integers(len(photographs))]
-        width, height = (int(chance.integers(task.sides[0], task.sides[1] + 1)) for _ in range(2))
-        left = int(chance.integers(photograph.shape[1] - width + 1))
-        top = int(chance.integers(photograph.shape[0] - height + 1))
+        photograph = photographs[generator.integers(len(photographs))]
+        width, height = (int(generator.integers(task.sides[0], task.sides[1] + 1)) for _ in range(2))
+        left = int(generator.integers(photograph.shape[1] - width + 1))
+        top = int(generator.integers(photograph.shape[0] - height + 1))
         canvas = photograph[top : top + height, left : left + width].astype(np.float64)
-        found = _place_digits(canvas, digits, values, task, chance)
-        if len(found) == task.digits:
-            return Image.fromarray(np.rint(canvas).astype(np.uint8)), found
+        placed = _place_digits(canvas, digits, values, task, generator)
+        if len(placed) == task.digits:
+            return Image.fromarray(np.rint(canvas).astype(np.uint8)), placed
 
 
 def _place_digits(
-    canvas: np.ndarray, digits: np.ndarray, values: np.ndarray, task: Task, chance: np.random.Generator
+    canvas: np.ndarray, digits: np.ndarray, values: np.ndarray, task: Task, generator: np.random.Generator
 ) -> list[tuple[int, Box]]:
-    """Draw digits of different values where the photograph is dark enough to see them; fewer if there is no room."""
+    """Draw digits of different values on dark parts of the canvas, in place; fewer if there is no room."""
     height, width = canvas.shape[:2]
-    taken = canvas.mean(-1) > _BRIGHTEST
-    found: list[tuple[int, Box]] = []
-    for _ in range(_TRIES):
-        which = int(chance.integers(len(digits)))
-        ink = _scaled_ink(digits[which], int(chance.integers(task.digit_sides[0], task.digit_sides[1] + 1)))
+    blocked = canvas.mean(-1) > _MAX_BRIGHTNESS
+    placed: list[tuple[int, Box]] = []
+    for _ in range(_MAX_ATTEMPTS):
+        index = int(generator.integers(len(digits)))
+        ink = _scaled_ink(digits[index], int(generator.integers(task.digit_sides[0], task.digit_sides[1] + 1)))
         rows, columns = ink.shape
-        y, x = int(chance.integers(height - rows + 1)), int(chance.integers(width - columns + 1))
-        place = (slice(y, y + rows), slice(x, x + columns))
-        if taken[place].mean() > _MOST_TAKEN or int(values[which]) in [value for value, _ in found]:
+        y, x = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
+        area = (slice(y, y + rows), slice(x, x + columns))
+        if blocked[area].mean() > _MAX_BLOCKED or int(values[index]) in [value for value, _ in placed]:
             continue
-        taken[place] = True
-        canvas[place] += (255.0 - canvas[place]) * ink[..., None]
-        found.append((int(values[which]), (float(x), float(y), float(x + columns), float(y + rows))))
-        if len(found) == task.digits:
+        blocked[area] = True
+        canvas[area] += (255.0 - canvas[area]) * ink[..., None]
+        placed.append((int(values[index]), (float(x), float(y), float(x + columns), float(y + rows))))
+        if len(placed) == task.digits:
             break
-    return found
+    return placed
 
 
 def _scaled_ink(digit: np.ndarray, side: int) -> np.ndarray:
-    """A digit enlarged to `side` pixels and cut to its ink, as opacity in [0, 1]."""
+    """Resize a digit to `side` pixels and crop it to its ink; return the opacity in [0, 1]."""
     grey = Image.fromarray(np.rint(digit * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     ink = np.asarray(grey) / 255.0
     rows, columns = np.where((ink > 0.25).any(1))[0], np.where((ink > 0.25).any(0))[0]

@@ -1,6 +1,6 @@
-"""A Python environment with everything that this one has, but for one package.
+"""Runs scripts in a virtual environment with the installed packages except one.
 
-For showing that a checkpoint needs nothing of ours: what its own folder does not hold cannot be imported there.
+It shows that a checkpoint can be loaded where vlparts is not installed.
 """
 
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 
 
 def environment_without(folder: Path, package: str = "vlparts") -> Path:
-    """Make a virtual environment that holds links to the installed packages, but for those named like `package`.
+    """Create a virtual environment with links to the installed packages, except one.
 
     Args:
-        folder: Where the environment goes.
-        package: What to leave out: every entry of the site-packages folders whose name contains it.
+        folder: Folder of the environment.
+        package: Every entry of the site-packages folders whose name contains this string is left out.
 
     Returns:
         Path of the environment's Python.
@@ -42,20 +42,20 @@ def run_without(
     modules_cache: Path,
     timeout: float | None = None,
 ) -> str:
-    """Run a script in such an environment, isolated from this process' paths and from the network.
+    """Run a script in an isolated environment, without the paths of this process and without the network.
 
     Args:
-        python: What [`environment_without`] returned.
-        script: The script, or its text after "-c".
+        python: Path of the environment's Python, as returned by [`environment_without`].
+        script: Path of a script, or source code as a string.
         *arguments: Arguments of the script.
-        modules_cache: Folder for the code that transformers copies out of checkpoints.
-        timeout: Seconds after which to give up.
+        modules_cache: Folder for the code that transformers copies from checkpoints.
+        timeout: Time limit in seconds; None for no limit.
 
     Returns:
-        What the script printed.
+        The standard output.
 
     Raises:
-        RuntimeError: If it failed or took too long; with its error output.
+        RuntimeError: If the script fails or exceeds the time limit; with its standard error.
     """
     environment = {**os.environ, "HF_MODULES_CACHE": str(modules_cache), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -75,12 +75,12 @@ def run_without(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{python} did not end within {timeout} seconds:\n{_text(error.stderr)}") from None
+        raise RuntimeError(f"{python} did not finish within {timeout} seconds:\n{_text(error.stderr)}") from None
     if done.returncode:
-        raise RuntimeError(f"{python} ended with status {done.returncode}:\n{done.stderr}")
+        raise RuntimeError(f"{python} exited with status {done.returncode}:\n{done.stderr}")
     return done.stdout
 
 
 def _text(output: bytes | str | None) -> str:
-    """What a process had written when it was stopped: bytes whatever was asked for, and None for nothing."""
+    """Decode the output of a stopped process, which is bytes even in text mode, and None if empty."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

@@ -1,4 +1,4 @@
-"""The whole path in one go: data, training, saving, loading without vlparts, asking, pictures."""
+"""The demo: makes data, trains, saves, generates answers without vlparts, scores and draws them."""
 
 import json
 import platform
@@ -14,6 +14,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from ..parts.utils import positive_integer
 from ..training.config import TrainConfig
 from ..training.presets import preset_names
 from ..training.train import train
@@ -34,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "cache": True,
     "logging_steps": 20,
 }
-# Seconds for what comes after the trial besides training: encoding images, loading, asking, drawing.
+# Seconds besides training after the trial: encoding images, loading, generating, drawing.
 _RESERVE = 50.0
 _TIMED_STEPS = (5, 20)
 _TRIAL_IMAGES = 400
@@ -50,29 +51,28 @@ def run_demo(
     images: tuple[int, int] = (TRAINING_IMAGES, HELD_OUT_IMAGES),
     text: str = TEXT,
 ) -> dict[str, Any]:
-    """Train a composed model to find digits in photographs, save it, and ask it in a process without vlparts.
+    """Train a composed model to locate digits in photographs, save it, and evaluate it in a process without vlparts.
 
     Args:
-        out: Folder for the data, the checkpoint `model`, `predictions.png` and `metrics.json`. What a former run left
-            there under these names is replaced.
-        minutes: Time for everything, in minutes; the number of training steps follows from the speed of a short trial.
-        seed: Seed of weights and order.
-        steps: Training steps, in place of a time.
-        console: Where to report.
-        task: What the images look like; one digit in each by default.
-        images: Number of training and of held-out images.
+        out: Folder for the data, the checkpoint `model`, `predictions.png` and `metrics.json`, which are overwritten.
+        minutes: Total time in minutes; the number of training steps is computed from the speed of a short trial.
+        seed: Seed of the weights and the order of samples.
+        steps: Number of training steps, instead of `minutes`.
+        console: Console for progress messages; None for no output.
+        task: Parameters of the images; by default one digit per image.
+        images: Number of training images and of held-out images.
         text: Preset of the text model, such as "moge:small".
 
     Returns:
-        What `metrics.json` holds.
+        The contents of `metrics.json`.
 
     Raises:
-        ValueError: If `minutes` leaves no time for training, `steps` is not positive, or there is no such preset.
+        ValueError: If `minutes` leaves no time for training, `steps` is not positive, or `text` is not a preset.
     """
     if text not in preset_names("text"):
         raise ValueError(f"`text` must be one of {', '.join(preset_names('text'))}, got {text!r}.")
-    if steps is not None and steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if steps is not None:
+        positive_integer(steps, "steps")
     if steps is None and minutes * 60 <= _RESERVE:
         raise ValueError(f"`minutes` must be more than {_RESERVE / 60:g}, got {minutes:g}.")
     console, task = console or Console(quiet=True), task or Task()
@@ -92,13 +92,13 @@ def run_demo(
     result = train(base.model_copy(update={"max_steps": steps, "save_steps": steps}))
     trained = time.perf_counter() - started
 
-    console.print("Asking the saved model in a process where vlparts cannot be imported")
+    console.print("Evaluating the saved model in a process where vlparts cannot be imported")
     answers = ask_without_vlparts(out / "model", held_out)
     items = read_answers(held_out, answers)
-    figures = score(items)
+    scores = score(items)
     _draw(items, out / "predictions.png")
     metrics = {
-        **figures.to_dict(),
+        **scores.to_dict(),
         "text": text,
         "digits": task.digits,
         "steps": steps,
@@ -112,20 +112,20 @@ def run_demo(
         "threads": torch.get_num_threads(),
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    _report(console, figures, metrics, out)
+    _report(console, scores, metrics, out)
     return metrics
 
 
 def ask_without_vlparts(folder: Path, questions: Path, tokens: int = 40) -> list[str]:
-    """Answer a file of records with a saved model, in a fresh process where vlparts cannot be imported.
+    """Generate answers with a saved model in a new process where vlparts cannot be imported.
 
     Args:
         folder: The checkpoint.
         questions: JSON Lines file of records.
-        tokens: Tokens of an answer at most.
+        tokens: Maximum number of tokens per answer.
 
     Returns:
-        One answer for each record.
+        One answer per record.
     """
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
@@ -138,7 +138,7 @@ def ask_without_vlparts(folder: Path, questions: Path, tokens: int = 40) -> list
 
 
 def _seconds_per_step(config: TrainConfig) -> float:
-    """Train a few steps on some of the images in a scratch folder, and time the later ones."""
+    """Measure the time of a training step in a short trial run, without its first steps."""
     first, last = _TIMED_STEPS
     times: list[float] = []
 
@@ -146,18 +146,18 @@ def _seconds_per_step(config: TrainConfig) -> float:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter())
 
-    some = config.data.with_name("trial.jsonl")
+    subset = config.data.with_name("trial.jsonl")
     with config.data.open(encoding="utf-8") as lines:
-        some.write_text("".join(islice(lines, _TRIAL_IMAGES)), encoding="utf-8")
+        subset.write_text("".join(islice(lines, _TRIAL_IMAGES)), encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         quiet = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
-        changes = {"data": some, "output": Path(scratch), "max_steps": last, "trainer": quiet}
+        changes = {"data": subset, "output": Path(scratch), "max_steps": last, "trainer": quiet}
         train(config.model_copy(update=changes), callbacks=[Clock()])
     return (times[-1] - times[first - 1]) / (last - first)
 
 
 def _draw(items: list[dict[str, Any]], path: Path) -> None:
-    from ..show._boxes import box_grid
+    from ..show import box_grid
 
     pictures = [
         {
@@ -171,14 +171,14 @@ def _draw(items: list[dict[str, Any]], path: Path) -> None:
     box_grid(pictures, path)
 
 
-def _report(console: Console, figures: Score, metrics: dict[str, Any], out: Path) -> None:
-    table = Table("on held-out images", "figure")
-    table.add_row("well-formed answers", f"{figures.well_formed:.1%}")
-    table.add_row("right digit named", f"{figures.right_label:.1%}")
-    table.add_row("mean IoU", f"{figures.mean_iou:.3f}")
-    table.add_row("IoU above 0.5", f"{figures.iou_above_half:.1%}")
-    table.add_row("mean IoU of the best constant box", f"{figures.mean_iou_of_constant:.3f}")
+def _report(console: Console, scores: Score, metrics: dict[str, Any], out: Path) -> None:
+    table = Table("held-out images", "value")
+    table.add_row("well-formed answers", f"{scores.well_formed:.1%}")
+    table.add_row("correct label", f"{scores.right_label:.1%}")
+    table.add_row("mean IoU", f"{scores.mean_iou:.3f}")
+    table.add_row("IoU above 0.5", f"{scores.iou_above_half:.1%}")
+    table.add_row("mean IoU of the best constant box", f"{scores.mean_iou_of_constant:.3f}")
     table.add_row("training steps", str(metrics["steps"]))
-    table.add_row("seconds in all", f"{metrics['seconds']:.0f}")
+    table.add_row("total seconds", f"{metrics['seconds']:.0f}")
     console.print(table)
     console.print(f"Pictures in {out / 'predictions.png'}, checkpoint in {out / 'model'}")

@@ -1,19 +1,46 @@
-"""Images and videos before they are cut into patches: reading, colour modes, sizes, and nested lists."""
+"""Images and videos before they are cut into patches: files, colour modes, sizes, and nested lists."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_utils import SizeDict, get_image_size, make_flat_list_of_images
 from transformers.video_utils import is_valid_video
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
+def open_image(path: str | os.PathLike[str], convert_rgb: bool = True) -> Image.Image:
+    """Open an image file, decode all of it, and apply its EXIF orientation.
+
+    Args:
+        path: A file in any format that Pillow reads.
+        convert_rgb: Convert the image to RGB, see [`to_rgb`].
+
+    Returns:
+        The upright image, in memory; the file is closed.
+
+    Raises:
+        ValueError: If the file does not exist, is not an image, is truncated or damaged, has more pixels than Pillow
+            accepts (twice `PIL.Image.MAX_IMAGE_PIXELS`), or has a mode of unknown range. The message names the path.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return to_rgb(upright) if convert_rgb else upright
+    except FileNotFoundError:
+        raise ValueError(f"Image {path} does not exist.") from None
+    except Exception as error:  # Pillow's decoders raise many types, such as SyntaxError and struct.error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"Image {path} cannot be read: {reason}") from None
+
+
 def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
-    """Read a Pillow image, whose pixels may not be loaded yet, and convert it to 8-bit RGB.
+    """Decode a Pillow image that may not be loaded from its file yet, and convert it to 8-bit RGB.
 
     Args:
         image: A Pillow image.
@@ -24,8 +51,8 @@ def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
     """
     try:
         image.load()
-    except (OSError, SyntaxError) as error:  # raised by Pillow for truncated and corrupt files
-        raise ValueError(f"The image cannot be read: {error}.") from None
+    except Exception as error:  # as in `open_image`
+        raise ValueError(f"The image cannot be read: {str(error) or type(error).__name__}.") from None
     return to_rgb(image) if convert_rgb else image
 
 

@@ -1,7 +1,7 @@
-"""Pictures: regions on an image, a packing plan, the load of routers, and which tokens carry the loss.
+"""Plots of regions on images, packing plans, loss weights and router load.
 
-Figures are made with Matplotlib's object interface and an Agg canvas: nothing global is touched, no display
-is needed, and a figure is freed with its last reference. Matplotlib is imported with the first picture.
+Figures use Matplotlib's object interface with an Agg canvas: they change no global state, need no display, and are
+freed with their last reference. Matplotlib is imported on first use.
 """
 
 from ._boxes import box_grid, boxes

@@ -1,4 +1,4 @@
-"""From settings to a model and its processor."""
+"""Builds or loads the model and processor of a training run from its settings."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,39 +21,40 @@ from .presets import config_from_preset, preset_names
 from .records import RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
-_PARTS_OF_A_MODEL = ("vision", "text", "projector", "projector_options", "tokenizer")
+_COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer")
 
 
 def build(
     config: TrainConfig, texts: Iterable[str]
 ) -> tuple[VisionLanguageForConditionalGeneration, VisionLanguageProcessor]:
-    """Build or load what the settings ask for.
+    """Build or load the model and processor that the settings describe.
 
     Args:
         config: The settings.
-        texts: Texts to train a tokenizer on, where one is needed.
+        texts: Texts to train a tokenizer on, if one is needed.
 
     Returns:
         The model and its processor.
 
     Raises:
-        ValueError: If a setting names nothing that exists.
+        ValueError: If a setting names a preset, folder, file or option that does not exist, or a checkpoint or
+            configuration that cannot be loaded.
     """
     if config.model is not None:
-        given = [f"`{name}`" for name in _PARTS_OF_A_MODEL if name in config.model_fields_set]
+        given = [f"`{name}`" for name in _COMPOSITION_FIELDS if name in config.model_fields_set]
         if given:
-            raise ValueError(f"`model` comes in place of {', '.join(given)}; give one or the other.")
+            raise ValueError(f"`model` replaces {', '.join(given)}; expected only one of the two.")
         model = _load(VisionLanguageForConditionalGeneration, config.model, "model")
         processor = _load(VisionLanguageProcessor, config.model, "model")
     else:
-        model, processor = _composed(config, texts)
+        model, processor = _compose(config, texts)
     _set_options(processor.image_processor, config.image_processor)
     _freeze(model, config.freeze)
     return model, processor
 
 
 def conversation_texts(records: RecordFile) -> Iterable[str]:
-    """What the records look like as text, for training a tokenizer; places are all written as zeros."""
+    """Yield the texts of the records for training a tokenizer; all coordinates are zeros."""
     for line in records.lines:
         for message in line.record.messages:
             yield f"{message.role}\n"
@@ -65,20 +66,22 @@ def conversation_texts(records: RecordFile) -> Iterable[str]:
                     origin = Region(region.kind, ((0.0, 0.0),) * len(region.points), region.label)
                     try:
                         yield encode([origin], (1, 1))
-                    except ValueError:  # a label that cannot be written; encoding the record will say so
+                    except ValueError:  # a label that the format cannot write; reported when the record is encoded
                         continue
 
 
-def _composed(
+def _compose(
     config: TrainConfig, texts: Iterable[str]
 ) -> tuple[VisionLanguageForConditionalGeneration, VisionLanguageProcessor]:
-    """A new model from the parts that the settings name."""
+    """Compose a new model and its processor from the parts that the settings name."""
     options = {"trust_remote_code": config.trust_remote_code}
-    vision: Any = _described(config.vision, "vision")
+    vision: Any = _resolve(config.vision, "vision")
     vision = (
-        _configuration(vision, "vision") if isinstance(vision, dict) else _load(AutoModel, vision, "vision", options)
+        _config_from_fields(vision, "vision")
+        if isinstance(vision, dict)
+        else _load(AutoModel, vision, "vision", options)
     )
-    text: Any = _described(config.text, "text")
+    text: Any = _resolve(config.text, "text")
     if config.tokenizer is not None:
         tokenizer = _load(AutoTokenizer, config.tokenizer, "tokenizer", options)
     elif isinstance(text, dict):
@@ -86,18 +89,18 @@ def _composed(
     else:
         tokenizer = _load(AutoTokenizer, text, "text", options)
     if isinstance(text, dict):
-        text = _configuration(_for_tokenizer(text, tokenizer), "text")
+        text = _config_from_fields(_add_tokenizer_fields(text, tokenizer), "text")
     else:
         text = _load(AutoModelForCausalLM, text, "text", options)
-    with _named("projector"):
+    with _config_errors("projector"):
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
     return model, compose_processor(model, tokenizer)
 
 
-def _described(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:
-    """Fields of a configuration with their presets filled in, or the folder of a checkpoint."""
+def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:
+    """Resolve a setting to the fields of a configuration (with a "preset", if named) or to a checkpoint folder."""
     if isinstance(spec, dict):
         return dict(spec)
     if spec in preset_names(argument):
@@ -117,38 +120,40 @@ def _described(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Pa
     raise ValueError(f"`{argument}` must be one of {presets}, a folder or a JSON file, got {spec!r}.")
 
 
-def _configuration(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
+def _config_from_fields(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
     preset = fields.pop("preset", None)
-    with _named(argument):
+    with _config_errors(argument):
         if preset is None:
             return config_from_dict(fields, argument)
         return config_from_preset(str(preset), fields, argument)
 
 
 @contextmanager
-def _named(argument: str) -> Iterator[None]:
-    """What configurations raise on fields that make no sense is no ValueError and does not say where they stood."""
+def _config_errors(argument: str) -> Iterator[None]:
+    """Re-raise validation errors of configurations as ValueError that names the argument."""
     try:
         yield
     except StrictDataclassError as error:
         raise ValueError(f"`{argument}`: {' '.join(str(error).split())}") from error
 
 
-def _for_tokenizer(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """A text model's fields with its tokenizer's ids and size; a larger vocabulary may be given."""
+def _add_tokenizer_fields(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Add the special token ids and vocabulary size of a tokenizer; a larger `vocab_size` is kept."""
     size = fields.get("vocab_size", len(tokenizer))
     if size < len(tokenizer):
-        raise ValueError(f"`text` has a vocab_size of {size}, but the tokenizer has {len(tokenizer)} tokens.")
+        raise ValueError(
+            f"`text` has vocab_size={size}; expected at least the {len(tokenizer)} tokens of the tokenizer."
+        )
     ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     return {**fields, **ids, "vocab_size": size}
 
 
-def _load(kind: Any, folder: Path, argument: str, options: dict[str, Any] | None = None) -> Any:
-    """`kind.from_pretrained` for a folder, never for a name in the network."""
+def _load(loader: Any, folder: Path, argument: str, options: dict[str, Any] | None = None) -> Any:
+    """Call `loader.from_pretrained` on a local folder; model ids of the Hub are refused."""
     if not folder.is_dir():
-        raise ValueError(f"`{argument}` {folder} is no folder.")
+        raise ValueError(f"`{argument}` must be a folder, got {folder}.")
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **(options or {}))
+        return loader.from_pretrained(folder, local_files_only=True, **(options or {}))
     except (OSError, ValueError) as error:
         raise ValueError(f"`{argument}` {folder} cannot be loaded: {error}") from error
 
@@ -170,4 +175,4 @@ def _freeze(model: VisionLanguageForConditionalGeneration, parts: Sequence[str])
         for module in modules[part]:
             module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"`freeze` leaves no weights to train, got {list(parts)}.")
+        raise ValueError(f"`freeze` must leave parameters to train, got {list(parts)}.")

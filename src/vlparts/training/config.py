@@ -1,4 +1,4 @@
-"""Everything that a training run needs to know, from Python, a YAML file or the command line."""
+"""Settings of a training run, from Python, a YAML file or the command line."""
 
 import re
 from pathlib import Path
@@ -18,44 +18,44 @@ class TrainConfig(BaseModel):
         data: JSON Lines file of training records.
         output: Folder for checkpoints and the trained model.
         eval_data: JSON Lines file of evaluation records, if any.
-        vision: Vision tower: a preset such as "navit:tiny" (a part and its preset), the folder of a checkpoint, a JSON
-            file of a configuration, or a mapping of its fields with a "model_type" (and a "preset", if wanted).
-        text: Text model: a preset such as "qwen3:tiny", a folder, a JSON file or a mapping, as above.
-        model: Folder of a composed model to train further, in place of `vision` and `text`.
-        tokenizer: Folder of a tokenizer. By default the text model's own; with a new text model, one is trained on the
-            texts of `data`.
+        vision: Vision encoder: a preset such as "navit:tiny" (a part and its preset), a checkpoint folder, the JSON
+            file of a configuration, or a mapping of its fields with a "model_type" or a "preset".
+        text: Text model: a preset such as "qwen3:tiny", a checkpoint folder, or a configuration as for `vision`.
+        model: Folder of a composed model to train further, instead of `vision` and `text`.
+        tokenizer: Folder of a tokenizer. By default that of the text model; for a new text model, one is trained on
+            the texts of `data`.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
-        freeze: Parts whose weights stay as they are: "vision", "text" (its language head included), "projector".
-        image_processor: Options that replace the image processor's own, such as `{"size": {...}}`.
+        freeze: Parts whose weights are not trained: "vision", "text" (with the language head), "projector".
+        image_processor: Options that override those of the image processor, such as `{"size": {...}}`.
         coordinate_format: Name of a coordinate format; None for the default.
-        capacity: Tokens of a pack (one micro-batch on one process), images included. Longer samples are an error.
-        max_items: Largest number of samples in a pack.
-        packing: Pack samples into one row with attention inside each; False pads them to a batch instead.
+        capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
+        max_items: Maximum number of samples in a pack; None for no limit.
+        packing: Pack samples into one row with attention within each sample; False pads them to a batch instead.
         epochs: Passes over the data.
-        max_steps: Optimiser steps; replaces `epochs` if positive.
-        optimizer: "adamw", or "muon": Muon for the matrices of layers and AdamW for the rest, which learns faster from
-            nothing.
+        max_steps: Optimizer steps; overrides `epochs` if positive.
+        optimizer: "adamw", or "muon": Muon for the weight matrices of layers and AdamW for the rest, which learns
+            faster from random weights.
         learning_rate: Peak learning rate.
-        warmup_ratio: Share of the steps in which the learning rate rises.
+        warmup_ratio: Fraction of the steps with linear warmup.
         weight_decay: Decoupled weight decay.
-        gradient_accumulation_steps: Micro-batches for one optimiser step.
-        loss: Which tokens and samples count how much: "token" (all tokens alike), "sample" (all samples alike),
-            "square" (between the two: samples by the square root of their tokens), or "openpangu_mix" (a mix of the
-            first two). None is Trainer's own mean over tokens, and the same as "token" where samples have weights.
-        mix: Share of "sample" in "openpangu_mix", from 0 to 1; half where None.
-        sample_weight_field: Field of the records with the weight of each in the loss, a number of at least 0. A record
-            without it weighs 1.
-        seed: Seed of weights and order.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        loss: Weighting of tokens and samples: "token" (tokens equally), "sample" (samples equally), "square" (samples
+            by the square root of their number of tokens), or "openpangu_mix" (a mix of the first two). None is
+            Trainer's mean over tokens, and the same as "token" if samples have weights.
+        mix: Share of "sample" in "openpangu_mix", from 0 to 1; None for 0.5.
+        sample_weight_field: Field of the records that holds their loss weight, a number of at least 0. Records without
+            it have the weight 1.
+        seed: Seed of the weights and the order of samples.
         save_steps: Steps between checkpoints.
         eval_steps: Steps between evaluations.
         logging_steps: Steps between log lines.
-        resume: Go on from the last checkpoint in `output`.
-        on_error: "raise" on a broken record, or "skip" and count it.
-        on_outside: What to do with a region outside of its image: "raise", "clamp" or "skip" the region.
+        resume: Resume from the last checkpoint in `output`.
+        on_error: "raise" on a broken record, or "skip" it and report it.
+        on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
         cache: Keep encoded samples in memory.
-        trust_remote_code: Passed on when folders are loaded.
-        trainer: Further fields of transformers' TrainingArguments, none of those that stand above.
+        trust_remote_code: Passed to `from_pretrained` when folders are loaded.
+        trainer: Further fields of transformers' TrainingArguments, except those with a setting of their own.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -98,34 +98,35 @@ class TrainConfig(BaseModel):
 
     @field_validator("loss")
     @classmethod
-    def _known_loss(cls, value: str | None) -> str | None:
+    def _check_loss(cls, value: str | None) -> str | None:
         if value is not None and value not in PRESETS:
             raise ValueError(f"must be one of {', '.join(PRESETS)}, got {value!r}")
         return value
 
     @field_validator("sample_weight_field")
     @classmethod
-    def _own_field(cls, value: str | None) -> str | None:
+    def _check_sample_weight_field(cls, value: str | None) -> str | None:
         if value in Record.model_fields:
-            raise ValueError(f"{value!r} is another field of the records")
+            raise ValueError(f"must not be a field that records have already, got {value!r}")
         return value
 
     @model_validator(mode="after")
-    def _mix_has_its_loss(self) -> "TrainConfig":
+    def _check_mix(self) -> "TrainConfig":
         if self.mix is not None and self.loss != "openpangu_mix":
-            raise ValueError(f"`mix` belongs to `loss` 'openpangu_mix', got `loss` {self.loss!r}")
+            raise ValueError(f"`mix` requires loss='openpangu_mix', got loss={self.loss!r}")
         return self
 
 
 def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig:
-    """Read settings from a YAML file and change some of them.
+    """Read settings from a YAML file and override some of them.
 
     Args:
         path: YAML file with the fields of [`TrainConfig`], or None.
-        changes: Fields that replace those of the file.
+        changes: Fields that override those of the file.
 
     Raises:
-        ValueError: If the file is no mapping, or a field is unknown, missing or out of range; names the field.
+        ValueError: If the file cannot be read or is not a mapping, or a field is unknown, missing or out of range;
+            names the field.
     """
     fields: Any = {}
     if path is not None:
@@ -139,11 +140,11 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
         return TrainConfig.model_validate({**fields, **changes})
     except ValidationError as error:
         reasons = "; ".join(f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}" for one in error.errors())
-        raise ValueError(f"Training settings: {reasons}") from None
+        raise ValueError(f"Invalid training settings: {reasons}.") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, and not only 1.0e-4."""
+    """Safe loader that reads 1e-4 as a float, as YAML 1.2 does, and not only 1.0e-4."""
 
 
 _Loader.add_implicit_resolver(

@@ -1,4 +1,4 @@
-"""Encoded samples in packs of a fixed capacity, reshuffled at every epoch."""
+"""Datasets, samplers and collators of encoded samples, packed to a fixed capacity or padded."""
 
 import random
 from collections import defaultdict
@@ -9,32 +9,34 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
+from transformers import DataCollatorWithFlattening
 
+from ..parts.utils import IGNORE_INDEX
 from .bins import plan_packing
-from .encoding import IGNORE, Sample, SampleEncoder, join_images
-from .images.balance import divided
+from .encoding import Sample, SampleEncoder, join_images
+from .images.balance import split_packs
 from .records import Line, RecordError, RecordFile
 
 
 class SampleDataset(Dataset):
-    """Samples of a file of records, encoded when asked for.
+    """Samples of a record file, encoded on access.
 
-    Every record is encoded once at the start: so that a broken one is found before training and not after hours of it,
-    and so that the lengths are known.
+    Every record is also encoded once at construction, so that broken records are found before training starts and
+    lengths are known.
 
     Args:
-        records: The file.
-        encoder: Turns a record into a sample.
-        on_error: "raise" on a record that cannot be encoded, or "skip" it and keep the reason in `records.skipped`.
+        records: The record file.
+        encoder: Encodes a record to a sample.
+        on_error: "raise" on a record that cannot be encoded, or "skip" it and append the reason to `records.skipped`.
         cache: Keep the encoded samples in memory.
         progress: Show a progress bar.
 
     Attributes:
         lengths: Tokens of each sample.
-        targets: Tokens of all samples that the loss is taken over.
+        targets: Number of tokens with loss, over all samples.
 
     Raises:
-        RecordError: If a record cannot be encoded and `on_error` is "raise", or if none is left.
+        RecordError: If a record cannot be encoded and `on_error` is "raise", or if no record is usable.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class SampleDataset(Dataset):
                 continue
             self.lines.append(line)
             self.lengths.append(len(sample))
-            self.targets += int((sample.labels[1:] != IGNORE).sum())
+            self.targets += int((sample.labels[1:] != IGNORE_INDEX).sum())
             if self._cache is not None:
                 self._cache.append(sample)
         if not self.lines:
-            raise records.nothing_left()
+            raise records.empty_error()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -85,20 +87,21 @@ class SampleDataset(Dataset):
 
 
 class PackSampler(Sampler):
-    """Packs of samples; each epoch another shuffle, the same number of packs.
+    """Yields packs of sample indices, reshuffled every epoch; every epoch has the same number of packs.
 
-    The plan fixes how many tokens each place of each pack takes. Every epoch the samples of equal length are dealt out
-    anew to the places of that length, and the packs are shuffled. So the number of steps is known in advance, nothing
-    is lost, and an epoch's order depends on the seed and the epoch alone, which makes resuming exact.
+    Packing is planned once and fixes the lengths of the samples in each pack. Every epoch, samples of equal length are
+    permuted among the slots of that length, and the packs are shuffled. So the number of steps is known in advance,
+    every sample is used once per epoch, and the order depends on the seed and the epoch alone, which makes resuming
+    exact.
 
     Args:
         lengths: Tokens of each sample.
         capacity: Tokens of a pack.
-        max_items: Largest number of samples in a pack.
+        max_items: Maximum number of samples in a pack; None for no limit.
         seed: Seed of the shuffles.
-        shuffle: False keeps the order of the plan in every epoch.
-        processes: Number of processes that share the packs. Packs are divided until each process gets as many as the
-            others, so that none has to repeat one. A pack of one sample cannot be divided.
+        shuffle: False keeps the planned order in every epoch.
+        processes: Number of processes that share the packs. Packs are halved until their number is a multiple of it,
+            so that no process has to repeat a pack. A pack of one sample cannot be halved.
     """
 
     def __init__(
@@ -117,11 +120,11 @@ class PackSampler(Sampler):
         if shuffle:
             random.Random(seed).shuffle(order)
         plan = plan_packing([lengths[index] for index in order], capacity, max_items=max_items)
-        self.plan = divided([[order[place] for place in pack] for pack in plan], processes)
+        self.plan = split_packs([[order[index] for index in pack] for pack in plan], processes)
         self._lengths = list(lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is for."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -130,82 +133,73 @@ class PackSampler(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         if not self.shuffle:
             return iter([list(pack) for pack in self.plan])
-        chance = random.Random(f"{self.seed}-{self.epoch}")
-        of_length: dict[int, list[int]] = defaultdict(list)
+        generator = random.Random(f"{self.seed}-{self.epoch}")
+        by_length: dict[int, list[int]] = defaultdict(list)
         for index, length in enumerate(self._lengths):
-            of_length[length].append(index)
-        for samples in of_length.values():
-            chance.shuffle(samples)
-        # Neighbours of equal length are attended together without copies, hence the order inside a pack.
-        packs = [[of_length[length].pop() for length in sorted(self._lengths[i] for i in pack)] for pack in self.plan]
-        chance.shuffle(packs)
+            by_length[length].append(index)
+        for samples in by_length.values():
+            generator.shuffle(samples)
+        # Sorted by length: attention batches adjacent samples of equal length without copies.
+        packs = [[by_length[length].pop() for length in sorted(self._lengths[i] for i in pack)] for pack in self.plan]
+        generator.shuffle(packs)
         return iter(packs)
 
 
+_flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX, return_flash_attn_kwargs=True)
+
+
 def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:
-    """Join the samples of packs to one row, in the names that transformers uses for packed rows.
+    """Concatenate the samples of all packs to one row, as transformers' `DataCollatorWithFlattening` does.
 
     Args:
-        batch: Packs of samples; all end up in one row.
+        batch: Packs of samples; all become one row.
 
     Returns:
         `input_ids`, `labels`, `position_ids` `(1, N)`, `cu_seq_lens_q` and `cu_seq_lens_k` `(samples + 1,)` int32,
-        `max_length_q` and `max_length_k` int, and the images' tensors. The first label of each sample is -100, since
-        no token of the same sample stands before it.
+        `max_length_q` and `max_length_k` int, and the image tensors. The first label of each sample is -100, since no
+        token of the same sample precedes it.
     """
     samples = [sample for pack in batch for sample in pack]
-    lengths = torch.tensor([len(sample) for sample in samples])
-    labels = torch.cat([sample.labels for sample in samples])
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    labels[starts[:-1]] = IGNORE
-    longest = int(lengths.max())
-    seqlens = starts.to(torch.int32)
-    return {
-        "input_ids": torch.cat([sample.input_ids for sample in samples])[None],
-        "labels": labels[None],
-        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
-        "cu_seq_lens_q": seqlens,
-        "cu_seq_lens_k": seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        **join_images([sample.images for sample in samples if sample.images]),
-    }
+    row = _flatten([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
+    # Attention takes one tensor for both as self-attention over equal segments, and skips a comparison.
+    row["cu_seq_lens_k"] = row["cu_seq_lens_q"]
+    return {**row, **join_images([sample.images for sample in samples if sample.images])}
 
 
 class PaddedCollator:
-    """Join samples to a batch padded on the right, for text models without packed attention.
+    """Stacks samples to a batch padded on the right, for text models without packed attention.
 
     Args:
-        pad_token_id: Id at the padding.
+        pad_token_id: Id of padding tokens.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, batch: list[list[Sample]]) -> dict[str, Any]:
-        """Returns `input_ids`, `labels` and `attention_mask` `(B, longest)`, and the images' tensors."""
+        """Return `input_ids`, `labels` and `attention_mask` `(B, longest)`, and the image tensors."""
         samples = [sample for pack in batch for sample in pack]
         ids = [sample.input_ids for sample in samples]
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad([s.labels for s in samples], batch_first=True, padding_value=IGNORE),
+            "labels": pad([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad([torch.ones_like(one) for one in ids], batch_first=True),
             **join_images([sample.images for sample in samples if sample.images]),
         }
 
 
 class SampleWeights:
-    """A collator that passes on how much each sample weighs in the loss.
+    """Wraps a collator and adds the loss weight of each sample to its batch.
 
     Args:
-        collator: Joins packs of samples.
+        collator: Collates packs of samples.
     """
 
     def __init__(self, collator: Callable[[list[list[Sample]]], dict[str, Any]]) -> None:
         self.collator = collator
 
     def __call__(self, batch: list[list[Sample]]) -> dict[str, Any]:
-        """The collator's batch, with `sample_weights` `(samples,)` float32."""
+        """Return the collator's batch, with `sample_weights` `(samples,)` float32."""
         weights = torch.tensor([sample.weight for pack in batch for sample in pack])
         return {**self.collator(batch), "sample_weights": weights}

@@ -1,6 +1,5 @@
-"""Records to token ids, labels and image patches."""
+"""Encoding of training records to token ids, labels and image tensors."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,16 +8,15 @@ from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import get_format
-from ..parts.image_transforms import to_rgb
+from ..parts.image_transforms import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
+from ..parts.utils import IGNORE_INDEX
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,9 @@ class Sample:
     """An encoded record.
 
     Args:
-        input_ids: `(S,)` int64, image placeholders repeated for each feature.
-        labels: `(S,)` int64, -100 outside of the assistant's turns.
-        images: Output of the image processor, tensors with one or more rows for each image; empty without images.
+        input_ids: `(S,)` int64, with one placeholder token per image feature.
+        labels: `(S,)` int64, -100 outside the assistant turns.
+        images: Output of the image processor: tensors with one or more rows per image; empty without images.
         weight: Weight of the record in the loss.
     """
 
@@ -41,25 +39,8 @@ class Sample:
         return len(self.input_ids)
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image whole, turned upright by its EXIF orientation, as RGB (see `images.to_rgb`).
-
-    Raises:
-        ValueError: If there is no such file, or it is no image, or it is cut off, or its values have no known range;
-            names the path.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        raise ValueError(f"image {path} cannot be read: {error}") from None
-
-
 def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join outputs of an image processor, image after image; {} for none."""
+    """Concatenate outputs of an image processor along dimension 0; {} without images."""
     return {name: torch.cat([one[name] for one in images]) for name in images[0]} if images else {}
 
 
@@ -68,10 +49,10 @@ class SampleEncoder:
 
     Args:
         processor: The composed model's processor.
-        root: Folder that relative image paths start from.
-        on_outside: What to do with a region that leaves its image: "raise", "clamp" it to the image, or "skip" it.
+        root: Folder that relative image paths are resolved against.
+        on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
         coordinate_format: Name of a coordinate format; None for the default.
-        max_length: Longest sample in tokens that is accepted; nothing is ever truncated.
+        max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
 
     Raises:
         ValueError: If `on_outside` or `coordinate_format` is unknown.
@@ -85,7 +66,7 @@ class SampleEncoder:
         coordinate_format: str | None = None,
         max_length: int | None = None,
     ) -> None:
-        encode([], (1, 1), coordinate_format, on_outside=on_outside)  # an unknown choice is no fault of a record
+        encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
         self.root = root
         self.on_outside = on_outside
@@ -96,20 +77,20 @@ class SampleEncoder:
         """Encode one record.
 
         Raises:
-            ValueError: If an image cannot be used, a region leaves its image under "raise", the template rewrites
-                earlier turns, or the sample is longer than `max_length`.
+            ValueError: If an image cannot be read or processed, a region is outside its image under "raise", the
+                template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        images = [load_image(self.root / path) for path in record.paths]
+        images = [open_image(self.root / path) for path in record.paths]
         inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
         ids, labels = self._tokenize(messages, counts)
-        if all(label == IGNORE for label in labels):
-            raise ValueError("the assistant's turns are empty, so there is nothing to learn")
+        if all(label == IGNORE_INDEX for label in labels):
+            raise ValueError("The assistant turns are empty; expected at least one token to train on.")
         if self.max_length is not None and len(ids) > self.max_length:
             raise ValueError(
-                f"the sample has {len(ids)} tokens ({sum(counts)} of them for images), but at most "
-                f"{self.max_length} fit; raise the capacity or use smaller images"
+                f"The sample has {len(ids)} tokens ({sum(counts)} of them for images); expected at most "
+                f"{self.max_length}. Raise `capacity` or use smaller images."
             )
         return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
 
@@ -117,10 +98,10 @@ class SampleEncoder:
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            raise ValueError(f"image {self.root / path} cannot be used: {error}") from None
+            raise ValueError(f"Image {self.root / path} cannot be processed: {error}") from None
 
     def render(self, record: Record, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Turn a record into a chat: regions as text, images placed.
+        """Convert a record to chat messages, with regions written as text and images as blocks.
 
         Args:
             record: The record.
@@ -141,14 +122,14 @@ class SampleEncoder:
         return chat
 
     def _blocks(self, message: Message, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Text and places of images; neighbouring regions of one image are written together."""
+        """Text and image blocks of a message; consecutive regions of one image are encoded together."""
         blocks: list[dict[str, Any]] = []
         after_region = False
-        for index, group in groupby(message.content, key=_image_of):
+        for index, group in groupby(message.content, key=_image_index):
             members = list(group)
             regions = [block.region() for block in members if isinstance(block, RegionBlock)]
             if not regions:
-                blocks += [_plain(block) for block in members]
+                blocks += [_text_or_image(block) for block in members]
                 after_region = False
                 continue
             text = encode(regions, sizes[index], self.coordinate_format, on_outside=self.on_outside)
@@ -158,76 +139,83 @@ class SampleEncoder:
         return blocks
 
     def _tokenize(self, messages: list[dict[str, Any]], counts: list[int]) -> tuple[list[int], list[int]]:
-        """Ids and labels, such that what stands before an answer has the same ids when the model is asked."""
+        """Token ids and labels; the ids before each answer equal those of the generation prompt."""
         ids: list[int] = []
-        learnt: list[bool] = []
-        done = ""
+        in_loss: list[bool] = []
+        text = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             prompt = self._render_template(messages[:index], add_generation_prompt=True)
             answered = self._render_template(messages[: index + 1])
-            if not prompt.startswith(done) or not answered.startswith(prompt):
-                raise ValueError("the chat template rewrites earlier turns, so the assistant's words cannot be found")
-            ids += self._following(ids, done, prompt)
-            answer = self._following(ids, prompt, answered)
-            learnt += [False] * (len(ids) - len(learnt)) + self._learnt(answer)
+            if not prompt.startswith(text) or not answered.startswith(prompt):
+                raise ValueError(
+                    "The chat template rewrites earlier turns, so the assistant tokens cannot be located."
+                )
+            ids += self._continuation_ids(ids, text, prompt)
+            answer = self._continuation_ids(ids, prompt, answered)
+            in_loss += [False] * (len(ids) - len(in_loss)) + self._loss_mask(answer)
             ids += answer
-            done = answered
-        return self._expand(ids, learnt, counts)
+            text = answered
+        return self._expand(ids, in_loss, counts)
 
     def _render_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
-            # As a batch, since what stands before the first turn is no conversation that would be taken alone.
+            # As a batch: the empty list before a first assistant turn is not accepted as a single conversation.
             return self.processor.apply_chat_template(
                 [messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )[0]
         except TemplateError as error:
-            raise ValueError(f"the chat template cannot write the conversation: {error}") from None
+            raise ValueError(f"The chat template cannot render the conversation: {error}") from None
 
-    def _following(self, ids: list[int], start: str, text: str) -> list[int]:
-        """The ids of what follows `start` in `text`, where `ids` are those of `start`.
+    def _continuation_ids(self, ids: list[int], start: str, text: str) -> list[int]:
+        """Token ids of the part of `text` after its prefix `start`, whose ids are `ids`.
 
-        The whole text is tokenised, since tokenizers may write the first word of a text in another way, and with a
-        token that begins it. Only where a token would reach across the end of `start` does the rest stand for itself.
+        The whole text is tokenized, since tokenizers may encode the first word of a text differently and add a BOS
+        token. The rest is tokenized alone only if a token would span the end of `start`.
         """
         tokenizer = self.processor.tokenizer
-        # As ProcessorMixin.apply_chat_template decides it.
-        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        whole = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-        if whole[: len(ids)] == ids:
-            return whole[len(ids) :]
+        # The same condition as in ProcessorMixin.apply_chat_template.
+        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        full_ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        if full_ids[: len(ids)] == ids:
+            return full_ids[len(ids) :]
         return tokenizer(text[len(start) :], add_special_tokens=False)["input_ids"]
 
-    def _learnt(self, answer: list[int]) -> list[bool]:
-        """What of an answer the loss is taken over: all up to its end token, without the placeholders of images."""
+    def _loss_mask(self, answer: list[int]) -> list[bool]:
+        """True for the tokens of an answer up to and including EOS, except image placeholders."""
         end = self.processor.tokenizer.eos_token_id
         length = len(answer) - answer[::-1].index(end) if end in answer else len(answer)
-        return [place < length and token != self.processor.image_token_id for place, token in enumerate(answer)]
+        return [index < length and token != self.processor.image_token_id for index, token in enumerate(answer)]
 
-    def _expand(self, ids: list[int], learnt: list[bool], counts: list[int]) -> tuple[list[int], list[int]]:
-        """Repeat each placeholder as often as its image has features, and turn the rest to labels."""
+    def _expand(self, ids: list[int], in_loss: list[bool], counts: list[int]) -> tuple[list[int], list[int]]:
+        """Repeat each image placeholder once per image feature, and derive the labels."""
         token = self.processor.image_token_id
         placeholders = ids.count(token)
         if placeholders > len(counts):
-            raise ValueError(f"there are more {self.processor.image_token} tokens than images")
+            raise ValueError(
+                f"The conversation has {placeholders} {self.processor.image_token} tokens for {len(counts)} images."
+            )
         if placeholders < len(counts):
-            raise ValueError("the chat template did not place every image before the last assistant turn")
+            raise ValueError(
+                f"The chat template placed {placeholders} of {len(counts)} images before the last assistant turn; "
+                "expected all of them."
+            )
         remaining = iter(counts)
         repeats = [next(remaining) if one == token else 1 for one in ids]
-        labels = [one if wanted else IGNORE for one, wanted in zip(ids, learnt, strict=True)]
-        return list(_repeated(ids, repeats)), list(_repeated(labels, repeats))
+        labels = [one if counted else IGNORE_INDEX for one, counted in zip(ids, in_loss, strict=True)]
+        return list(_repeat(ids, repeats)), list(_repeat(labels, repeats))
 
 
-def _image_of(block: TextBlock | ImageBlock | RegionBlock) -> int:
-    """The image that a region lies in, and -1 for anything else."""
+def _image_index(block: TextBlock | ImageBlock | RegionBlock) -> int:
+    """Index of the image that a region refers to; -1 for other blocks."""
     return block.image if isinstance(block, RegionBlock) else -1
 
 
-def _plain(block: TextBlock | ImageBlock | RegionBlock) -> dict[str, Any]:
+def _text_or_image(block: TextBlock | ImageBlock | RegionBlock) -> dict[str, Any]:
     return {"type": "text", "text": block.text} if isinstance(block, TextBlock) else {"type": "image"}
 
 
-def _repeated(values: list[int], repeats: list[int]) -> Iterator[int]:
+def _repeat(values: list[int], repeats: list[int]) -> Iterator[int]:
     for value, count in zip(values, repeats, strict=True):
         yield from [value] * count

@@ -1,4 +1,4 @@
-"""Optimisers for the training run: AdamW, or Muon for the matrices and AdamW for the rest."""
+"""Muon for weight matrices combined with AdamW for all other parameters."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices inside of layers, AdamW for embeddings, heads, biases and gains.
+    """Muon for the weight matrices of layers, AdamW for embeddings, heads, biases and norm weights.
 
-    Muon (Jordan et al., 2024) makes each matrix' update orthogonal. Its updates are scaled to the size of AdamW's
+    Muon (Jordan et al., 2024) orthogonalizes the update of each matrix. Its updates are scaled to the RMS of AdamW's
     (Moonlight, arXiv 2502.16982, section 2.2), so that one learning rate serves both.
 
     Args:
-        matrices: Parameters with two dimensions for Muon.
+        matrices: Two-dimensional parameters for Muon.
         others: Parameters for AdamW.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay; not applied to parameters of one dimension.
+        weight_decay: Decoupled weight decay; not applied to one-dimensional parameters.
     """
 
     def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float) -> None:
@@ -34,12 +34,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self.parts.append(muon)
         super().__init__([one for part in self.parts for one in part.param_groups], {})
-        # The groups are shared, so that a scheduler that sets their learning rates reaches both.
+        # The same dicts as in the inner optimizers, so that a scheduler sets the learning rates of both.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters."""
+        """Update all parameters; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -49,18 +49,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both, in order."""
+        """Return the states of the inner optimizers, AdamW first."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what [`state_dict`] returned."""
+        """Load a state that [`state_dict`] returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def muon_with_adamw(model: nn.Module, lr: float, weight_decay: float) -> MuonWithAdamW:
-    """Choose by module: linear layers' matrices go to Muon, but for the language head; all else goes to AdamW.
+    """Build the optimizer of a model: weights of linear layers except the language head to Muon, the rest to AdamW.
 
     Args:
         model: The model.

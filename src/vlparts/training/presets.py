@@ -1,4 +1,4 @@
-"""Named configurations for training: those of our parts, and small native text models."""
+"""Named configurations for training: presets of the parts of vlparts, and small native text models."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ _NATIVE_TEXTS: dict[str, dict[str, Any]] = {
 
 
 def preset_names(argument: str) -> list[str]:
-    """Names such as "navit:tiny", a part and its preset.
+    """Return the names of all presets, such as "navit:tiny" (a part and its preset).
 
     Args:
         argument: "vision" or "text".
@@ -36,11 +36,11 @@ def preset_names(argument: str) -> list[str]:
 
 
 def config_from_preset(name: str, fields: dict[str, Any], argument: str) -> PreTrainedConfig:
-    """Build a named configuration with some fields changed.
+    """Build the configuration of a preset with some fields overridden.
 
     Args:
         name: One of [`preset_names`].
-        fields: Fields that replace those of the preset.
+        fields: Fields that override those of the preset.
         argument: "vision" or "text", the setting that holds the name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The training records: one JSON object for each line of a file, checked line by line."""
+"""Training records: one JSON object per line of a file, validated line by line."""
 
 import codecs
 import reprlib
@@ -15,14 +15,14 @@ from .weighted_inputs import checked_weight
 
 
 class RecordError(ValueError):
-    """A record that cannot be used; the message names the file, the line and the reason."""
+    """An invalid record; the message names the file, the line and the reason."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-_Number = Annotated[float, Field(strict=True)]  # neither text nor a bool passes for a number
+_Number = Annotated[float, Field(strict=True)]  # refuses strings and bools
 
 
 class TextBlock(_Strict):
@@ -33,15 +33,15 @@ class TextBlock(_Strict):
 
 
 class ImageBlock(_Strict):
-    """The place of the next image in the conversation."""
+    """Marks the position of the next image in the conversation."""
 
     type: Literal["image"] = "image"
 
 
 class RegionBlock(_Strict):
-    """A place in an image, in pixels: a box `[x1, y1, x2, y2]` or a point `[x, y]`.
+    """A region of an image, in pixels: a box `[x1, y1, x2, y2]` or a point `[x, y]`.
 
-    `image` is the index of the image in the record that the place lies in.
+    `image` is the index of that image in the record.
     """
 
     label: str | None = None
@@ -52,7 +52,7 @@ class RegionBlock(_Strict):
     @model_validator(mode="after")
     def _one_region(self) -> "RegionBlock":
         if (self.box is None) == (self.point is None):
-            raise ValueError("needs either a 'box' or a 'point'")
+            raise ValueError("A region must have either 'box' or 'point', got both or neither.")
         self.region()
         return self
 
@@ -64,7 +64,7 @@ class RegionBlock(_Strict):
 
 
 def _block(value: Any) -> Any:
-    """Choose the block by its keys, so that an error speaks of one kind of block and not of all."""
+    """Choose the type of a block by its keys, so that errors refer to one type only."""
     if isinstance(value, str):
         return TextBlock(text=value)
     if isinstance(value, dict):
@@ -73,14 +73,14 @@ def _block(value: Any) -> Any:
         if value.get("type") == "image":
             return ImageBlock(**value)
         return TextBlock(**value)
-    raise ValueError(f"expected a text, an image, a box or a point, got {reprlib.repr(value)}")
+    raise ValueError(f"Expected a text, an image, a box or a point, got {reprlib.repr(value)}.")
 
 
 Block = Annotated[TextBlock | ImageBlock | RegionBlock, BeforeValidator(_block)]
 
 
 class Message(_Strict):
-    """One turn: a string, one block, or a list of strings and blocks."""
+    """One turn; its content is a string, a block, or a list of both."""
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[
@@ -92,7 +92,7 @@ class Message(_Strict):
 class Record(_Strict):
     """A conversation about images: `{"image": path, "messages": [...]}`, or `"images": [paths]` for several.
 
-    Images whose place no `{"type": "image"}` block says stand at the start of the first user turn.
+    Without `{"type": "image"}` blocks, all images are placed at the start of the first user turn.
     """
 
     image: str | None = None
@@ -102,35 +102,35 @@ class Record(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Record":
         if self.image is not None and self.images:
-            raise ValueError("give either 'image' or 'images', not both")
+            raise ValueError("A record must have either 'image' or 'images', got both.")
         if not any(message.role == "assistant" for message in self.messages):
-            raise ValueError("no assistant turn, so there is nothing to learn")
+            raise ValueError("A record must have an assistant turn, got none.")
         count = len(self.paths)
         for message in self.messages:
             for block in message.content:
                 if isinstance(block, RegionBlock) and block.image >= count:
-                    raise ValueError(f"a region lies in image {block.image}, but there are {count} images")
+                    raise ValueError(f"A region refers to image {block.image}, but the record has {count} images.")
         placed = sum(isinstance(block, ImageBlock) for message in self.messages for block in message.content)
         if placed not in (0, count):
-            raise ValueError(f"{placed} image blocks for {count} images")
+            raise ValueError(f"The record has {placed} image blocks for {count} images; expected 0 or {count}.")
         if count and not placed and not any(message.role == "user" for message in self.messages):
-            raise ValueError("no user turn that the images could stand in; place them with image blocks")
+            raise ValueError("The record has no user turn to place its images in; add image blocks.")
         return self
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of all images, as written in the record."""
+        """Paths of all images as in the record."""
         return (self.image,) if self.image is not None else self.images
 
 
 @dataclass(frozen=True)
 class Line:
-    """A record and where it stands.
+    """A record with its line number.
 
     Args:
-        number: Number of the line, from 1.
-        record: What it says.
-        weight: Its weight in the loss, if it has one.
+        number: Line number, from 1.
+        record: The record.
+        weight: Its loss weight, if it has one.
     """
 
     number: int
@@ -140,21 +140,21 @@ class Line:
 
 @dataclass
 class RecordFile:
-    """The usable records of a file, and what was left out."""
+    """The valid records of a file, and the errors of those that were skipped."""
 
     path: Path
     lines: list[Line] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def error(self, number: int, reason: object) -> RecordError:
-        """The error for a line of this file."""
+        """Return the error of a line of this file."""
         return RecordError(f"{self.path}, line {number}: {reason}")
 
-    def nothing_left(self) -> RecordError:
-        """The error for a file without a usable record."""
-        first = f", the first: {self.skipped[0]}" if self.skipped else ""
+    def empty_error(self) -> RecordError:
+        """Return the error of a file without a valid record."""
+        first = f" First skipped: {self.skipped[0]}" if self.skipped else ""
         return RecordError(
-            f"{self.path}: no usable record ({len(self.skipped)} skipped{first}); expected at least one."
+            f"{self.path}: expected at least one valid record, got none ({len(self.skipped)} skipped).{first}"
         )
 
 
@@ -164,40 +164,40 @@ def read_records(
     """Read a file of records.
 
     Args:
-        path: A JSON Lines file. Empty lines are passed over.
-        on_error: "raise" on the first broken record, or "skip" it and keep the reason in `skipped`.
-        argument: What the error message calls `path`.
-        sample_weight_field: Name of a further field that records may have: their weight in the loss, a finite number
-            of at least 0.
+        path: A JSON Lines file. Empty lines are ignored.
+        on_error: "raise" on the first invalid record, or "skip" it and append the reason to `skipped`.
+        argument: Name of `path` in error messages.
+        sample_weight_field: Name of a further field that records may have: their loss weight, a finite number of at
+            least 0.
 
     Returns:
         The records with their line numbers.
 
     Raises:
-        RecordError: If a record is broken and `on_error` is "raise", or if no record is left.
+        RecordError: If a record is invalid and `on_error` is "raise", or if no record is valid.
         ValueError: If `on_error` is unknown or the file does not exist.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"`{argument}` must be a JSON Lines file, got {path}, which is no file.")
+        raise ValueError(f"`{argument}` must be a JSON Lines file, got {path}, which is not a file.")
     found = RecordFile(path)
     for number, text in _numbered(path):
         try:
             found.lines.append(Line(number, *_parse(text, sample_weight_field)))
         except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            reason = "The JSON is nested too deeply." if isinstance(error, RecursionError) else error
             if on_error == "raise":
                 raise found.error(number, reason) from None
             found.skipped.append(str(found.error(number, reason)))
     if not found.lines:
-        raise found.nothing_left()
+        raise found.empty_error()
     return found
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, undecoded, so that broken bytes are an error of their own line."""
+    """Yield the number and bytes of each non-empty line; decoded later, so that invalid bytes fail per line."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -215,5 +215,5 @@ def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record, float 
         return Record.model_validate(fields), weight
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{field + ': ' if field else ''}{first['msg'].removeprefix('Value error, ')}") from None

@@ -1,4 +1,4 @@
-"""Logging of how evenly a model's routers use their experts while it is trained."""
+"""Trainer callback that logs the load balance of MoE routers."""
 
 from typing import Any
 
@@ -14,25 +14,25 @@ __all__ = ["RouterLoadCallback"]
 
 
 class RouterLoadCallback(TrainerCallback):
-    """Log the load of every `GroupedTopKRouter` of the model, over the steps and processes since the last log.
+    """Log the load of every `GroupedTopKRouter` of a model, over the steps and processes since the last log.
 
-    Where a line with a training loss is logged, these are added to it and to the Trainer's history: "router/tokens",
-    the means over layers "router/imbalance_score" and "router/max_violation" (both means over forward passes) and
-    "router/load_entropy", and the number "router/dead_experts" of all layers. Only passes in training mode count. The
-    figures are those of `RouterLoad`. With gradient checkpointing a token is counted each time it is computed, which
-    changes "router/tokens" and nothing else.
+    The following are added to each log entry with a training loss and to the Trainer's history, as defined by
+    `RouterLoad`: "router/tokens", "router/imbalance_score", "router/max_violation" and "router/load_entropy", each the
+    mean over layers (the second and third also over forward passes), and "router/dead_experts", the sum over layers.
+    Only forward passes in training mode count. With gradient checkpointing, "router/tokens" also counts recomputed
+    tokens; the other values do not change.
 
-    Trainer's own reporters, such as TensorBoard, come before the callbacks that it is given. For them to see the
-    figures, add them again after this one: `trainer.remove_callback(X)`, `trainer.add_callback(X)`.
+    Trainer's own reporters, such as TensorBoard, run before the callbacks passed to it. For them to see these values,
+    add them again after this callback: `trainer.remove_callback(X)`, `trainer.add_callback(X)`.
 
     Args:
-        num_devices: Devices among which the experts of a layer are divided, in blocks, for the imbalance score; None
-            for the router's own groups, or for single experts where it has none.
-        per_layer: Log "imbalance_score" and "max_violation" of each layer too, as "router/<module>/<name>".
+        num_devices: Number of devices over which the experts of a layer are split, in blocks, for the imbalance score.
+            None for the router's groups, or for single experts if it has none.
+        per_layer: Also log "imbalance_score" and "max_violation" of each layer, as "router/<module>/<name>".
 
     Raises:
-        ValueError: When training begins, if the model has no such router, or `num_devices` does not divide a router's
-            experts.
+        ValueError: When training begins, if the model has no such router, or `num_devices` does not divide the number
+            of experts of a router.
     """
 
     def __init__(self, num_devices: int | None = None, per_layer: bool = False) -> None:
@@ -43,11 +43,11 @@ class RouterLoadCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Watch the routers."""
-        self._stop()
+        """Register a forward hook on every router."""
+        self._remove_hooks()
         routers = {name: module for name, module in model.named_modules() if isinstance(module, GroupedTopKRouter)}
         if not routers:
-            raise ValueError("RouterLoadCallback needs a model with a GroupedTopKRouter, got one without.")
+            raise ValueError(f"`model` must contain a GroupedTopKRouter, got {type(model).__name__} without one.")
         self.statistics = {}
         for name, router in routers.items():
             options = router.options
@@ -65,7 +65,7 @@ class RouterLoadCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures to the line, and begin anew."""
+        """Add the values to the log entry and reset the statistics."""
         if logs is None or "loss" not in logs or not self._handles:
             return
         loads = {}
@@ -73,18 +73,18 @@ class RouterLoadCallback(TrainerCallback):
             statistics.all_reduce()
             loads[name] = statistics.compute()
             statistics.reset()
-        figures = _figures(loads, self.per_layer)
-        logs.update(figures)
-        state.log_history[-1].update(figures)
+        values = _log_values(loads, self.per_layer)
+        logs.update(values)
+        state.log_history[-1].update(values)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was."""
-        self._stop()
+        """Remove the hooks."""
+        self._remove_hooks()
 
     def _hook(self, name: str) -> Any:
-        """A forward hook that counts one router's choices."""
+        """Return a forward hook that counts the expert choices of one router."""
 
         def count(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
@@ -100,17 +100,16 @@ class RouterLoadCallback(TrainerCallback):
 
         return count
 
-    def _stop(self) -> None:
-        """Remove the hooks."""
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
 
-def _figures(loads: dict[str, RouterLoad], per_layer: bool) -> dict[str, float]:
-    """What is logged."""
+def _log_values(loads: dict[str, RouterLoad], per_layer: bool) -> dict[str, float]:
+    """The entries added to the log."""
     layers = list(loads.values())
-    figures = {
+    values = {
         "router/tokens": sum(load.tokens for load in layers) / len(layers),
         "router/imbalance_score": sum(load.batch_imbalance_score for load in layers) / len(layers),
         "router/max_violation": sum(load.batch_max_violation for load in layers) / len(layers),
@@ -119,6 +118,6 @@ def _figures(loads: dict[str, RouterLoad], per_layer: bool) -> dict[str, float]:
     }
     if per_layer:
         for name, load in loads.items():
-            figures[f"router/{name}/imbalance_score"] = load.batch_imbalance_score
-            figures[f"router/{name}/max_violation"] = load.batch_max_violation
-    return figures
+            values[f"router/{name}/imbalance_score"] = load.batch_imbalance_score
+            values[f"router/{name}/max_violation"] = load.batch_max_violation
+    return values

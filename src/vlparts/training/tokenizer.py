@@ -1,4 +1,4 @@
-"""A tokenizer for text models that are trained from nothing."""
+"""Training of a tokenizer for text models with random weights."""
 
 from collections.abc import Iterable
 
@@ -10,13 +10,13 @@ _SPECIAL = ("<|endoftext|>", _END, "<|im_start|>", "<image>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer in which every digit is a token of its own.
+    """Train a byte-level BPE tokenizer in which every digit is a separate token.
 
-    It can write any text (all 256 bytes are tokens), and codes such as `(123,456)` are always spelled digit by digit.
+    It encodes any text, since all 256 bytes are tokens; codes such as `(123,456)` are always encoded digit by digit.
 
     Args:
         texts: Texts to learn merges from.
-        vocab_size: Largest vocabulary, special tokens included; at least 260.
+        vocab_size: Maximum vocabulary size, special tokens included; at least 260.
 
     Returns:
         A tokenizer with ChatML's special tokens and the image placeholder `<image>`.

@@ -1,4 +1,4 @@
-"""The training run itself."""
+"""Fine-tuning of composed models with transformers' Trainer."""
 
 import logging
 import re
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What came of a run.
+    """Result of a training run.
 
     Args:
         model: The trained model.
         processor: Its processor.
-        steps: Optimiser steps done in all.
-        log: The Trainer's log, one mapping for each line.
-        skipped: Reasons of the records that were left out.
+        steps: Total number of optimizer steps.
+        log: The Trainer's log history, one mapping per entry.
+        skipped: Error messages of the skipped records.
     """
 
     model: VisionLanguageForConditionalGeneration
@@ -42,10 +42,10 @@ class TrainResult:
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
-    """Fine-tune a composed model and save it, with its processor and its code, in `config.output`.
+    """Fine-tune a composed model and save it with its processor and code to `config.output`.
 
-    Runs on one process, or on several under `accelerate launch` or `torchrun`. An interrupted run goes on from its
-    last checkpoint with `resume`, with the same losses as a run that was not interrupted.
+    Runs in one process, or in several under `accelerate launch` or `torchrun`. With `resume`, an interrupted run
+    continues from its last checkpoint, with the same losses as an uninterrupted run.
 
     Args:
         config: The settings.
@@ -55,27 +55,27 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         The model, its processor, and the log.
 
     Raises:
-        RecordError: If a record cannot be used and `on_error` is "raise", or if none is left.
-        ValueError: If a setting makes no sense, if `output` holds checkpoints and `resume` is off, or if there is
-            nothing to resume.
+        RecordError: If a record is invalid and `on_error` is "raise", or if no record is valid.
+        ValueError: If a setting is invalid, if `output` contains checkpoints and `resume` is off, or if there is no
+            checkpoint to resume from.
     """
-    checkpoint = _checkpoint(config)
+    checkpoint = _find_checkpoint(config)
     set_seed(config.seed)
     records = read_records(config.data, config.on_error, sample_weight_field=config.sample_weight_field)
     if config.sample_weight_field is not None and all(line.weight is None for line in records.lines):
-        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} stands in no record of {config.data}.")
+        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {config.data}.")
     model, processor = build(config, conversation_texts(records))
     if config.packing:
         _use_packed_attention(model)
 
-    args = _arguments(config)
-    data = _dataset(config, records, processor, args)
+    args = _training_arguments(config)
+    data = _build_dataset(config, records, processor, args)
     eval_records = None
     if config.eval_data:
         eval_records = read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field)
-    eval_data = _dataset(config, eval_records, processor, args) if eval_records else None
+    eval_data = _build_dataset(config, eval_records, processor, args) if eval_records else None
     collator = collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id or 0)
-    trainer_class, loss_options = _loss(config)
+    trainer_class, loss_options = _trainer_and_loss_options(config)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -84,26 +84,26 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         data_collator=SampleWeights(collator) if loss_options else collator,
         processing_class=processor,
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=_optimizer(config),
+        optimizer_cls_and_kwargs=_optimizer_factory(config),
         capacity=config.capacity,
         max_items=config.max_items,
         **loss_options,
     )
     skipped = records.skipped + (eval_records.skipped if eval_records else [])
     if skipped and args.process_index == 0:
-        logger.warning("%d records skipped; the first: %s", len(skipped), skipped[0])
+        logger.warning("Skipped %d records. First: %s", len(skipped), skipped[0])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(config.output)
         processor.save_pretrained(config.output)
     trainer.accelerator.wait_for_everyone()
-    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if eval_data is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     return TrainResult(model, processor, trainer.state.global_step, trainer.state.log_history, skipped)
 
 
-def _dataset(
+def _build_dataset(
     config: TrainConfig, records: RecordFile, processor: VisionLanguageProcessor, args: TrainingArguments
 ) -> SampleDataset:
     encoder = SampleEncoder(
@@ -117,50 +117,50 @@ def _dataset(
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
 
 
-def _checkpoint(config: TrainConfig) -> Path | None:
-    """The last checkpoint, if the run is to go on from one."""
+def _find_checkpoint(config: TrainConfig) -> Path | None:
+    """The last complete checkpoint in `output` if `resume` is on, otherwise None."""
     names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in config.output.glob("checkpoint-*"))
     found = {int(match[1]): path for match, path in names if match}
     if not config.resume:
         if found:
-            raise ValueError(f"`output` {config.output} holds checkpoints; pass resume, or name another folder.")
+            raise ValueError(f"`output` {config.output} contains checkpoints; set `resume`, or choose another folder.")
         return None
-    # Trainer writes its state last: a run that was killed while it saved has left none.
-    whole = [step for step, path in found.items() if (path / TRAINER_STATE_NAME).is_file()]
-    if not whole:
-        raise ValueError(f"`output` {config.output} holds no checkpoint to resume from.")
-    return found[max(whole)]
+    # Trainer writes its state last, so a checkpoint without it is incomplete.
+    complete = [step for step, path in found.items() if (path / TRAINER_STATE_NAME).is_file()]
+    if not complete:
+        raise ValueError(f"`output` {config.output} contains no checkpoint to resume from.")
+    return found[max(complete)]
 
 
 def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None:
     text = model.model.language_model
     if not text._supports_attention_backend:
         raise ValueError(
-            f"`text` {type(text).__name__} does not take other attention functions, so its samples cannot be packed; "
-            "switch packing off."
+            f"`text` {type(text).__name__} does not support custom attention functions, so its samples cannot be "
+            "packed; set packing=False."
         )
     model.set_attn_implementation({"text_config": "vlparts_packed"})
 
 
-def _loss(config: TrainConfig) -> tuple[type[Any], dict[str, Any]]:
-    """The Trainer for the loss that is asked for, and its options; none for the mean over tokens."""
+def _trainer_and_loss_options(config: TrainConfig) -> tuple[type[Any], dict[str, Any]]:
+    """The Trainer class for the loss in the settings, and its options; {} for the mean over tokens."""
     if config.loss is None and config.sample_weight_field is None:
         return PackedTrainer, {}
     return WeightedPackedTrainer, {"preset": config.loss or "token", "mix": config.mix}
 
 
-def _optimizer(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:
-    """What Trainer takes for an optimizer that it does not know: a factory of factories, and its arguments."""
+def _optimizer_factory(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:
+    """Trainer's `optimizer_cls_and_kwargs` for Muon: a function that returns the factory, and its arguments."""
     if config.optimizer == "adamw":
         return None
     return lambda: muon_with_adamw, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
 
 
-def _arguments(config: TrainConfig) -> TrainingArguments:
+def _training_arguments(config: TrainConfig) -> TrainingArguments:
     evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_data else {}
     settings = {
         "output_dir": str(config.output),
-        "per_device_train_batch_size": 1,  # pack
+        "per_device_train_batch_size": 1,  # one pack
         "per_device_eval_batch_size": 1,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
@@ -183,8 +183,8 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     }
     for name in config.trainer:
         if name in settings:
-            raise ValueError(f"`trainer` must not hold {name!r}, which has a setting of its own.")
+            raise ValueError(f"`trainer` must not contain {name!r}, which has its own setting.")
     try:
         return TrainingArguments(**settings, **{**defaults, **config.trainer})
     except TypeError as error:
-        raise ValueError(f"`trainer` has a field that TrainingArguments does not take: {error}") from None
+        raise ValueError(f"`trainer` must contain fields of TrainingArguments only: {error}") from None

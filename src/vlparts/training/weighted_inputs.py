@@ -1,4 +1,4 @@
-"""Weights of samples and tokens as inputs of a batch: how they come into it, and how they are taken out again."""
+"""Loss weights of samples and tokens as batch inputs: added by a collator, taken out by the Trainer."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.weights import IGNORE_INDEX, next_token_labels
+from ..losses.weights import next_token_labels
+from ..parts.utils import IGNORE_INDEX
 
 WEIGHT_INPUTS = ("sample_weights", "token_weights", "sample_ids")
-"""Inputs that no model gets."""
+"""Batch inputs that are not passed to the model."""
 
 
 class WeightedLabels(NamedTuple):
-    """What the weights of a batch follow from.
+    """The labels of a batch, and what their loss weights are computed from.
 
     Attributes:
-        labels: `(B, S)` on the CPU, -100 at tokens without loss and at the first token of each sample.
+        labels: `(B, S)` on the CPU; -100 at tokens without loss and at the first token of each sample.
         options: `sample_weights`, `token_weights`, `cu_seqlens` and `sample_ids` of [`weigh_tokens`], on the CPU.
     """
 
@@ -26,26 +27,25 @@ class WeightedLabels(NamedTuple):
 
 
 def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], WeightedLabels | None]:
-    """Take the weights out of a batch.
+    """Split a batch into model inputs and weighted labels.
 
-    Samples are told apart by `sample_ids` `(B, S)` (-1 at padding), else `cu_seq_lens_q` `(samples + 1,)`, else, in
-    a batch without `attention_mask`, by text positions `(B, S)` or `(4, B, S)` in `position_ids` that begin again at
-    0; without any of them each row is a sample.
+    The samples of a row are given by `sample_ids` `(B, S)` (-1 at padding), else by `cu_seq_lens_q` `(samples + 1,)`,
+    else, in a batch without `attention_mask`, by `position_ids` `(B, S)` or `(4, B, S)` whose text positions restart
+    at 0. Without any of these each row is a sample.
 
     Args:
-        batch: Inputs of a model, with `labels` `(B, S)`, or `shift_labels` that are shifted already; beside the names
-            above it may hold `sample_weights` `(samples,)` and `token_weights` `(B, S)`, which stand where labels
-            stand.
+        batch: Inputs of a model, with `labels` `(B, S)` or the already shifted `shift_labels`. It may also have
+            `sample_weights` `(samples,)` and `token_weights` `(B, S)`, aligned with the labels.
 
     Returns:
-        The inputs without `WEIGHT_INPUTS`, and the labels with their weights; None for a batch without labels.
+        The inputs without `WEIGHT_INPUTS`, and the labels with their weights, or None for a batch without labels.
     """
     inputs = {name: value for name, value in batch.items() if name not in WEIGHT_INPUTS}
     shifted = inputs.get("shift_labels") is not None
     labels = inputs["shift_labels"] if shifted else inputs.get("labels")
     if labels is None:
         return inputs, None
-    # Not every accelerator has float64, and on the CPU weights are checked.
+    # On the CPU, weights are checked and float64 is always supported.
     labels = labels.cpu()
     given = {name: batch.get(name) for name in WEIGHT_INPUTS}
     given = {name: None if value is None else torch.as_tensor(value).cpu() for name, value in given.items()}
@@ -53,15 +53,15 @@ def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], WeightedLabe
     if ids is None and inputs.get("cu_seq_lens_q") is not None:
         lengths = inputs["cu_seq_lens_q"].cpu()
     elif ids is None:
-        ids = _from_positions(inputs, labels)
+        ids = _sample_ids_from_positions(inputs, labels)
     samples: dict[str, Any] = {"cu_seqlens": lengths, "sample_ids": ids}
     if not shifted:
-        labels = _after_padding(next_token_labels(labels, **samples), inputs.get("attention_mask"))
+        labels = _ignore_padding(next_token_labels(labels, **samples), inputs.get("attention_mask"))
     return inputs, WeightedLabels(labels, {**given, **samples})
 
 
-def _after_padding(labels: Tensor, mask: Any) -> Tensor:
-    """Labels without those at padding and of the first token behind it, which nothing can predict."""
+def _ignore_padding(labels: Tensor, mask: Any) -> Tensor:
+    """Ignore labels at padding and of the first token after it, which no token predicts."""
     if mask is None or mask.shape != labels.shape:
         return labels
     used = mask.cpu().bool()
@@ -69,8 +69,8 @@ def _after_padding(labels: Tensor, mask: Any) -> Tensor:
     return labels.masked_fill(~(used & before), IGNORE_INDEX)
 
 
-def _from_positions(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
-    """The sample of each token, from positions that begin again."""
+def _sample_ids_from_positions(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
+    """Sample id of each token, from positions that restart; None if the positions do not tell."""
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None:
         return None
@@ -84,14 +84,14 @@ def _from_positions(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
 
 
 class WeightedCollator:
-    """A collator that passes weights of its features on as inputs, for [`WeightedLossTrainer`].
+    """Wraps a collator and adds the loss weights of its features to the batch, for [`WeightedLossTrainer`].
 
     Args:
-        collator: Makes a batch of the features without their weights: a padded batch, a row for each feature, or one
-            row with the features after one another.
-        sample_weight_field: Number in each feature, its importance. Where no feature has it, all count alike.
-        token_weight_field: Numbers in each feature, one for each of its `input_ids`. Where no feature has them, all
-            tokens count alike.
+        collator: Collates the features without their weights: to a padded batch with one row per feature, or to one
+            row with the features concatenated.
+        sample_weight_field: Field with the weight of a feature. If no feature has it, all features weigh the same.
+        token_weight_field: Field with one weight per token of `input_ids`. If no feature has it, all tokens weigh the
+            same.
     """
 
     def __init__(
@@ -105,15 +105,15 @@ class WeightedCollator:
 
     @property
     def fields(self) -> tuple[str, str]:
-        """Names of the features' fields that are weights."""
+        """Names of the weight fields."""
         return self.sample_weight_field, self.token_weight_field
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The collator's batch, with `sample_weights` `(n,)` and `token_weights` `(B, S)` where features have them.
+        """Return the collator's batch, with `sample_weights` `(n,)` and `token_weights` `(B, S)` if the fields exist.
 
         Raises:
-            ValueError: If a weight is no finite number of at least 0, if only some features have one, or if there are
-                not as many as tokens.
+            ValueError: If a weight is not a finite number of at least 0, only some features have one, or their number
+                is not the number of tokens.
         """
         plain = [{name: value for name, value in one.items() if name not in self.fields} for one in features]
         batch = dict(self.collator(plain))
@@ -125,20 +125,20 @@ class WeightedCollator:
             lengths = [len(one["input_ids"]) for one in features]
             if [tuple(row.shape) for row in rows] != [(length,) for length in lengths]:
                 raise ValueError(
-                    f"`{self.token_weight_field}` must have a number for each token, {lengths}, got "
+                    f"`{self.token_weight_field}` must have one number per token, {lengths}, got shapes "
                     f"{[tuple(row.shape) for row in rows]}."
                 )
-            batch["token_weights"] = self._placed(rows, batch)
+            batch["token_weights"] = self._align(rows, batch)
         return batch
 
     def _column(self, features: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
         found = [one[name] for one in features if name in one]
         if found and len(found) < len(features):
-            raise ValueError(f"`{name}` must stand in every feature of a batch, got {len(found)} of {len(features)}.")
+            raise ValueError(f"`{name}` must be in every feature of a batch, got {len(found)} of {len(features)}.")
         return found
 
-    def _placed(self, rows: list[Tensor], batch: Mapping[str, Any]) -> Tensor:
-        """Weights where their tokens are, wherever padding is."""
+    def _align(self, rows: list[Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """Token weights aligned with the tokens of the batch; 0 at padding."""
         shape = batch["labels"].shape
         mask = batch.get("attention_mask")
         mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
@@ -146,38 +146,38 @@ class WeightedCollator:
         if mask.shape != shape or int(mask.sum()) != len(values):
             raise ValueError(
                 f"`{self.token_weight_field}` has {len(values)} numbers for a batch of shape {tuple(shape)} with "
-                f"{int(mask.sum())} tokens; expected one for each token."
+                f"{int(mask.sum())} tokens; expected one per token."
             )
         return torch.zeros(shape).masked_scatter_(mask, values)
 
 
 def checked_weight(value: Any, name: str) -> float:
-    """A weight as it stands in data.
+    """Return a weight read from data as a float.
 
     Raises:
-        ValueError: If it is no finite number of at least 0; names the field.
+        ValueError: If it is not a finite number of at least 0; names the field.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     try:
         if number and math.isfinite(weight := float(value)) and weight >= 0:
             return weight
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer beyond the range of floats
         pass
-    raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r:.40}")
+    raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r:.40}.")
 
 
-def without_samples(found: WeightedLabels, kept: int, size: int) -> WeightedLabels:
-    """Ignore what a batch repeats to be as large as others: all but its first `kept` of `size` features.
+def ignore_repeated(targets: WeightedLabels, kept: int, size: int) -> WeightedLabels:
+    """Ignore the labels of all but the first `kept` of `size` features, which a loader repeated to fill the batch.
 
     Args:
-        found: The batch.
-        kept: Features that count.
-        size: Features of the batch; each is a row, or each is a sample.
+        targets: Labels of the batch.
+        kept: Number of features that count.
+        size: Number of features in the batch; each is one row, or each is one sample.
 
     Raises:
-        ValueError: If features are neither rows nor samples.
+        ValueError: If the features are neither rows nor samples.
     """
-    labels, (lengths, ids) = found.labels, (found.options["cu_seqlens"], found.options["sample_ids"])
+    labels, (lengths, ids) = targets.labels, (targets.options["cu_seqlens"], targets.options["sample_ids"])
     rows = torch.arange(labels.shape[0])[:, None]
     if labels.shape[0] == size:
         repeated = rows >= kept
@@ -187,7 +187,8 @@ def without_samples(found: WeightedLabels, kept: int, size: int) -> WeightedLabe
         repeated = ids >= kept
     else:
         raise ValueError(
-            f"A batch of shape {tuple(labels.shape)} from {size} features has neither a row nor a sample for each, so "
-            "what several processes repeat of the evaluation data cannot be told; set per_device_eval_batch_size=1."
+            f"A batch of shape {tuple(labels.shape)} from {size} features has neither one row nor one sample per "
+            "feature, so evaluation samples that are repeated on several processes cannot be identified. Set "
+            "per_device_eval_batch_size=1."
         )
-    return found._replace(labels=labels.masked_fill(repeated, IGNORE_INDEX))
+    return targets._replace(labels=labels.masked_fill(repeated, IGNORE_INDEX))

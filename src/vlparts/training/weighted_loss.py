@@ -1,8 +1,8 @@
-"""The weighted loss in transformers' Trainer, for native models too."""
+"""transformers' Trainer with the weighted loss, for the models of vlparts and of transformers."""
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,54 +10,119 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import unwrap_peft_model
 
+from ..losses._distributed import sum_over_processes
 from ..losses.causal_lm import weighted_causal_lm_loss
 from ..losses.normalizer import LossNormalizer
 from ..losses.weights import Denominators, resolve_mix, weigh_tokens
-from .weighted_evaluation import EvaluationSums
-from .weighted_inputs import WEIGHT_INPUTS, WeightedLabels, take_weights, without_samples
+from .weighted_inputs import WEIGHT_INPUTS, WeightedLabels, ignore_repeated, take_weights
 
 __all__ = ["WeightedLossTrainer"]
 
-_KEPT = ("loss_weights", "sample_weights", "token_weights")
+_KEEP_DTYPE = ("loss_weights", "sample_weights", "token_weights")
 
 
-class NotedLoss:
-    """The loss `vlparts_weighted`, which notes whether weights have reached it.
+class _TrackedLoss:
+    """[`weighted_causal_lm_loss`] that records whether it received weights.
 
     Attributes:
-        reached: Whether it was called with weights since this was last set to False.
+        received_weights: True if it was called with weights since this was last set to False.
     """
 
     def __init__(self) -> None:
-        self.reached = False
+        self.received_weights = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[`weighted_causal_lm_loss`]."""
-        self.reached = self.reached or kwargs.get("loss_weights") is not None
+        """Compute the loss."""
+        self.received_weights = self.received_weights or kwargs.get("loss_weights") is not None
         return weighted_causal_lm_loss(*args, **kwargs)
+
+
+class _Undivided(NamedTuple):
+    """Denominators of 1."""
+
+    samples: Tensor
+    tokens: Tensor
+
+
+class _EvaluationSums:
+    """Accumulates the numerators and denominators of the weighted loss over an evaluation set.
+
+    Args:
+        mix: See [`weigh_tokens`].
+        length_exponent: See [`weigh_tokens`].
+    """
+
+    def __init__(self, mix: float, length_exponent: float) -> None:
+        self.mix, self.length_exponent = mix, length_exponent
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, logits: Tensor, targets: WeightedLabels, shifted: bool = False) -> None:
+        """Add a batch.
+
+        Args:
+            logits: `(B, S, V)`.
+            targets: Its labels and weights.
+            shifted: Whether the labels are already shifted.
+        """
+        one = torch.ones((), dtype=torch.float64)
+        undivided = _Undivided(one, one)
+        for part, mix in enumerate((1.0, 0.0)):  # the sample average, then the token average
+            weights = weigh_tokens(
+                targets.labels,
+                mix=mix,
+                length_exponent=self.length_exponent,
+                normalizer=undivided,
+                dtype=torch.float64,
+                **targets.options,
+            )
+            if mix == self.mix or 0 < self.mix < 1:
+                loss = weighted_causal_lm_loss(
+                    logits,
+                    None if shifted else targets.labels,
+                    logits.shape[-1],
+                    shift_labels=targets.labels if shifted else None,
+                    loss_weights=weights.weights.view(targets.labels.shape),
+                )
+                self._sums[part] += loss.detach().cpu()
+            self._sums[part + 2] += weights.total_samples if mix else weights.total_tokens
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Sum over processes.
+
+        Args:
+            device: Device of the process group's backend.
+        """
+        self._sums = sum_over_processes(self._sums, device=device)
+
+    def compute(self) -> float:
+        """Return the loss over all batches added; 0 if nothing has weight."""
+        by_sample, by_token, samples, tokens = self._sums.tolist()
+        loss = self.mix * by_sample / samples if samples else 0.0
+        return loss + ((1 - self.mix) * by_token / tokens if tokens else 0.0)
 
 
 class WeightedLossTrainer(Trainer):
     """transformers' Trainer with the weighted loss; also a mixin: `class Mine(WeightedLossTrainer, SomeTrainer)`.
 
-    The denominators of the loss are those of a whole optimiser step, over its micro-batches and all processes. So one
-    step has the same loss and gradients however its samples are packed, split and spread. Each micro-batch goes to the
-    model with `loss_weights` `(B, S)`, the final weight of each token, and the model's loss is their sum times the
-    tokens' cross-entropies. What else a batch may hold stands at [`take_weights`]; [`WeightedCollator`] brings it.
+    The loss is normalized over a whole optimizer step, with all its micro-batches and processes. So the loss and
+    gradients of a step do not depend on how its samples are packed and distributed. Each micro-batch is passed to the
+    model with `loss_weights` `(B, S)`, the final weight of each token; the model's loss is the sum of the tokens'
+    cross-entropies times these weights. See [`take_weights`] for the weights that a batch may contain, and
+    [`WeightedCollator`] for a collator that adds them.
 
-    The loss of an evaluation is the same form over the whole evaluation set, on the cross-entropy alone. A balance
-    loss that a model with experts adds is added once for each micro-batch and process, as Trainer itself does it.
+    The evaluation loss is the same weighted cross-entropy over the whole evaluation set. A balance loss of experts is
+    added once per micro-batch and process in training, as in Trainer itself, and not in evaluation.
 
     Args:
-        *args: As for Trainer.
-        preset: "token", "sample", "square" or "openpangu_mix", in place of the next two.
+        *args: Passed to Trainer.
+        preset: "token", "sample", "square" or "openpangu_mix", instead of the next two.
         mix: Share of sample averaging, from 0 to 1; see [`weigh_tokens`].
         length_exponent: See [`weigh_tokens`].
-        **kwargs: As for Trainer.
+        **kwargs: Passed to Trainer.
 
     Raises:
-        ValueError: If an option makes no sense, if the model's loss is not the cross-entropy of next tokens, or if the
-            Trainer is to compute another one.
+        ValueError: If an option is invalid, the model's loss is not the next-token cross-entropy, or the Trainer is
+            configured to compute another loss.
     """
 
     loss_is_scaled_for_ga = True
@@ -71,8 +136,8 @@ class WeightedLossTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.mix, self.length_exponent = resolve_mix(preset, mix, length_exponent)
-        self._noted_loss = NotedLoss()
-        self._evaluation: EvaluationSums | None = None
+        self._tracked_loss = _TrackedLoss()
+        self._evaluation: _EvaluationSums | None = None
         super().__init__(*args, **kwargs)
         for name, unwanted in (
             ("compute_loss_func", self.compute_loss_func is not None),
@@ -81,20 +146,19 @@ class WeightedLossTrainer(Trainer):
             ("parallelism_config", self.get_cp_size() * self.get_sp_size() > 1),
         ):
             if unwanted:
-                raise ValueError(f"`{name}` computes the loss in another way; WeightedLossTrainer cannot weigh it.")
+                raise ValueError(f"`{name}` computes another loss; WeightedLossTrainer does not support it.")
         self._set_loss()
 
     def _set_loss(self) -> None:
-        """Give the model the weighted loss; a model that was built anew for another trial has lost it."""
+        """Set the model's loss function; called again before use, since `model_init` may have built a new model."""
         model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
         loss = getattr(model, "loss_function", None)
-        if loss is self._noted_loss:
+        if loss is self._tracked_loss:
             return
-        known = loss in (ForCausalLMLoss, weighted_causal_lm_loss) or isinstance(loss, NotedLoss)
-        if not known or getattr(model.config, "is_encoder_decoder", False):
+        supported = loss in (ForCausalLMLoss, weighted_causal_lm_loss) or isinstance(loss, _TrackedLoss)
+        if not supported or getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(
-                "`model` must be trained on next tokens with transformers' ForCausalLMLoss, got "
-                f"{type(model).__name__}."
+                f"`model` must be a decoder with transformers' ForCausalLMLoss, got {type(model).__name__}."
             )
         parameters = inspect.signature(model.forward).parameters
         takes_weights = "loss_weights" in parameters or any(one.kind == one.VAR_KEYWORD for one in parameters.values())
@@ -103,52 +167,52 @@ class WeightedLossTrainer(Trainer):
                 "`model` must take `labels`, and `loss_weights` or **kwargs; "
                 f"{type(model).__name__}.forward takes {', '.join(parameters)}."
             )
-        # Not `loss_type`: Trainer's count of tokens goes by it.
-        model.loss_function = self._noted_loss
+        # Not `loss_type`, by which Trainer decides how to count tokens.
+        model.loss_function = self._tracked_loss
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the weights among the dataset's columns."""
+        """Keep the columns of the dataset with weights."""
         super()._set_signature_columns_if_needed()
         names = [*WEIGHT_INPUTS, *getattr(self.data_collator, "fields", ())]
         self._signature_columns += [name for name in names if name not in self._signature_columns]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Trainer's, which leaves weights as precise as they are."""
-        weights = {name: inputs[name] for name in _KEPT if inputs.get(name) is not None}
+        """Prepare the inputs as Trainer does, but move weights to the device without casting them."""
+        weights = {name: inputs[name] for name in _KEEP_DTYPE if inputs.get(name) is not None}
         prepared = super()._prepare_inputs({name: inputs[name] for name in inputs if name not in weights})
         return {**prepared, **{name: torch.as_tensor(one).to(self.args.device) for name, one in weights.items()}}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of a step, with their weights in it."""
+        """Return the micro-batches of a step with their final weights, normalized over the step."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._set_loss()
         normalizer = LossNormalizer(mix=self.mix, length_exponent=self.length_exponent)
         taken = [self._take(batch) for batch in batches]
-        for _, found in taken:
-            normalizer.add(found.labels, **found.options)
+        for _, targets in taken:
+            normalizer.add(targets.labels, **targets.options)
         normalizer.all_reduce(device=device)
-        return [{**inputs, "loss_weights": self._weigh(found, normalizer)} for inputs, found in taken], count
+        return [{**inputs, "loss_weights": self._weigh(targets, normalizer)} for inputs, targets in taken], count
 
     def _take(self, batch: Any) -> tuple[dict[str, Any], WeightedLabels]:
-        inputs, found = take_weights(batch)
-        if found is None:
-            raise ValueError(f"A batch must hold `labels` or `shift_labels`, got {', '.join(map(str, batch))}.")
-        return inputs, found
+        inputs, targets = take_weights(batch)
+        if targets is None:
+            raise ValueError(f"A batch must have `labels` or `shift_labels`, got {', '.join(map(str, batch))}.")
+        return inputs, targets
 
-    def _weigh(self, found: WeightedLabels, normalizer: Denominators | None = None) -> Tensor:
-        """Weights of a batch, `(B, S)` float32, or float64 for a model in it; on the CPU."""
+    def _weigh(self, targets: WeightedLabels, normalizer: Denominators | None = None) -> Tensor:
+        """Final weights of a batch, `(B, S)` float32, or float64 for a float64 model; on the CPU."""
         weights = weigh_tokens(
-            found.labels,
+            targets.labels,
             mix=self.mix,
             length_exponent=self.length_exponent,
             normalizer=normalizer,
             dtype=torch.float64,
-            **found.options,
+            **targets.options,
         )
         double = next(self.model.parameters()).dtype == torch.float64
-        return weights.weights.view(found.labels.shape).to(torch.float64 if double else torch.float32)
+        return weights.weights.view(targets.labels.shape).to(torch.float64 if double else torch.float32)
 
     def compute_loss(
         self,
@@ -157,38 +221,40 @@ class WeightedLossTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss with weights, such that its mean over processes is that of the step.
+        """Compute the model's weighted loss, scaled so that its mean over processes is the loss of the step.
 
-        A batch that did not come with a step, as in evaluation, is divided by its own weights.
+        A batch that is not part of a step, as in evaluation, is normalized by itself.
         """
-        found = None
+        targets = None
         if inputs.get("loss_weights") is None:
-            inputs, found = self._take(inputs)
-            inputs = {**inputs, "loss_weights": self._weigh(found).to(self.args.device)}
-        self._noted_loss.reached = False
+            inputs, targets = self._take(inputs)
+            inputs = {**inputs, "loss_weights": self._weigh(targets).to(self.args.device)}
+        self._tracked_loss.received_weights = False
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if not self._noted_loss.reached:
+        if not self._tracked_loss.received_weights:
             raise ValueError(
-                f"The weights did not reach the loss of {type(self.model).__name__}, which computes it without "
-                "`self.loss_function` or does not pass **kwargs on to it."
+                f"`loss_weights` did not reach the loss of {type(self.model).__name__}; its forward must call "
+                "`self.loss_function` and pass **kwargs to it."
             )
-        if found is None:
+        if targets is None:
             # Gradients are averaged over processes, and losses over DataParallel's devices.
             loss = loss * (self.accelerator.num_processes * max(1, self.args.n_gpu))
         elif self._evaluation is not None:
-            self._evaluation.add(_logits(outputs), self._counted(found), inputs.get("shift_labels") is not None)
+            self._evaluation.add(
+                _logits(outputs), self._without_repeated(targets), inputs.get("shift_labels") is not None
+            )
         return (loss, outputs) if return_outputs else loss
 
-    def _counted(self, found: WeightedLabels) -> WeightedLabels:
-        """An evaluation batch without what its process was given again, to have as much as others."""
+    def _without_repeated(self, targets: WeightedLabels) -> WeightedLabels:
+        """Ignore samples of an evaluation batch that the loader repeats to give all processes equally many."""
         state, size = self.accelerator.gradient_state, self.args.eval_batch_size
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return found
+            return targets
         kept = max(0, state.remainder - self.args.process_index * size)
-        return found if kept >= size else without_samples(found, kept, size)
+        return targets if kept >= size else ignore_repeated(targets, kept, size)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; where there are no labels, the model does not get the weights either."""
+        """Run Trainer's prediction step; without labels, weights are not passed to the model."""
         if inputs.get("labels") is None:
             inputs = take_weights(inputs)[0]
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -201,9 +267,9 @@ class WeightedLossTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Trainer's, with the weighted loss over the whole set in place of a mean over batches."""
+        """Run Trainer's evaluation loop, with the weighted loss over the whole set instead of a mean over batches."""
         self._set_loss()
-        self._evaluation = sums = EvaluationSums(self.mix, self.length_exponent)
+        self._evaluation = sums = _EvaluationSums(self.mix, self.length_exponent)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -219,5 +285,5 @@ class WeightedLossTrainer(Trainer):
 def _logits(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     if logits is None:
-        raise ValueError(f"The model must return `logits` in evaluation, got {type(outputs).__name__} without.")
+        raise ValueError(f"`model` must return `logits` in evaluation, got {type(outputs).__name__} without them.")
     return logits

@@ -81,8 +81,8 @@ def test_confidences_of_any_text_sum_to_one_at_most(text: str) -> None:
     assert guesses == sorted(guesses, key=lambda guess: (-round(guess.confidence, 9), guess.name))
 
 
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(CoordinateError, match="text must be a str"):
+def test_bad_arguments_raise() -> None:
+    with pytest.raises(CoordinateError, match="`text` must be a str"):
         guess_format(b"(001,002)")  # type: ignore[arg-type]
-    with pytest.raises(CoordinateError, match="image_size must be"):
+    with pytest.raises(CoordinateError, match="`image_size` must be"):
         guess_format("(001,002)", (0, 5))

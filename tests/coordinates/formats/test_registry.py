@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from vlparts.coordinates.formats import registry as formats
+from vlparts.coordinates.formats.openpangu import PADDED, padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat, get_format, register_format
 from vlparts.coordinates.frames.rules import Original
-from vlparts.coordinates.grammars.openpangu import PADDED, PairGrammar, padded_format
+from vlparts.coordinates.grammars.openpangu import PairGrammar
 from vlparts.coordinates.quantization import NumberRule
 
 
@@ -31,8 +32,8 @@ def test_formats_are_found_by_name() -> None:
 
 
 @pytest.mark.parametrize("bad", ["unknown", 3, ["openpangu"]])
-def test_unknown_formats_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"format must be a CoordinateFormat or one of \[.*'openpangu'.*\], got"):
+def test_unknown_formats_raise(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"`format` must be a CoordinateFormat or one of \[.*'openpangu'.*\], got"):
         get_format(bad)
 
 
@@ -43,7 +44,7 @@ def test_registered_formats_are_found() -> None:
     assert FORMATS["my_own"] is own
     register_format(padded_format("my_own", digits=4))  # the same once more
     other = padded_format("my_own", digits=5)
-    with pytest.raises(ValueError, match="the name 'my_own' is taken by another format; overwrite=True replaces it"):
+    with pytest.raises(ValueError, match="Another format has the name 'my_own'; `overwrite=True` replaces it"):
         register_format(other)
     register_format(other, overwrite=True)
     assert get_format("my_own") is other
@@ -55,7 +56,7 @@ def test_the_view_cannot_be_written_to() -> None:
 
 
 def test_only_formats_are_registered() -> None:
-    with pytest.raises(ValueError, match="format must be a CoordinateFormat, got 'x'"):
+    with pytest.raises(ValueError, match="`format` must be a CoordinateFormat, got 'x'"):
         register_format("x")  # type: ignore[arg-type]
 
 
@@ -68,21 +69,21 @@ def test_a_format_knows_its_kinds_and_separator() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "Qwen VL"}, "name must be a str of lower case letters, digits and underscores, got 'Qwen VL'"),
-        ({"name": ""}, "name must be a str of lower case"),
-        ({"name": 3}, "name must be a str of lower case"),
-        ({"numbers": 999}, r"numbers must have the method to_codes\(\), got 999"),
-        ({"grammar": NumberRule()}, r"grammar must have the method write\(\)"),
-        ({"frame": (640, 480)}, r"frame must be a rule such as Original\(\), got \(640, 480\)"),
-        ({"y_first": "box"}, "y_first must be a tuple of str, got 'box'"),
-        ({"y_first": ("polygon",)}, r"y_first must hold kinds of the grammar, \('point', 'box'\), got 'polygon'"),
-        ({"assumed": "rounding"}, "assumed must be a tuple of str"),
-        ({"date": "2026-8-1"}, "date must be a day as YYYY-MM-DD, got '2026-8-1'"),
-        ({"date": "20260801"}, "date must be a day as YYYY-MM-DD"),
-        ({"date": 2026}, "date must be a day as YYYY-MM-DD, got 2026"),
+        ({"name": "Qwen VL"}, "`name` must be a str of lower case letters, digits and underscores, got 'Qwen VL'"),
+        ({"name": ""}, "`name` must be a str of lower case"),
+        ({"name": 3}, "`name` must be a str of lower case"),
+        ({"numbers": 999}, r"`numbers` must have the method to_codes\(\), got 999"),
+        ({"grammar": NumberRule()}, r"`grammar` must have the method write\(\)"),
+        ({"frame": (640, 480)}, r"`frame` must be a rule such as Original\(\), got \(640, 480\)"),
+        ({"y_first": "box"}, "`y_first` must be a tuple of str, got 'box'"),
+        ({"y_first": ("polygon",)}, r"`y_first` must contain kinds of the grammar, \('point', 'box'\), got 'polygon'"),
+        ({"assumed": "rounding"}, "`assumed` must be a tuple of str"),
+        ({"date": "2026-8-1"}, "`date` must be a date as YYYY-MM-DD, got '2026-8-1'"),
+        ({"date": "20260801"}, "`date` must be a date as YYYY-MM-DD"),
+        ({"date": 2026}, "`date` must be a date as YYYY-MM-DD, got 2026"),
     ],
 )
-def test_bad_formats_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_bad_formats_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CoordinateFormat(**{"name": "x", "numbers": NumberRule(), "grammar": PairGrammar(), **changes})
 

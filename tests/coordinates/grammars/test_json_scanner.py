@@ -1,12 +1,14 @@
 """The scanner of JSON objects inside text, against the json module."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.grammars import json_scanner
 from vlparts.coordinates.grammars.json_scanner import JsonList, JsonNumber, JsonObject, JsonString, objects
 
 VALUES = st.recursive(
@@ -68,3 +70,30 @@ def test_what_breaks_an_object_off_is_named(text: str, fault: str) -> None:
 def test_half_a_surrogate_pair_is_no_string() -> None:
     (item,) = objects(r'{"a": "\ud800", "b": "\ud83d\ude00"}')
     assert [value.value() for _, value in item.members if isinstance(value, JsonString)] == [None, "\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "piece", ['{"a":', "{", "[{", '{"a": [', '{"a": 1, {', '{"a": 1},', '"', '{"', "{'a'", "{ ", "[["]
+)
+def test_tokens_that_are_read_grow_linearly(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every further repetition of a piece takes the same number of tokens, and a token does not backtrack."""
+    counts = []
+    for repeats in (100, 200, 300):
+        counting = CountingPattern(json_scanner._TOKEN)
+        with monkeypatch.context() as patch:
+            patch.setattr(json_scanner, "_TOKEN", counting)
+            list(objects(piece * repeats))
+        counts.append(counting.characters)
+    assert counts[2] - counts[1] == counts[1] - counts[0]
+
+
+class CountingPattern:
+    """A pattern that counts the characters of its matches."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.pattern, self.characters = pattern, 0
+
+    def match(self, text: str, start: int) -> re.Match[str] | None:
+        match = self.pattern.match(text, start)
+        self.characters += 1 + (len(match[0]) if match else 0)
+        return match

@@ -53,17 +53,23 @@ def test_the_error_is_bounded(values: list[float], width: int, height: int) -> N
 
 @pytest.mark.parametrize(
     ("codes", "message"),
-    [([5, 1024], "a code above 1023: 1024"), ([5, 4], "left of or above"), ([40, 9], "left of or above")],
+    [
+        ([5, 1024], "Code 1024 is above the largest code 1023"),
+        ([5, 4], "left of or above"),
+        ([40, 9], "left of or above"),
+    ],
 )
-def test_cells_that_cannot_be_are_refused(codes: list[int], message: str) -> None:
+def test_cells_that_cannot_be_raise(codes: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NUMBERS.to_points([codes], (64, 64))
 
 
 def test_only_boxes_have_cells() -> None:
-    with pytest.raises(ValueError, match="stand for boxes"):
+    with pytest.raises(
+        ValueError, match=r"^`counts` must be 2 for every region, as cells are those of boxes, got \[1\]\.$"
+    ):
         NUMBERS.to_codes(np.zeros((1, 2)), [1], (64, 64))
-    with pytest.raises(ValueError, match="side must be"):
+    with pytest.raises(ValueError, match="^`side` must be"):
         CellNumbers(1)
 
 
@@ -126,8 +132,11 @@ def test_what_is_no_box_is_an_error(text: str, position: int, reason: str) -> No
 
 @pytest.mark.parametrize(
     ("region", "message"),
-    [(Coded("point", [1, 2]), "the format writes boxes"), (Coded("box", [1, 2], "a<b"), "nor hold '<'")],
+    [
+        (Coded("point", [1, 2]), "A point cannot be written: the format has box"),
+        (Coded("box", [1, 2], "a<b"), "contain '<'"),
+    ],
 )
-def test_what_cannot_be_said_is_refused(region: Coded, message: str) -> None:
+def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GRAMMAR.write([region])

@@ -74,11 +74,11 @@ def test_what_is_no_point_is_an_error(text: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        (Coded("box", [0] * 4), "the format writes points of one image"),
+        (Coded("box", [0] * 4), "A box cannot be written: the format has point"),
         (Coded("point", [0] * 2, "a", 1), "of one image"),
         (Coded("point", [0] * 2, ""), "must not be empty"),
     ],
 )
-def test_what_cannot_be_said_is_refused(region: Coded, message: str) -> None:
+def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GRAMMAR.write([region])

@@ -75,8 +75,8 @@ def test_a_point_at_a_moment_is_a_track_of_one_point() -> None:
         ('<points alt="a">t</points>', "expected coords once"),
         ('<points coords="1 1 520 044', "unfinished tag"),
         ('<points coords="1 1 520 044">t', "unfinished tag"),
-        ('<tracks coords="1.0 1 010 020;1.0 1 010 020">t</tracks>', "times must rise"),
-        ('<tracks coords="1.0 1 010 020 1 010 020">t</tracks>', "object 1 stands twice"),
+        ('<tracks coords="1.0 1 010 020;1.0 1 010 020">t</tracks>', "times must increase"),
+        ('<tracks coords="1.0 1 010 020 1 010 020">t</tracks>', "object 1 occurs twice"),
     ],
 )
 def test_what_is_no_region_is_an_error(text: str, reason: str) -> None:
@@ -89,16 +89,16 @@ def test_what_is_no_region_is_an_error(text: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        (Coded("box", [0] * 4), "a box cannot be written"),
+        (Coded("box", [0] * 4), "A box cannot be written"),
         (Coded("track", [0] * 2), "tracks with times"),
-        (Coded("track", [0] * 4, times=(0.01, 0.02)), "must differ by 0.1 s"),
+        (Coded("track", [0] * 4, times=(0.01, 0.02)), "must differ by at least 0.1 s"),
     ],
 )
-def test_what_cannot_be_said_is_refused(region: Coded, message: str) -> None:
+def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GRAMMAR.write([region])
 
 
 def test_the_image_separator_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="image_separator must be"):
+    with pytest.raises(ValueError, match="^`image_separator` must be"):
         dataclasses.replace(GRAMMAR, image_separator=",")

@@ -77,7 +77,7 @@ def test_files_are_read_and_written_line_by_line(tmp_path: Path) -> None:
         write_annotations(endless(), path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n \nbroken")
     assert list(itertools.islice(read_annotations(path), 2)) == [image, image]
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 5: not valid JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 5: Not valid JSON"):
         list(read_annotations(path))
     assert image.size == (5, 6)
 
@@ -88,25 +88,28 @@ GOOD = {"image": "a.png", "width": 5, "height": 6}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[1]", "expected a JSON object, got list"),
-        ('{"image": "a.png", "height": 6}', "image, width and height are needed, width not there"),
-        (json.dumps({**GOOD, "width": 0}), r"\(width, height\) must be \(width, height\), two positive integers"),
-        (json.dumps({**GOOD, "image": 3}), "image must be a str, got 3"),
-        (json.dumps({**GOOD, "regions": {}}), "regions must be a list, got {}"),
-        (json.dumps({**GOOD, "regions": [3]}), r"regions\[0\]: a region must be an object, got 3"),
+        ("[1]", "Expected a JSON object, got list"),
+        ('{"image": "a.png", "height": 6}', "keys image, width and height are required, missing: width"),
+        (json.dumps({**GOOD, "width": 0}), r"`\(width, height\)` must be \(width, height\), two positive integers"),
+        (json.dumps({**GOOD, "image": 3}), "`image` must be a str, got 3"),
+        (json.dumps({**GOOD, "regions": {}}), "`regions` must be a list, got {}"),
+        (json.dumps({**GOOD, "regions": [3]}), r"`regions\[0\]`: A region must be an object, got 3"),
         (
             json.dumps({**GOOD, "regions": [{"label": "a"}]}),
-            r"regions\[0\]: a region needs one of the keys",
+            r"`regions\[0\]`: A region must have one of the keys",
         ),
-        (json.dumps({**GOOD, "regions": [{"box": [1, 2, 3, 4], "point": [1, 2]}]}), "a region needs one of the keys"),
-        (json.dumps({**GOOD, "regions": [{"box": [1, 2, 3]}]}), "box must hold 4 numbers, got 3"),
-        (json.dumps({**GOOD, "regions": [{"box": "abcd"}]}), "box must be a list, got 'abcd'"),
-        (json.dumps({**GOOD, "regions": [{"box": [5, 2, 3, 4]}]}), r"x2 \(3\) is less than x1 \(5\)"),
-        (json.dumps({**GOOD, "regions": [{"point": [1, "2"]}]}), "y must be a real number, got '2'"),
+        (
+            json.dumps({**GOOD, "regions": [{"box": [1, 2, 3, 4], "point": [1, 2]}]}),
+            "A region must have one of the keys",
+        ),
+        (json.dumps({**GOOD, "regions": [{"box": [1, 2, 3]}]}), "`box` must have 4 numbers, got 3"),
+        (json.dumps({**GOOD, "regions": [{"box": "abcd"}]}), "`box` must be a list, got 'abcd'"),
+        (json.dumps({**GOOD, "regions": [{"box": [5, 2, 3, 4]}]}), r"`x2` \(3\) is less than `x1` \(5\)"),
+        (json.dumps({**GOOD, "regions": [{"point": [1, "2"]}]}), r"`points\[0\]\[1\]` must be a real number, got '2'"),
         (json.dumps({**GOOD, "regions": [{"point": [1, 2], "colour": 3}]}), r"besides its kind, got \['colour'\]"),
-        (json.dumps({**GOOD, "regions": [{"point": [1, math.nan]}]}), "NaN is no valid number"),
-        ('{"image": "a", "image": "b"}', "the key 'image' stands twice"),
-        (r'{"image": "\ud800", "width": 5, "height": 6}', "one half of a surrogate pair"),
+        (json.dumps({**GOOD, "regions": [{"point": [1, math.nan]}]}), "NaN is not a valid number"),
+        ('{"image": "a", "image": "b"}', "Key 'image' occurs twice"),
+        (r'{"image": "\ud800", "width": 5, "height": 6}', "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -119,22 +122,22 @@ def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None
 
 def test_broken_bytes_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"image": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: Not valid UTF-8"):
         list(read_annotations(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match="which is no file"):
+    with pytest.raises(ValueError, match="which does not exist"):
         list(read_annotations(tmp_path / "b.jsonl"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, 5, 5), "image must be a str"),
-        (("a", 5.0, 5), "width must be a positive integer, got 5.0"),
-        (("a", 5, True), "height must be a positive integer, got True"),
-        (("a", 5, 5, [{"box": [1, 2, 3, 4]}]), r"regions\[0\] must be a Region, got dict"),
+        ((3, 5, 5), "`image` must be a str"),
+        (("a", 5.0, 5), "`width` must be an integer, got 5.0"),
+        (("a", 5, True), "`height` must be an integer, got True"),
+        (("a", 5, 5, [{"box": [1, 2, 3, 4]}]), r"`regions\[0\]` must be a Region, got dict"),
     ],
 )
-def test_bad_images_are_refused(arguments: Any, message: str) -> None:
+def test_bad_images_raise(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageRegions(*arguments)
 
@@ -163,15 +166,15 @@ def test_a_single_block_is_a_turn() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: training_record(ImageRegions("a", 5, 5), "?"), "image 'a' has no regions"),
+        (lambda: training_record(ImageRegions("a", 5, 5), "?"), "Image 'a' has no regions"),
         (
             lambda: training_record(ImageRegions("a", 5, 5, (Region.line([(0, 0), (1, 1)]),)), "?"),
-            r"regions\[0\] must be a box or a point, got a line",
+            r"`regions\[0\]` must be a box or a point, got a line",
         ),
-        (lambda: record_regions({}), "messages must be a list, got None"),
+        (lambda: record_regions({}), "`messages` must be a list, got None"),
         (
             lambda: record_regions({"messages": [{"role": "assistant", "content": ["so: ", {"box": [4, 0, 3, 1]}]}]}),
-            r"messages\.0\.content\.1: x2 \(3\) is less than x1 \(4\)",
+            r"`messages\[0\]\.content\[1\]`: `x2` \(3\) is less than `x1` \(4\)",
         ),
     ],
 )

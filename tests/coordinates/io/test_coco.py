@@ -87,7 +87,9 @@ def test_what_is_there_decides(tmp_path: Path) -> None:
     crowd = {**ENTRY, "segmentation": {"counts": [3, 4], "size": [30, 40]}, "iscrowd": 1}
     path = write(tmp_path, annotations=[crowd])
     assert read_coco(path)[0].regions == (Region.box(1, 2, 11.5, 22, "dog"),)
-    with pytest.raises(ValueError, match=r"annotations\[0\]: segmentation must be a list .* got run lengths"):
+    with pytest.raises(
+        ValueError, match=r"`annotations\[0\]`: `segmentation` must be a list .* got a run-length encoded mask"
+    ):
         read_coco(path, "polygon")
 
 
@@ -108,19 +110,34 @@ IMAGE = {"id": 5, "file_name": "a.png", "width": 40, "height": 30}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": None}, r"coco\.json: "),
-        ({"images": [IMAGE, IMAGE]}, "two images have one id"),
-        ({"images": [{"id": 5, "file_name": "a.png", "width": 40}]}, "'height' is not there"),
-        ({"images": [{**IMAGE, "width": -1}]}, "width must be a positive integer, got -1"),
-        ({"annotations": [{**ENTRY, "image_id": 6}]}, r"annotations\[0\]: 6 is not there"),
-        ({"annotations": [ENTRY, {**ENTRY, "category_id": 1}]}, r"annotations\[1\]: 1 is not there"),
-        ({"annotations": [{**ENTRY, "bbox": [1, 2, -3, 4]}]}, r"annotations\[0\]: bbox must have a width and height"),
-        ({"annotations": [{**ENTRY, "bbox": [1, 2, 3]}]}, "bbox must be a list of 4 numbers"),
-        ({"annotations": [{**ENTRY, "bbox": []}]}, r"annotations\[0\]: "),
-        ({"annotations": [{**ENTRY, "bbox": [1, 2, "a", 3]}]}, r"annotations\[0\]: "),
-        ({"annotations": [{**ENTRY, "segmentation": [[1, 2, 3]]}]}, "segmentation must be a list of 2 numbers"),
-        ({"annotations": [{**ENTRY, "segmentation": [[1, 2, 3, 4]]}]}, "a polygon has at least 3"),
-        ({"annotations": [{**ENTRY, "keypoints": [1, 2, 3]}]}, r"annotations\[0\]: "),
+        ({"images": None}, r"coco\.json: `images` must be a list, got None\.$"),
+        ({"images": [IMAGE, IMAGE]}, "Two images have the same id"),
+        ({"images": [{"id": 5, "file_name": "a.png", "width": 40}]}, "'height' is missing"),
+        ({"images": [{**IMAGE, "width": -1}]}, "`width` must be an integer of at least 1, got -1"),
+        ({"annotations": [{**ENTRY, "image_id": 6}]}, r"`annotations\[0\]`: 6 is missing"),
+        ({"annotations": [ENTRY, {**ENTRY, "category_id": 1}]}, r"`annotations\[1\]`: 1 is missing"),
+        (
+            {"annotations": [{**ENTRY, "bbox": [1, 2, -3, 4]}]},
+            r"`annotations\[0\]`: `bbox` must have a width and height",
+        ),
+        (
+            {"annotations": [{**ENTRY, "bbox": [1, 2, 3]}]},
+            r"`annotations\[0\]`: `bbox` must be a list of 4 numbers, got \[1, 2, 3\]\.$",
+        ),
+        ({"annotations": [{**ENTRY, "bbox": []}]}, r"`bbox` must be a list of 4 numbers, got \[\]"),
+        (
+            {"annotations": [{**ENTRY, "bbox": [1, 2, "a", 3]}]},
+            r"`bbox` must be a list of 4 numbers, got \[1, 2, 'a', 3\]",
+        ),
+        (
+            {"annotations": [{**ENTRY, "segmentation": [[1, 2, 3]]}]},
+            "`segmentation` must be a list whose length is a multiple of 2",
+        ),
+        ({"annotations": [{**ENTRY, "segmentation": [[1, 2, 3, 4]]}]}, "A polygon has at least 3"),
+        (
+            {"annotations": [{**ENTRY, "keypoints": [1, 2, 3]}]},
+            r"`keypoints` must have 2 points, as many as its category, got 1",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, changes: Any, message: str) -> None:
@@ -128,22 +145,22 @@ def test_broken_files_are_named(tmp_path: Path, changes: Any, message: str) -> N
         read_coco(write(tmp_path, **changes))
 
 
-def test_other_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="which is no file"):
+def test_invalid_files_and_arguments_raise(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which does not exist"):
         read_coco(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="shape must be one of 'auto', 'box', 'polygon', 'keypoints', got 'mask'"):
+    with pytest.raises(ValueError, match="`shape` must be one of 'auto', 'box', 'polygon', 'keypoints', got 'mask'"):
         read_coco(write(tmp_path), "mask")
-    with pytest.raises(ValueError, match=r"annotations\[0\]: 'segmentation' is not there"):
+    with pytest.raises(ValueError, match=r"`annotations\[0\]`: 'segmentation' is missing"):
         read_coco(write(tmp_path, annotations=[ENTRY]), "polygon")
     (tmp_path / "text.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"text\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"text\.json: Not valid JSON"):
         read_coco(tmp_path / "text.json")
 
 
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        (Region.line([(0, 0), (1, 1)]), r"a: regions\[0\] must be a box, quad, polygon or point of image 0"),
+        (Region.line([(0, 0), (1, 1)]), r"Image 'a': `regions\[0\]` must be a box, quad, polygon or point of image 0"),
         (Region.track([(0, 0)], [0]), "must be a box"),
         (Region.point(0, 0, image=1), "of image 0"),
         (Region.point(0, 0, ""), "must not have an empty label"),

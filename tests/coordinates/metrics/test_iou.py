@@ -41,17 +41,17 @@ def test_iou_with_no_boxes(nothing: Any) -> None:
 @pytest.mark.parametrize(
     ("a", "message"),
     [
-        ([0, 0, 1, 1], r"a must be an \(n, 4\) array of numbers, got shape \(4,\)"),
+        ([0, 0, 1, 1], r"`a` must be an \(n, 4\) array of numbers, got shape \(4,\)"),
         ([[0, 0, 1]], r"got shape \(1, 3\)"),
         (np.zeros((0, 3)), r"got shape \(0, 3\)"),
-        ([[0, 0, 1, 1], [0, 0, 1]], r"a must be an \(n, 4\) array of numbers"),
-        ([["0", "0", "1", "1"]], "a must be an .* dtype"),
+        ([[0, 0, 1, 1], [0, 0, 1]], r"`a` must be an \(n, 4\) array of numbers"),
+        ([["0", "0", "1", "1"]], "`a` must be an .* dtype"),
         (np.zeros((1, 4), dtype=bool), "dtype bool"),
-        ([[0, 0, 1, 1], [0, 0, math.nan, 1]], r"a\[1\] must be finite"),
-        ([[0, 0, 1, 1], [2, 0, 1, 1]], r"a\[1\] must have x1 <= x2 and y1 <= y2"),
+        ([[0, 0, 1, 1], [0, 0, math.nan, 1]], r"`a\[1\]` must be finite"),
+        ([[0, 0, 1, 1], [2, 0, 1, 1]], r"`a\[1\]` must have x1 <= x2 and y1 <= y2"),
     ],
 )
-def test_bad_boxes_are_refused(a: Any, message: str) -> None:
+def test_bad_boxes_raise(a: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         box_iou(a, [[0, 0, 1, 1]])
 
@@ -63,7 +63,7 @@ def some_boxes(seed: int, count: int, most: int = 12) -> Any:
 def test_area_is_width_times_height() -> None:
     boxes = some_boxes(1, 20)
     assert box_area(boxes).tolist() == [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes.tolist()]
-    with pytest.raises(ValueError, match=r"boxes\[0\] must have x1 <= x2"):
+    with pytest.raises(ValueError, match=r"`boxes\[0\]` must have x1 <= x2"):
         box_area([[2, 0, 1, 1]])
 
 
@@ -141,11 +141,11 @@ def test_a_region_contains_a_point_on_its_edge() -> None:
     [
         ([[0, 0]], [[0, 0], [1, 1]], r"k >= 3, got shapes \(1, 2\) and \(2, 2\)"),
         ([[0, 0, 1, 1]], RING, r"got shapes \(1, 4\)"),
-        ([[0, math.nan]], RING, r"points\[0\] must be finite"),
-        ([[0, 0], [1]], RING, r"points must be \(n, 2\) points or \(n, 4\) boxes"),
-        ([[0, 0]], [["a", "b"]] * 3, "polygon must be .* dtype"),
+        ([[0, math.nan]], RING, r"`points\[0\]` must be finite"),
+        ([[0, 0], [1]], RING, r"`points` must be an array of numbers, \(n, 2\) points or \(n, 4\) boxes"),
+        ([[0, 0]], [["a", "b"]] * 3, "`polygon` must be .* dtype"),
     ],
 )
-def test_bad_polygons_are_refused(points: Any, polygon: Any, message: str) -> None:
+def test_bad_polygons_raise(points: Any, polygon: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         inside_polygon(points, polygon)

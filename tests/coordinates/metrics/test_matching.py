@@ -73,17 +73,17 @@ def test_greedy_and_optimal_differ() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: match([[1.0]], method="best"), "method must be one of 'greedy', 'optimal', got 'best'"),
-        (lambda: match([[1.0]], math.nan), "threshold must be a finite number"),
-        (lambda: match([[1.0]], -1), "threshold must be a finite number of at least 0, got -1"),
-        (lambda: match([1.0]), r"similarities must be an \(n, m\) array of numbers, got shape \(1,\)"),
-        (lambda: match([[math.nan]]), "similarities must be finite"),
-        (lambda: match([[-0.5]]), "similarities must be at least 0, got -0.5"),
-        (lambda: assign([["a"]]), r"cost must be an \(n, m\) array of numbers"),
-        (lambda: assign([[math.inf]]), "cost must be finite"),
+        (lambda: match([[1.0]], method="best"), "`method` must be one of 'greedy', 'optimal', got 'best'"),
+        (lambda: match([[1.0]], math.nan), "`threshold` must be a finite number"),
+        (lambda: match([[1.0]], -1), "`threshold` must be a finite number of at least 0, got -1"),
+        (lambda: match([1.0]), r"`similarities` must be an \(n, m\) array of numbers, got shape \(1,\)"),
+        (lambda: match([[math.nan]]), "`similarities` must be finite"),
+        (lambda: match([[-0.5]]), "`similarities` must be at least 0, got -0.5"),
+        (lambda: assign([["a"]]), r"`cost` must be an \(n, m\) array of numbers"),
+        (lambda: assign([[math.inf]]), "`cost` must be finite"),
     ],
 )
-def test_bad_matrices_are_refused(make: Any, message: str) -> None:
+def test_bad_matrices_raise(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlparts.coordinates.codec import encode
-from vlparts.coordinates.grammars.openpangu import padded_format
+from vlparts.coordinates.formats.openpangu import padded_format
 from vlparts.coordinates.metrics.iou import box_iou
 from vlparts.coordinates.metrics.report import Detection, Report, report
 from vlparts.coordinates.regions import Region
@@ -137,7 +137,7 @@ def test_a_report_is_data_and_readable() -> None:
     assert fields["accuracy"] == 1.0
     lines = str(got).splitlines()
     assert len(lines) == 13
-    assert lines[2].split("  ")[-1] == "100.0%"
+    assert lines[2].split()[-1] == "100.0%"
     assert lines[-1].endswith("100.0% / 100.0% / 100.0%")
 
 
@@ -156,19 +156,19 @@ def test_another_format() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: report("(1,2)", [[]], [SIZE]), "answers must be a sequence, one item for each answer, got str"),
-        (lambda: report([""], 3, [SIZE]), "truths must be a sequence"),  # type: ignore[arg-type]
-        (lambda: report([""], [[]], []), r"must be of one length, got \[1, 1, 0\]"),
-        (lambda: report([3], [[]], [SIZE]), r"answers\[0\] must be a str, got int"),  # type: ignore[list-item]
-        (lambda: report([""], [TRUE], [SIZE]), r"truths\[0\] must be a sequence of Region"),  # type: ignore[list-item]
-        (lambda: report([""], [[3]], [SIZE]), r"truths\[0\] must be a sequence of Region"),  # type: ignore[list-item]
-        (lambda: report([""], [3], [SIZE]), r"truths\[0\] must be a sequence of Region"),  # type: ignore[list-item]
-        (lambda: report([""], [[]], [(0, 1)]), "image_size must be"),
-        (lambda: report([""], [[]], [SIZE], "morse"), "format must be a CoordinateFormat or one of"),
-        (lambda: report([""], [[]], [SIZE], thresholds=[0]), r"thresholds must lie in \(0, 1\], got \(0,\)"),
-        (lambda: report([""], [[]], [SIZE], thresholds=[math.nan]), r"thresholds must lie in \(0, 1\]"),
+        (lambda: report("(1,2)", [[]], [SIZE]), "`answers` must be a sequence with one item per answer, got str"),
+        (lambda: report([""], 3, [SIZE]), "`truths` must be a sequence"),  # type: ignore[arg-type]
+        (lambda: report([""], [[]], []), r"must have the same length, got \[1, 1, 0\]"),
+        (lambda: report([3], [[]], [SIZE]), r"`answers\[0\]` must be a str, got int"),  # type: ignore[list-item]
+        (lambda: report([""], [TRUE], [SIZE]), r"`truths\[0\]` must be a sequence of Region"),  # type: ignore[list-item]
+        (lambda: report([""], [[3]], [SIZE]), r"`truths\[0\]` must be a sequence of Region"),  # type: ignore[list-item]
+        (lambda: report([""], [3], [SIZE]), r"`truths\[0\]` must be a sequence of Region"),  # type: ignore[list-item]
+        (lambda: report([""], [[]], [(0, 1)]), "`image_size` must be"),
+        (lambda: report([""], [[]], [SIZE], "morse"), "`format` must be a CoordinateFormat or one of"),
+        (lambda: report([""], [[]], [SIZE], thresholds=[0]), r"`thresholds` must be in \(0, 1\], got \(0,\)"),
+        (lambda: report([""], [[]], [SIZE], thresholds=[math.nan]), r"`thresholds` must be in \(0, 1\]"),
     ],
 )
-def test_bad_arguments_are_refused(make: Any, message: str) -> None:
+def test_bad_arguments_raise(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.training.images.balance import balanced_steps, divided, encoder_work
+from vlparts.training.images.balance import balanced_steps, encoder_work, split_packs
 
 
 def test_work_counts_multiplications_and_additions_of_a_layer() -> None:
@@ -22,15 +22,15 @@ def test_work_counts_multiplications_and_additions_of_a_layer() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=6, max_size=6), st.sampled_from([1, 2, 3, 6]))
-def test_no_grouping_waits_less(works: list[int], world_size: int) -> None:
-    def waited(order: tuple[int, ...]) -> int:
+def test_the_grouping_is_optimal(works: list[int], world_size: int) -> None:
+    def cost(order: tuple[int, ...]) -> int:
         return sum(max(works[i] for i in order[at : at + world_size]) for at in range(0, 6, world_size))
 
     steps = balanced_steps(works, world_size)
     assert all(len(step) == world_size for step in steps)
     assert sorted(place for step in steps for place in step) == list(range(6))
-    found = waited(tuple(place for step in steps for place in step))
-    assert found == min(waited(order) for order in permutations(range(6)))
+    found = cost(tuple(place for step in steps for place in step))
+    assert found == min(cost(order) for order in permutations(range(6)))
 
 
 def test_steps_and_their_packs_keep_their_order() -> None:
@@ -40,15 +40,15 @@ def test_steps_and_their_packs_keep_their_order() -> None:
 
 
 def test_packs_that_cannot_be_shared_evenly_are_refused() -> None:
-    with pytest.raises(ValueError, match="`works` must be of a multiple of world_size=2 packs, got 3"):
+    with pytest.raises(ValueError, match="`works` must have a multiple of world_size=2 entries, got 3"):
         balanced_steps([1, 2, 3], 2)
 
 
 @given(st.lists(st.integers(1, 6), max_size=12), st.integers(1, 6))
-def test_division_keeps_the_items_and_their_order(sizes: list[int], multiple: int) -> None:
+def test_splitting_keeps_the_items_and_their_order(sizes: list[int], multiple: int) -> None:
     items = iter(range(100))
     packs = [[next(items) for _ in range(size)] for size in sizes]
-    parts = divided([list(pack) for pack in packs], multiple)
+    parts = split_packs([list(pack) for pack in packs], multiple)
     assert [item for pack in parts for item in pack] == [item for pack in packs for item in pack]
     assert all(parts)
     assert len(parts) % multiple == 0 or len(parts) == sum(sizes)
@@ -56,4 +56,4 @@ def test_division_keeps_the_items_and_their_order(sizes: list[int], multiple: in
 
 
 def test_the_longest_pack_is_halved_first() -> None:
-    assert divided([[1], [2, 3, 4, 5], [6, 7]], 4) == [[1], [2, 3], [4, 5], [6, 7]]
+    assert split_packs([[1], [2, 3, 4, 5], [6, 7]], 4) == [[1], [2, 3], [4, 5], [6, 7]]

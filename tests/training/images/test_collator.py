@@ -93,9 +93,9 @@ def test_a_pack_without_padding(rates: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("pad", [True, False])
 def test_bounds_are_the_numbers_of_the_boundaries(pad: bool) -> None:
     limits = (CAPACITY, MAX_ITEMS) if pad else (None, None)
-    assert "segment_bounds" not in PackedImageCollator(*limits, pad=pad)(images_of((0, 0.5)))
-    inputs = PackedImageCollator(*limits, pad=pad, return_bounds=True)(images_of((0, 0.5)))
-    assert inputs["segment_bounds"] == inputs["cu_seqlens"].tolist()
+    assert "cu_seqlens_cpu" not in PackedImageCollator(*limits, pad=pad)(images_of((0, 0.5)))
+    inputs = PackedImageCollator(*limits, pad=pad, return_cu_seqlens_cpu=True)(images_of((0, 0.5)))
+    assert inputs["cu_seqlens_cpu"] == inputs["cu_seqlens"].tolist()
 
 
 def test_a_full_pack_has_an_empty_last_segment() -> None:
@@ -125,9 +125,9 @@ def test_an_empty_pack_is_all_padding() -> None:
     }
     together = collator([images_of((0,)), dataset[[]]])
     check(together, images_of((0,)), 2 * CAPACITY, 2 * MAX_ITEMS)
-    with pytest.raises(ValueError, match="The batch holds no image, so without padding there is nothing to join"):
+    with pytest.raises(ValueError, match="`batch` must contain at least one image without padding, got none"):
         PackedImageCollator(pad=False)(dataset[[]])
-    with pytest.raises(ValueError, match="The batch holds no image"):
+    with pytest.raises(ValueError, match="`batch` must contain at least one image"):
         collator([])
 
 
@@ -151,30 +151,30 @@ def test_indices_are_given_on_request() -> None:
 def test_without_labels_there_are_none() -> None:
     images = PackedImageDataset(PICTURES, PROCESSOR)[[plan_of(0), plan_of(1)]]
     assert "labels" not in PackedImageCollator(CAPACITY, MAX_ITEMS)(images)
-    with pytest.raises(ValueError, match="Image 0 has no label, but others of its batch have"):
+    with pytest.raises(ValueError, match="Image 0 has no label, but other images of its batch have one"):
         PackedImageCollator(CAPACITY, MAX_ITEMS)([*images, *images_of((0,), (4,))])
 
 
 def test_a_pack_beyond_the_limits_is_refused() -> None:
     images = images_of((0, 0, 0))
-    with pytest.raises(ValueError, match=r"A pack has 35 patches, which exceeds capacity=34 of the collator\. Give"):
+    with pytest.raises(ValueError, match=r"A pack has 35 patches, which exceeds `capacity`=34 of the collator\. Pass"):
         PackedImageCollator(34, MAX_ITEMS)(images)
-    with pytest.raises(ValueError, match="A pack has 3 images, which exceeds max_items=2 of the collator"):
+    with pytest.raises(ValueError, match="A pack has 3 images, which exceeds `max_items`=2 of the collator"):
         PackedImageCollator(CAPACITY, 2)(images)
-    with pytest.raises(ValueError, match="exceeds max_items=2"):
+    with pytest.raises(ValueError, match="exceeds `max_items`=2"):
         PackedImageCollator(None, 2, pad=False)([images[:1], images])
 
 
 @pytest.mark.parametrize("name", ["capacity", "max_items", "merge_size"])
 def test_limits_of_the_collator_must_be_positive(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
         PackedImageCollator(**{"capacity": 5, "max_items": 5, name: 0})
 
 
 @pytest.mark.parametrize("limits", [(), (5,), (None, 5)])
 def test_padding_needs_limits(limits: tuple[int | None, ...]) -> None:
     missing = "max_items" if limits == (5,) else "capacity"
-    with pytest.raises(ValueError, match=f"`{missing}` is needed to pad to it; pass pad=False"):
+    with pytest.raises(ValueError, match=f"`{missing}` is required for padding; pass pad=False"):
         PackedImageCollator(*limits)
 
 

@@ -70,9 +70,9 @@ def test_policies_are_asked_in_their_units() -> None:
 
 
 def test_an_image_beyond_the_capacity_is_named_with_its_length() -> None:
-    with pytest.raises(ValueError, match=r"Image 3 has a length of 36 patches, which exceeds capacity=35\. Raise"):
+    with pytest.raises(ValueError, match=r"Image 3 keeps 36 patches, which exceeds `capacity`=35\. Raise"):
         planner(35, resolution=Square(6)).plan(3, 9, 9)
-    with pytest.raises(ValueError, match="Image 3 has a length of 18 patches of 36, which exceeds capacity=17"):
+    with pytest.raises(ValueError, match="Image 3 keeps 18 patches of 36, which exceeds `capacity`=17"):
         planner(17, resolution=Square(6), token_drop=ConstantDrop(0.5)).plan(3, 9, 9)
     assert planner(18, resolution=Square(6), token_drop=ConstantDrop(0.5)).plan(3, 9, 9).kept == 18
 
@@ -103,7 +103,7 @@ def test_shrinking_leaves_images_that_fit() -> None:
 
 def test_sizes_are_checked_before_training() -> None:
     sizes = np.array([[40, 40], [40, 44], [80, 80]])
-    with pytest.raises(ValueError, match="Image 1 has a length of 110 patches, which exceeds capacity=100"):
+    with pytest.raises(ValueError, match="Image 1 keeps 110 patches, which exceeds `capacity`=100"):
         planner(100).check_sizes(sizes)
     with pytest.raises(ValueError, match=r"Image 0 of 9000 x 4 pixels: .*aspect ratio of 2250"):
         planner(100).check_sizes(np.array([[4, 9000]]))
@@ -114,7 +114,7 @@ def test_sizes_are_checked_before_training() -> None:
 def test_a_resolution_that_cannot_fit_is_refused_at_once() -> None:
     resolution = ResolutionSampler(8, 40)
     longest = resolution.max_length(4)
-    message = f"`resolution` can give images with a length of {longest} patches, which exceeds capacity={longest - 1}"
+    message = f"`resolution` can give images with {longest} kept patches, which exceeds `capacity`={longest - 1}"
     with pytest.raises(ValueError, match=message):
         planner(longest - 1, resolution=resolution)
     with pytest.raises(ValueError, match=message):
@@ -130,18 +130,18 @@ def test_a_lowest_rate_of_the_drop_policy_counts() -> None:
     resolution = ResolutionSampler(8, 40)
     kept = kept_count(resolution.max_length(4), 0.5)
     planner(kept, resolution=resolution, token_drop=Half())
-    with pytest.raises(ValueError, match=f"with a length of {kept} patches, which exceeds capacity={kept - 1}"):
+    with pytest.raises(ValueError, match=f"with {kept} kept patches, which exceeds `capacity`={kept - 1}"):
         planner(kept - 1, resolution=resolution, token_drop=Half())
     planner(50, token_drop=Half()).check_sizes(np.array([[40, 40]]))
-    with pytest.raises(ValueError, match="Image 0 has a length of 50 patches of 100, which exceeds capacity=49"):
+    with pytest.raises(ValueError, match="Image 0 keeps 50 patches of 100, which exceeds `capacity`=49"):
         planner(49, token_drop=Half()).check_sizes(np.array([[40, 40]]))
 
 
 def test_errors_of_policies_name_the_image() -> None:
     drop = ResolutionDrop(0.2, 0.8, 10, 20)
-    with pytest.raises(ValueError, match=r"Image 5 of 8 x 12 pixels: `length` is 6 patches; expected 10\.\.20"):
+    with pytest.raises(ValueError, match=r"Image 5 of 8 x 12 pixels: `length` must be in 10\.\.20 patches, got 6"):
         planner(token_drop=drop).plan(5, 12, 8)
-    with pytest.raises(ValueError, match="Image 5 of 8 x 12 pixels: rows of `resolution` must be an integer"):
+    with pytest.raises(ValueError, match=r"Image 5 of 8 x 12 pixels: `resolution\.grid\(\)\[0\]` must be "):
         planner(resolution=Square(0)).plan(5, 12, 8)
     with pytest.raises(ValueError, match="Image 5 of 0 x 12 pixels: "):
         planner().plan(5, 12, 0)
@@ -156,10 +156,10 @@ def test_grids_of_an_image_processor(merge_size: int) -> None:
         plan = one.plan(0, height, width)
         expected = fit_to_grid(height, width, 4 * merge_size, 400, 1600)
         assert (4 * plan.rows, 4 * plan.columns) == expected
-    with pytest.raises(ValueError, match="with a length of 100 patches, which exceeds capacity=99"):
+    with pytest.raises(ValueError, match="with 100 kept patches, which exceeds `capacity`=99"):
         planner(99, merge_size=merge_size, resolution=resolution)
     with pytest.raises(
-        ValueError, match=f"`factor` is 12 pixels .*, but that of the image processor is {4 * merge_size}"
+        ValueError, match=f"`factor` must be .* of the image processor, {4 * merge_size} pixels, got 12"
     ):
         planner(merge_size=3, resolution=resolution).plan(0, 20, 20)
 
@@ -167,14 +167,14 @@ def test_grids_of_an_image_processor(merge_size: int) -> None:
 @pytest.mark.parametrize("name", ["patch_size", "capacity", "merge_size"])
 @pytest.mark.parametrize("value", [0, -2, 1.5])
 def test_limits_must_be_positive_integers(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
         ImagePlanner(**{"patch_size": 4, "capacity": 10, name: value})
 
 
 def test_other_arguments_that_are_refused() -> None:
     with pytest.raises(ValueError, match="`oversize` must be 'raise' or 'shrink', got 'drop'"):
         planner(oversize="drop")
-    with pytest.raises(ValueError, match=r"capacity=3 holds no image: the smallest has 4 patches \(merge_size=2"):
+    with pytest.raises(ValueError, match=r"`capacity` must be at least merge_size\*\*2=4 patches, .* got 3"):
         planner(3, merge_size=2)
     with pytest.raises(ValueError, match="`seed`, `epoch` and `index` must be at least 0"):
         planner(seed=-1)
@@ -183,15 +183,15 @@ def test_other_arguments_that_are_refused() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([], "`sizes` is empty"),
-        (np.zeros((0, 2), dtype=int), "`sizes` is empty"),
-        ([(4, 4), (4, 0)], r"`sizes\[1\]` is \(4, 0\); expected a height and a width of at least 1"),
-        ([(-4, 4)], r"`sizes\[0\]` is \(-4, 4\)"),
+        ([], "`sizes` must have the height and width of at least one image, got none"),
+        (np.zeros((0, 2), dtype=int), "`sizes` must have the height and width of at least one image, got none"),
+        ([(4, 4), (4, 0)], r"`sizes\[1\]` must have a height and a width of at least 1, got \(4, 0\)"),
+        ([(-4, 4)], r"`sizes\[0\]` must have .* got \(-4, 4\)"),
         ([4, 4], r"`sizes` must be pairs of integers.* got an array of shape \(2,\)"),
         ([(4, 4, 3)], r"`sizes` must be pairs of integers.* got an array of shape \(1, 3\)"),
         ([(4.0, 4.0)], "`sizes` must be pairs of integers.* and type float64"),
         ([(True, True)], "`sizes` must be pairs of integers.* and type bool"),
-        ([(4, 4), (4,)], "`sizes` must be pairs of integers"),
+        ([(4, 4), (4,)], "`sizes` must be pairs of integers.* got ragged rows"),
     ],
 )
 def test_sizes_must_be_pairs_of_positive_integers(sizes: Any, message: str) -> None:

@@ -232,7 +232,7 @@ def test_a_copy_has_an_epoch_of_its_own() -> None:
         assert same([np.asarray(twin[0])], loaded(loader))
 
 
-MISTAKES: list[tuple[Callable[[], Any], str]] = [
+INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: ResolutionSampler(0, 64), "`low` and `high` must be pixels with 0 < low <= high .* got 0 and 64"),
     (lambda: ResolutionSampler(65, 64), "`low` and `high` must be pixels"),
     (lambda: ResolutionSampler(64, math.inf), "`low` and `high` must be pixels"),
@@ -242,19 +242,23 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: ResolutionSampler(64, 65, "side", "truncated_normal", 1.5), r"`mean` must lie in \[-1, 1\], got 1.5"),
     (lambda: ResolutionSampler(64, 65, mean=0.5), "`mean` must be 0 with distribution='uniform', got 0.5"),
     (lambda: SAMPLER.grid(0, 5, 8, np.random.default_rng(0)), r"size of 5 x 0 pixels \(width x height\)"),
-    (lambda: SAMPLER.grid(5, 5, 0, np.random.default_rng(0)), "`factor` must be at least 1 pixel, got 0"),
-    (lambda: SAMPLER.max_length(0), "`factor` must be at least 1 pixel, got 0"),
+    (lambda: SAMPLER.grid(5, 5, 0, np.random.default_rng(0)), "`factor` must be an integer of at least 1, got 0"),
+    (lambda: SAMPLER.max_length(0), "`factor` must be an integer of at least 1, got 0"),
     (lambda: seeded_generator(0, -1, 0), "`seed`, `epoch` and `index` must be at least 0, got 0, -1 and 0"),
-    (lambda: ResolutionDataset([], SAMPLER, 0), "`patch_size` and `merge_size` must be at least 1, got 0 and 1"),
-    (lambda: ResolutionDataset(["a.png"], SAMPLER, 8)[0], "The image must be of Pillow, or an array .* got str"),
+    (lambda: ResolutionDataset([], SAMPLER, 0), "`patch_size` must be an integer of at least 1, got 0"),
+    (
+        lambda: ResolutionDataset(["a.png"], SAMPLER, 8)[0],
+        "The image must be a Pillow image or .* got str",
+    ),
     (lambda: ResolutionDataset([np.zeros((4, 4, 3))], SAMPLER, 8)[0], r"got an array \(4, 4, 3\) float64"),
     (lambda: ResolutionDataset([np.zeros((3, 4, 9), np.uint8)], SAMPLER, 8)[0], r"got an array \(3, 4, 9\) uint8"),
     (lambda: ResolutionDataset([np.zeros((0, 4, 3), np.uint8)], SAMPLER, 8)[0], r"got an array \(0, 4, 3\) uint8"),
+    (lambda: ResolutionDataset([], SAMPLER, 4, merge_size=0), "`merge_size` must be an integer of at least 1, got 0"),
     (lambda: ResolutionDataset(photos(1), SAMPLER, 8).set_epoch(-1), "`epoch` must be at least 0, got -1"),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "message"), MISTAKES)
-def test_mistakes_are_named(mistake: Callable[[], Any], message: str) -> None:
+@pytest.mark.parametrize(("call", "message"), INVALID)
+def test_invalid_arguments_raise(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mistake()
+        call()

@@ -257,31 +257,31 @@ def test_rank_and_world_size_are_those_of_torch_distributed(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["patch_size", "capacity", "max_items", "merge_size", "hidden_size", "window"])
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_limits_must_be_positive_integers(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
         PackedImageSampler([(16, 16)], **{"patch_size": 16, "capacity": 10, name: value})
 
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_open_bins_must_be_positive(value: int) -> None:
-    with pytest.raises(ValueError, match="open_bins must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="`open_bins` must be an integer of at least 1"):
         sampler(open_bins=value)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0), (1, None)])
 def test_a_rank_must_exist(rank: int, world_size: int | None) -> None:
-    with pytest.raises(ValueError, match=rf"`rank` must lie in 0\.\.world_size - 1, got rank={rank}"):
+    with pytest.raises(ValueError, match=rf"`rank` must be in 0\.\.world_size - 1, got rank={rank}"):
         sampler(rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
-        ([], {}, "`sizes` is empty"),
-        ([(16, 0)], {}, r"`sizes\[0\]` is \(16, 0\)"),
-        ([(16, 16), (160, 176)], {}, "Image 1 has a length of 110 patches, which exceeds capacity=100"),
-        (lambda index: (16, 16), {}, "`num_images` is needed where `sizes` is a function"),
-        (lambda index: (16, 16), {"num_images": 0}, "num_images must be an integer of at least 1"),
-        ([(16, 16)], {"num_images": 2}, "`num_images` is 2, but there are 1 sizes"),
+        ([], {}, "`sizes` must have the height and width of at least one image, got none"),
+        ([(16, 0)], {}, r"`sizes\[0\]` must have .* got \(16, 0\)"),
+        ([(16, 16), (160, 176)], {}, "Image 1 keeps 110 patches, which exceeds `capacity`=100"),
+        (lambda index: (16, 16), {}, "`num_images` is required if `sizes` is a function"),
+        (lambda index: (16, 16), {"num_images": 0}, "`num_images` must be an integer of at least 1"),
+        ([(16, 16)], {"num_images": 2}, "`num_images` must be the length of `sizes`, 1, got 2"),
     ],
 )
 def test_sizes_that_are_refused_at_once(sizes: Any, options: dict[str, Any], message: str) -> None:
@@ -292,5 +292,5 @@ def test_sizes_that_are_refused_at_once(sizes: Any, options: dict[str, Any], mes
 @pytest.mark.parametrize("size", [(16, 0), (16,), None, (16.0, 16.0), (16, 16, 3)])
 def test_a_function_must_return_a_size(size: Any) -> None:
     one = PackedImageSampler(lambda index: size, 16, 100, num_images=3)
-    with pytest.raises(ValueError, match=r"`sizes\(\d\)` is .*; expected a height and a width in pixels"):
+    with pytest.raises(ValueError, match=r"`sizes\(\d\)` must be a height and a width in pixels, both at least 1"):
         next(iter(one))

@@ -110,7 +110,10 @@ def test_steps_that_were_not_handed_out_have_no_state() -> None:
     packs = iter(one)
     next(packs)
     for consumed in (-1, 2):
-        with pytest.raises(ValueError, match=f"`consumed` is {consumed}; the last iteration handed out 1 steps"):
+        with pytest.raises(
+            ValueError,
+            match=f"`consumed` must be at most the 1 steps .* got {consumed}",
+        ):
             one.state_dict(consumed)
     assert one.state_dict(0)["skip"] == 0
 
@@ -121,7 +124,7 @@ def test_old_states_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for count, _ in enumerate(one, start=1):
         assert one.state_dict(max(0, count - 5))["epoch"] == 0
         if count > 12:
-            with pytest.raises(ValueError, match=f"`consumed` is {count - 10}; .* the states of the last 5"):
+            with pytest.raises(ValueError, match=f"`consumed` must be .* within the last 5 of them, got {count - 10}"):
                 one.state_dict(count - 10)
 
 
@@ -144,5 +147,5 @@ def test_old_states_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_state_of_other_settings_is_refused(name: str, value: Any) -> None:
     state = sampler(rank=0).state_dict()
     shown = "num_images" if name == "count" else name
-    with pytest.raises(ValueError, match=f"The state is of a sampler with {shown}=.*; this one has {value!r}"):
+    with pytest.raises(ValueError, match=f"`state` must be of a sampler with {shown}={value!r}, got "):
         sampler(rank=0, **{name: value}).load_state_dict(state)

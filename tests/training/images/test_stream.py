@@ -105,7 +105,7 @@ def test_schedules_see_the_images_of_all_processes() -> None:
             assert len(image.patches) == planner.plan(image.index, 40, 40, 0, 40 + 4 * image.index).kept
 
 
-def test_patches_that_are_ready_are_packed_as_they_are() -> None:
+def test_patched_images_are_packed_unchanged() -> None:
     ready = [PatchedImage(torch.randn(length, 48), 1, length, index=length) for length in (60, 50, 40, 50)]
     packs = list(stream(ready, 100, None))
     assert [[image.index for image in pack] for pack in packs] == [[60, 40], [50, 50]]
@@ -164,7 +164,7 @@ def test_workers_share_the_images(items: Any, divide: str) -> None:
     assert sorted(indices[indices >= 0].tolist()) == list(range(40))  # places differ, so draws do
 
 
-def test_workers_that_live_on_see_the_epoch() -> None:
+def test_persistent_workers_see_the_epoch() -> None:
     one = stream(divide="stream")
     loader = DataLoader(one, None, num_workers=2, collate_fn=PackedImageCollator(110, 5), persistent_workers=True)
     kept = []
@@ -176,7 +176,7 @@ def test_workers_that_live_on_see_the_epoch() -> None:
 
 def test_several_workers_need_to_know_who_divides() -> None:
     loader = DataLoader(stream(), None, num_workers=2, collate_fn=PackedImageCollator(110, 5))
-    with pytest.raises(ValueError, match="With 2 workers, `divide` must say who divides the items among them"):
+    with pytest.raises(ValueError, match="`divide` must be 'stream' or 'items' with 2 workers, got None"):
         list(loader)
     assert len(list(DataLoader(stream(), None, num_workers=1, collate_fn=PackedImageCollator(110, 5)))) > 3
 
@@ -185,24 +185,24 @@ def test_no_items_give_no_packs() -> None:
     assert list(stream([])) == []
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="`divide` must be None, 'stream' or 'items', got 'both'"):
         stream(divide="both")
     for name in ("capacity", "max_items", "open_bins"):
-        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
             stream(**{"resolution": None, name: 0})
-    with pytest.raises(ValueError, match=r"Image 1 has a length of 100 patches, which exceeds capacity=99"):
+    with pytest.raises(ValueError, match="Image 1 keeps 100 patches, which exceeds `capacity`=99"):
         list(
             stream(
                 [picture(4, 4), picture(40, 40)], 99, image_key=None, label_key=None, resolution=None, token_drop=None
             )
         )
-    with pytest.raises(ValueError, match="Item 0 has no entry 'img'"):
+    with pytest.raises(ValueError, match="`image_key` 'img' is not in item 0"):
         list(stream(image_key="img"))
     state = stream()
     packs = iter(state)
     next(packs)
-    with pytest.raises(ValueError, match="of state has length"):
+    with pytest.raises(ValueError, match="length 105"):
         stream(capacity=101, resolution=None, token_drop=None, oversize="shrink").load_state_dict(
             {**state.state_dict(), "open_bins": [{"items": [], "length": 105}]}
         )

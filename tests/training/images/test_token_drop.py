@@ -85,7 +85,7 @@ def test_resolution_drop_with_other_deviations() -> None:
 
 def test_lengths_outside_of_the_range_are_an_error_or_held_at_the_ends() -> None:
     for length in (15, 577):
-        with pytest.raises(ValueError, match=rf"`length` is {length} patches; expected 16\.\.576"):
+        with pytest.raises(ValueError, match=rf"`length` must be in 16\.\.576 patches, got {length}"):
             ResolutionDrop(0.1, 0.9, 16, 576).rate(length, 0, np.random.default_rng(0))
     held = ResolutionDrop(0.1, 0.9, 16, 576, on_outside="clamp")
     assert [held.mean_rate(length) for length in (1, 16, 576, 10**6)] == [0.1, 0.1, 0.9, 0.9]
@@ -164,7 +164,7 @@ def test_truncated_normal_has_its_distribution_function(mean: float, std: float)
     assert np.abs(drawn).max() <= 1
 
 
-MISTAKES: list[tuple[Callable[[], Any], str]] = [
+INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: ConstantDrop(1.0), r"`fixed_rate` must be a rate in \[0, 1\), got 1.0"),
     (lambda: ConstantDrop(-0.1), "`fixed_rate` must be a rate"),
     (lambda: ConstantDrop(float("nan")), "`fixed_rate` must be a rate .* got nan"),
@@ -172,13 +172,13 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: BetaDrop(-0.1, 0.5), "`mean` must be a rate"),
     (lambda: BetaDrop(0.5, 1.0), "`maximum` must be a rate"),
     (lambda: BetaDrop(0.6, 0.5), "`mean` must not exceed `maximum`, got 0.6 and 0.5"),
-    (lambda: BetaDrop(0.5, 0.6, 0), r"`variance_factor` must lie in \(0, 1\), got 0"),
-    (lambda: BetaDrop(0.5, 0.6, 1), "`variance_factor` must lie in"),
+    (lambda: BetaDrop(0.5, 0.6, 0), r"`variance_factor` must be in \(0, 1\), got 0"),
+    (lambda: BetaDrop(0.5, 0.6, 1), "`variance_factor` must be in"),
     (lambda: ResolutionDrop(1.5, 0.9, 16, 576), "`min_rate` must be a rate"),
     (lambda: ResolutionDrop(0.1, 1.5, 16, 576), "`max_rate` must be a rate"),
     (lambda: ResolutionDrop(0.9, 0.1, 16, 576), "`min_rate` must not exceed `max_rate`, got 0.9 and 0.1"),
-    (lambda: ResolutionDrop(0.1, 0.9, 0, 576), "min_length must be an integer of at least 1, got 0"),
-    (lambda: ResolutionDrop(0.1, 0.9, 16, 57.6), "max_length must be an integer"),  # type: ignore[arg-type]
+    (lambda: ResolutionDrop(0.1, 0.9, 0, 576), "`min_length` must be an integer of at least 1, got 0"),
+    (lambda: ResolutionDrop(0.1, 0.9, 16, 57.6), "`max_length` must be an integer"),  # type: ignore[arg-type]
     (lambda: ResolutionDrop(0.1, 0.9, 16, 16), "`min_length` must be less than `max_length`, got 16 and 16"),
     (lambda: ResolutionDrop(0.1, 0.9, 16, 576, std=-1), "`std` must be finite and at least 0, got -1"),
     (lambda: ResolutionDrop(0.1, 0.9, 16, 576, std=float("inf")), "`std` must be finite"),
@@ -194,15 +194,15 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScheduledDrop(0.2, 0.8, 10, 1, maximum=0.7), "`max_rate` must not exceed `maximum`"),
     (lambda: ScheduledDrop(0.2, 0.8, 10, 1, maximum=1.0), "`maximum` must be a rate"),
     (lambda: ScheduledDrop(0.2, 0.8, 10, 1).mean_rate(-1), "`images_seen` must be at least 0, got -1"),
-    (lambda: kept_count(0, 0.5), "length must be an integer of at least 1, got 0"),
+    (lambda: kept_count(0, 0.5), "`length` must be an integer of at least 1, got 0"),
     (lambda: kept_count(9, 1.0), "`rate` must be a rate"),
     (lambda: draw_kept(4, 5, np.random.default_rng(0)), "`count` must be at most `length`, got count=5, length=4"),
-    (lambda: draw_kept(4, 0, np.random.default_rng(0)), "count must be an integer of at least 1, got 0"),
-    (lambda: draw_kept(4.0, 2, np.random.default_rng(0)), "length must be an integer"),  # type: ignore[arg-type]
+    (lambda: draw_kept(4, 0, np.random.default_rng(0)), "`count` must be an integer of at least 1, got 0"),
+    (lambda: draw_kept(4.0, 2, np.random.default_rng(0)), "`length` must be an integer"),  # type: ignore[arg-type]
 ]
 
 
-@pytest.mark.parametrize(("mistake", "message"), MISTAKES)
-def test_mistakes_are_named(mistake: Callable[[], Any], message: str) -> None:
+@pytest.mark.parametrize(("call", "message"), INVALID)
+def test_invalid_arguments_raise(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mistake()
+        call()

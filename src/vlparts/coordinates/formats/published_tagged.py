@@ -1,12 +1,16 @@
-"""Published formats of general models whose regions stand between marks."""
+"""Published formats of general models with regions between marks."""
 
 from ..frames.rules import FitWithin, PaddedSquare
 from ..grammars.tagged import Shape, TaggedGrammar
 from ..quantization import NumberRule
-from .published_marks import (
+from .published_common import (
     BELOW,
     DATE,
     DET,
+    FAR_EDGE,
+    HALF_UP,
+    LABEL_BEFORE,
+    LINE_BREAK,
     NEAREST,
     NINES,
     OBJECT_REF,
@@ -39,7 +43,7 @@ TAGGED = (
         date=DATE,
         assumed=(
             NEAREST,
-            "denominator: 1000, as the maintainers say; their evaluation divides by 999",
+            "denominator: 1000, as the maintainers state; their evaluation divides by 999",
             SEPARATOR.format(" "),
         ),
     ),
@@ -79,7 +83,7 @@ TAGGED = (
         ),
         source="THUDM/CogVLM README.md, utils/utils/grounding_parser.py",
         date=DATE,
-        assumed=(NEAREST, "label: before the coordinates and a space", "separator: line break"),
+        assumed=(NEAREST, LABEL_BEFORE, LINE_BREAK),
     ),
     CoordinateFormat(
         name="glm_4_5v",
@@ -96,9 +100,9 @@ TAGGED = (
         assumed=(
             NEAREST,
             "largest code: 1000 (the GUI documents say 999)",
-            "brackets: [[...]]; the README says that they vary",
+            "brackets: [[...]]; the README states that they vary",
             "label: none",
-            "separator: line break",
+            LINE_BREAK,
         ),
     ),
     CoordinateFormat(
@@ -107,7 +111,7 @@ TAGGED = (
         grammar=DET,
         source="deepseek-ai/DeepSeek-VL2 README.md, deepseek_vl2/serve/app_modules/utils.py",
         date=DATE,
-        assumed=(NEAREST, "separator: line break"),
+        assumed=(NEAREST, LINE_BREAK),
     ),
     CoordinateFormat(
         name="paligemma",
@@ -123,7 +127,7 @@ TAGGED = (
         y_first=("box",),
         source="google-research/big_vision big_vision/pp/proj/paligemma/segmentation.py",
         date=DATE,
-        assumed=("rounding: half up, where the source rounds half to even", "masks: passed over, not written"),
+        assumed=(HALF_UP, "masks: ignored, not written"),
     ),
     CoordinateFormat(
         name="ferret",
@@ -131,7 +135,7 @@ TAGGED = (
         grammar=TaggedGrammar(shapes=listed("box"), label_close=" ", separator=" . "),
         source="apple/ml-ferret ferret/eval/model_refcoco.py",
         date=DATE,
-        assumed=("truncation: not to whole pixels when reading", SEPARATOR.format(" . ")),
+        assumed=("truncation: none when reading", SEPARATOR.format(" . ")),
     ),
     CoordinateFormat(
         name="shikra",
@@ -147,7 +151,7 @@ TAGGED = (
         frame=PaddedSquare("centre"),
         source="shikras/shikra mllm/dataset/utils/transform.py, process_function/box_process_function.py",
         date=DATE,
-        assumed=("rounding: half up, where the source rounds half to even", "separator: line break"),
+        assumed=(HALF_UP, LINE_BREAK),
     ),
     CoordinateFormat(
         name="llava",
@@ -156,7 +160,7 @@ TAGGED = (
         frame=PaddedSquare("centre"),
         source="haotian-liu/LLaVA issue 606",
         date=DATE,
-        assumed=("decimals: 2", NEAREST, "label: before the coordinates and a space", "separator: line break"),
+        assumed=("decimals: 2", NEAREST, LABEL_BEFORE, LINE_BREAK),
     ),
     CoordinateFormat(
         name="minicpm_v",
@@ -189,7 +193,7 @@ TAGGED = (
         y_first=("box",),
         source="transformers 5.23 models/fuyu/processing_fuyu.py",
         date=DATE,
-        assumed=("rounding: half up, where the source rounds half to even", "far edge: has a code"),
+        assumed=(HALF_UP, FAR_EDGE),
     ),
     CoordinateFormat(
         name="internlm_xcomposer",
@@ -197,7 +201,7 @@ TAGGED = (
         grammar=TaggedGrammar(shapes=listed("box"), label_close=" "),
         source="InternLM/InternLM-XComposer issue 319",
         date=DATE,
-        assumed=(NEAREST, "label: before the coordinates and a space", "separator: line break"),
+        assumed=(NEAREST, LABEL_BEFORE, LINE_BREAK),
     ),
 )
-"""The formats; those of one family in the order of its models."""
+"""The formats, grouped by family in the order of its models."""

@@ -1,11 +1,13 @@
-"""Published formats of models for screens, documents and detection, whose regions stand between marks."""
+"""Published formats of models for screens, documents and detection with regions between marks."""
 
 from ..frames.rules import SmartResize
 from ..grammars.tagged import Shape, TaggedGrammar
 from ..quantization import NumberRule
-from .published_marks import (
+from .published_common import (
     DATE,
     DET,
+    FAR_EDGE,
+    LINE_BREAK,
     NEAREST,
     NINES,
     OBJECT_REF,
@@ -22,6 +24,7 @@ from .registry import CoordinateFormat
 __all__ = ["TASKS"]
 
 _TOKEN = "<loc_{}><loc_{}>"
+_NO_TRUNCATION = "truncation: none; the source truncates the middle of a bin to whole pixels"
 _UI_TARS = SmartResize(28, 100 * 28 * 28, 16384 * 28 * 28)
 
 TASKS = (
@@ -31,7 +34,7 @@ TASKS = (
         grammar=DET,
         source="deepseek-ai/DeepSeek-OCR DeepSeek-OCR-vllm/run_dpsk_ocr_image.py",
         date=DATE,
-        assumed=(NEAREST, "separator: line break"),
+        assumed=(NEAREST, LINE_BREAK),
     ),
     CoordinateFormat(
         name="mineru2",
@@ -44,7 +47,7 @@ TASKS = (
         ),
         source="opendatalab/mineru-vl-utils mineru_vl_utils/mineru_client.py",
         date=DATE,
-        assumed=(NEAREST, "rotation: not read, not written", "separator: line break"),
+        assumed=(NEAREST, "rotation: neither read nor written", LINE_BREAK),
     ),
     CoordinateFormat(
         name="florence2",
@@ -56,7 +59,7 @@ TASKS = (
         ),
         source="transformers 5.23 models/florence2/processing_florence2.py",
         date=DATE,
-        assumed=("truncation: the middle of a bin is not cut to whole pixels", "polygons: one in each <poly>"),
+        assumed=(_NO_TRUNCATION, "polygons: one per <poly>"),
     ),
     CoordinateFormat(
         name="florence2_ocr",
@@ -64,7 +67,7 @@ TASKS = (
         grammar=TaggedGrammar(shapes=(Shape("quad", _TOKEN, ""),), separator="", group_join=""),
         source="transformers 5.23 models/florence2/processing_florence2.py (OCR with regions)",
         date=DATE,
-        assumed=("truncation: the middle of a bin is not cut to whole pixels",),
+        assumed=(_NO_TRUNCATION,),
     ),
     CoordinateFormat(
         name="ui_tars",
@@ -72,7 +75,7 @@ TASKS = (
         grammar=TaggedGrammar(shapes=boxed(PAIR, "box", "point"), label_place="none"),
         source="bytedance/UI-TARS README_v1.md",
         date=DATE,
-        assumed=(NEAREST, "separator: line break"),
+        assumed=(NEAREST, LINE_BREAK),
     ),
     CoordinateFormat(
         name="ui_tars_1_5",
@@ -81,7 +84,7 @@ TASKS = (
         frame=_UI_TARS,
         source="bytedance/UI-TARS README_coordinates.md",
         date=DATE,
-        assumed=(NEAREST, "far edge: has a code", "separator: line break"),
+        assumed=(NEAREST, FAR_EDGE, LINE_BREAK),
     ),
     CoordinateFormat(
         name="ui_tars_1_5_tags",
@@ -90,7 +93,7 @@ TASKS = (
         frame=_UI_TARS,
         source="bytedance/UI-TARS codes/ui_tars/action_parser.py",
         date=DATE,
-        assumed=(NEAREST, "far edge: has a code", "separator: line break"),
+        assumed=(NEAREST, FAR_EDGE, LINE_BREAK),
     ),
     CoordinateFormat(
         name="showui",
@@ -98,7 +101,7 @@ TASKS = (
         grammar=TaggedGrammar(shapes=listed("point"), decimals=2, label_place="none"),
         source="showlab/ShowUI QUICK_START.md, data/dset_shared_grounding.py",
         date=DATE,
-        assumed=("separator: line break",),
+        assumed=(LINE_BREAK,),
     ),
     CoordinateFormat(
         name="os_atlas_4b",
@@ -144,7 +147,7 @@ TASKS = (
         grammar=TaggedGrammar(shapes=listed("box"), label_place="none"),
         source="transformers 5.23 models/got_ocr2/processing_got_ocr2.py",
         date=DATE,
-        assumed=("reading: the model takes boxes and writes none",),
+        assumed=("reading: supported, although the model reads boxes and writes none",),
     ),
 )
-"""The formats; those of one family in the order of its models."""
+"""The formats, grouped by family in the order of its models."""

@@ -1,4 +1,4 @@
-"""A format: how a family of models writes regions of an image as text, as data."""
+"""Formats as data: how a family of models writes regions as text."""
 
 import datetime
 import re
@@ -14,7 +14,7 @@ from ..regions import KINDS
 __all__ = ["DEFAULT", "FORMATS", "CoordinateFormat", "get_format", "register_format"]
 
 DEFAULT = "openpangu"
-"""Name of the format that is used where none is named."""
+"""Name of the default format."""
 
 _formats: "dict[str, CoordinateFormat]" = {}
 
@@ -25,17 +25,17 @@ class CoordinateFormat:
 
     Args:
         name: Name of the format: lower case, digits and underscores.
-        numbers: The codes of coordinates.
-        grammar: The text around them.
-        frame: The image that the numbers measure, from the size of the original image (see [`frames`]).
-        y_first: Kinds of region whose coordinates stand in the order y, x.
+        numbers: Converts between coordinates and codes.
+        grammar: Writes and reads the text of codes.
+        frame: Rule that returns the [`Frame`] whose pixels the codes measure, for the size of an original image.
+        y_first: Kinds of region whose coordinates are in the order y, x.
         source: Where the rule is published: repository and file, or documentation.
-        date: When it was read there, as YYYY-MM-DD.
-        assumed: Names of what the source does not say, each with what was taken here, such as
-            "rounding: nearest". These are parameters: change them with `dataclasses.replace`.
+        date: Date on which the source was read, as YYYY-MM-DD.
+        assumed: What the source does not say, with the value used here, such as "rounding: nearest". Change such
+            values with `dataclasses.replace`.
 
     Raises:
-        ValueError: For a name, kind or date that cannot be, or a part that is none.
+        ValueError: If a value is invalid.
     """
 
     name: str
@@ -49,20 +49,20 @@ class CoordinateFormat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[a-z0-9_]+", self.name):
-            raise ValueError(f"name must be a str of lower case letters, digits and underscores, got {self.name!r}")
+            raise ValueError(f"`name` must be a str of lower case letters, digits and underscores, got {self.name!r}.")
         for part, methods in (("numbers", ("to_codes", "to_points", "error_bound")), ("grammar", ("write", "scan"))):
             missing = [name for name in methods if not callable(getattr(getattr(self, part), name, None))]
             if missing:
-                raise ValueError(f"{part} must have the method {missing[0]}(), got {getattr(self, part)!r}")
+                raise ValueError(f"`{part}` must have the method {missing[0]}(), got {getattr(self, part)!r}.")
         if not callable(self.frame):
-            raise ValueError(f"frame must be a rule such as Original(), got {self.frame!r}")
+            raise ValueError(f"`frame` must be a rule such as Original(), got {self.frame!r}.")
         for part in ("y_first", "assumed"):
             if isinstance(getattr(self, part), str):
-                raise ValueError(f"{part} must be a tuple of str, got {getattr(self, part)!r}")
+                raise ValueError(f"`{part}` must be a tuple of str, got {getattr(self, part)!r}.")
             object.__setattr__(self, part, tuple(getattr(self, part)))
         for kind in self.y_first:
             if kind not in self.grammar.kinds:
-                raise ValueError(f"y_first must hold kinds of the grammar, {self.grammar.kinds}, got {kind!r}")
+                raise ValueError(f"`y_first` must contain kinds of the grammar, {self.grammar.kinds}, got {kind!r}.")
         if self.date:
             _check_date(self.date)
 
@@ -73,50 +73,50 @@ class CoordinateFormat:
 
     @property
     def separator(self) -> str:
-        """What stands between two texts of regions that follow each other."""
+        """The text between two consecutive regions."""
         return self.grammar.separator
 
 
 def _check_date(date: object) -> None:
-    """Raise ValueError unless `date` is a day as YYYY-MM-DD."""
+    """Raise ValueError unless `date` is a date as YYYY-MM-DD."""
     try:
         if not isinstance(date, str) or len(date) != 10:
             raise ValueError
         datetime.date.fromisoformat(date)
     except ValueError:
-        raise ValueError(f"date must be a day as YYYY-MM-DD, got {date!r}") from None
+        raise ValueError(f"`date` must be a date as YYYY-MM-DD, got {date!r}.") from None
 
 
 FORMATS: Mapping[str, CoordinateFormat] = MappingProxyType(_formats)
-"""The formats by name; grows with [`register_format`]."""
+"""The registered formats by name, see [`register_format`]."""
 
 
 def register_format(format: CoordinateFormat, *, overwrite: bool = False) -> CoordinateFormat:
-    """Make a format known by its name.
+    """Register a format by its name.
 
     Args:
         format: The format.
-        overwrite: Whether it may take the place of another of that name.
+        overwrite: Whether to replace another format with this name.
 
     Returns:
         The format.
 
     Raises:
-        ValueError: If `format` is no CoordinateFormat, or the name is taken by a different one.
+        ValueError: If `format` is not a CoordinateFormat, or the name belongs to a different one.
     """
     if not isinstance(format, CoordinateFormat):
-        raise ValueError(f"format must be a CoordinateFormat, got {format!r}")
+        raise ValueError(f"`format` must be a CoordinateFormat, got {format!r}.")
     if not overwrite and _formats.get(format.name, format) != format:
-        raise ValueError(f"the name {format.name!r} is taken by another format; overwrite=True replaces it")
+        raise ValueError(f"Another format has the name {format.name!r}; `overwrite=True` replaces it.")
     _formats[format.name] = format
     return format
 
 
 def get_format(format: CoordinateFormat | str | None) -> CoordinateFormat:
-    """Return a format from itself, from its name in `FORMATS`, or the default, openPangu's, for None.
+    """Return a format by its name in `FORMATS`, a format unchanged, or the default, openPangu's, for None.
 
     Raises:
-        ValueError: For an unknown name or another type.
+        ValueError: If the name is unknown, or `format` is of another type.
     """
     if format is None:
         return _formats[DEFAULT]
@@ -124,4 +124,4 @@ def get_format(format: CoordinateFormat | str | None) -> CoordinateFormat:
         return _formats[format]
     if isinstance(format, CoordinateFormat):
         return format
-    raise ValueError(f"format must be a CoordinateFormat or one of {sorted(_formats)}, got {format!r}")
+    raise ValueError(f"`format` must be a CoordinateFormat or one of {sorted(_formats)}, got {format!r}.")

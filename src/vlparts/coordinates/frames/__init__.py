@@ -1,1 +1,1 @@
-"""Frames: maps between the original image and what a model sees."""
+"""Frames: maps between the original image and the image that a model receives."""

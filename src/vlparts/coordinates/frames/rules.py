@@ -1,6 +1,6 @@
-"""How families of models make their input from an image: rules that give the frame of an image of any size.
+"""Frame rules: how a family of models resizes or pads an image of any size.
 
-A rule is data: it can be compared, printed and hashed. Calling it with the size of an image gives its frame.
+A rule is data: it can be compared, printed and hashed. Calling it with the size of an image returns its frame.
 """
 
 import math
@@ -8,42 +8,32 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from ..checks import check_size
-from .maps import Frame, clip_points
+from ..validation import check_size, positive_integer
+from .maps import Frame
 
-__all__ = [
-    "FitWithin",
-    "Frame",
-    "FrameRule",
-    "Original",
-    "PaddedSquare",
-    "Resized",
-    "SmartResize",
-    "check_size",
-    "clip_points",
-]
+__all__ = ["FitWithin", "FrameRule", "Original", "PaddedSquare", "Resized", "SmartResize"]
 
 Size = tuple[int, int]
 
 
 class FrameRule(Protocol):
-    """How a family of models makes its input from an image: its size in, the frame out."""
+    """Returns the frame of an image of any size."""
 
     def __call__(self, image_size: Size) -> Frame:
-        """The frame of an image of this (width, height)."""
+        """Return the frame of an image of this (width, height)."""
 
 
 class _Rule:
-    """A rule that remembers the frames of the latest sizes: many texts are read for images of a few sizes."""
+    """A rule with a cache of frames: often many texts are read for few image sizes."""
 
     def __call__(self, image_size: Size) -> Frame:
-        """The frame of an image of this (width, height).
+        """Return the frame of an image of this (width, height).
 
         Raises:
-            ValueError: If `image_size` is no size, or one that the rule has no frame for.
+            ValueError: If `image_size` is invalid, or the rule has no frame for it.
         """
         if type(image_size) is tuple and tuple(map(type, image_size)) == (int, int):
-            return _remembered(self, image_size)
+            return _cached_frame(self, image_size)
         return self._frame(check_size(image_size))
 
     def _frame(self, image_size: Size) -> Frame:
@@ -51,13 +41,13 @@ class _Rule:
 
 
 @lru_cache(maxsize=1024)
-def _remembered(rule: _Rule, image_size: Size) -> Frame:
+def _cached_frame(rule: _Rule, image_size: Size) -> Frame:
     return rule._frame(image_size)
 
 
 @dataclass(frozen=True)
 class Original(_Rule):
-    """The original image; also for numbers relative to it, which no resize changes."""
+    """The original image; also for numbers relative to it, which do not change when it is resized."""
 
     def _frame(self, image_size: Size) -> Frame:
         return Frame.original(image_size)
@@ -65,7 +55,7 @@ class Original(_Rule):
 
 @dataclass(frozen=True)
 class Resized(_Rule):
-    """Every image resized to one size, whatever its aspect.
+    """Resize every image to one size; the aspect ratio may change.
 
     Args:
         size: (width, height) in pixels.
@@ -82,11 +72,11 @@ class Resized(_Rule):
 
 @dataclass(frozen=True)
 class PaddedSquare(_Rule):
-    """Every image padded to a square of its longer side (see [`Frame.padded_square`]).
+    """Pad every image to a square of its longer side, see [`Frame.padded_square`].
 
     Args:
-        offset: "centre" or "corner": where the image lies in the square.
-        side: The square is then resized to this; None leaves it at the longer side.
+        offset: Position of the image in the square, "centre" or "corner".
+        side: Side in pixels that the square is resized to; None for no resize.
     """
 
     offset: str = "centre"
@@ -101,14 +91,14 @@ class PaddedSquare(_Rule):
 
 @dataclass(frozen=True)
 class FitWithin(_Rule):
-    """Images that are larger than `size` are shrunk to fit into it with their aspect kept; others stay as they are.
+    """Shrink larger images to fit into `size` with their aspect ratio; smaller images do not change.
 
     Sides become `int(side * scale)` with `scale = min(width / W, height / H)` in floating point, as in Fuyu's image
     processor.
 
     Args:
-        size: (width, height) that images have to fit into, in pixels.
-        padded: The frame is always `size`, with the image in its upper left corner.
+        size: Maximum (width, height) in pixels.
+        padded: Whether to pad the image to `size`, with the image in the upper left corner.
     """
 
     size: Size
@@ -122,28 +112,32 @@ class FitWithin(_Rule):
         scale = min(self.size[0] / width, self.size[1] / height)
         fitted = (width, height) if scale >= 1 else (int(width * scale), int(height * scale))
         if min(fitted) < 1:
-            raise ValueError(f"image_size {(width, height)} is too thin: within {self.size} it would be {fitted}")
+            raise ValueError(
+                f"`image_size` {(width, height)} is too thin: its size within {self.size} would be {fitted}."
+            )
         frame = Frame.resized((width, height), fitted)
         return Frame(frame.image_size, self.size, frame.scale) if self.padded else frame
 
 
 @dataclass(frozen=True)
 class SmartResize(_Rule):
-    """`smart_resize`: sides become multiples of `factor` and their product lies within bounds, the aspect nearly kept.
+    """`smart_resize`: resize to multiples of `factor`, within bounds of the number of pixels.
 
-    Two variants are in use, which differ for thin images. The image processors of transformers round sides to the
-    nearest multiple (0 too) and hold them at `factor` or more when they shrink. qwen-vl-utils 0.0.14 holds them when
-    it rounds but not when it shrinks; where that leaves a side of 0, no image can be made.
+    The aspect ratio is nearly kept.
+
+    There are two variants, which differ for thin images. The image processors of transformers round sides to the
+    nearest multiple (possibly 0) and clamp them to at least `factor` when they shrink an image. qwen-vl-utils 0.0.14
+    clamps them when it rounds but not when it shrinks; a side of 0 is then an error.
 
     Args:
         factor: Sides become multiples of this: pixels of a patch times the side of the merged window.
-        min_pixels: Images with less than this many pixels are enlarged.
-        max_pixels: Images with more than this many pixels are shrunk.
+        min_pixels: Images with fewer pixels are enlarged.
+        max_pixels: Images with more pixels are shrunk.
         floor_to_factor: True for transformers' variant, False for that of qwen-vl-utils.
-        most_aspect: Images with a larger ratio of sides are refused.
+        most_aspect: Maximum ratio of the sides; other images are an error.
 
     Raises:
-        ValueError: If a number is not positive, or the bounds are the wrong way round.
+        ValueError: If a number is not positive, or `max_pixels` is less than `min_pixels`.
     """
 
     factor: int = 28
@@ -154,21 +148,21 @@ class SmartResize(_Rule):
 
     def __post_init__(self) -> None:
         for name in ("factor", "min_pixels", "max_pixels", "most_aspect"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            object.__setattr__(self, name, positive_integer(getattr(self, name), name))
         if self.max_pixels < self.min_pixels:
-            raise ValueError(f"max_pixels must be at least min_pixels ({self.min_pixels}), got {self.max_pixels}")
+            raise ValueError(f"`max_pixels` must be at least `min_pixels` ({self.min_pixels}), got {self.max_pixels}.")
 
     def _frame(self, image_size: Size) -> Frame:
         return Frame.resized(image_size, self.resized_size(image_size))
 
     def resized_size(self, image_size: Size) -> Size:
-        """The (width, height) that an image is resized to, in the floating-point steps of the published code."""
+        """Return the (width, height) that an image is resized to, in the published floating-point steps."""
         sides = check_size(image_size)
         if max(sides) / min(sides) > self.most_aspect:
             ratio = max(sides) / min(sides)
-            raise ValueError(f"image_size {sides} is too thin: ratio of sides {ratio:g}, at most {self.most_aspect}")
+            raise ValueError(
+                f"`image_size` {sides} is too thin: the ratio of its sides is {ratio:g}, at most {self.most_aspect}."
+            )
         factor, least = self.factor, self.factor if self.floor_to_factor else 0
         rounded = [round(side / factor) * factor for side in sides]
         if not self.floor_to_factor:
@@ -181,5 +175,5 @@ class SmartResize(_Rule):
             beta = math.sqrt(self.min_pixels / area)
             rounded = [math.ceil(side * beta / factor) * factor for side in sides]
         if min(rounded) < 1:
-            raise ValueError(f"image_size {sides} is too thin: it would be resized to {tuple(rounded)}")
+            raise ValueError(f"`image_size` {sides} is too thin: it would be resized to {tuple(rounded)}.")
         return rounded[0], rounded[1]

@@ -1,9 +1,12 @@
-"""What a grammar of coordinate text takes and gives: regions whose coordinates are integer codes."""
+"""The interface of coordinate grammars: regions whose coordinates are integer codes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-__all__ = ["Coded", "DecodeError", "Found", "Grammar"]
+__all__ = ["QUOTE_LENGTH", "Coded", "DecodeError", "Found", "Grammar", "check_writable"]
+
+QUOTE_LENGTH = 40
+"""Maximum number of characters that an error message quotes from the text."""
 
 
 class Coded(NamedTuple):
@@ -11,11 +14,11 @@ class Coded(NamedTuple):
 
     Attributes:
         kind: One of `KINDS`.
-        codes: Integers in the order of the text: two for each point (or what the format's numbers make of a region).
-        label: Text of the region, or None.
+        codes: Integers in the order of the text: two per point, or as the format's numbers define.
+        label: Label of the region, or None.
         image: Index of its image, from 0.
         identity: Number of the object that the region shows, or None.
-        times: Seconds, one for each point of a track; () for other kinds.
+        times: Seconds, one per point of a track; () for other kinds.
     """
 
     kind: str
@@ -27,10 +30,10 @@ class Coded(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A region that was read: `start` to `end` are its coordinates in the text, the marks around them not included.
+    """A region that was read. `start` to `end` is the span of its coordinates in the text, without marks.
 
-    The other attributes are those of [`Coded`]. `outer` is the span of all that belongs to it: its label, marks and,
-    for the first and last of several under one label, the marks around them all.
+    `outer` is the span of the whole region: its label and marks, and, for the first and last region under one label,
+    the marks around all of them. The other attributes are those of [`Coded`].
     """
 
     start: int
@@ -45,14 +48,14 @@ class Found(NamedTuple):
 
 
 class DecodeError(NamedTuple):
-    """One thing in a text that could not be read: its position (an index into the str) and the reason."""
+    """A part of a text that cannot be read: its position (an index into the str) and the reason."""
 
     position: int
     reason: str
 
 
 class Grammar(Protocol):
-    """Writes and reads the text of regions. A grammar holds no state: one object serves all threads."""
+    """Writes and reads the text of regions. A grammar is stateless, so threads can share it."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -60,19 +63,26 @@ class Grammar(Protocol):
 
     @property
     def separator(self) -> str:
-        """What stands between two texts of regions that follow each other."""
+        """The text between two consecutive regions."""
 
     def write(self, regions: Sequence[Coded]) -> str:
-        """The regions as text, in the order given; "" for none where the grammar has no text for an empty list.
+        """Return the regions as text, in the order given; "" for none unless the grammar has a text for an empty list.
 
         Raises:
-            ValueError: If a region holds something that the grammar cannot say (its kind, a label, an image other than
-                the first, an identity).
+            ValueError: If the grammar cannot express a region: its kind, label, image, identity or times.
         """
 
     def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
-        """All regions of any text, and all that was meant as one and is none, each in order of the text.
+        """Return the regions of any text, and malformed or unfinished ones as errors, each in the order of the text.
 
-        Never raises; takes time linear in the text. Codes are nonnegative integers of at most 9 digits (longer numbers
-        are errors), and are not compared with the range of the format.
+        Never raises; takes time linear in the length of the text. Codes are nonnegative integers of at most 9 digits
+        (longer numbers are errors); they are not compared with the range of the format.
         """
+
+
+def check_writable(region: Coded, kinds: Sequence[str]) -> None:
+    """Raise ValueError if a region has another kind than `kinds`, or an image index, identity or times."""
+    if region.kind not in kinds:
+        raise ValueError(f"A {region.kind} cannot be written: the format has {', '.join(kinds)}.")
+    if region.image or region.identity is not None or len(region.times):
+        raise ValueError("The format writes regions of one image, without identities and times.")

@@ -1,45 +1,45 @@
-"""A grammar of regions as JSON with a key for each number: `{"x_min": 0.1, "y_min": 0.2, ...}`."""
+"""A grammar of regions as JSON objects with one key per number: `{"x_min": 0.1, "y_min": 0.2, ...}`."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
-from .base import Coded, DecodeError, Found
-from .json_objects import cut_list, fault_of, in_order
+from .base import Coded, DecodeError, Found, check_writable
+from .json_objects import MAX_DIGITS, cut_list, fault_reason, ordered
 from .json_scanner import JsonNumber, JsonObject, objects
 
 __all__ = ["NamedJsonGrammar"]
 
-_DIGITS = 9
-_LONGEST = 32  # characters of a number
+_MAX_LENGTH = 32  # characters of a number
 
 
 def _fraction(value: object, decimals: int) -> int | str:
-    """Return the code of a number with decimals, rounded half up, or what is wrong with it."""
+    """Return the code of a number with decimals, rounded half up, or the reason why it has none."""
     if not isinstance(value, JsonNumber):
-        return "is no number"
-    if len(value.token) > _LONGEST or re.search(r"[eE][+-]?\d{4}", value.token):
+        return "is not a number"
+    if len(value.token) > _MAX_LENGTH or re.search(r"[eE][+-]?\d{4}", value.token):
         return "is too long"
     number = Decimal(value.token)
     if number < 0:
         return "is negative"
-    if number and number.adjusted() > _DIGITS - decimals:
+    if number and number.adjusted() > MAX_DIGITS - decimals:
         return "is too large"
     return int(number.scaleb(decimals).quantize(Decimal(1), rounding=ROUND_HALF_UP))
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedJsonGrammar:
-    """Regions as objects with a key for each number, such as `{"x": 0.1, "y": 0.2}`.
+    """Regions as objects with one key per number, such as `{"x": 0.1, "y": 0.2}`.
 
-    Read and refused as in [`JsonGrammar`]; numbers may have decimals and an exponent, and are rounded.
+    Objects are read as in [`JsonGrammar`], with the same errors. Numbers may have decimals and an exponent; they are
+    rounded.
 
     Args:
         keys: Pairs of a kind of region and its keys, in the order x, y.
-        decimals: Decimals of a number at most; a code of 123 with 3 decimals is written 0.123.
+        decimals: Maximum number of decimals; a code of 123 with 3 decimals is written 0.123.
         opening: Text before the first object, with `{}` for the name of the list.
-        names: For each kind in `keys`, the name of the list.
+        names: Name of the list per kind in `keys`.
         separator: Text between objects.
         closing: Text after the last object.
     """
@@ -60,12 +60,14 @@ class NamedJsonGrammar:
         return tuple(kind for kind, _ in self.keys)
 
     def write(self, regions: Sequence[Coded]) -> str:
-        """See [`Grammar`]; kinds that change within the regions begin another list."""
+        """See [`Grammar`]. A change of kind within the regions begins another list."""
         pieces: list[str] = []
         last = ""
-        for kind, codes, label, image, identity, times in regions:
-            if kind not in self.kinds or label is not None or image or identity is not None or len(times):
-                raise ValueError(f"the format writes no labels, and of one image: {', '.join(self.kinds)}")
+        for region in regions:
+            check_writable(region, self.kinds)
+            kind, codes, label, *_ = region
+            if label is not None:
+                raise ValueError(f"The format has no labels, got label {label!r}.")
             if kind != last:
                 pieces += [self.closing + self.separator] if last else []
                 pieces += [self.opening.format(self.names[self.kinds.index(kind)])]
@@ -79,7 +81,7 @@ class NamedJsonGrammar:
         return "".join(pieces) + (self.closing if last else "")
 
     def _number(self, code: int) -> str:
-        """A code with its decimals, at least one, without zeros behind."""
+        """Return a code with at least one decimal, without trailing zeros."""
         whole, part = divmod(code, 10**self.decimals)
         return f"{whole}.{str(part).zfill(self.decimals).rstrip('0') or '0'}"
 
@@ -87,26 +89,26 @@ class NamedJsonGrammar:
         """See [`Grammar`]."""
         found: list[Found] = []
         errors: list[DecodeError] = []
-        marks = [keys[0] for _, keys in self.keys]
+        first_keys = [keys[0] for _, keys in self.keys]
         for item in objects(text):
             if item.fault == "single quotes":
                 head = text[item.start : item.start + 16]
-                if any(f"'{mark}'" in head for mark in marks):
-                    errors.append(DecodeError(item.start, fault_of(item)))
+                if any(f"'{key}'" in head for key in first_keys):
+                    errors.append(DecodeError(item.start, fault_reason(item)))
                 continue
             members = dict(item.members)
             kind = next((kind for kind, keys in self.keys if keys[0] in members), None)
             if kind is None and not (item.fault == "unfinished" and not item.members):
                 continue
-            region = fault_of(item) if item.fault or kind is None else self._region(item, kind, members)
+            region = fault_reason(item) if item.fault or kind is None else self._region(item, kind, members)
             if isinstance(region, str):
                 errors.append(DecodeError(item.start, region))
             else:
                 found.append(region)
-        return in_order(found, errors + cut_list(text, found, errors), text)
+        return ordered(found, errors + cut_list(text, found, errors), text)
 
     def _region(self, item: JsonObject, kind: str, members: dict[str, object]) -> Found | str:
-        """The region that an object is, or why it is none."""
+        """Return the region of an object, or the reason why it is not one."""
         codes: list[int] = []
         for key in dict(self.keys)[kind]:
             code = _fraction(members.get(key), self.decimals)
@@ -114,5 +116,5 @@ class NamedJsonGrammar:
                 return f"malformed object: {key!r} {code}"
             codes.append(code)
         if len(members) != len(item.members):
-            return "malformed object: a key twice"
+            return "malformed object: a key occurs twice"
         return Found(item.start, item.end, (item.start, item.end), kind, codes)

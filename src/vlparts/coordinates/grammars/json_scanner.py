@@ -1,4 +1,4 @@
-"""A scanner for JSON objects inside any text: linear time, bounded nesting, and errors with positions."""
+"""A scanner for JSON objects inside any text, with linear time, bounded nesting and positions of errors."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 __all__ = ["JsonList", "JsonNumber", "JsonObject", "JsonString", "objects"]
 
 DEPTH = 32
-"""Containers inside each other that are read; deeper ones are malformed."""
+"""Maximum nesting of containers; deeper ones are malformed."""
 _TOKEN = re.compile(
     r'[ \t\n\r]*+(?:([\[\]{},:])|("(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+)("?+)'
     r"|(-?+[0-9]++(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+)(?![\w.])|(true|false|null)(?!\w)|(\Z))"
@@ -17,15 +17,15 @@ _QUOTED = re.compile(r"\{[ \t\n\r]*+'")
 
 
 class JsonString(NamedTuple):
-    """A string as it stands in the text, quotes included."""
+    """A string token of the text, with its quotes."""
 
     start: int
     token: str
 
     def value(self) -> str | None:
-        """The string, or None where an escape is wrong or half of a surrogate pair."""
+        """The string, or None if an escape is invalid or half of a surrogate pair."""
         try:
-            value: str = json.loads(self.token)  # one string: nothing nests
+            value: str = json.loads(self.token)  # one string, no nesting
             value.encode()
         except ValueError:
             return None
@@ -33,14 +33,14 @@ class JsonString(NamedTuple):
 
 
 class JsonNumber(NamedTuple):
-    """A number as it stands in the text."""
+    """A number token of the text."""
 
     start: int
     token: str
 
 
 class JsonList(NamedTuple):
-    """A list and where it stands."""
+    """A list and its span."""
 
     start: int
     end: int
@@ -48,9 +48,9 @@ class JsonList(NamedTuple):
 
 
 class JsonObject(NamedTuple):
-    """An object: its span and its members in order, keys as they stand in the text without quotes.
+    """An object: its span and its members in order, with keys as written in the text, without quotes.
 
-    `fault` is "" for a whole object, or what broke it off at `end`.
+    `fault` is "" for a complete object, or the reason why reading stopped at `end`.
     """
 
     start: int
@@ -70,48 +70,45 @@ class _Open:
         self.state = "first"  # then "colon", "value", "next", and "more" after a comma
 
     def add(self, value: object) -> None:
-        """Take a value."""
+        """Add a value."""
         if self.is_object:
             self.members.append((self.key or "", value))
         else:
             self.items.append(value)
         self.state = "next"
 
-    def so_far(self) -> list[tuple[str, object]]:
-        """The members, with the one that was begun."""
+    def partial_members(self) -> list[tuple[str, object]]:
+        """The members, including an unfinished one."""
         begun = self.state in ("colon", "value") and self.key is not None
         return [*self.members, (self.key or "", None)] if begun else self.members
 
-    def wants_value(self) -> bool:
-        """Whether a value may stand here."""
+    def accepts_value(self) -> bool:
+        """Whether a value is allowed next."""
         return self.state == "value" if self.is_object else self.state in ("first", "more")
 
-    def mark(self, mark: str) -> bool:
-        """Take a comma or colon; whether it may stand here."""
-        wanted, after = ("colon", "value") if mark == ":" else ("next", "more")
-        good = self.state == wanted
+    def punctuate(self, mark: str) -> bool:
+        """Read a comma or colon; returns whether it is allowed here."""
+        required, after = ("colon", "value") if mark == ":" else ("next", "more")
+        allowed = self.state == required
         self.state = after
-        return good
+        return allowed
 
 
 def _close(stack: list[_Open], end: int) -> JsonObject | None:
-    """Close the innermost container; return it where it is an object."""
+    """Close the innermost container and return it if it is an object."""
     top = stack.pop()
-    value: object
-    value = whole = JsonObject(top.start, end, top.members) if top.is_object else None
-    if whole is None:
-        value = JsonList(top.start, end, top.items)
+    closed = JsonObject(top.start, end, top.members) if top.is_object else None
     if stack:
-        stack[-1].add(value)
-    return whole
+        stack[-1].add(closed or JsonList(top.start, end, top.items))
+    return closed
 
 
-def _take(stack: list[_Open], match: re.Match[str]) -> str:
-    """Let the innermost container take a token that opens and closes nothing; return "" or what is wrong."""
+def _read_token(stack: list[_Open], match: re.Match[str]) -> str:
+    """Add a token other than a bracket to the innermost container; returns the fault, or ""."""
     top, (mark, string, closed, number, literal, _) = stack[-1], match.groups()
     start = match.start(match.lastindex or 0)
     if mark:
-        return "" if top.mark(mark) else f"{mark!r} out of place"
+        return "" if top.punctuate(mark) else f"{mark!r} out of place"
     if string is not None:
         if not closed:
             return "unfinished" if match.end() == len(match.string) else "line break in a string"
@@ -121,16 +118,16 @@ def _take(stack: list[_Open], match: re.Match[str]) -> str:
         value: object = JsonString(match.start(2), string + closed)
     else:
         value = JsonNumber(start, number) if number else literal
-    if not top.wants_value():
+    if not top.accepts_value():
         return "a value out of place"
     top.add(value)
     return ""
 
 
-def _bracket(stack: list[_Open], mark: str, end: int, found: Callable[[JsonObject], None]) -> str:
-    """Open or close a container with a mark that ends at `end`; return "" or what is wrong."""
+def _read_bracket(stack: list[_Open], mark: str, end: int, found: Callable[[JsonObject], None]) -> str:
+    """Open or close a container with a bracket that ends at `end`; returns the fault, or ""."""
     if mark in "{[":
-        if stack and not stack[-1].wants_value():
+        if stack and not stack[-1].accepts_value():
             return f"{mark!r} out of place"
         if len(stack) == DEPTH:
             return f"nested deeper than {DEPTH}"
@@ -139,14 +136,14 @@ def _bracket(stack: list[_Open], mark: str, end: int, found: Callable[[JsonObjec
     top = stack[-1]
     if top.is_object != (mark == "}") or top.state not in ("first", "next"):
         return f"{mark!r} out of place"
-    whole = _close(stack, end)
-    if whole is not None:
-        found(whole)
+    closed = _close(stack, end)
+    if closed is not None:
+        found(closed)
     return ""
 
 
-def _one(text: str, start: int, found: Callable[[JsonObject], None]) -> int:
-    """Read the object that opens at `start` and those within; return where to go on."""
+def _read_object(text: str, start: int, found: Callable[[JsonObject], None]) -> int:
+    """Read the object that opens at `start` and those inside it; returns the position after them."""
     stack: list[_Open] = []
     position = start
     while True:
@@ -157,14 +154,14 @@ def _one(text: str, start: int, found: Callable[[JsonObject], None]) -> int:
         elif match[6] is not None:
             fault = "unfinished"
         elif match[1] in ("{", "[", "}", "]"):
-            fault = _bracket(stack, match[1], after, found)
+            fault = _read_bracket(stack, match[1], after, found)
         else:
-            fault = _take(stack, match)
+            fault = _read_token(stack, match)
         if fault:
             for opened in stack:
                 if opened.is_object:
-                    found(JsonObject(opened.start, after, opened.so_far(), fault))
-            # What was out of place may begin another object.
+                    found(JsonObject(opened.start, after, opened.partial_members(), fault))
+            # A brace out of place may begin another object.
             return max(match.start(1) if match and match[1] == "{" else after, start + 1)
         if not stack:
             return after
@@ -172,9 +169,9 @@ def _one(text: str, start: int, found: Callable[[JsonObject], None]) -> int:
 
 
 def objects(text: str) -> Iterator[JsonObject]:
-    """All objects of a text, inner ones before the one that holds them; broken ones with their fault.
+    """Yield all objects of a text, inner ones before outer ones, malformed ones with their fault.
 
-    An object in single quotes, as Python prints it, is not read: it comes without members, with that fault.
+    An object with single quotes, as Python prints it, is not read: it is yielded without members, with that fault.
     """
     position = text.find("{")
     while position >= 0:
@@ -183,6 +180,6 @@ def objects(text: str) -> Iterator[JsonObject]:
             position = text.find("{", position + 1)
             continue
         batch: list[JsonObject] = []
-        after = _one(text, position, batch.append)
+        after = _read_object(text, position, batch.append)
         yield from batch
         position = text.find("{", after)

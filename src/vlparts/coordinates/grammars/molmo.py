@@ -1,4 +1,4 @@
-"""A grammar of points in markup: Molmo's `<point x="12.3" y="4.5" alt="a">a</point>`."""
+"""Molmo's grammar, points in markup: `<point x="12.3" y="4.5" alt="a">a</point>`."""
 
 import html
 import re
@@ -6,26 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .base import Coded, DecodeError, Found
+from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
 
-__all__ = ["MolmoGrammar"]
+__all__ = ["MolmoGrammar", "attributes", "label_text", "outer_span", "scan_tags"]
 
-# The tags end at the next '<', so that each character is looked at a bounded number of times.
+# A tag ends at the next '<', so that each character is read a bounded number of times.
 _TAG = re.compile(r'<(points|point|tracks)(?=[\s/>"]|\Z)((?:[^<>"]|"[^"<]*+")*+)(>?+)([^<]*+)((?:</\1>)?+)')
 _CUT = re.compile(r"<(?:p(?:o(?:i(?:n(?:ts?)?)?)?)?|t(?:r(?:a(?:c(?:ks?)?)?)?)?)?\Z")
 _ATTRIBUTE = re.compile(r'\s++([A-Za-z]++)([0-9]*+)\s*+=\s*+"([^"<]*+)"')
 _NUMBER = re.compile(r"\s*+([0-9]{1,6})(?:\.([0-9]{1,9}))?\s*+")
 
 
-def label_text(label: str | None, what: str) -> str:
-    """A label as text between tags: `&`, `<`, `>` and quotes as entities."""
+def label_text(label: str | None, kind: str) -> str:
+    """Return a label as text between tags, with `&`, `<`, `>` and quotes as entities."""
     if label == "":
-        raise ValueError(f"the label of a {what} must not be empty")
+        raise ValueError(f"The label of a {kind} must not be empty.")
     return html.escape(label or "", quote=True)
 
 
-def _wrong(tag: re.Match[str]) -> str | None:
-    """Why a tag as a whole cannot be read, or None."""
+def _tag_reason(tag: re.Match[str]) -> str | None:
+    """Return the reason why a tag is malformed or unfinished, or None."""
     if not tag[3]:
         return "unfinished tag" if tag.end() == len(tag.string) else "malformed tag"
     if not tag[5]:
@@ -38,15 +38,18 @@ def _wrong(tag: re.Match[str]) -> str | None:
 def scan_tags(
     text: str, read_tag: Callable[[re.Match[str], list[Found]], str | None]
 ) -> tuple[list[Found], list[DecodeError]]:
-    """Read each tag of a text."""
+    """Read all tags of a text.
+
+    `read_tag` adds the regions of a tag to a list and returns None, or the reason why it has none.
+    """
     found: list[Found] = []
     errors: list[DecodeError] = []
     end = 0
     for tag in _TAG.finditer(text):
         end = tag.end()
-        reason = _wrong(tag) or read_tag(tag, found)
+        reason = _tag_reason(tag) or read_tag(tag, found)
         if reason:
-            errors.append(DecodeError(tag.start(), f"{reason} in {tag[0][:40]!r}"))
+            errors.append(DecodeError(tag.start(), f"{reason} in {tag[0][:QUOTE_LENGTH]!r}"))
     tail = _CUT.search(text, max(end, len(text) - 8))
     if tail:
         errors.append(DecodeError(tail.start(), f"unfinished tag in {tail[0]!r}"))
@@ -54,28 +57,27 @@ def scan_tags(
 
 
 def attributes(tag: re.Match[str]) -> list[re.Match[str]] | None:
-    """The attributes of a tag, or None where something else stands between them or one stands twice."""
+    """Return the attributes of a tag, or None if there is other text between them or one occurs twice."""
     found, position = [], tag.start(2)
     end = tag.end(2)
     while match := _ATTRIBUTE.match(tag.string, position, end):
         found.append(match)
         position = match.end()
-    whole = not tag.string[position:end].strip(" /\n\t") and len({match[1] + match[2] for match in found}) == len(
-        found
-    )
-    return found if whole else None
+    names = {match[1] + match[2] for match in found}
+    is_valid = not tag.string[position:end].strip(" /\n\t") and len(names) == len(found)
+    return found if is_valid else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MolmoGrammar:
-    """`<point x="12.3" y="4.5" alt="a">a</point>`, and `<points x1= y1= x2= ...>` for several of one label.
+    """`<point x="12.3" y="4.5" alt="a">a</point>`, or `<points x1= y1= x2= ...>` for several points with one label.
 
-    Points in a row with the same label make one tag. Molmo was trained on points in the order of their x, then y,
-    after rounding; they are written in the order given. `&`, `<`, `>` and quotes in labels become entities, which are
-    read back. Numbers with more decimals than the format has are rounded half up.
+    Consecutive points with the same label make one tag. Points are written in the order given; Molmo's training data
+    has them sorted by x, then y, after rounding. `&`, `<`, `>` and quotes in labels become entities, which are read
+    back. Numbers with more decimals than the format has are rounded half up.
 
     Args:
-        decimals: Decimals of a number; a code of 123 with 1 decimal is written 12.3.
+        decimals: Number of decimals; a code of 123 with 1 decimal is written 12.3.
         separator: Text between tags.
     """
 
@@ -90,23 +92,22 @@ class MolmoGrammar:
     def write(self, regions: Sequence[Coded]) -> str:
         """See [`Grammar`]."""
         for region in regions:
-            if region.kind != "point" or region.image or region.identity is not None or len(region.times):
-                raise ValueError("the format writes points of one image, without identities and times")
+            check_writable(region, self.kinds)
         texts = []
         for label, run in groupby(regions, key=lambda region: region.label):
             pairs = [region.codes for region in run]
             name = label_text(label, "point")
             several = len(pairs) > 1
-            places = " ".join(
+            coordinates = " ".join(
                 f'x{index if several else ""}="{self._number(x)}" y{index if several else ""}="{self._number(y)}"'
                 for index, (x, y) in enumerate(pairs, 1)
             )
             tag = "points" if several else "point"
-            texts.append(f'<{tag} {places} alt="{name}">{name}</{tag}>')
+            texts.append(f'<{tag} {coordinates} alt="{name}">{name}</{tag}>')
         return self.separator.join(texts)
 
     def _number(self, code: int) -> str:
-        """A code with its decimals."""
+        """Return a code with its decimals."""
         whole, part = divmod(code, 10**self.decimals)
         return f"{whole}.{part:0{self.decimals}d}"
 
@@ -115,29 +116,28 @@ class MolmoGrammar:
         return scan_tags(text, self._read_tag)
 
     def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
-        """Add the points of a tag; return why it has none."""
+        """Add the points of a tag to `found`; returns the reason if it has none."""
         pairs = attributes(tag)
         if pairs is None:
             return "malformed attributes"
-        places = [match for match in pairs if match[1] in ("x", "y")]
-        numbers = ["" if tag[1] == "point" else str(index) for index in range(1, len(places) // 2 + 1)]
+        values = [match for match in pairs if match[1] in ("x", "y")]
+        numbers = ["" if tag[1] == "point" else str(index) for index in range(1, len(values) // 2 + 1)]
         expected = [(axis, number) for number in numbers for axis in "xy"]
-        if tag[1] == "tracks" or not places or [(match[1], match[2]) for match in places] != expected:
+        if tag[1] == "tracks" or not values or [(match[1], match[2]) for match in values] != expected:
             return "malformed tag: expected x and y (x1, y1, x2, ... in points)"
-        codes = [self._code(match[3]) for match in places]
+        codes = [self._code(match[3]) for match in values]
         if None in codes:
             return "malformed number"
         label = html.unescape(tag[4]) or None
-        for index in range(0, len(places), 2):
-            span = (places[index].start(1), places[index + 1].end())
+        for index in range(0, len(values), 2):
+            span = (values[index].start(1), values[index + 1].end())
             pair = [code for code in codes[index : index + 2] if code is not None]
-            found.append(
-                Found(*span, outer_span(tag, span, index == 0, index + 2 == len(places)), "point", pair, label)
-            )
+            outer = outer_span(tag, span, index == 0, index + 2 == len(values))
+            found.append(Found(*span, outer, "point", pair, label))
         return None
 
     def _code(self, text: str) -> int | None:
-        """The code of a number."""
+        """Return the code of a number, or None if it is malformed."""
         match = _NUMBER.fullmatch(text)
         if match is None:
             return None
@@ -146,5 +146,5 @@ class MolmoGrammar:
 
 
 def outer_span(tag: re.Match[str], span: tuple[int, int], first: bool, last: bool) -> tuple[int, int]:
-    """The span of a point with the marks of the tag, for the first and the last in it."""
+    """Return the span of a region extended to the marks of its tag if it is the first or last in it."""
     return tag.start() if first else span[0], tag.end() if last else span[1]

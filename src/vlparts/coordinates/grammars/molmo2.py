@@ -1,4 +1,4 @@
-"""A grammar of points and tracks in markup: Molmo 2's `<points coords=>` and `<tracks coords=>`."""
+"""Molmo 2's grammar, points and tracks in markup: `<points coords="...">` and `<tracks coords="...">`."""
 
 import html
 import re
@@ -20,14 +20,14 @@ class Molmo2Grammar:
     """`<points coords="1 1 523 044 2 600 100;2 3 010 020">a</points>`: image (from 1), then number, x and y of points.
 
     Tracks are `<tracks coords="0.0 1 259 340;1.0 1 138 427">a</tracks>`: seconds, then number, x and y of objects.
-    Points in a row with the same label make one tag, and so do tracks with numbers that rise. The number is the
-    identity of a region; points without one are counted on. Coordinates have three digits at least. In points, a time
-    with a decimal stands for a moment of a video: such a point is a track of one point. Molmo 2 was trained on points
-    in the order of their x, then y, after rounding; they are written in the order given. `&`, `<`, `>` and quotes in
-    labels become entities, which are read back.
+    Consecutive points with the same label make one tag, and so do tracks with increasing numbers. The number is the
+    identity of a region; a point without one gets the number of the previous point plus one. Coordinates have at least
+    three digits. A time with a decimal instead of an image is a time in a video: such a point is read as a track of
+    one point. Points are written in the order given; Molmo 2's training data has them sorted by x, then y, after
+    rounding. `&`, `<`, `>` and quotes in labels become entities, which are read back.
 
     Args:
-        image_separator: Text between images or moments: ";" or a tab; both are read.
+        image_separator: Text between images or times, ";" or a tab; both are read.
         separator: Text between tags.
     """
 
@@ -36,7 +36,7 @@ class Molmo2Grammar:
 
     def __post_init__(self) -> None:
         if self.image_separator not in (";", "\t"):
-            raise ValueError(f"image_separator must be ';' or a tab, got {self.image_separator!r}")
+            raise ValueError(f"`image_separator` must be ';' or a tab, got {self.image_separator!r}.")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ class Molmo2Grammar:
         texts = []
         for (kind, label), run in groupby(regions, key=lambda region: (region.kind, region.label)):
             if kind not in self.kinds:
-                raise ValueError(f"a {kind} cannot be written: the format knows {', '.join(self.kinds)}")
+                raise ValueError(f"A {kind} cannot be written: the format has {', '.join(self.kinds)}.")
             name = label_text(label, kind)
             members = list(run)
             parts = self._points(members) if kind == "point" else self._tracks(members)
@@ -56,7 +56,7 @@ class Molmo2Grammar:
         return self.separator.join(texts)
 
     def _points(self, run: Sequence[Coded]) -> Iterator[str]:
-        """The places of points with one label."""
+        """Yield the coordinates of points with one label."""
         count, groups = 0, []
         for image, points in groupby(run, key=lambda region: region.image):
             texts = [str(image + 1)]
@@ -67,35 +67,35 @@ class Molmo2Grammar:
         yield self.image_separator.join(groups)
 
     def _tracks(self, run: Sequence[Coded]) -> Iterator[str]:
-        """The places of tracks with one label; a number that does not rise begins another tag."""
-        moments: dict[str, list[str]] = {}
+        """Yield the coordinates of each tag of tracks; a number that does not increase begins another tag."""
+        by_time: dict[str, list[str]] = {}
         last = 0
         for track in run:
             if track.image or not len(track.times):
-                raise ValueError("the format writes tracks with times, of one video")
+                raise ValueError("The format writes tracks with times, of one video.")
             number = last + 1 if track.identity is None else track.identity
-            if moments and number <= last:
-                yield self._moments(moments)
-                moments = {}
+            if by_time and number <= last:
+                yield self._joined_times(by_time)
+                by_time = {}
             last = number
             times = [f"{time:.1f}" for time in track.times]
             if len(set(times)) != len(times):
-                raise ValueError(f"the times of a track must differ by 0.1 s or more, got {tuple(track.times)}")
+                raise ValueError(f"The times of a track must differ by at least 0.1 s, got {tuple(track.times)}.")
             pairs = zip(track.codes[::2], track.codes[1::2], strict=True)
             for time, (x, y) in zip(times, pairs, strict=True):
-                moments.setdefault(time, []).append(f"{number} {x:03d} {y:03d}")
-        yield self._moments(moments)
+                by_time.setdefault(time, []).append(f"{number} {x:03d} {y:03d}")
+        yield self._joined_times(by_time)
 
-    def _moments(self, moments: dict[str, list[str]]) -> str:
-        """The places of tracks in the order of time."""
-        return self.image_separator.join(" ".join([time, *moments[time]]) for time in sorted(moments, key=float))
+    def _joined_times(self, by_time: dict[str, list[str]]) -> str:
+        """Return the coordinates of tracks in the order of time."""
+        return self.image_separator.join(" ".join([time, *by_time[time]]) for time in sorted(by_time, key=float))
 
     def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
 
     def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
-        """Add the regions of a tag; return why it has none."""
+        """Add the regions of a tag to `found`; returns the reason if it has none."""
         pairs = attributes(tag)
         coords = [match for match in pairs or [] if match[1] == "coords" and not match[2]]
         if len(coords) != 1 or tag[1] == "point":
@@ -118,35 +118,35 @@ class Molmo2Grammar:
         return None
 
     def _read_points(self, groups: Sequence[re.Match[str]], label: str | None) -> list[Found] | str:
-        """The points of a tag."""
+        """Return the points of a tag, or the reason why it has none."""
         result = []
         for group in groups:
-            moment = "." in group[1]
-            if not moment and int(group[1]) == 0:
+            is_time = "." in group[1]
+            if not is_time and int(group[1]) == 0:
                 return "malformed coords: images are counted from 1"
             for triple in _TRIPLE.finditer(group.string, group.start(2), group.end(2)):
                 number, *codes = map(int, triple.groups())
                 span = (triple.start(2), triple.end())
-                if moment:
+                if is_time:
                     result.append(Found(*span, span, "track", codes, label, 0, number, (float(group[1]),)))
                 else:
                     result.append(Found(*span, span, "point", codes, label, int(group[1]) - 1, number))
         return result
 
     def _read_tracks(self, groups: Sequence[re.Match[str]], label: str | None) -> list[Found] | str:
-        """The tracks of a tag, in the order of their numbers; each spans from its first place to its last."""
+        """Return the tracks of a tag by number, or the reason why it has none. A span is from first to last point."""
         tracks: dict[int, tuple[list[int], list[float], list[int]]] = {}
         last = -1.0
         for group in groups:
             time = float(group[1])
             if time <= last:
-                return "malformed coords: times must rise"
+                return "malformed coords: times must increase"
             last = time
             for triple in _TRIPLE.finditer(group.string, group.start(2), group.end(2)):
                 number, x, y = map(int, triple.groups())
                 codes, times, ends = tracks.setdefault(number, ([], [], [triple.start(2)]))
                 if times and times[-1] == time:
-                    return f"malformed coords: object {number} stands twice at {group[1]} s"
+                    return f"malformed coords: object {number} occurs twice at {group[1]} s"
                 codes += [x, y]
                 times.append(time)
                 ends.append(triple.end())

@@ -1,1 +1,1 @@
-"""Files of regions: JSON Lines, training records, COCO."""
+"""Files of regions: JSON Lines, training records and COCO."""

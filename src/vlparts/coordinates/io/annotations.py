@@ -1,8 +1,9 @@
-"""Regions of images in files: JSON Lines, training records and COCO.
+"""Regions of images in JSON Lines files and training records.
 
-A line for an image is `{"image": "a.png", "width": 640, "height": 480, "regions": [...]}`. A region is an object with
-its kind as a key, `{"box": [x1, y1, x2, y2]}`, `{"point": [x, y]}`, or `{"polygon": [[x, y], ...]}` and the like, and
-what it has besides: "label", "score", "image", "identity", "times". Boxes and points are those of training records.
+The line of an image is `{"image": "a.png", "width": 640, "height": 480, "regions": [...]}`. A region is an object with
+its kind as a key, such as `{"box": [x1, y1, x2, y2]}`, `{"point": [x, y]}` or `{"polygon": [[x, y], ...]}`, and
+optional keys "label", "score", "image", "identity" and "times". Training records have boxes and points of the same
+form.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_size
 from ..regions import KINDS, Region
+from ..validation import check_size, positive_integer
 from .json_lines import read_json_lines, write_json_lines
 
 __all__ = [
@@ -29,16 +30,16 @@ EXTRAS = ("label", "score", "image", "identity", "times")
 
 @dataclass(frozen=True)
 class ImageRegions:
-    """An image and the regions in it.
+    """An image and its regions.
 
     Args:
         image: Path or name of the image.
-        width: In pixels.
-        height: In pixels.
+        width: Width in pixels.
+        height: Height in pixels.
         regions: Regions in pixels of this image.
 
     Raises:
-        ValueError: If the name is no str, a side is no positive integer, or something is no Region.
+        ValueError: If `image` is not a str, a side is not a positive integer, or an item of `regions` is not a Region.
     """
 
     image: str
@@ -48,15 +49,13 @@ class ImageRegions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, str):
-            raise ValueError(f"image must be a str, got {self.image!r}")
+            raise ValueError(f"`image` must be a str, got {self.image!r}.")
         for name in ("width", "height"):
-            side = getattr(self, name)
-            if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-                raise ValueError(f"{name} must be a positive integer, got {side!r}")
+            object.__setattr__(self, name, positive_integer(getattr(self, name), name))
         object.__setattr__(self, "regions", tuple(self.regions))
         for index, region in enumerate(self.regions):
             if not isinstance(region, Region):
-                raise ValueError(f"regions[{index}] must be a Region, got {type(region).__name__}")
+                raise ValueError(f"`regions[{index}]` must be a Region, got {type(region).__name__}.")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,7 +64,7 @@ class ImageRegions:
 
 
 def region_to_dict(region: Region) -> dict[str, Any]:
-    """Return a region as plain data; `region_from_dict` gives it back."""
+    """Return a region as plain data; `region_from_dict` is the inverse."""
     flat = [value for point in region.points for value in point]
     fields: dict[str, Any] = {} if region.label is None else {"label": region.label}
     fields[region.kind] = flat if region.kind in ("point", "box") else [list(point) for point in region.points]
@@ -81,61 +80,61 @@ def region_to_dict(region: Region) -> dict[str, Any]:
 
 
 def region_from_dict(fields: Mapping[str, Any]) -> Region:
-    """Return the region that plain data describes.
+    """Return the region of plain data; the inverse of `region_to_dict`.
 
     Raises:
-        ValueError: If it has no kind or two, an unknown key, or what the region refuses.
+        ValueError: If it has no kind or two, an unknown key, or a value that is invalid for a region.
     """
     if not isinstance(fields, Mapping):
-        raise ValueError(f"a region must be an object, got {fields!r}")
+        raise ValueError(f"A region must be an object, got {fields!r}.")
     kinds = [key for key in fields if key in KINDS]
     if len(kinds) != 1:
-        raise ValueError(f"a region needs one of the keys {', '.join(KINDS)}, got {sorted(fields)}")
+        raise ValueError(f"A region must have one of the keys {', '.join(KINDS)}, got {sorted(fields)}.")
     unknown = sorted(set(fields) - {kinds[0], *EXTRAS})
     if unknown:
-        raise ValueError(f"a region may have the keys {', '.join(EXTRAS)} besides its kind, got {unknown}")
+        raise ValueError(f"A region can have the keys {', '.join(EXTRAS)} besides its kind, got {unknown}.")
     kind, given = kinds[0], fields[kinds[0]]
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"{kind} must be a list, got {given!r}")
+        raise ValueError(f"`{kind}` must be a list, got {given!r}.")
     if kind in ("point", "box"):
         count = 2 * KINDS[kind][0]
         if len(given) != count:
-            raise ValueError(f"{kind} must hold {count} numbers, got {len(given)}")
+            raise ValueError(f"`{kind}` must have {count} numbers, got {len(given)}.")
         given = [(given[index], given[index + 1]) for index in range(0, count, 2)]
     extras = {key: fields[key] for key in EXTRAS if key in fields}
     return Region(kind, tuple(given), **extras)
 
 
 def _image_regions(fields: Mapping[str, Any]) -> ImageRegions:
-    """Return the image and regions of a line."""
+    """Return the image and the regions of a line."""
     missing = sorted({"image", "width", "height"} - set(fields))
     if missing:
-        raise ValueError(f"the keys image, width and height are needed, {', '.join(missing)} not there")
+        raise ValueError(f"The keys image, width and height are required, missing: {', '.join(missing)}.")
     check_size((fields["width"], fields["height"]), "(width, height)")
     given = fields.get("regions", [])
     if not isinstance(given, list):
-        raise ValueError(f"regions must be a list, got {given!r}")
+        raise ValueError(f"`regions` must be a list, got {given!r}.")
     regions = []
     for index, item in enumerate(given):
         try:
             regions.append(region_from_dict(item))
         except ValueError as error:
-            raise ValueError(f"regions[{index}]: {error}") from None
+            raise ValueError(f"`regions[{index}]`: {error}") from None
     return ImageRegions(fields["image"], fields["width"], fields["height"], tuple(regions))
 
 
 def read_annotations(path: str | Path) -> Iterator[ImageRegions]:
-    """Read a file of lines for images, one line at a time; other keys than the known ones are passed over.
+    """Read the images of a JSON Lines file, one line at a time. Unknown keys of a line are ignored.
 
     Yields:
-        The image of each line; empty lines are passed over.
+        The image of each line that is not empty.
 
     Raises:
-        ValueError: At the first broken line, with the path, its number and the reason; also if there is no such file.
+        ValueError: At the first invalid line, with the path, line number and reason; also if the file does not exist.
     """
     source = Path(path)
     if not source.is_file():
-        raise ValueError(f"path must be a JSON Lines file, got {source}, which is no file")
+        raise ValueError(f"`path` must be a JSON Lines file, got {source}, which does not exist.")
     with source.open("rb") as lines:
         for number, fields in read_json_lines(lines, str(source)):
             try:
@@ -145,10 +144,10 @@ def read_annotations(path: str | Path) -> Iterator[ImageRegions]:
 
 
 def write_annotations(images: Iterable[ImageRegions], path: str | Path) -> int:
-    """Write a file of lines for images, one at a time; `read_annotations` gives them back exactly.
+    """Write images to a JSON Lines file, one line at a time; `read_annotations` is the exact inverse.
 
     Returns:
-        How many lines were written.
+        The number of lines written.
     """
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
         return write_json_lines(map(_line, images), file)
@@ -160,19 +159,19 @@ def _line(image: ImageRegions) -> dict[str, Any]:
 
 
 def training_record(image: ImageRegions, question: str) -> dict[str, Any]:
-    """Return a training record: the question about the image, and its regions as the answer.
+    """Return a training record: a question about the image, and its regions as the answer.
 
-    A record says of a region its label, its place and its image; a score and an identity are left out.
+    A record has the label, coordinates and image index of a region, but neither score nor identity.
 
     Raises:
-        ValueError: If there are no regions, or one is neither a box nor a point, which records cannot hold.
+        ValueError: If there are no regions, or one is neither a box nor a point.
     """
     if not image.regions:
-        raise ValueError(f"image {image.image!r} has no regions, so there is nothing to answer")
+        raise ValueError(f"Image {image.image!r} has no regions, so the answer would be empty.")
     content = []
     for index, region in enumerate(image.regions):
         if region.kind not in ("box", "point"):
-            raise ValueError(f"regions[{index}] must be a box or a point, got a {region.kind}")
+            raise ValueError(f"`regions[{index}]` must be a box or a point, got a {region.kind}.")
         fields = region_to_dict(region)
         content.append({key: fields[key] for key in ("label", region.kind, "image") if key in fields})
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
@@ -180,14 +179,14 @@ def training_record(image: ImageRegions, question: str) -> dict[str, Any]:
 
 
 def record_regions(record: Mapping[str, Any], role: str = "assistant") -> list[Region]:
-    """Return the regions in the turns of one role of a training record, in order.
+    """Return the regions in the messages of one role of a training record, in order.
 
     Raises:
-        ValueError: If the record has no list of messages, or a region is broken, with its place.
+        ValueError: If the record has no list of messages, or a region is invalid.
     """
     messages = record.get("messages")
     if not isinstance(messages, list):
-        raise ValueError(f"messages must be a list, got {messages!r}")
+        raise ValueError(f"`messages` must be a list, got {messages!r}.")
     regions = []
     for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) and message.get("role") == role else None
@@ -196,5 +195,5 @@ def record_regions(record: Mapping[str, Any], role: str = "assistant") -> list[R
                 try:
                     regions.append(region_from_dict(block))
                 except ValueError as error:
-                    raise ValueError(f"messages.{number}.content.{index}: {error}") from None
+                    raise ValueError(f"`messages[{number}].content[{index}]`: {error}") from None
     return regions

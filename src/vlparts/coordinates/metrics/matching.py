@@ -1,4 +1,4 @@
-"""Which predicted region stands for which true one: greedy and optimal one-to-one matching."""
+"""Matching of predicted and true regions, one-to-one, greedy or optimal."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..regions import Region
+from ..validation import check_choice
 from .iou import box_iou, contains
 
 __all__ = ["Match", "assign", "match", "match_regions", "similarity"]
@@ -15,7 +16,7 @@ METHODS = ("greedy", "optimal")
 
 
 class Match(NamedTuple):
-    """A pair: the index of a prediction, that of a truth, and how alike they are."""
+    """A pair: index of a predicted region, index of a true region, and their similarity."""
 
     predicted: int
     truth: int
@@ -23,18 +24,18 @@ class Match(NamedTuple):
 
 
 def _matrix(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """Return a finite float64 matrix."""
+    """Return `values` as a finite float64 matrix."""
     given = np.asarray(values)
     if given.ndim != 2 or (given.size and given.dtype.kind not in "iuf"):
-        raise ValueError(f"{name} must be an (n, m) array of numbers, got shape {given.shape}, dtype {given.dtype}")
+        raise ValueError(f"`{name}` must be an (n, m) array of numbers, got shape {given.shape}, dtype {given.dtype}.")
     matrix = given.astype(np.float64)
     if not np.isfinite(matrix).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
     return matrix
 
 
 def assign(cost: ArrayLike) -> list[tuple[int, int]]:
-    """Return the pairs of rows and columns of least total cost, each used at most once.
+    """Return the assignment of rows to columns with the smallest total cost.
 
     The Hungarian method with shortest augmenting paths (Jonker and Volgenant, 1987), in `O(n^2 m)` for n <= m.
 
@@ -65,7 +66,7 @@ def _augment(
     column_price: NDArray[np.float64],
     row_of: NDArray[np.int64],
 ) -> None:
-    """Give row `start` a column along the shortest path of exchanges, and keep the prices right."""
+    """Assign row `start` a column along a shortest augmenting path, and update the prices."""
     columns = matrix.shape[1]
     distance, came_from = np.full(columns, np.inf), np.full(columns, -1)
     done = np.zeros(columns, dtype=np.bool_)
@@ -95,40 +96,38 @@ def _augment(
 
 
 def match(similarities: ArrayLike, threshold: float = 0.5, method: str = "greedy") -> list[Match]:
-    """Pair predictions with truths, each used at most once.
+    """Pair predictions with truths one-to-one.
 
     Args:
         similarities: `(n, m)` finite numbers of at least 0, such as `box_iou(predicted, truth)`.
-        threshold: Least similarity of a pair; 0 itself never makes one.
-        method: "greedy" takes the most similar pair that is left, again and again (of equal ones the first row, then
-            the first column). "optimal" makes as many pairs as can be, and of these choices the one with the
-            largest sum of similarities.
+        threshold: Minimum similarity of a pair. A similarity of 0 never makes a pair.
+        method: "greedy" repeatedly takes the most similar remaining pair (ties: the first row, then the first
+            column). "optimal" makes the maximum number of pairs, with the largest sum of similarities.
 
     Returns:
-        The pairs, by prediction.
+        The pairs, sorted by prediction.
 
     Raises:
-        ValueError: For an unknown method, or numbers that are none, not finite, or below 0.
+        ValueError: If the method is unknown, or a similarity is not a finite number of at least 0.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    check_choice(method, "method", METHODS)
     if isinstance(threshold, bool) or not np.isfinite(threshold) or threshold < 0:
-        raise ValueError(f"threshold must be a finite number of at least 0, got {threshold!r}")
+        raise ValueError(f"`threshold` must be a finite number of at least 0, got {threshold!r}.")
     matrix = _matrix(similarities, "similarities")
     if matrix.size and matrix.min() < 0:
-        raise ValueError(f"similarities must be at least 0, got {matrix.min()}")
+        raise ValueError(f"`similarities` must be at least 0, got {matrix.min()}.")
     allowed = (matrix >= threshold) & (matrix > 0)
     if method == "greedy":
         chosen = _greedy(np.where(allowed, matrix, 0.0))
     else:
-        # A pair is worth more than any change of the sum of all others.
-        worth = np.where(allowed, 1.0 + matrix / (matrix.sum() + 1.0), 0.0)
-        chosen = [pair for pair in assign(-worth) if allowed[pair]]
+        # One more pair counts more than any change of the sum of similarities, which is scaled to less than 1.
+        values = np.where(allowed, 1.0 + matrix / (matrix.sum() + 1.0), 0.0)
+        chosen = [pair for pair in assign(-values) if allowed[pair]]
     return [Match(row, column, float(matrix[row, column])) for row, column in sorted(chosen)]
 
 
 def _greedy(matrix: NDArray[np.float64]) -> list[tuple[int, int]]:
-    """The pairs of largest entries above 0, one after another."""
+    """Return the pairs of the largest remaining entries above 0, one after another."""
     rows, columns = np.nonzero(matrix)
     order = np.argsort(-matrix[rows, columns], kind="stable")
     pairs, used_rows, used_columns = [], set(), set()
@@ -141,32 +140,32 @@ def _greedy(matrix: NDArray[np.float64]) -> list[tuple[int, int]]:
 
 
 def similarity(predicted: Sequence[Region], truth: Sequence[Region], *, labels: bool = True) -> NDArray[np.float64]:
-    """Return how alike regions are, in [0, 1].
+    """Return the similarities of regions, in [0, 1].
 
-    A predicted point has 1 with a true box, quad or polygon that contains it, and 0 with all else. Any other two
-    regions have the IoU of their bounds. Regions of different images have 0.
+    The similarity of a predicted point is 1 with a true box, quad or polygon that contains it, and 0 otherwise. That
+    of any other two regions is the IoU of their bounding boxes. Regions of different images have similarity 0.
 
     Args:
         predicted: n regions.
         truth: m regions, in the same pixels.
-        labels: Whether regions with different labels have 0.
+        labels: Whether regions with different labels have similarity 0.
 
     Returns:
         float64, `(n, m)`.
     """
-    alike = box_iou([region.xyxy for region in predicted], [region.xyxy for region in truth])
+    similarities = box_iou([region.xyxy for region in predicted], [region.xyxy for region in truth])
     for row, region in enumerate(predicted):
         if region.kind == "point":
-            alike[row] = [contains(other, *region.points[0]) for other in truth]
-    apart = _differ([region.image for region in predicted], [region.image for region in truth])
+            similarities[row] = [contains(other, *region.points[0]) for other in truth]
+    unequal = _differ([region.image for region in predicted], [region.image for region in truth])
     if labels:
-        apart |= _differ([region.label for region in predicted], [region.label for region in truth])
-    alike[apart] = 0.0
-    return alike
+        unequal |= _differ([region.label for region in predicted], [region.label for region in truth])
+    similarities[unequal] = 0.0
+    return similarities
 
 
 def _differ(first: Sequence[object], second: Sequence[object]) -> NDArray[np.bool_]:
-    """Where items of two lists differ, `(n, m)`."""
+    """Return which items of two lists differ, `(n, m)`."""
     numbers: dict[object, int] = {}
     rows, columns = (np.array([numbers.setdefault(item, len(numbers)) for item in items]) for items in (first, second))
     differ: NDArray[np.bool_] = rows[:, None] != columns[None]
@@ -183,7 +182,17 @@ def match_regions(
 ) -> list[Match]:
     """Pair predicted regions with true ones: `match` of their `similarity`.
 
+    Args:
+        predicted: n regions.
+        truth: m regions, in the same pixels.
+        threshold: Minimum similarity of a pair.
+        method: "greedy" or "optimal", see `match`.
+        labels: Whether regions with different labels have similarity 0.
+
+    Returns:
+        The pairs, sorted by prediction.
+
     Raises:
-        ValueError: As for `match`.
+        ValueError: If the method is unknown or the threshold is not a finite number of at least 0.
     """
     return match(similarity(predicted, truth, labels=labels), threshold, method)

@@ -1,4 +1,4 @@
-"""Packs of planned images: loaded, resized to their grids, cut into patches, and the patches that stay."""
+"""Loading of planned images: resized to their grids, cut into patches, some of which are dropped."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,26 +11,25 @@ from torch.utils.data import Dataset
 from transformers.image_utils import ChannelDimension, SizeDict
 
 from ...parts.image_processing_navit import NaViTImageProcessor
-from ...parts.utils import positive_integer
+from ...parts.utils import IGNORE_INDEX, positive_integer
 from .plan import ImagePlan
 from .token_drop import draw_kept
 
-IGNORE_LABEL = -100
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class PatchedImage:
-    """The patches of one image that stay.
+    """The kept patches of one image.
 
     Args:
         patches: `(kept, C*P*P)` float32.
-        rows: Rows of the full grid in patches; 0 if this stands for no image at all.
+        rows: Rows of the full grid in patches; 0 for a placeholder without an image.
         columns: Columns of the full grid in patches.
-        keep: `(kept,)` int64, ascending places of the patches in the full grid's order; None if all stay.
-        label: The image's class, int64 without dimensions; or float32 `(num_labels,)` for several classes at once, or
-            without dimensions for regression. None if there is none.
-        index: The image's index in its dataset.
+        keep: `(kept,)` int64, ascending indices of the patches in the full grid; None if all are kept.
+        label: Class, a 0-d int64 tensor; or float32 `(num_labels,)` for multi-label classification, or 0-d float32 for
+            regression. None without labels.
+        index: Index of the image in its dataset.
     """
 
     patches: Tensor
@@ -42,14 +41,13 @@ class PatchedImage:
 
 
 class ImageCutter:
-    """Cuts images into the patches of their plans, by an image processor's own steps.
+    """Cuts images into patches according to their plans, with the steps of an image processor.
 
     Args:
-        image_processor: Says how images are converted, resized, rescaled, normalised and cut; its range of sizes is
-            not asked, since the plan has the size.
-        image_key: Where the image stands in an item: a key for mappings, a position for tuples. None if the item is
-            the image itself.
-        label_key: Where the label stands in an item; None for no labels.
+        image_processor: Converts, resizes, rescales, normalizes and cuts images. Its range of sizes is not used, since
+            the plan sets the size.
+        image_key: Key (mappings) or index (tuples) of the image in an item; None if the item is the image.
+        label_key: Key or index of the label in an item; None for no labels.
         num_channels: Channels C of all images.
     """
 
@@ -66,17 +64,17 @@ class ImageCutter:
         self.num_channels = positive_integer(num_channels, "num_channels")
 
     def read(self, item: Any, index: int) -> tuple[np.ndarray, Tensor | None]:
-        """Find image and label in an item.
+        """Return the image and label of an item.
 
         Args:
             item: The item.
-            index: Its index, for messages.
+            index: Its index, for error messages.
 
         Returns:
             The image `(C, H, W)`, and the label or None.
 
         Raises:
-            ValueError: If there is no such image or label, or the image cannot be used.
+            ValueError: If the item has no such image or label, or the image is invalid.
         """
         image = item if self.image_key is None else _entry(item, self.image_key, "image_key", index)
         label = None if self.label_key is None else _as_label(_entry(item, self.label_key, "label_key", index), index)
@@ -86,17 +84,17 @@ class ImageCutter:
             raise ValueError(f"Image {index}: {error}") from None
         if array.shape[0] != self.num_channels:
             raise ValueError(
-                f"Image {index} has {array.shape[0]} channels; expected num_channels={self.num_channels}."
+                f"Image {index} has {array.shape[0]} channels; expected `num_channels`={self.num_channels}."
             )
         return array, label
 
     def cut(self, image: np.ndarray, plan: ImagePlan, label: Tensor | None = None) -> PatchedImage:
-        """Resize an image to its plan's grid, cut it, and keep the patches that the plan's seed chooses.
+        """Resize an image to the grid of its plan, cut it, and keep the patches drawn with the seed of the plan.
 
         Args:
             image: `(C, H, W)`.
             plan: The plan.
-            label: The image's label.
+            label: The label of the image.
         """
         processor = self.image_processor
         height, width = plan.rows * processor.patch_size, plan.columns * processor.patch_size
@@ -112,25 +110,25 @@ class ImageCutter:
         return PatchedImage(patches, plan.rows, plan.columns, keep, label, plan.index)
 
     def blank(self, label: Tensor | None = None) -> PatchedImage:
-        """No image at all: what a pack without images consists of, so that its patches have a width.
+        """Return a placeholder without an image, which gives an empty pack its patch width.
 
         Args:
-            label: Any image's label, for the type and shape of this one's, which is -100.
+            label: Label of any image, for the type and shape of the placeholder's label, which is -100.
         """
         width = self.num_channels * self.image_processor.patch_size**2
-        label = None if label is None else torch.full_like(label, IGNORE_LABEL)
+        label = None if label is None else torch.full_like(label, IGNORE_INDEX)
         return PatchedImage(torch.zeros(0, width), 0, 0, None, label)
 
 
 def kept_patches(plan: ImagePlan, merge_size: int = 1) -> Tensor:
-    """Choose the patches of an image that stay, by whole blocks of `merge_size` x `merge_size`.
+    """Draw the kept patches of an image, in whole blocks of `merge_size` x `merge_size`.
 
     Args:
-        plan: The image's plan.
+        plan: The plan of the image.
         merge_size: Side of a block.
 
     Returns:
-        `(plan.kept,)` int64, ascending places in the order of `get_position_ids`.
+        `(plan.kept,)` int64, ascending indices in the order of `get_position_ids`.
     """
     block = merge_size**2
     generator = np.random.default_rng(plan.seed)
@@ -139,22 +137,21 @@ def kept_patches(plan: ImagePlan, merge_size: int = 1) -> Tensor:
 
 
 class PackedImageDataset(Dataset):
-    """Images of another dataset, cut into patches as a [`PackedImageSampler`] planned.
+    """Images of another dataset, cut into patches as planned by a [`PackedImageSampler`].
 
-    Every image comes as it does from the image processor, but in the size of its plan and without the patches that the
-    plan drops. It does not matter which worker loads it.
+    An image is processed by the image processor, but resized to the grid of its plan and without its dropped patches.
+    The result does not depend on the worker.
 
     Args:
-        dataset: A dataset of images, or of items that hold one, with `__getitem__`. Images are of Pillow, or arrays or
-            tensors that the image processor takes.
-        image_processor: Says how images become patches. Its `patch_size` and `merge_size` must be the sampler's.
-        image_key: Where the image stands in an item: a key for mappings, a position for tuples. None if the item is
-            the image itself.
-        label_key: Where the label stands in an item; None for no labels. A label is an integer, or a vector of floats
-            for several classes at once, or a float for regression.
+        dataset: A map-style dataset of images, or of items with an image. Images are Pillow images, or arrays or
+            tensors that the image processor accepts.
+        image_processor: Processes the images. Its `patch_size` and `merge_size` must equal those of the sampler.
+        image_key: Key (mappings) or index (tuples) of the image in an item; None if the item is the image.
+        label_key: Key or index of the label in an item; None for no labels. A label is an integer, a vector of floats
+            for multi-label classification, or a float for regression.
         num_channels: Channels C of all images.
-        on_size_mismatch: What happens to an image of another size than the sampler was told: "raise", since height
-            and width may have been confused, or "resize" to the planned grid whatever that does to the aspect ratio.
+        on_size_mismatch: Policy for an image whose size differs from that in its plan: "raise", since height and width
+            may be swapped, or "resize" it to the planned grid, whatever its aspect ratio.
 
     Raises:
         ValueError: If `on_size_mismatch` is unknown or `num_channels` is not positive.
@@ -176,13 +173,13 @@ class PackedImageDataset(Dataset):
         self.on_size_mismatch = on_size_mismatch
 
     def __getitem__(self, pack: Sequence[ImagePlan]) -> list[PatchedImage]:
-        """The images of one pack; for a pack without images, one that stands for none.
+        """Return the images of one pack; for an empty pack, one placeholder without an image.
 
         Args:
             pack: The plans of the images.
 
         Raises:
-            ValueError: If an image cannot be read or cut, or has another size than planned.
+            ValueError: If an image is invalid, or its size differs from that in its plan.
         """
         if pack:
             return [self._load(plan) for plan in pack]
@@ -190,7 +187,7 @@ class PackedImageDataset(Dataset):
         return [self.cutter.blank(label)]
 
     def __getitems__(self, batch: Sequence[Any]) -> list[Any]:
-        """What a DataLoader calls: with a pack where the sampler is its `batch_sampler`, otherwise with packs."""
+        """Load a pack (DataLoader with `batch_sampler=`) or a list of packs (DataLoader with `sampler=`)."""
         if all(isinstance(plan, ImagePlan) for plan in batch):
             return self[batch]
         return [self[pack] for pack in batch]
@@ -199,9 +196,9 @@ class PackedImageDataset(Dataset):
         image, label = self.cutter.read(self.dataset[plan.index], plan.index)
         if self.on_size_mismatch == "raise" and image.shape[-2:] != (plan.height, plan.width):
             raise ValueError(
-                f"Image {plan.index} has a height of {image.shape[-2]} and a width of {image.shape[-1]} pixels, but "
-                f"the sampler was told {plan.height} and {plan.width}. Sizes are (height, width) of the image as the "
-                "dataset returns it; pass on_size_mismatch='resize' if others are meant."
+                f"Image {plan.index} has a height of {image.shape[-2]} and a width of {image.shape[-1]} pixels; "
+                f"`sizes` of the sampler has {plan.height} and {plan.width}. Sizes are (height, width) of the image "
+                "that the dataset returns. Pass on_size_mismatch='resize' to resize it to the planned grid."
             )
         return self.cutter.cut(image, plan, label)
 
@@ -211,7 +208,7 @@ def _entry(item: Any, key: str | int, name: str, index: int) -> Any:
         return item[key]
     except (KeyError, IndexError, TypeError):
         found = f"the keys {sorted(map(str, item))}" if isinstance(item, Mapping) else f"type {type(item).__name__}"
-        raise ValueError(f"Item {index} has no entry {key!r} (`{name}`); it has {found}.") from None
+        raise ValueError(f"`{name}` {key!r} is not in item {index}, which has {found}.") from None
 
 
 def _as_label(label: Any, index: int) -> Tensor:
@@ -223,4 +220,4 @@ def _as_label(label: Any, index: int) -> Tensor:
         return tensor.long()
     if tensor.is_floating_point() and tensor.ndim <= 1 and tensor.numel():
         return tensor.float()
-    raise ValueError(f"The label of item {index} must be an integer, or one or several floats, got {label!r}.")
+    raise ValueError(f"The label of item {index} must be an integer, a float or a vector of floats, got {label!r}.")

@@ -1,4 +1,4 @@
-"""What is decided about an image before it is loaded: its grid of patches, and how many of them stay."""
+"""Plans of images, made before they are loaded: the grid of patches and the number of kept patches."""
 
 import math
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from .token_drop import DropPolicy, kept_count
 
 
 class ImagePlan(NamedTuple):
-    """An image's place in training: made in the main process, carried out where the image is loaded.
+    """Grid and kept patches of an image in one epoch; made in the main process, applied where the image is loaded.
 
-    All fields are integers, so `list(plan)` can be written as JSON and `ImagePlan(*values)` reads it again.
+    All fields are integers, so `list(plan)` is JSON-serializable and `ImagePlan(*values)` restores it.
 
     Attributes:
         index: Index in the dataset.
-        height: Height in pixels that the plan was made for.
-        width: Width in pixels that the plan was made for.
+        height: Height of the image in pixels, before resizing.
+        width: Width of the image in pixels, before resizing.
         rows: Rows of the full grid in patches.
         columns: Columns of the full grid in patches.
-        kept: Patches that stay, from 1 to `rows * columns`.
-        epoch: The epoch that the image is shown for.
-        seed: Seed for the choice of the patches that stay.
+        kept: Number of kept patches, from 1 to `rows * columns`.
+        epoch: The epoch.
+        seed: Seed of the draw of the kept patches.
     """
 
-    index: int  # type: ignore[assignment]  # tuple has a method of this name, which nobody needs here
+    index: int  # type: ignore[assignment]  # shadows tuple.index
     height: int
     width: int
     rows: int
@@ -40,20 +40,20 @@ class ImagePlan(NamedTuple):
 
 
 class ResolutionPolicy(Protocol):
-    """Decides the grid of an image, as [`ResolutionSampler`] does.
+    """Chooses the grid of an image, as [`ResolutionSampler`] does.
 
-    A policy may also have a method `max_length(factor)`, the largest `rows * columns` that it can return. With it a
-    capacity that is too small is found before training.
+    A policy may also have a method `max_length(factor)`, the largest `rows * columns` that it can return, with which
+    a capacity that is too small raises before training.
     """
 
     def grid(self, height: int, width: int, factor: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Rows and columns, in units of `factor` pixels, for an image of a size in pixels."""
+        """Return rows and columns, in units of `factor` pixels, for an image of `height` x `width` pixels."""
         ...
 
 
 @dataclass(frozen=True)
 class ProcessorResolution:
-    """The grid that an image processor gives an image by itself: training sees the sizes of inference.
+    """Gives each image the grid that an image processor chooses, so that training uses the sizes of inference.
 
     Args:
         image_processor: The processor.
@@ -62,43 +62,43 @@ class ProcessorResolution:
     image_processor: NaViTImageProcessor
 
     def grid(self, height: int, width: int, factor: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Rows and columns, in units of `factor` pixels; nothing is drawn.
+        """Return rows and columns, in units of `factor` pixels; nothing is drawn.
 
         Raises:
-            ValueError: If the processor refuses the size, or `factor` is not its own.
+            ValueError: If the processor refuses the size, or `factor` differs from that of the processor.
         """
-        own = self.image_processor.patch_size * self.image_processor.merge_size
-        if factor != own:
+        expected = self.image_processor.patch_size * self.image_processor.merge_size
+        if factor != expected:
             raise ValueError(
-                f"`factor` is {factor} pixels (patch_size * merge_size), but that of the image processor is {own}."
+                f"`factor` must be patch_size * merge_size of the image processor, {expected} pixels, got {factor}."
             )
         _, rows, columns = self.image_processor.get_grid_thw(height, width)
         return rows // self.image_processor.merge_size, columns // self.image_processor.merge_size
 
     def max_length(self, factor: int) -> int:
-        """Largest `rows * columns`: that of the processor's largest area."""
+        """Return the largest `rows * columns`, that of the largest area of the processor."""
         return int(self.image_processor.size["longest_edge"]) // factor**2
 
 
 class ImagePlanner:
-    """Draws each image's grid and drop rate, once for each epoch.
+    """Draws the grid and drop rate of each image, once per epoch.
 
-    Draws depend on the seed, the epoch and the image's index alone.
+    Draws depend on the seed, the epoch and the index of the image only.
 
     Args:
         patch_size: Side P of a patch in pixels.
         capacity: Patches of a pack.
         merge_size: Side m of the blocks of patches that a consumer merges; grids are multiples of it, and blocks are
             kept or dropped as a whole.
-        resolution: Decides the grid; None keeps the image's own size, rounded to whole blocks.
-        token_drop: Decides the share of patches that are dropped; None drops nothing. If it has an attribute
-            `lowest_rate`, no rate may be below it; otherwise rates are expected to come close to 0.
-        oversize: What happens to an image of which more patches stay than a pack holds: "raise", or "shrink" for the
-            largest grid of its aspect ratio that fits at its drop rate.
+        resolution: Chooses the grid; None keeps the size of the image, rounded to whole blocks.
+        token_drop: Chooses the drop rate; None drops nothing. Its attribute `lowest_rate`, if it has one, is the lower
+            bound of its rates; otherwise 0 is assumed.
+        oversize: Policy for an image with more kept patches than `capacity`: "raise", or "shrink" it to the largest
+            grid of its aspect ratio that fits at its drop rate.
         seed: Seed of the draws.
 
     Raises:
-        ValueError: If an argument is outside of what is described, or if `resolution` draws grids that do not fit.
+        ValueError: If an argument is out of range, or `resolution` can draw grids that exceed `capacity`.
     """
 
     def __init__(
@@ -119,8 +119,7 @@ class ImagePlanner:
             raise ValueError(f"`oversize` must be 'raise' or 'shrink', got {oversize!r}.")
         if self.capacity < self._block:
             raise ValueError(
-                f"capacity={capacity} holds no image: the smallest has {self._block} patches "
-                f"(merge_size={merge_size} squared)."
+                f"`capacity` must be at least merge_size**2={self._block} patches, the smallest image, got {capacity}."
             )
         self.resolution = resolution
         self.token_drop = token_drop
@@ -131,7 +130,7 @@ class ImagePlanner:
 
     @property
     def _block(self) -> int:
-        """Patches of a block."""
+        """Patches per block."""
         return self.merge_size**2
 
     @property
@@ -147,14 +146,14 @@ class ImagePlanner:
         """Plan one image for one epoch.
 
         Args:
-            index: Index of the image.
+            index: Index of the image in the dataset.
             height: Height in pixels.
             width: Width in pixels.
             epoch: The epoch.
-            images_seen: Images that were planned before, in all epochs and for all processes.
+            images_seen: Images planned before this one, over all epochs and processes.
 
         Raises:
-            ValueError: If the size is not positive, a policy refuses the image, or it does not fit into a pack.
+            ValueError: If the size is not positive, a policy refuses the image, or it exceeds `capacity`.
         """
         generator = seeded_generator(self.seed, epoch, index)
         try:
@@ -174,13 +173,13 @@ class ImagePlanner:
         return ImagePlan(index, height, width, rows * m, columns * m, kept * self._block, epoch, seed)
 
     def check_sizes(self, sizes: np.ndarray) -> None:
-        """Find images that will not fit before training starts, where the grids follow from the sizes.
+        """Raise for images that exceed `capacity`, if the grids are determined by the sizes.
 
         Args:
             sizes: `(n, 2)` integers, height and width of each image in pixels.
 
         Raises:
-            ValueError: If an image cannot be cut into a grid, or does not fit into a pack.
+            ValueError: If an image has an invalid size, or exceeds `capacity`.
         """
         if self.resolution is not None or self.oversize != "raise":
             return
@@ -196,16 +195,16 @@ class ImagePlanner:
         if self.resolution is None:
             return self._own_grid(height, width)
         rows, columns = self.resolution.grid(height, width, self._factor, generator)
-        return positive_integer(rows, "rows of `resolution`"), positive_integer(columns, "columns of `resolution`")
+        return positive_integer(rows, "resolution.grid()[0]"), positive_integer(columns, "resolution.grid()[1]")
 
     def _own_grid(self, height: int, width: int) -> tuple[int, int]:
         factor = self._factor
-        unlimited = (height + factor) * (width + factor)  # more than rounding to whole blocks can give
+        unlimited = (height + factor) * (width + factor)  # above any area after rounding to whole blocks
         new_height, new_width = fit_to_grid(height, width, factor, 1, unlimited)
         return new_height // factor, new_width // factor
 
     def _shrunk(self, rows: int, columns: int, rate: float) -> tuple[int, int]:
-        """The largest grid of nearly this aspect ratio that fits at a drop rate."""
+        """Largest grid of about this aspect ratio that fits into a pack at a drop rate."""
         limit = int(self.capacity // self._block / (1 - rate)) + 1
         while kept_count(limit, rate) * self._block > self.capacity:
             limit -= 1
@@ -214,9 +213,9 @@ class ImagePlanner:
     def _check_fit(self, index: int, rows: int, columns: int, kept: int) -> None:
         patches, kept = rows * columns * self._block, kept * self._block
         if kept > self.capacity:
-            dropped = "" if kept == patches else f" of {patches}"
+            total = "" if kept == patches else f" of {patches}"
             raise ValueError(
-                f"Image {index} has a length of {kept} patches{dropped}, which exceeds capacity={self.capacity}. "
+                f"Image {index} keeps {kept} patches{total}, which exceeds `capacity`={self.capacity}. "
                 "Raise the capacity, sample lower resolutions, or pass oversize='shrink'."
             )
 
@@ -227,13 +226,13 @@ class ImagePlanner:
         kept = kept_count(max_length(self._factor), self._lowest_rate) * self._block
         if kept > self.capacity:
             raise ValueError(
-                f"`resolution` can give images with a length of {kept} patches, which exceeds "
-                f"capacity={self.capacity}. Raise the capacity, sample lower resolutions, or pass oversize='shrink'."
+                f"`resolution` can give images with {kept} kept patches, which exceeds "
+                f"`capacity`={self.capacity}. Raise the capacity, sample lower resolutions, or pass oversize='shrink'."
             )
 
 
 def checked_sizes(sizes: object) -> np.ndarray:
-    """Sizes of images as an array.
+    """Return image sizes as an array.
 
     Args:
         sizes: Height and width of each image in pixels.
@@ -242,14 +241,14 @@ def checked_sizes(sizes: object) -> np.ndarray:
         `(n, 2)` int64.
 
     Raises:
-        ValueError: If there are none, or one is not a pair of positive integers.
+        ValueError: If `sizes` is empty, or an entry is not a pair of positive integers.
     """
     try:
         array = np.asarray(sizes)
     except ValueError:
-        raise ValueError("`sizes` must be pairs of integers, height and width in pixels.") from None
+        raise ValueError("`sizes` must be pairs of integers, height and width in pixels, got ragged rows.") from None
     if array.size == 0:
-        raise ValueError("`sizes` is empty; expected the height and width of at least one image.")
+        raise ValueError("`sizes` must have the height and width of at least one image, got none.")
     if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
         raise ValueError(
             "`sizes` must be pairs of integers, height and width in pixels, got an array of shape "
@@ -258,5 +257,5 @@ def checked_sizes(sizes: object) -> np.ndarray:
     wrong = np.flatnonzero((array < 1).any(axis=1))
     if wrong.size:
         height, width = array[wrong[0]].tolist()
-        raise ValueError(f"`sizes[{wrong[0]}]` is ({height}, {width}); expected a height and a width of at least 1.")
+        raise ValueError(f"`sizes[{wrong[0]}]` must have a height and a width of at least 1, got ({height}, {width}).")
     return array.astype(np.int64)

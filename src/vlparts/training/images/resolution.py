@@ -1,4 +1,4 @@
-"""Resolution sampling of NaViT: every image at another size in every epoch, its aspect ratio kept.
+"""Resolution sampling of NaViT: each image is resized to a random size per epoch, at its aspect ratio.
 
 From arXiv 2307.06304, sections 2.2 and 3.2 and appendix A.1. The resolution R of an image is the side in pixels of the
 square of equal area.
@@ -14,17 +14,18 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...parts.image_transforms import fit_to_grid, to_rgb
+from ...parts.image_transforms import check_image_size, fit_to_grid, to_rgb
+from ...parts.utils import positive_integer
 from .token_drop import truncated_normal
 
-# `fit_to_grid` takes whole numbers; parts of a pixel let a thin image keep its aspect ratio.
-_FINE = 1024
+# `fit_to_grid` takes integers; fractions of a pixel preserve the aspect ratio of thin images.
+_SUBPIXELS = 1024
 
 
 def seeded_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Generator for what is drawn for one image in one epoch.
+    """Return the random generator of one image in one epoch.
 
-    It depends on nothing else, so any number of workers and processes, and a run that is resumed, draw the same.
+    It depends on nothing else, so draws are the same for any number of workers and processes and after resuming.
 
     Args:
         seed: Seed of the run.
@@ -41,24 +42,24 @@ def seeded_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class ResolutionSampler:
-    """Draws the size that an image is resized to.
+    """Draws the size to which an image is resized.
 
-    u on [-1, 1] is drawn and mapped linearly to a side in [low, high], or to an area in [low^2, high^2]. The paper's
-    figure 7 compares both, each with a uniform distribution and with normal ones of mean 0, -0.5 and 0.5. Sides were
-    better than areas, and best was the normal distribution with more small images:
-    `ResolutionSampler(64, 384, distribution="truncated_normal", mean=-0.5)`. Pre-training used the uniform
-    distribution of sides from 64 to 256.
+    u in [-1, 1] is drawn and mapped linearly to a side in [low, high], or to an area in [low^2, high^2]. The paper's
+    figure 7 compares both, each with a uniform distribution and with normal distributions of mean 0, -0.5 and 0.5.
+    Sides were better than areas, and the normal distribution with more small images was best:
+    `ResolutionSampler(64, 384, distribution="truncated_normal", mean=-0.5)`. Pre-training used sides uniform in 64 to
+    256.
 
     Args:
         low: Smallest resolution in pixels.
-        high: Largest resolution in pixels. Equal to `low`, every image gets this resolution.
-        quantity: What u is mapped to, "side" or "area".
+        high: Largest resolution in pixels; equal to `low` for a constant resolution.
+        quantity: The quantity that u is mapped to, "side" or "area".
         distribution: Distribution of u, "uniform" or "truncated_normal".
-        mean: Mean of the normal distribution before it is cut off at -1 and 1, in [-1, 1]; its standard deviation is
-            1. Must be 0 for the uniform distribution.
+        mean: Mean, in [-1, 1], of the normal distribution before truncation to [-1, 1]; its standard deviation is 1.
+            Must be 0 for the uniform distribution.
 
     Raises:
-        ValueError: If an argument is outside of what is described.
+        ValueError: If an argument is out of range.
     """
 
     low: float
@@ -82,7 +83,7 @@ class ResolutionSampler:
             raise ValueError(f"`mean` must be 0 with distribution='uniform', got {self.mean}.")
 
     def sample(self, generator: np.random.Generator) -> float:
-        """Draw a resolution: the side in pixels of the square whose area the image gets."""
+        """Draw a resolution R in pixels."""
         if self.distribution == "uniform":
             u = generator.uniform(-1.0, 1.0)
         else:
@@ -93,17 +94,17 @@ class ResolutionSampler:
         return float(min(max(drawn, self.low), self.high))  # guards against rounding only
 
     def grid(self, height: int, width: int, factor: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Draw a resolution R and find the grid nearest to it.
+        """Draw a resolution R and return the nearest grid.
 
-        The image is scaled to an area of R^2 pixels. Its sides are then rounded to multiples of `factor` as those of
-        any image are (see `fit_to_grid`): to the nearest, and both down where the nearest would be too many. A side
-        shorter than `factor` becomes one, whatever that does to the aspect ratio.
+        The image is scaled to an area of R^2 pixels, and its sides are rounded to multiples of `factor` by
+        `fit_to_grid`: to the nearest, or both down if the nearest would exceed the area. A side shorter than `factor`
+        becomes `factor`, whatever the aspect ratio.
 
         Args:
             height: Height of the image in pixels.
             width: Width of the image in pixels.
             factor: Side of a patch, or of a block of patches (patch_size * merge_size), in pixels.
-            generator: Source of all chance.
+            generator: The random generator.
 
         Returns:
             Rows and columns, in units of `factor`. Their product is at most `R^2 // factor^2`, or 1 where that is 0.
@@ -111,57 +112,49 @@ class ResolutionSampler:
         Raises:
             ValueError: If a size is less than one pixel.
         """
-        if height < 1 or width < 1:
-            raise ValueError(
-                f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1."
-            )
-        _check_factor(factor)
+        check_image_size(height, width)
+        factor = positive_integer(factor, "factor")
         resolution = self.sample(generator)
-        scale = _FINE * resolution / math.sqrt(height * width)
+        scale = _SUBPIXELS * resolution / math.sqrt(height * width)
         rows, columns = fit_to_grid(
             max(1, round(height * scale)),
             max(1, round(width * scale)),
-            _FINE * factor,
+            _SUBPIXELS * factor,
             min_pixels=1,
-            max_pixels=max((_FINE * factor) ** 2, int((_FINE * resolution) ** 2)),
+            max_pixels=max((_SUBPIXELS * factor) ** 2, int((_SUBPIXELS * resolution) ** 2)),
             max_aspect_ratio=math.inf,
         )
-        return rows // (_FINE * factor), columns // (_FINE * factor)
+        return rows // (_SUBPIXELS * factor), columns // (_SUBPIXELS * factor)
 
     def target_size(self, height: int, width: int, factor: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Draw the height and width in pixels that an image is resized to; as `grid`, times `factor`."""
+        """Draw the height and width in pixels to which an image is resized: `grid` times `factor`."""
         rows, columns = self.grid(height, width, factor, generator)
         return rows * factor, columns * factor
 
     def max_length(self, factor: int) -> int:
-        """Largest `rows * columns` that `grid` can return, whatever the image: the capacity that is always enough."""
-        _check_factor(factor)
-        return max(1, int(self.high**2) // factor**2)
-
-
-def _check_factor(factor: int) -> None:
-    if factor < 1:
-        raise ValueError(f"`factor` must be at least 1 pixel, got {factor}.")
+        """Return the largest `rows * columns` that `grid` can return for any image: a sufficient capacity."""
+        return max(1, int(self.high**2) // positive_integer(factor, "factor") ** 2)
 
 
 class ResolutionDataset(Dataset):
-    """Another dataset with its images resized to sampled resolutions.
+    """Wraps a dataset and resizes its images to sampled resolutions.
 
-    An image comes in the size that the seed, the epoch and its index say, in whichever worker of a DataLoader it is
-    loaded. Call `set_epoch` before each epoch, as for samplers; workers that live on (`persistent_workers`) see it as
-    well, because the epoch lies in shared memory. Sides are multiples of `patch_size * merge_size`, which
-    [`NaViTImageProcessor`] leaves as they are if they lie in its range of areas. Where drop rates are drawn for
-    the same images, give this dataset another seed, or rates and resolutions depend on each other.
+    The size of an image depends on the seed, the epoch and its index, not on the DataLoader worker. Call `set_epoch`
+    before each epoch, as for samplers; the epoch is in shared memory, so persistent workers see it too. Sides are
+    multiples of `patch_size * merge_size`, which [`NaViTImageProcessor`] does not resize if the area is in its range.
+    Use another seed than for drop rates of the same images; otherwise rates and resolutions are correlated.
 
     Args:
-        dataset: A dataset of images, or of items that hold one, with `__len__` and `__getitem__`. Images are of
-            Pillow, in any mode that `to_rgb` knows, or arrays `(H, W)` or `(H, W, C)` uint8.
+        dataset: A map-style dataset of images, or of items with an image. Images are Pillow images of any mode that
+            `to_rgb` accepts, or uint8 arrays `(H, W)` or `(H, W, C)`.
         sampler: Draws the sizes.
         patch_size: Side of a patch in pixels.
         seed: Seed of the draws.
-        image_key: Where the image stands in an item: a key for mappings, a position for tuples. None if the item is
-            the image itself.
+        image_key: Key (mappings) or index (tuples) of the image in an item; None if the item is the image.
         merge_size: Side of the block of patches that a consumer merges into one token.
+
+    Raises:
+        ValueError: If `patch_size` or `merge_size` is not a positive integer.
     """
 
     def __init__(
@@ -173,27 +166,25 @@ class ResolutionDataset(Dataset):
         image_key: str | int | None = None,
         merge_size: int = 1,
     ) -> None:
-        if patch_size < 1 or merge_size < 1:
-            raise ValueError(f"`patch_size` and `merge_size` must be at least 1, got {patch_size} and {merge_size}.")
         self.dataset = dataset
         self.sampler = sampler
         self.seed = seed
         self.image_key = image_key
-        self.factor = patch_size * merge_size
+        self.factor = positive_integer(patch_size, "patch_size") * positive_integer(merge_size, "merge_size")
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies have an epoch of their own in shared memory; those that torch's DataLoader makes share this one."""
+        """Give a copy its own epoch in shared memory; copies in DataLoader workers share that of the original."""
         self.__dict__.update(state)
         self._epoch.share_memory_()
 
     @property
     def epoch(self) -> int:
-        """The epoch that images are loaded for."""
+        """The current epoch."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that images are loaded for, here and in workers that run.
+        """Set the epoch, here and in running workers.
 
         Raises:
             ValueError: If the epoch is negative.
@@ -206,28 +197,28 @@ class ResolutionDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """The item with its image as RGB in the drawn size: of Pillow, or `(H, W, 3)` uint8 if it came as an array."""
+        """Return the item with its image resized: RGB, as a Pillow image, or `(H, W, 3)` uint8 for an array."""
         index = range(len(self))[index]
         item, key = self.dataset[index], self.image_key
         generator = seeded_generator(self.seed, self.epoch, index)
         if key is None:
-            return self._resized(item, generator)
-        image = self._resized(item[key], generator)
+            return self._resize(item, generator)
+        image = self._resize(item[key], generator)
         if isinstance(item, Mapping):
             return {**item, key: image}
-        return tuple(image if place == range(len(item))[int(key)] else value for place, value in enumerate(item))
+        return tuple(image if i == range(len(item))[int(key)] else value for i, value in enumerate(item))
 
-    def _resized(self, image: Any, generator: np.random.Generator) -> Any:
-        picture = image if isinstance(image, Image.Image) else _picture_of(image)
+    def _resize(self, image: Any, generator: np.random.Generator) -> Any:
+        picture = image if isinstance(image, Image.Image) else _from_array(image)
         rows, columns = self.sampler.target_size(picture.height, picture.width, self.factor, generator)
         resized = to_rgb(picture).resize((columns, rows), Image.Resampling.BICUBIC)
         return resized if picture is image else np.asarray(resized)
 
 
-def _picture_of(image: Any) -> Image.Image:
-    """An array as a Pillow image."""
-    known = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
-    if known and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+def _from_array(image: Any) -> Image.Image:
+    """Convert an array to a Pillow image."""
+    valid = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
+    if valid and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
         return Image.fromarray(image)
     found = f"an array {image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-    raise ValueError(f"The image must be of Pillow, or an array (H, W), (H, W, 3) or (H, W, 4) uint8, got {found}.")
+    raise ValueError(f"The image must be a Pillow image or a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {found}.")

@@ -1,4 +1,4 @@
-"""Packs of images from a stream: no sizes known beforehand, no random access."""
+"""Packs of images from an iterable dataset: without known sizes or random access."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,34 +15,33 @@ from .token_drop import DropPolicy
 
 
 class PackedImageStream(IterableDataset[list[PatchedImage]]):
-    """Packs of images from an iterable, in the order in which online first fit closes them.
+    """Packs the images of an iterable, in the order in which online first fit closes the packs.
 
-    For data that can only be read through, such as shards of archives. Where images can be loaded by index,
-    [`PackedImageSampler`] does more: it shuffles, balances processes, and its states hold no pixels. A DataLoader
-    takes a stream with `batch_size=None` and a [`PackedImageCollator`].
+    For data that is read sequentially, such as shards of archives. If images can be loaded by index, prefer
+    [`PackedImageSampler`], which shuffles, balances processes, and has states without pixels. Pass a stream to a
+    DataLoader with `batch_size=None` and a [`PackedImageCollator`].
 
     Args:
-        items: What holds the images, iterated anew each epoch: images, items with an image at `image_key`, or
-            [`PatchedImage`]s that are packed as they are. Give each process items of its own, and a seed of its own.
-        image_processor: As for [`PackedImageDataset`], and so are `image_key`, `label_key` and `num_channels`. Its
-            `patch_size` and `merge_size` count.
+        items: An iterable, iterated once per epoch, of images, items with an image at `image_key`, or
+            [`PatchedImage`]s, which are packed without further processing. Each process needs its own items and seed.
+        image_processor: Processes the images; sets `patch_size` and `merge_size`.
         capacity: Patches of a pack.
-        max_items: Largest number of images in a pack; None for no limit.
-        image_key: Where the image stands in an item.
-        label_key: Where the label stands in an item.
+        max_items: Maximum number of images in a pack; None for no limit.
+        image_key: Key (mappings) or index (tuples) of the image in an item; None if the item is the image.
+        label_key: Key or index of the label in an item, see [`PackedImageDataset`]; None for no labels.
         num_channels: Channels C of all images.
-        resolution: Decides the grid of each image; None keeps its own size.
-        token_drop: Decides how many patches stay; None for all.
-        oversize: As for [`PackedImageSampler`].
-        seed: Seed of all chance. What is drawn for an image depends on it, the epoch and the image's place.
+        resolution: Chooses the grid of each image; None keeps its size.
+        token_drop: Chooses the drop rate; None drops nothing.
+        oversize: Policy for an image with more kept patches than `capacity`: "raise", or "shrink" it.
+        seed: Seed of all draws; those of an image depend on it, the epoch and the position of the image.
         open_bins: Bins that first fit keeps open, in each worker.
-        divide: Who divides the items among the workers of a DataLoader: "stream" lets each take every n-th item,
-            "items" says that the iterable does so itself (as those of the datasets library do). With several workers
-            it must be given, since a wrong choice loses images or doubles them.
+        divide: Who divides the items among DataLoader workers: "stream" (each worker takes every n-th item) or "items"
+            (the iterable does, as those of the datasets library). Required with several workers, since a wrong choice
+            loses or repeats images.
         world_size: Number of processes with a stream each, for the number of images seen.
 
     Raises:
-        ValueError: If an argument is outside of what is described.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -78,18 +77,18 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
             seed=seed,
         )
         self._packer: FirstFitPacker[PatchedImage] = FirstFitPacker(capacity, max_items, open_bins)
-        # In shared memory, so that workers that live on see a new epoch.
+        # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._ready: list[list[PatchedImage]] = []
         self._taken, self._ended = 0, False
         self._resumed = False
 
     def set_epoch(self, epoch: int, images_seen: int = 0) -> None:
-        """Choose the epoch that the next iteration is for.
+        """Set the epoch of the next iteration.
 
         Args:
             epoch: The epoch.
-            images_seen: Images that training saw before this epoch, over all processes.
+            images_seen: Images seen in training before this epoch, over all processes.
         """
         self._epoch.copy_(torch.tensor([epoch, images_seen]))
 
@@ -99,26 +98,25 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
             self._packer.flush()
             self._ready, self._taken, self._ended = [], 0, False
         self._resumed = False
-        for item in self._left():
-            place, self._taken = self._taken, self._taken + 1
+        for item in self._remaining_items():
+            position, self._taken = self._taken, self._taken + 1
             if self.divide == "items":
-                place = place * workers + worker
-            elif place % workers != worker:
+                position = position * workers + worker
+            elif position % workers != worker:
                 continue
-            image = item if isinstance(item, PatchedImage) else self._cut(item, place)
+            image = item if isinstance(item, PatchedImage) else self._cut(item, position)
             self._ready += self._packer.add(image, len(image.patches))
-            yield from self._handed_out()
+            yield from self._pop_ready()
         self._ended = True
         self._ready += self._packer.flush()
-        yield from self._handed_out()
+        yield from self._pop_ready()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the packs that were handed out, for an iteration in this process (no workers).
+        """Return the state after the packs yielded so far, for an iteration in this process (no workers).
 
         Returns:
-            Integers, and the images of open packs with their patches: up to `open_bins * capacity` of them. `items`
-            is the state of the iterable if it has a `state_dict`; otherwise the items that were taken are read again
-            and left out.
+            Integers, and the images of open packs with up to `open_bins * capacity` patches. `items` is the state of
+            the iterable if it has a `state_dict`; otherwise the consumed items are read again and skipped on resuming.
         """
         images = self._packer.state_dict()
         bins = [{**one, "items": [dict(vars(image)) for image in one["items"]]} for one in images["bins"]]
@@ -132,10 +130,10 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state of a stream with the same arguments.
+        """Continue the next iteration from a state of a stream with the same arguments.
 
         Raises:
-            ValueError: If the open packs exceed a limit of this stream.
+            ValueError: If an open pack exceeds a limit of this stream.
         """
         bins = [{**one, "items": [PatchedImage(**image) for image in one["items"]]} for one in state["open_bins"]]
         self._packer.load_state_dict({"bins": bins})
@@ -146,31 +144,27 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
             self.items.load_state_dict(state["items"])
         self._resumed = True
 
-    def _left(self) -> Iterator[Any]:
-        """The items that were not taken yet."""
+    def _remaining_items(self) -> Iterator[Any]:
         if self._ended:
             return iter(())
         return islice(self.items, 0 if hasattr(self.items, "load_state_dict") else self._taken, None)
 
-    def _handed_out(self) -> Iterator[list[PatchedImage]]:
+    def _pop_ready(self) -> Iterator[list[PatchedImage]]:
         while self._ready:
             yield self._ready.pop(0)
 
-    def _cut(self, item: Any, place: int) -> PatchedImage:
+    def _cut(self, item: Any, position: int) -> PatchedImage:
         epoch, images_seen = self._epoch.tolist()
-        image, label = self._cutter.read(item, place)
+        image, label = self._cutter.read(item, position)
         height, width = image.shape[-2:]
-        plan = self._planner.plan(place, height, width, epoch, images_seen + place * self.world_size)
+        plan = self._planner.plan(position, height, width, epoch, images_seen + position * self.world_size)
         return self._cutter.cut(image, plan, label)
 
     def _worker(self) -> tuple[int, int]:
-        """Number of this worker and number of workers."""
+        """Index of this worker, and number of workers."""
         info = get_worker_info()
         if info is None or info.num_workers == 1:
             return 0, 1
         if self.divide is None:
-            raise ValueError(
-                f"With {info.num_workers} workers, `divide` must say who divides the items among them: 'stream' or "
-                "'items'."
-            )
+            raise ValueError(f"`divide` must be 'stream' or 'items' with {info.num_workers} workers, got None.")
         return info.id, info.num_workers

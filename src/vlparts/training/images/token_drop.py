@@ -1,8 +1,8 @@
-"""Token drop of NaViT: which share of an image's patches a training step leaves out, and which patches.
+"""Token drop of NaViT: the drop rate of an image in training, and the draw of the kept patches.
 
-The policies are those of arXiv 2307.06304, sections 2.2 and 3.3 and appendices A.4 and A.5. They hold no state: all
-chance comes from the generator, and how many images were seen from whoever draws. Draw before packing, since the kept
-patches are what a pack has to hold, and in training only.
+The policies are those of arXiv 2307.06304, sections 2.2 and 3.3 and appendices A.4 and A.5. They are stateless: the
+random generator and the number of images seen are arguments. Draw before packing, since packs hold the kept patches,
+and in training only.
 """
 
 import math
@@ -17,10 +17,10 @@ from ...parts.utils import positive_integer
 
 
 class DropPolicy(Protocol):
-    """Decides the drop rate of an image.
+    """Chooses the drop rate of an image.
 
-    A policy may also have an attribute `lowest_rate`, below which no rate is; those of this file do. It tells a
-    sampler how many patches a pack must be able to hold.
+    A policy may also have an attribute `lowest_rate`, a lower bound of its rates, as the policies of this module do.
+    From it a sampler computes the largest number of kept patches.
     """
 
     def rate(self, length: int, images_seen: int, generator: np.random.Generator) -> float:
@@ -28,8 +28,8 @@ class DropPolicy(Protocol):
 
         Args:
             length: Patches of the image.
-            images_seen: Images that training has seen before this one, over all processes.
-            generator: Source of all chance.
+            images_seen: Images seen in training before this one, over all processes.
+            generator: The random generator.
 
         Returns:
             A rate in [0, 1).
@@ -39,13 +39,13 @@ class DropPolicy(Protocol):
 
 @dataclass(frozen=True)
 class ConstantDrop:
-    """The same rate for every image.
+    """A constant rate.
 
     Args:
         fixed_rate: The rate, in [0, 1).
 
     Raises:
-        ValueError: If the rate is outside [0, 1).
+        ValueError: If the rate is not in [0, 1).
     """
 
     fixed_rate: float
@@ -59,25 +59,24 @@ class ConstantDrop:
         return float(self.fixed_rate)
 
     def rate(self, length: int, images_seen: int, generator: np.random.Generator) -> float:
-        """The fixed rate; nothing is drawn."""
+        """Return the fixed rate; nothing is drawn."""
         return float(self.fixed_rate)
 
 
 @dataclass(frozen=True)
 class BetaDrop:
-    """A rate for each image, `maximum * u` with u from a Beta distribution (appendix A.4).
+    """A rate per image, `maximum * u` with u from a Beta distribution (appendix A.4).
 
-    With m = mean / maximum, u has the mean m and the variance `variance_factor * m * (1 - m)`. That is Beta(a, b) with
+    With m = mean / maximum, u has the mean m and the variance `variance_factor * m * (1 - m)`: Beta(a, b) with
     a = k * m, b = k * (1 - m), k = 1 / variance_factor - 1.
 
     Args:
-        mean: Mean rate. 0 drops nothing; a mean equal to `maximum` gives every image that rate.
+        mean: Mean rate. 0 drops nothing; equal to `maximum` it is a constant rate.
         maximum: Largest rate.
-        variance_factor: Variance of u as a share of the largest variance that its mean allows, in (0, 1). The paper
-            uses 0.3.
+        variance_factor: Variance of u relative to the largest variance for its mean, in (0, 1). The paper uses 0.3.
 
     Raises:
-        ValueError: If a rate is outside [0, 1), the mean exceeds the maximum, or the factor is outside (0, 1).
+        ValueError: If a rate is not in [0, 1), the mean exceeds the maximum, or the factor is not in (0, 1).
     """
 
     mean: float
@@ -89,18 +88,18 @@ class BetaDrop:
         _check_rate("maximum", self.maximum)
         _check_order("mean", self.mean, "maximum", self.maximum)
         if not (isinstance(self.variance_factor, Real) and 0 < self.variance_factor < 1):
-            raise ValueError(f"`variance_factor` must lie in (0, 1), got {self.variance_factor!r}.")
+            raise ValueError(f"`variance_factor` must be in (0, 1), got {self.variance_factor!r}.")
 
     @property
     def parameters(self) -> tuple[float, float]:
-        """The parameters (a, b) of the Beta distribution; one of them is 0 where all rates are equal."""
+        """The parameters (a, b) of the Beta distribution; one of them is 0 for a constant rate."""
         share = self.mean / self.maximum if self.mean else 0.0
         scale = 1 / self.variance_factor - 1
         return scale * share, scale * (1 - share)
 
     @property
     def lowest_rate(self) -> float:
-        """0, or the maximum where all rates are equal to it."""
+        """0, or `maximum` if all rates equal it."""
         return float(self.maximum) if self.mean == self.maximum else 0.0
 
     def rate(self, length: int, images_seen: int, generator: np.random.Generator) -> float:
@@ -113,23 +112,22 @@ class BetaDrop:
 
 @dataclass(frozen=True)
 class ResolutionDrop:
-    """A rate that grows with the length of the image (appendix A.4).
+    """A rate that increases with the length of the image (appendix A.4).
 
-    The mean runs linearly from `min_rate` at `min_length` to `max_rate` at `max_length`; the rate is normal around it,
-    and what lies beyond two standard deviations is rejected.
+    The mean increases linearly from `min_rate` at `min_length` to `max_rate` at `max_length`. The rate is drawn from a
+    normal distribution around it, truncated at two standard deviations.
 
     Args:
         min_rate: Mean rate of the shortest images; at least `2 * std`.
         max_rate: Mean rate of the longest images; below `1 - 2 * std`.
         min_length: Patches of the shortest images.
         max_length: Patches of the longest images.
-        std: Standard deviation of the normal distribution before the rejection. The paper prints 0.02 and leaves open
-            whether that is the standard deviation or the variance.
-        on_outside: What happens to an image outside of the lengths: "raise", or "clamp" for the rate of the nearest
-            end.
+        std: Standard deviation of the normal distribution before truncation. The paper gives 0.02 without saying
+            whether it is the standard deviation or the variance.
+        on_outside: Policy for an image with a length out of range: "raise", or "clamp" the length to the range.
 
     Raises:
-        ValueError: If a rate could leave [0, 1), or the ends are not in order.
+        ValueError: If rates are not always in [0, 1), or a minimum is not below its maximum.
     """
 
     min_rate: float
@@ -158,18 +156,18 @@ class ResolutionDrop:
             raise ValueError(f"`on_outside` must be 'raise' or 'clamp', got {self.on_outside!r}.")
 
     def mean_rate(self, length: int) -> float:
-        """Mean rate of images of a length in patches.
+        """Return the mean rate for a length in patches.
 
         Raises:
-            ValueError: If the length is outside of the range and `on_outside` is "raise".
+            ValueError: If the length is out of range and `on_outside` is "raise".
         """
         if self.on_outside == "raise" and not self.min_length <= length <= self.max_length:
             raise ValueError(
-                f"`length` is {length} patches; expected {self.min_length}..{self.max_length}. Widen the range, or "
-                "pass on_outside='clamp' to give such images the rate of the nearest end."
+                f"`length` must be in {self.min_length}..{self.max_length} patches, got {length}. Widen the range, or "
+                "pass on_outside='clamp' to clamp lengths to it."
             )
         share = (length - self.min_length) / (self.max_length - self.min_length)
-        return _between(self.min_rate, self.max_rate, min(max(share, 0.0), 1.0))
+        return _interpolate(self.min_rate, self.max_rate, min(max(share, 0.0), 1.0))
 
     @property
     def lowest_rate(self) -> float:
@@ -184,22 +182,22 @@ class ResolutionDrop:
 
 @dataclass(frozen=True)
 class ScheduledDrop:
-    """A rate that changes along training (appendix A.5).
+    """A rate that changes during training (appendix A.5).
 
-    With n images seen it is `min_rate + (max_rate - min_rate) * sigmoid((n - midpoint) / timescale)`. In the paper,
-    decreasing schedules between 0.8 and 0.2 were better than a fixed rate, and increasing ones worse.
+    After n images it is `min_rate + (max_rate - min_rate) * sigmoid((n - midpoint) / timescale)`. In the paper,
+    decreasing schedules between 0.8 and 0.2 were better than a constant rate, and increasing ones worse.
 
     Args:
-        min_rate: The lower limit.
-        max_rate: The upper limit.
-        midpoint: Images seen when the rate is half-way (the paper's mu).
-        timescale: Images over which the rate changes (the paper's tau): positive for rates that increase, negative for
-            rates that decrease.
-        maximum: None gives every image the rate of the schedule. A number draws it as `BetaDrop` does, with the
-            schedule as its mean and this maximum; this combination is not from the paper.
+        min_rate: Lower limit.
+        max_rate: Upper limit.
+        midpoint: Images seen at the mean of both limits (the paper's mu).
+        timescale: Number of images over which the rate changes (the paper's tau): positive for increasing rates,
+            negative for decreasing rates.
+        maximum: None gives every image the rate of the schedule. Otherwise rates are drawn as by `BetaDrop`, with the
+            schedule as the mean and this maximum; this combination is not from the paper.
 
     Raises:
-        ValueError: If a rate is outside [0, 1), the rates are not in order, or the time scale is zero.
+        ValueError: If a rate is not in [0, 1), the rates are not in order, or `timescale` is zero.
     """
 
     min_rate: float
@@ -224,24 +222,24 @@ class ScheduledDrop:
             _check_order("max_rate", self.max_rate, "maximum", self.maximum)
 
     def mean_rate(self, images_seen: int) -> float:
-        """Rate of the schedule after a number of images.
+        """Return the rate of the schedule after a number of images.
 
         Raises:
             ValueError: If the number is negative.
         """
         if images_seen < 0:
             raise ValueError(f"`images_seen` must be at least 0, got {images_seen}.")
-        # The sigmoid as a tanh, which does not overflow.
+        # The sigmoid as tanh, which does not overflow.
         share = 0.5 + 0.5 * math.tanh((images_seen - self.midpoint) / self.timescale / 2)
-        return _between(self.min_rate, self.max_rate, share)
+        return _interpolate(self.min_rate, self.max_rate, share)
 
     @property
     def lowest_rate(self) -> float:
-        """The lower limit, or 0 if rates are drawn around the schedule."""
+        """`min_rate`, or 0 if rates are drawn around the schedule."""
         return float(self.min_rate) if self.maximum is None else 0.0
 
     def rate(self, length: int, images_seen: int, generator: np.random.Generator) -> float:
-        """The rate of the schedule, or one drawn around it."""
+        """Return the rate of the schedule, or draw one around it."""
         mean = self.mean_rate(images_seen)
         if self.maximum is None:
             return mean
@@ -249,7 +247,7 @@ class ScheduledDrop:
 
 
 def kept_count(length: int, rate: float) -> int:
-    """Patches that are left of an image: `length - floor(length * rate)`, which is at least one.
+    """Return the number of kept patches, `length - floor(length * rate)`, which is at least one.
 
     Args:
         length: Patches of the image.
@@ -259,7 +257,7 @@ def kept_count(length: int, rate: float) -> int:
         A number from 1 to `length`.
 
     Raises:
-        ValueError: If the length is not a positive integer or the rate is outside [0, 1).
+        ValueError: If the length is not a positive integer or the rate is not in [0, 1).
     """
     _check_rate("rate", rate)
     length = positive_integer(length, "length")
@@ -267,12 +265,12 @@ def kept_count(length: int, rate: float) -> int:
 
 
 def draw_kept(length: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Choose the patches that stay; every set of `count` patches is equally likely.
+    """Draw the kept patches, uniformly among all sets of `count` patches.
 
     Args:
         length: Patches of the image.
-        count: Patches that stay, from 1 to `length`; see `kept_count`.
-        generator: Source of all chance.
+        count: Number of kept patches, from 1 to `length`; see `kept_count`.
+        generator: The random generator.
 
     Returns:
         `(count,)` int64, ascending indices of patches.
@@ -287,27 +285,28 @@ def draw_kept(length: int, count: int, generator: np.random.Generator) -> np.nda
 
 
 def truncated_normal(mean: float, std: float, low: float, high: float, generator: np.random.Generator) -> float:
-    """Draw from a normal distribution of which only [low, high] is kept, as if other samples were rejected.
+    """Draw from a normal distribution truncated to [low, high].
 
-    The inverse of the distribution function is used, so that one number is taken from the generator for each draw.
+    It inverts the distribution function, so each draw takes one number from the generator.
 
     Args:
-        mean: Mean before the truncation.
-        std: Standard deviation before the truncation; 0 gives the mean.
+        mean: Mean before truncation.
+        std: Standard deviation before truncation; 0 gives the mean.
         low: Lower end.
-        high: Upper end. The ends must be close enough to the mean (some 8 standard deviations) to have a probability.
-        generator: Source of all chance.
+        high: Upper end. The interval must have a probability that float64 can represent: within about 8 standard
+            deviations of the mean.
+        generator: The random generator.
     """
     if std == 0:
         return float(mean)
     normal = NormalDist(mean, std)
     least, most = normal.cdf(low), normal.cdf(high)
-    # The limits guard against rounding only.
+    # Clamped against rounding errors only.
     return min(max(normal.inv_cdf(least + (most - least) * generator.random()), low), high)
 
 
-def _between(low: float, high: float, share: float) -> float:
-    """The point at a share of the way from `low` to `high`, never outside by rounding."""
+def _interpolate(low: float, high: float, share: float) -> float:
+    """Linear interpolation that stays in [low, high] despite rounding."""
     return float(min(max((1 - share) * low + share * high, low), high))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.coordinates.grammars.tagged_examples import FORMATS
 from vlparts.coordinates.codec import CoordinateError
-from vlparts.coordinates.converting import convert
+from vlparts.coordinates.conversion import convert
 
 SIZE = (999, 999)  # one code per pixel
 
@@ -47,7 +47,7 @@ def test_text_without_regions_stays() -> None:
 
 def test_broken_regions_raise_or_stay() -> None:
     text = "a (001,002),(003,004)\nb (1,2)\nc (005,006),(007,008)"
-    with pytest.raises(CoordinateError, match="position 24: malformed") as caught:
+    with pytest.raises(CoordinateError, match="Position 24: malformed") as caught:
         convert(text, None, FORMATS["marks"], SIZE)
     assert caught.value.position == 24
     assert convert(text, None, FORMATS["marks"], SIZE, on_error="keep") == (
@@ -57,7 +57,7 @@ def test_broken_regions_raise_or_stay() -> None:
 
 def test_what_the_target_cannot_say_is_an_error_with_its_place() -> None:
     with pytest.raises(
-        CoordinateError, match="position 3: .* is a point, which format 'marks' cannot write"
+        CoordinateError, match="Position 3: .* is a point, which format 'marks' cannot write"
     ) as caught:
         convert("x:\n(001,002)", None, FORMATS["marks"], SIZE)
     assert caught.value.position == 3
@@ -66,16 +66,16 @@ def test_what_the_target_cannot_say_is_an_error_with_its_place() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((b"", None, None, SIZE), "text must be a str, got bytes"),
-        (("", "unknown", None, SIZE), "format must be a CoordinateFormat or one of"),
-        (("", None, "unknown", SIZE), "format must be a CoordinateFormat or one of"),
-        (("", None, None, 5), "image_size must be"),
+        ((b"", None, None, SIZE), "`text` must be a str, got bytes"),
+        (("", "unknown", None, SIZE), "`format` must be a CoordinateFormat or one of"),
+        (("", None, "unknown", SIZE), "`format` must be a CoordinateFormat or one of"),
+        (("", None, None, 5), "`image_size` must be"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
+def test_bad_arguments_raise(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert(*arguments)
-    with pytest.raises(ValueError, match="on_error must be one of 'raise', 'keep', got 'skip'"):
+    with pytest.raises(ValueError, match="`on_error` must be one of 'raise', 'keep', got 'skip'"):
         convert("", None, None, SIZE, on_error="skip")
 
 

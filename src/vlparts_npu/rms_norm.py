@@ -1,20 +1,19 @@
-"""RMS normalisation by `npu_rms_norm`: one kernel where plain PyTorch starts eight."""
+"""RMS normalization by `npu_rms_norm`: one device kernel where `rms_norm_reference` launches up to eight."""
 
 import torch
 from torch import Tensor
 
 from vlparts.parts.ops_rms_norm import rms_norm_reference
 
-from .dispatch import register_operation
-from .self_check import Kernel
+from .self_check import Kernel, register_operation
 from .support import supports_rms_norm
 
 
 def rms_norm_npu(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The kernel; arguments are those of `rms_norm_reference`.
+    """RMS normalization; arguments are those of `rms_norm_reference`.
 
     The result is rounded once, after the weight; the reference rounds before and after it. With a float32 weight, as
-    under autocast, it is float32 like the reference's. torch_npu's own derivative gives the gradients.
+    under autocast, it is float32 like the reference's. torch_npu computes the gradients.
     """
     normalized, _ = torch.ops.npu.npu_rms_norm(input=hidden_states.to(weight.dtype), gamma=weight, epsilon=eps)
     return normalized
@@ -41,6 +40,6 @@ KERNEL = Kernel(
 )
 
 
-def register_norm() -> None:
+def register_rms_norm() -> None:
     """Register the kernel of `vlparts::rms_norm`."""
     register_operation(KERNEL)

@@ -1,12 +1,14 @@
-"""The quick way through sound boxes gives what the grammar gives, or gives way to it."""
+"""Formats of zero-padded pairs, and the fast decoder of boxes, compared with the grammar."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.formats.openpangu import PADDED, padded_format, read_plain_boxes
 from vlparts.coordinates.formats.registry import CoordinateFormat
-from vlparts.coordinates.grammars.openpangu import PADDED, padded_format, read_plain_boxes
 from vlparts.coordinates.resolving import resolve
 
 SIZE = (640, 427)
@@ -69,5 +71,33 @@ def test_it_reads_many_at_once() -> None:
         "(001,002),(003,004)\n(1,2)",
     ],
 )
-def test_it_gives_way(text: str) -> None:
+def test_it_leaves_other_texts_to_the_grammar(text: str) -> None:
     assert read_plain_boxes(text, SIZE, PADDED) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"digits": 0}, r"`digits` must be in 1..9, got 0"),
+        ({"digits": 3.0}, "`digits` must be an integer, got 3.0"),
+        ({"levels": True}, "`levels` must be an integer, got True"),
+        ({"levels": 1001}, r"`levels` must be in 2..1000 for 3 digits, got 1001"),
+        ({"levels": 1}, "`levels` must be in"),
+        (
+            {"denominator": 998},
+            "`denominator` must be at least 999 for 1000 levels and rounding 'round', got 998",
+        ),
+        ({"rounding": "bins"}, "`denominator` must be at least 1000 .* 'bins', got 999"),
+        ({"rounding": "ceil"}, "`rounding` must be 'round', 'floor' or 'bins', got 'ceil'"),
+        ({"separator": ""}, "`separator` must not be empty"),
+        ({"separator": ","}, "which joins a box"),
+        ({"separator": " "}, "`separator` ' ' must not occur in `label_close`, got ' '"),
+        ({"separator": "("}, r"`separator` must be a str without parentheses, got '\('"),
+        ({"label_open": "\uff08"}, "`label_open` must be a str without parentheses"),
+        ({"label_close": None}, "`label_close` must be a str"),
+        ({"name": 3}, "`name` must be a str"),
+    ],
+)
+def test_bad_formats_raise(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        padded_format(**changes)
