@@ -30,7 +30,7 @@ def test_flash_attention_is_used_only_for_supported_inputs(monkeypatch: pytest.M
 
 
 def test_the_cuda_kernel_calls_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta tensors: the call is accepted, and the result has the right shape."""
+    """On meta tensors: the arguments are accepted, and the shape of the result is right."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     query, key, value = (
         torch.empty(n, h, 64, dtype=torch.float16, device="meta") for n, h in ((6, 4), (9, 2), (9, 2))

@@ -1,4 +1,4 @@
-"""Dense attention in float64, and the segments that the tests of packed attention share."""
+"""Dense attention in float64, and the segments of the tests of packed attention."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def oracle(
     lengths_k: list[int],
     causal: bool = False,
 ) -> Tensor:
-    """Dense attention in float64 over a mask that loops fill in pair by pair."""
+    """Dense attention in float64 with a mask filled in by loops."""
     seen = torch.zeros(sum(lengths_q), sum(lengths_k), dtype=torch.bool)
     start_q = start_k = 0
     for length_q, length_k in zip(lengths_q, lengths_k, strict=True):

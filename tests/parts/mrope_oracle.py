@@ -73,7 +73,7 @@ def batch_of(layouts: list[Layout], padding: list[tuple[int, int]]) -> tuple[dic
 
 
 def rotate(heads: Tensor, positions: Tensor, theta: float, axes: list[int]) -> Tensor:
-    """`(S, H, D)` turned as complex numbers: channel c with c + D/2, by the position on the slot's axis."""
+    """Rotate `(S, H, D)` as complex numbers: channel c with c + D/2, by the position on the frequency's axis."""
     half = heads.shape[-1] // 2
     turns = torch.tensor(
         [

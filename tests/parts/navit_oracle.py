@@ -16,7 +16,7 @@ def layer_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
 
 
 def fractional_positions(model: NaViTModel, rows: int, columns: int) -> Tensor:
-    """`(rows * columns, D)`: both tables read between their rows, half-pixel map."""
+    """Embeddings `(rows * columns, D)`: both tables interpolated linearly at half-pixel centres."""
     tables = model.embeddings.position_embedding
     positions = []
     for y in range(rows):
@@ -33,7 +33,7 @@ def fractional_positions(model: NaViTModel, rows: int, columns: int) -> Tensor:
 
 
 def run_layers(model: NaViTModel, hidden: Tensor, rotate: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """All blocks and the last norm over the tokens `(tokens, D)` of one segment."""
+    """All blocks and the final norm, over the tokens `(tokens, D)` of one segment."""
     config = model.config
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     for layer in model.layers:
@@ -51,7 +51,7 @@ def run_layers(model: NaViTModel, hidden: Tensor, rotate: Callable[[Tensor], Ten
 
 
 def attention_pool(model: NaViTModel, hidden: Tensor) -> Tensor:
-    """The vector `(D,)` that the learned probe gathers from `(tokens, D)`."""
+    """Attention pooling of `(tokens, D)` to `(D,)`."""
     heads, width = model.config.num_attention_heads, model.config.hidden_size // model.config.num_attention_heads
     pool = model.pooling
     query, key, value = pool.q_proj(pool.probe), pool.k_proj(hidden), pool.v_proj(hidden)

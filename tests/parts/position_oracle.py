@@ -20,7 +20,7 @@ INTERPOLATIONS = ("bilinear", "bilinear_antialias", "bicubic", "bicubic_antialia
 
 
 def all_options() -> Iterator[dict[str, Any]]:
-    """Every set of options that there is, and that differs from the others in what comes out."""
+    """Every set of options that gives a different result."""
     names = ("kind", "coordinates", "combination", "interpolation", "overflow")
     choices = (KINDS, COORDINATES, COMBINATIONS, INTERPOLATIONS, ("error", "interpolate"))
     for values in itertools.product(*choices):
@@ -74,7 +74,7 @@ def fourier(frequencies: Tensor, *coordinates: float) -> Tensor:
 
 
 def axis_vectors(module: PositionEmbedding, axis: str, size: int, unit: int) -> Tensor:
-    """Vectors of the places on one axis of `size` patches, whose coordinates are divided by `unit`."""
+    """Embeddings of the positions on one axis of `size` patches, with coordinates divided by `unit`."""
     rows = module.max_grid_size
     absolute = module.coordinates == "absolute"
     if module.kind == "fourier":
@@ -90,7 +90,7 @@ def axis_vectors(module: PositionEmbedding, axis: str, size: int, unit: int) -> 
 
 
 def embed_grid(module: PositionEmbedding, grid: Grid) -> Tensor:
-    """Vectors `(H * W, D)` of one image."""
+    """Embeddings `(H * W, D)` of one image."""
     height, width = grid
     units = (max(grid), max(grid)) if module.coordinates == "fractional_aspect" else grid
     absolute, rows = module.coordinates == "absolute", module.max_grid_size

@@ -16,7 +16,7 @@ def raw_pixels(rows: int, width: int, seed: int = 0) -> Tensor:
 
 
 def two_steps(pixel_values: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Rescale, then normalise, channel after channel in float64."""
+    """Rescale, then normalize, channel by channel in float64."""
     channels = pixel_values.double().chunk(len(mean), dim=1)
     return torch.cat([(x / 255 - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 

@@ -1,4 +1,4 @@
-"""The image processor: patches by hand, every kind of image, and what it refuses."""
+"""Image processor of NaViT: patches against loops, kinds of images, bad input."""
 
 import io
 

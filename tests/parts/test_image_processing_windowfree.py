@@ -1,4 +1,4 @@
-"""The processor of the window-free encoder: published sizes and patches, the two forms of pixels, and videos."""
+"""Image processor of the window-free encoder: published sizes and patches, raw and normalized pixels, videos."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ LIMITS = {"shortest_edge": 50176, "longest_edge": 3312400}
 
 
 def native(image: Image.Image, **options: object) -> Tensor:
-    """Rows of Qwen2-VL's own processor, where every frame stands twice: keep the first."""
+    """Rows of Qwen2-VL's own processor, which repeats every frame, without the repetitions."""
     inputs = Qwen2VLImageProcessorPil(size=LIMITS)(image, return_tensors="pt", **options)
     rows = inputs["pixel_values"].unflatten(1, (3, 2, 196))
     assert torch.equal(rows[:, :, 0], rows[:, :, 1])

@@ -1,4 +1,4 @@
-"""Image files, colour modes, and sizes that fit a patch grid."""
+"""Image files, colour modes, and image sizes that are multiples of a patch."""
 
 import io
 from collections.abc import Callable

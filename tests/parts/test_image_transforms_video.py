@@ -1,4 +1,4 @@
-"""How large a frame of a video may be."""
+"""Area limits of the frames of a video."""
 
 import pytest
 from hypothesis import given

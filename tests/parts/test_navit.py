@@ -140,7 +140,7 @@ def test_bad_configuration(changes: dict, message: str) -> None:
 
 
 def parameters_of(config: NaViTConfig) -> int:
-    """Counted by hand: one block, the tables, the ends."""
+    """Number of parameters by formula."""
     width, mlp = config.hidden_size, config.intermediate_size
     head_dim = width // config.num_attention_heads
     block = 4 * width * width + 2 * head_dim + 2 * width * mlp + mlp + width + 2 * width
@@ -181,7 +181,7 @@ def test_every_weight_is_initialised() -> None:
 
 
 def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path: object) -> None:
-    """Loading builds the model without memory first: what is not in the file must not stay uninitialised."""
+    """Loading builds the model on the meta device first; parameters that are not in the file must be initialized."""
     from safetensors.torch import load_file, save_file
 
     model = navit(initializer_range=0.5)

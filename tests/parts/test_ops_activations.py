@@ -1,4 +1,4 @@
-"""Activations that are torch operations of their own."""
+"""Activations that are torch operations."""
 
 import pytest
 import torch

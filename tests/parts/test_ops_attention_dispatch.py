@@ -74,7 +74,7 @@ def test_the_opaque_operation_is_sound() -> None:
 
 
 def second_copy() -> ModuleType:
-    """The source file of the operations under another module name, as remote code brings it."""
+    """Load the source file of the operations under another module name, as remote code does."""
     path = Path(sys.modules["vlparts.parts.ops_attention"].__file__ or "")
     spec = importlib.util.spec_from_file_location("vlparts.parts.attention_copy", path)
     assert spec is not None

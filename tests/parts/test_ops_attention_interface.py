@@ -1,4 +1,4 @@
-"""The attention implementation `vlparts_packed` inside transformers' models, and the dense one beside it."""
+"""The attention implementation `vlparts_packed` in transformers' models, and dense attention."""
 
 from itertools import pairwise
 from typing import Any
@@ -61,7 +61,7 @@ def heads(length_q: int = 10, length_k: int = 10, groups: int = 1) -> tuple[Tens
 
 
 class Layer(nn.Module):
-    """What the functions read from an attention layer."""
+    """Attributes that the functions read from an attention layer."""
 
     def __init__(self, is_causal: bool = False, groups: int = 1) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ POSITIONS = get_position_ids(torch.tensor([[1, 3, 5], [2, 4, 2], [1, 1, 70]]))
 
 
 def rotate_in_loops(tensor: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Each pair of channels as a complex number, times e^(i angle)."""
+    """Rotate each pair of channels as a complex number times e^(i angle)."""
     rotated, half = torch.empty_like(tensor), tensor.shape[-1] // 2
     for patch, place in enumerate(positions.tolist()):
         for head in range(tensor.shape[1]):
@@ -36,7 +36,7 @@ def test_equals_complex_numbers(head_dim: int, theta: float) -> None:
 
 
 def their_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of transformers' Qwen2-VL, whose module changed its interface."""
+    """Cosines and sines of transformers' Qwen2-VL, whose interface depends on the version."""
     if hasattr(modeling_qwen2_vl, "Qwen2VLVisionRotaryEmbedding"):
         config = Qwen2VLVisionConfig(embed_dim=4 * head_dim, num_heads=4)
         return modeling_qwen2_vl.Qwen2VLVisionRotaryEmbedding(config)(torch.empty(0), positions)
@@ -61,7 +61,7 @@ def test_rotation_equals_qwen2_vl(dtype: torch.dtype) -> None:
 
 
 def test_gradients_equal_rotate_half() -> None:
-    """The formula of Qwen2-VL in float64, where its own function would round to float32."""
+    """Formula of Qwen2-VL in float64; its own function rounds to float32."""
     tensor = torch.randn(len(POSITIONS), 3, 16, dtype=torch.float64, requires_grad=True)
     cos, sin = axial_rotary(POSITIONS, 16)
     expected = tensor * cos[:, None] + modeling_qwen2_vl.rotate_half(tensor) * sin[:, None]
@@ -73,7 +73,7 @@ def test_gradients_equal_rotate_half() -> None:
 
 
 def test_queries_and_keys_may_be_rotated_together() -> None:
-    """As heads of a fused projection, which is not contiguous."""
+    """Slices of a fused projection are not contiguous."""
     qkv = torch.randn(len(POSITIONS), 3, 2, 8)
     cos, sin = axial_rotary(POSITIONS, 8)
     together = apply_rotary(qkv[:, :2].flatten(1, 2), cos, sin)
@@ -83,7 +83,7 @@ def test_queries_and_keys_may_be_rotated_together() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pair_is_one_rotation_after_the_other(dtype: torch.dtype) -> None:
-    """To the last bit, with gradients and another number of key heads."""
+    """To the bit, with gradients and another number of key heads."""
     angles = axial_rotary(POSITIONS, 8)
     query, key = (torch.randn(len(POSITIONS), heads, 8).to(dtype).requires_grad_() for heads in (4, 2))
     found = []

@@ -1,4 +1,4 @@
-"""Prefix tokens: inserted in front of every segment, also of empty ones, and found again."""
+"""Prefix tokens: inserted in front of each segment, empty ones included, and recovered."""
 
 import pytest
 import torch

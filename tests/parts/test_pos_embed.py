@@ -52,7 +52,7 @@ def test_no_patches(options: dict[str, Any]) -> None:
 
 @every_set_of_options
 def test_bfloat16_is_float32_rounded(options: dict[str, Any]) -> None:
-    """Weights of rows are rounded too, so that a mixture of values of order one is off by a few roundings."""
+    """Interpolation weights are rounded too, so that values of order one differ by a few roundings."""
     module = draw_order_one(PositionEmbedding(8, 5, **options)).bfloat16()
     patches = place_patches(FITTING)
     half = module(*patches, torch.bfloat16)
@@ -62,7 +62,7 @@ def test_bfloat16_is_float32_rounded(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("combination", ["add", "joint"])
 def test_a_larger_grid_is_resampled_alone(combination: str) -> None:
-    """Images that fit into the table keep its rows, and so does an axis that fits."""
+    """Axes that fit into the table use its rows unchanged."""
     options = {"coordinates": "absolute", "combination": combination}
     module = draw_order_one(PositionEmbedding(8, 5, **options, overflow="interpolate"))
     strict = PositionEmbedding(8, 5, **options).double()
@@ -139,7 +139,7 @@ def test_initial_values(options: dict[str, Any], std: float) -> None:
 
 
 def test_loaded_weights_are_not_redrawn() -> None:
-    """transformers marks what came from a checkpoint."""
+    """transformers marks parameters that were loaded from a checkpoint."""
     module = PositionEmbedding(8, 5)
     module.row._is_hf_initialized = True
     row, column = module.row.clone(), module.column.clone()

@@ -50,7 +50,7 @@ def test_equals_a_dense_loop_over_frames_and_heads_forward_and_backward(changes:
 
 
 def from_native(native: torch.nn.Module) -> dict[str, Tensor]:
-    """Qwen2.5-VL's weights under our names; its merger's norm is our last one."""
+    """Qwen2.5-VL's weights under the names of this encoder, whose final norm is the merger's."""
     names = {"blocks.": "layers.", ".attn.qkv": ".self_attn.qkv", ".attn.proj": ".self_attn.o_proj"}
     names |= {"patch_embed.proj": "patch_embedding.projection", "merger.ln_q": "norm"}
     weights = {}

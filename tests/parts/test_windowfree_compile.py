@@ -74,7 +74,7 @@ def test_the_default_compiler_takes_it() -> None:
 
 
 class Bare(torch.nn.Module):
-    """Tensors in, tensors out, which is what export wants; the bound on segments is a constant."""
+    """Wrapper with tensors as arguments and results, for export; the bound on segments is a constant."""
 
     def __init__(self, model: WindowFreeViTModel, max_seqlen: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, rows: Tensor, columns: Tensor, theta: float) -> Tensor:
-    """Turn the pairs (c, c + D/2) of `(patches, D)` by angles of the row, then of the column."""
+    """Rotate the pairs (c, c + D/2) of `(patches, D)` by angles of the row, then of the column."""
     half = x.shape[1] // 2
     turned = x.clone()
     for pair in range(half):
@@ -73,7 +73,7 @@ def attend(layer: torch.nn.Module, hidden: Tensor, sees: Tensor, row: Tensor, co
 
 
 def reading_order(rows: int, columns: int, merge_size: int) -> list[int]:
-    """For each patch of a frame in the packed order, its place in reading order."""
+    """Index in reading order of each patch of a frame in packed order."""
     return [
         (top + down) * columns + left + across
         for top in range(0, rows, merge_size)

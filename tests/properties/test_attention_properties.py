@@ -1,4 +1,4 @@
-"""What holds for attention over any packing."""
+"""Properties of attention over any packing."""
 
 from itertools import pairwise
 from random import Random

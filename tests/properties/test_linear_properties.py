@@ -1,4 +1,4 @@
-"""What holds for linear layers of any size."""
+"""Properties of linear layers of any size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What holds for every number of frequencies and every order of texts, images and videos."""
+"""Properties for every number of frequencies and every order of texts, images and videos."""
 
 import torch
 from hypothesis import given
@@ -21,7 +21,7 @@ def test_each_axis_has_its_frequencies(sections: tuple[int, int, int], force_las
 
 @given(SECTIONS)
 def test_axes_alternate_while_they_can(sections: tuple[int, int, int]) -> None:
-    """An axis follows itself only where no other has frequencies left."""
+    """An axis is repeated only where no other has frequencies left."""
     axes = interleave_axes(sections, force_last=False)
     for place, (before, axis) in enumerate(zip(axes, axes[1:], strict=False), start=1):
         assert before != axis or set(axes[place:]) == {axis}
@@ -55,7 +55,7 @@ def test_a_batch_equals_token_by_token(batch: list, merge_size: int) -> None:
 
 @given(layouts(), st.integers(1, 5))
 def test_the_delta_continues_the_text(items: list[Item], further: int) -> None:
-    """A text token that is written later stands where the delta puts it."""
+    """The position of a later text token follows from the delta."""
     prompt, whole = Layout(items), Layout([*items, ("text", (further,))])
     _, deltas = positions_of(batch_of([prompt], [(0, 0)])[0], 1)
     positions, _ = positions_of(batch_of([whole], [(0, 0)])[0], 1)
@@ -65,7 +65,7 @@ def test_the_delta_continues_the_text(items: list[Item], further: int) -> None:
 
 @given(SECTIONS, st.integers(0, 2**31))
 def test_scores_depend_on_distances_only(sections: tuple[int, int, int], seed: int) -> None:
-    """Queries and keys that all stand further on, by another number on each axis, have the same scores."""
+    """Shifting all positions by one number per axis does not change the scores."""
     generator, axes = torch.Generator().manual_seed(seed), interleave_axes(sections)
     positions = torch.randint(0, 20, (3, 1, 6), generator=generator)
     frequencies = 1.0 / 100.0 ** (torch.arange(len(axes)) / len(axes))

@@ -1,4 +1,4 @@
-"""What packing must never change, for images and videos of any size and every option of the encoder."""
+"""Packing invariance, for images and videos of any size and every option of the encoder."""
 
 from functools import cache
 from random import Random

@@ -1,4 +1,4 @@
-"""What holds for every packing plan and every grid."""
+"""Properties of every packing plan and every grid."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_bins_come_in_the_order_of_opening(problem: tuple[list[int], int, dict[s
 
 @given(problems())
 def test_no_two_bins_are_wasted(problem: tuple[list[int], int, dict[str, Any]]) -> None:
-    """Neighbours of next-fit, and all bins of the others, never fit into one together."""
+    """Two neighbouring bins of next-fit, and any two bins of the others, exceed the capacity together."""
     lengths, capacity, options = problem
     options.update(max_items=None, open_bins=len(lengths) + 1)
     loads = [sum(lengths[i] for i in items) for items in plan_packing(lengths, capacity, **options)]

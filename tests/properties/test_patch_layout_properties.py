@@ -17,7 +17,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 
 
 @st.composite
 def packed(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]]]:
-    """A grid with padding examples, a `keep_index` with padding rows, and what each row is by a loop."""
+    """A grid with padding examples, a `keep_index` with padding rows, and the layout of each row by a loop."""
     grids, examples, rows = draw(GRIDS), draw(st.integers(0, 2)), draw(st.integers(0, 4))
     places, start = [], 0
     for image, (frames, height, width) in enumerate(grids):

@@ -1,4 +1,4 @@
-"""What holds for the positions of all grids."""
+"""Properties of position embeddings of all grids."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ grids_of_any_size = st.lists(st.tuples(st.integers(1, 11), st.integers(1, 11)), 
 def test_a_patch_depends_on_its_place_and_grid_alone(
     options: dict[str, Any], grids: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Any patches in any order, as after token dropping, get what each gets alone with its whole image."""
+    """Any patches in any order, as after token dropping, have the embeddings of the whole image."""
     module = draw_order_one(PositionEmbedding(8, 11, **options))
     position_ids, grid_sizes = place_patches(grids)
     whole = torch.cat([module(*place_patches([grid])) for grid in grids])
@@ -74,7 +74,7 @@ def test_square_images_have_one_kind_of_fraction(options: dict[str, Any], side: 
 
 @given(st.sampled_from(COORDINATES), st.integers(0, 30), st.integers(0, 30))
 def test_sinusoids_and_fourier_features_take_any_grid(coordinates: str, y: int, x: int) -> None:
-    """Their vectors have a known length: sine and cosine of one angle lie on a circle."""
+    """The embeddings have a known norm, that of sine and cosine of each angle."""
     place, size = torch.tensor([[y, x]]), torch.tensor([[y + 1, x + 1]])
     joint = PositionEmbedding(16, 4, kind="fourier", coordinates=coordinates, combination="joint").double()
     torch.testing.assert_close(joint(place, size).square().sum(), torch.tensor(8.0, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What packing must never change in the window-free encoder; and the order of windows for any grid."""
+"""Packing invariance of the window-free encoder, and window order of any grid."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""Images and videos before they are cut into patches: reading, colour modes, sizes, and nested lists."""
+"""Images and videos before they are cut into patches: files, colour modes, sizes, and nested lists."""
 
 import math
 import os
@@ -40,14 +40,14 @@ def open_image(path: str | os.PathLike[str], convert_rgb: bool = True) -> Image.
 
 
 def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
-    """Read a Pillow image, whose pixels may not be loaded yet, and convert it to 8-bit RGB.
+    """Decode a Pillow image that may not be loaded from its file yet, and convert it to 8-bit RGB.
 
     Args:
         image: A Pillow image.
         convert_rgb: Whether to convert it, see [`to_rgb`].
 
     Raises:
-        ValueError: If the file is truncated or damaged, or the mode has an unknown range.
+        ValueError: If the file is truncated or corrupt, or the range of the mode is unknown.
     """
     try:
         image.load()

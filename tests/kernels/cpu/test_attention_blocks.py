@@ -1,4 +1,4 @@
-"""Attention in blocks against dense float64, on every processor; and when it is chosen."""
+"""Attention in blocks against dense float64, on every processor, and the conditions of its use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ MANY = [LENGTHS, *(SEGMENTS[name] for name in ("self", "equal neighbours", "empt
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def computed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[tuple[int, ...]]:
-    """Blocks for whatever they take, some queries at a time; the shapes of the queries are noted."""
+    """Use small blocks for all supported inputs; returns the shapes of the queries."""
     shapes = []
 
     def noted(query: Tensor, *arguments: Any) -> Tensor:
@@ -254,8 +254,8 @@ def test_short_bfloat16_training_keeps_its_weights(
 
 
 @in_blocks
-def test_where_operations_are_followed_pytorchs_attention_is_used() -> None:
-    """And where oneDNN is switched off."""
+def test_blocks_are_not_used_under_dispatch_modes_and_tangents() -> None:
+    """Also where oneDNN is disabled."""
     query = torch.randn(1, 2, 40, 8)
     assert blocks_apply(query, query, query)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -281,7 +281,7 @@ def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not apply(1, 200_000)
     torch.set_num_threads(2)
     assert apply(512, 512)
-    torch.set_num_threads(3)  # of which one would have no head
+    torch.set_num_threads(3)  # one of them would have no head
     assert not apply(512, 512)
     torch.set_num_threads(1)
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: False)

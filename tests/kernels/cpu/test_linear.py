@@ -1,4 +1,4 @@
-"""The linear layer against float64, whichever kernel it takes; oneDNN is tried on every processor that has it."""
+"""The linear layer against float64, with either kernel; oneDNN is tested on every processor that has it."""
 
 import copy
 import importlib.util
@@ -23,7 +23,7 @@ has_onednn = torch.backends.mkldnn.is_available()
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """oneDNN for all that it takes; the shapes of its products are noted."""
+    """Use oneDNN for all supported inputs; returns the shapes of its products."""
     shapes = []
 
     def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None, multiply: Any = linear_cpu.product) -> Tensor:
@@ -123,7 +123,7 @@ def test_a_frozen_weight_does_not_keep_the_input() -> None:
     ids=["x turned", "x in steps", "weight turned", "weight in steps", "plain", "cut", "expanded"],
 )
 def test_any_strides(change: Callable[..., tuple[Tensor, ...]]) -> None:
-    """The fixture checks that oneDNN gets only weights that it is fast with."""
+    """The fixture checks that oneDNN gets only weights with supported strides."""
     x, weight, bias = change(torch.randn(70, 24), torch.randn(40, 24), torch.randn(40))
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(torch.ops.vlparts.linear(x, weight, bias).double(), expected, atol=1e-4, rtol=1e-4)
@@ -314,6 +314,6 @@ def test_a_second_copy_of_the_file_works_beside_the_first() -> None:
     assert torch.equal(mine(x), theirs(x))
 
 
-def test_the_kernels_stand_at_their_keys() -> None:
+def test_the_kernels_are_registered() -> None:
     for key in ("CPU", "AutogradCPU", "AutocastCPU", "CompositeImplicitAutograd"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key("vlparts::linear", key), key
