@@ -39,7 +39,7 @@ def test_the_others_can_be_imported(python: Path, tmp_path: Path) -> None:
 def test_paths_of_this_process_do_not_lead_there(
     python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither PYTHONPATH, nor the folder that one stands in, nor the folder of the script."""
+    """Neither PYTHONPATH, nor the working directory, nor the folder of the script."""
     source = Path(__file__).parents[2] / "src"
     monkeypatch.setenv("PYTHONPATH", str(source))
     monkeypatch.chdir(source)

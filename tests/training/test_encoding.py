@@ -84,9 +84,9 @@ def about(content: Any, *paths: str) -> Record:
 
 def spans_of(sample: Sample) -> list[tuple[int, int]]:
     """Begin and end of each span of tokens with loss."""
-    learnt = torch.nn.functional.pad((sample.labels != IGNORE_INDEX).long(), (1, 1)).diff()
+    in_loss = torch.nn.functional.pad((sample.labels != IGNORE_INDEX).long(), (1, 1)).diff()
     return list(
-        zip((learnt == 1).nonzero().flatten().tolist(), (learnt == -1).nonzero().flatten().tolist(), strict=True)
+        zip((in_loss == 1).nonzero().flatten().tolist(), (in_loss == -1).nonzero().flatten().tolist(), strict=True)
     )
 
 
@@ -106,8 +106,8 @@ def test_the_loss_covers_the_answers_with_their_end_tokens(folder: Path, name: s
     processor = processor_for(words=TOKENIZERS[words]())
     given_record = record(**CONVERSATIONS[name])
     sample = SampleEncoder(processor, folder)(given_record)
-    learnt = sample.labels != IGNORE_INDEX
-    assert torch.equal(sample.labels[learnt], sample.input_ids[learnt])
+    in_loss = sample.labels != IGNORE_INDEX
+    assert torch.equal(sample.labels[in_loss], sample.input_ids[in_loss])
     expected = [words_of(message) for message in given_record.messages if message.role == "assistant"]
     end = processor.tokenizer.eos_token
     texts = answers_of(sample, processor)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Cut(TrainerCallback):
-    """Ends a run after a step, without any chance to tidy up."""
+    """Ends a run after a step, without cleanup."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "at a checkpoint at the end of an epoch": (PACKS + 1, {"save_steps": PACKS}),
     "with accumulated gradients": (5, {"gradient_accumulation_steps": 2, "save_steps": 2}),
     "with accumulated gradients that do not divide an epoch": (5, {"gradient_accumulation_steps": 3, "save_steps": 2}),
-    "with steps in place of epochs": (7, {"max_steps": 11}),
+    "with steps instead of epochs": (7, {"max_steps": 11}),
     "with Muon": (7, {"optimizer": "muon"}),
     "with dropout": (7, {"packing": False, "text": {**TEXT, "attention_dropout": 0.3}}),
 }

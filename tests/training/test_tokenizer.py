@@ -30,7 +30,7 @@ def test_every_digit_is_a_token_of_its_own(before: str, digits: str, after: str)
     assert all(token in "0123456789" for token in tokens if any(digit in token for digit in "0123456789"))
 
 
-def test_merges_are_learnt_and_digits_have_none() -> None:
+def test_merges_are_learned_except_for_digits() -> None:
     assert len(ids_of("Where is the cat?")) < 10
     assert len(ids_of("(123,456)")) == 9
 

@@ -154,11 +154,11 @@ class WithImages:
             for one in features
         ]
         batch: dict[str, Any] = padded(framed)
-        chance = torch.Generator().manual_seed(5)
+        generator = torch.Generator().manual_seed(5)
         if self.kind == "llava":
-            picture = torch.randn(1, 3, 16, 16, generator=chance, dtype=torch.float64)
+            picture = torch.randn(1, 3, 16, 16, generator=generator, dtype=torch.float64)
             return {**batch, "pixel_values": picture.repeat(len(features), 1, 1, 1)}
-        patches = torch.randn(16, 3 * 2 * 16, generator=chance, dtype=torch.float64)
+        patches = torch.randn(16, 3 * 2 * 16, generator=generator, dtype=torch.float64)
         return {
             **batch,
             "pixel_values": patches.repeat(len(features), 1),

@@ -26,16 +26,16 @@ class Rows(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        chance = torch.Generator().manual_seed(index)
+        generator = torch.Generator().manual_seed(index)
         length = 3 + (5 * index) % 10
-        ids = torch.randint(2, VOCABULARY, (length,), generator=chance)
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator)
         labels = ids.clone()
         labels[: index % 3] = -100
         found = {"input_ids": ids, "labels": labels}
         if self.fields["sample_weight"]:
-            found["sample_weight"] = 0.0 if index == 3 else 0.5 + float(torch.rand((), generator=chance))
+            found["sample_weight"] = 0.0 if index == 3 else 0.5 + float(torch.rand((), generator=generator))
         if self.fields["token_weights"]:
-            found["token_weights"] = torch.rand(length, generator=chance)
+            found["token_weights"] = torch.rand(length, generator=generator)
         return found
 
 

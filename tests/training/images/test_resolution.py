@@ -33,9 +33,9 @@ def samplers(draw: st.DrawFn) -> ResolutionSampler:
 
 def photos(count: int = 6) -> list[Image.Image]:
     """Pictures of noise in several sizes."""
-    chance = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     sizes = [(40 + 9 * index, 100 - 7 * index) for index in range(count)]
-    return [Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 def loaded(loader: DataLoader) -> list[np.ndarray]:
@@ -51,8 +51,8 @@ def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
 @pytest.mark.parametrize("quantity", ["side", "area"])
 def test_resolutions_have_their_distribution_function(quantity: str, distribution: str, mean: float) -> None:
     sampler = ResolutionSampler(64, 384, quantity, distribution, mean)
-    chance = np.random.default_rng(0)
-    drawn = np.array([sampler.sample(chance) for _ in range(4000)])
+    generator = np.random.default_rng(0)
+    drawn = np.array([sampler.sample(generator) for _ in range(4000)])
     assert 64 <= drawn.min() < 80
     assert 370 < drawn.max() <= 384
     exact = stats.uniform(-1, 2) if distribution == "uniform" else stats.truncnorm(-1 - mean, 1 - mean, loc=mean)
@@ -64,8 +64,8 @@ def test_resolutions_have_their_distribution_function(quantity: str, distributio
 def test_small_images_are_the_most_frequent_with_the_paper_s_best() -> None:
     shares = {}
     for quantity, (distribution, mean) in itertools.product(("side", "area"), DISTRIBUTIONS):
-        sampler, chance = ResolutionSampler(64, 384, quantity, distribution, mean), np.random.default_rng(0)
-        drawn = np.array([sampler.sample(chance) for _ in range(1000)])
+        sampler, generator = ResolutionSampler(64, 384, quantity, distribution, mean), np.random.default_rng(0)
+        drawn = np.array([sampler.sample(generator) for _ in range(1000)])
         shares[quantity, distribution, mean] = (drawn < 224).mean()
     assert max(shares, key=lambda case: shares[case]) == ("side", "truncated_normal", -0.5)
     assert all(shares["area", *case] < shares["side", *case] for case in DISTRIBUTIONS)
@@ -99,13 +99,13 @@ def test_extreme_aspect_ratios_stay_within_the_capacity(height: int, width: int)
 
 
 def test_sizes_that_fit_are_exact() -> None:
-    chance = np.random.default_rng(0)
-    assert ResolutionSampler(96, 96).grid(500, 500, 16, chance) == (6, 6)
-    assert ResolutionSampler(96, 96, "area").grid(900, 400, 16, chance) == (9, 4)
-    assert ResolutionSampler(96, 96).grid(11, 396, 16, chance) == (1, 36)
+    generator = np.random.default_rng(0)
+    assert ResolutionSampler(96, 96).grid(500, 500, 16, generator) == (6, 6)
+    assert ResolutionSampler(96, 96, "area").grid(900, 400, 16, generator) == (9, 4)
+    assert ResolutionSampler(96, 96).grid(11, 396, 16, generator) == (1, 36)
     assert ResolutionSampler(96, 96).max_length(16) == 36
     assert ResolutionSampler(8, 10).max_length(16) == 1
-    assert ResolutionSampler(8, 10).grid(300, 200, 16, chance) == (1, 1)
+    assert ResolutionSampler(8, 10).grid(300, 200, 16, generator) == (1, 1)
 
 
 def test_the_largest_length_is_reached() -> None:

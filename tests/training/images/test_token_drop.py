@@ -30,8 +30,8 @@ DRAWS = 4000
 def rates(
     policy: DropPolicy, length: int = 100, images_seen: int = 0, draws: int = DRAWS, seed: int = 0
 ) -> np.ndarray:
-    chance = np.random.default_rng(seed)
-    return np.array([policy.rate(length, images_seen, chance) for _ in range(draws)])
+    generator = np.random.default_rng(seed)
+    return np.array([policy.rate(length, images_seen, generator) for _ in range(draws)])
 
 
 @pytest.mark.parametrize(("maximum", "mean", "printed"), PRINTED)
@@ -116,9 +116,9 @@ def test_a_schedule_can_be_the_mean_of_a_beta() -> None:
 
 
 def test_a_constant_rate_draws_nothing() -> None:
-    chance = np.random.default_rng(3)
-    assert ConstantDrop(0.25).rate(7, 0, chance) == 0.25
-    assert chance.random() == np.random.default_rng(3).random()
+    generator = np.random.default_rng(3)
+    assert ConstantDrop(0.25).rate(7, 0, generator) == 0.25
+    assert generator.random() == np.random.default_rng(3).random()
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_kept_counts() -> None:
 
 
 def test_each_patch_is_equally_likely_to_stay_and_so_is_each_pair() -> None:
-    chance = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     length, count, draws = 9, 4, 5000
     kept = np.zeros((draws, length))
     for row in kept:
-        row[draw_kept(length, count, chance)] = 1
+        row[draw_kept(length, count, generator)] = 1
     share = count / length
     # Sampling without replacement: the statistic has length - 1 degrees of freedom after this scaling.
     statistic = ((kept.sum(0) - draws * share) ** 2).sum() * (length - 1) / length / (draws * share * (1 - share))
@@ -157,8 +157,8 @@ def test_each_patch_is_equally_likely_to_stay_and_so_is_each_pair() -> None:
 @pytest.mark.parametrize("std", [0.5, 1.0])
 @pytest.mark.parametrize("mean", [-1.0, -0.5, 0.0, 0.5])
 def test_truncated_normal_has_its_distribution_function(mean: float, std: float) -> None:
-    chance = np.random.default_rng(0)
-    drawn = np.array([truncated_normal(mean, std, -1, 1, chance) for _ in range(DRAWS)])
+    generator = np.random.default_rng(0)
+    drawn = np.array([truncated_normal(mean, std, -1, 1, generator) for _ in range(DRAWS)])
     exact = stats.truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std)
     assert stats.kstest(drawn, exact.cdf).pvalue > 1e-4
     assert np.abs(drawn).max() <= 1
