@@ -204,8 +204,8 @@ def test_skipped_records_are_listed_and_counted(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{\n" + lines + "[]\n", encoding="utf-8")
     result = run("train", "--config", settings, "--on-error", "skip", "--max-steps", "1")
     assert result.exit_code == 0, result.output
-    assert f"skipped: {tmp_path / 'train.jsonl'}, line 1: not valid JSON" in result.output
-    assert f"skipped: {tmp_path / 'train.jsonl'}, line 6: expected a JSON object, got list" in result.output
+    assert f"skipped: {tmp_path / 'train.jsonl'}, line 1: Not valid JSON" in result.output
+    assert f"skipped: {tmp_path / 'train.jsonl'}, line 6: Expected a JSON object, got list" in result.output
     assert "1 steps, 2 records skipped." in result.output
 
 
