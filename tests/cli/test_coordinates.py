@@ -306,10 +306,12 @@ def test_show_needs_a_folder(pictured: Path) -> None:
 
 
 def test_show_says_what_is_missing(pictured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("show", write(pictured.parent / "b.jsonl", {"image": "a.png"}), "-o", "b.png")
+    result = run("show", write(pictured.parent / "b.jsonl", {"image": "a.png"}), "-o", pictured.parent / "b.png")
     assert (result.exit_code, "A line must have the field 'text' or 'regions'" in said(result)) == (2, True)
-    result = run("show", write(pictured.parent / "b.jsonl", {**ROW, "image": "none.png"}), "-o", "b.png")
-    assert (result.exit_code, "none.png cannot be read" in said(result)) == (2, True)
+    result = run(
+        "show", write(pictured.parent / "b.jsonl", {**ROW, "image": "none.png"}), "-o", pictured.parent / "b.png"
+    )
+    assert (result.exit_code, "none.png does not exist" in said(result)) == (2, True)
     monkeypatch.setattr("vlparts.show.box_grid", lambda *args: builtins.__import__("no_such_module"))
-    result = run("show", pictured, "-o", "b.png")
+    result = run("show", pictured, "-o", pictured.parent / "b.png")
     assert (result.exit_code, "No module named" in said(result)) == (2, True)

@@ -18,7 +18,7 @@ from ..coordinates.io.annotations import region_from_dict
 from ..coordinates.io.json_lines import json_line
 from ..coordinates.regions import KINDS, Region
 from .errors import exit_on_value_error
-from .jsonl import STANDARD, SizeFields, map_texts, open_output, read_rows, source_name, upright
+from .jsonl import STANDARD, SizeFields, map_texts, open_output, read_rows, source_name
 
 __all__ = ["app"]
 
@@ -209,7 +209,9 @@ def _picture(
         predicted += [region for region in decode(text, size, fmt, on_error="skip").regions if region.image == 0]
     truth = [region_from_dict(fields) for fields in (_region_fields(row, regions) if has_truth else ())]
     truth = [region for region in truth if region.image == 0]
-    item: dict[str, Any] = {"image": upright(paths[0]), "title": paths[0].name}
+    from ..parts.image_transforms import open_image  # imports torch, which the other commands do not need
+
+    item: dict[str, Any] = {"image": open_image(paths[0]), "title": paths[0].name}
     return item | ({"predicted": predicted} if texts in row else {}) | ({"truth": truth} if has_truth else {})
 
 

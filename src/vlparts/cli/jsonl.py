@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from ..coordinates.io.json_lines import read_json_lines
 from ..coordinates.validation import check_size
 
-__all__ = ["STANDARD", "SizeFields", "image_size", "map_texts", "open_output", "read_rows", "source_name", "upright"]
+__all__ = ["STANDARD", "SizeFields", "image_size", "map_texts", "open_output", "read_rows", "source_name"]
 
 STANDARD = "-"
 TEXT_KEYS = ("content", "value", "text")
@@ -133,23 +133,9 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             is_transposed = image.getexif().get(ORIENTATION) in TRANSPOSED
             return (image.height, image.width) if is_transposed else image.size
-    except OSError as error:
-        raise ValueError(f"The size of image {path} cannot be read: {error}.") from None
-
-
-def upright(path: Path) -> Image.Image:
-    """Read an image as RGB after applying its EXIF orientation.
-
-    Raises:
-        ValueError: If the file is not a valid image.
-    """
-    from ..parts.image_transforms import read_image  # imports transformers, which the other commands do not need
-
-    try:
-        with Image.open(path) as image:
-            return read_image(ImageOps.exif_transpose(image))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Image {path} cannot be read: {error}") from None
+    except Exception as error:  # Pillow raises many types, as for `open_image`
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"The size of image {path} cannot be read: {reason}.") from None
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
