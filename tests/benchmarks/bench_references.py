@@ -112,7 +112,7 @@ def main() -> None:
     variants = {KERNELS: Variant(own, None), REFERENCES: Variant(own, "none")}
     if arguments.source is not None:
         variants[OTHER] = Variant(arguments.source, None)
-    rows = []
+    print_table(["workload", "seconds with kernels", *(f"{v}, times as long" for v in list(variants)[1:])], [])
     for name in (name for name in NAMES if arguments.only in name):
         seconds: dict[str, list[float]] = {variant: [] for variant in variants}
         for one in variants.values():
@@ -121,8 +121,8 @@ def main() -> None:
             for variant, one in variants.items():
                 seconds[variant].append(one.call())
         medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-        rows.append([name, medians[KERNELS], *(medians[v] / medians[KERNELS] for v in list(variants)[1:])])
-    print_table(["workload", "seconds with kernels", *(f"{v}, times as long" for v in list(variants)[1:])], rows)
+        figures = [medians[KERNELS], *(medians[v] / medians[KERNELS] for v in list(variants)[1:])]
+        print(f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |", flush=True)
 
 
 if __name__ == "__main__":
