@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..kernels.cpu.linear import linear_cpu, onednn_is_faster, weight_gradient
+from ..parts.ops_library import define_operation
 from .expert_weights import ExpertWeights, check_routing, get_expert_weights
 
 SORTED_EXPERTS_NAME = "vlparts_sorted"
@@ -28,9 +29,8 @@ CHUNK_PAIRS = 2048
 # From this many experts in a chunk PyTorch's grouped product is used: its loop has less overhead than one in Python.
 MIN_GROUPED_EXPERTS = 9
 
-# Whether a device uses the implementation of this file, so that the dispatcher decides.
-torch.library.define("vlparts::use_sorted_experts", "(Tensor hidden_states) -> bool")
-torch.library.impl("vlparts::use_sorted_experts", "CompositeImplicitAutograd", lambda hidden_states: False)
+# Whether a device uses the implementation of this file: the dispatcher decides. Compiled programs do not.
+_use_sorted_experts = define_operation("use_sorted_experts(Tensor hidden_states) -> bool", lambda hidden_states: False)
 torch.library.impl("vlparts::use_sorted_experts", ("CPU", "AutogradCPU"), lambda hidden_states: True)
 
 
@@ -51,7 +51,7 @@ def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     """
     weights = get_expert_weights(module, SORTED_EXPERTS_NAME)
     check_routing(hidden_states, top_k_index, top_k_weights, len(weights.up))
-    if torch.compiler.is_compiling() or not torch.ops.vlparts.use_sorted_experts(hidden_states):
+    if not _use_sorted_experts(hidden_states):
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(weights.up.dtype)
     tensors = (inputs, top_k_weights, *weights[:4])
