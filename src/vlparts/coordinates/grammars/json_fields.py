@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 from .base import Coded, DecodeError, Found, check_writable
-from .json_objects import MAX_DIGITS, cut_list, fault_reason, ordered
+from .json_objects import MAX_DIGITS, cut_list, fault_reason, lost_text, ordered
 from .json_scanner import JsonNumber, JsonObject, objects
 
 __all__ = ["NamedJsonGrammar"]
@@ -96,19 +96,33 @@ class NamedJsonGrammar:
                 if any(f"'{key}'" in head for key in first_keys):
                     errors.append(DecodeError(item.start, fault_reason(item)))
                 continue
-            members = dict(item.members)
-            kind = next((kind for kind, keys in self.keys if keys[0] in members), None)
+            kind = self._kind(item)
             if kind is None and not (item.fault == "unfinished" and not item.members):
                 continue
-            region = fault_reason(item) if item.fault or kind is None else self._region(item, kind, members)
+            region = fault_reason(item) if item.fault or kind is None else self._region(item, kind)
             if isinstance(region, str):
                 errors.append(DecodeError(item.start, region))
             else:
                 found.append(region)
-        return ordered(found, errors + cut_list(text, found, errors), text)
+        return ordered(found, errors + cut_list(text, found, errors), text, self.names)
 
-    def _region(self, item: JsonObject, kind: str, members: dict[str, object]) -> Found | str:
+    def _kind(self, item: JsonObject) -> str | None:
+        """Return the kind of region that an object is, or None."""
+        members = dict(item.members)
+        return next((kind for kind, keys in self.keys if keys[0] in members), None)
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        regions, known = [], [key for _, keys in self.keys for key in keys]
+        for item in objects(text):
+            kind = self._kind(item)
+            if kind is not None and not item.fault and isinstance(self._region(item, kind), Found):
+                regions.append(item)
+        return lost_text(text, regions, known)
+
+    def _region(self, item: JsonObject, kind: str) -> Found | str:
         """Return the region of an object, or the reason why it is not one."""
+        members = dict(item.members)
         codes: list[int] = []
         for key in dict(self.keys)[kind]:
             code = _fraction(members.get(key), self.decimals)

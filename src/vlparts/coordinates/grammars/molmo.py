@@ -8,7 +8,7 @@ from itertools import groupby
 
 from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
 
-__all__ = ["MolmoGrammar", "attributes", "label_text", "outer_span", "scan_tags"]
+__all__ = ["MolmoGrammar", "attributes", "label_text", "lost_attributes", "outer_span", "scan_tags"]
 
 # A tag ends at the next '<', so that each character is read a bounded number of times.
 _TAG = re.compile(r'<(points|point|tracks)(?=[\s/>"]|\Z)((?:[^<>"]|"[^"<]*+")*+)(>?+)([^<]*+)((?:</\1>)?+)')
@@ -68,6 +68,18 @@ def attributes(tag: re.Match[str]) -> list[re.Match[str]] | None:
     return found if is_valid else None
 
 
+def lost_attributes(text: str, names: Sequence[str]) -> list[DecodeError]:
+    """Return the attributes of tags that are neither in `names` nor an `alt` equal to the label."""
+    errors = []
+    for tag in _TAG.finditer(text):
+        for match in attributes(tag) or []:
+            is_label = "alt" in names and match[1] == "alt" and not match[2] and match[3] == tag[4]
+            if not is_label and (match[1] == "alt" or match[1] not in names):
+                reason = f"attribute {match[1] + match[2]!r} would be lost in {tag[0][:QUOTE_LENGTH]!r}"
+                errors.append(DecodeError(match.start(1), reason))
+    return errors
+
+
 @dataclass(frozen=True, kw_only=True)
 class MolmoGrammar:
     """`<point x="12.3" y="4.5" alt="a">a</point>`, or `<points x1= y1= x2= ...>` for several points with one label.
@@ -114,6 +126,10 @@ class MolmoGrammar:
     def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        return lost_attributes(text, ("x", "y", "alt"))
 
     def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
         """Add the points of a tag to `found`; returns the reason if it has none."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .base import Coded, DecodeError, Found
-from .molmo import attributes, label_text, outer_span, scan_tags
+from .molmo import attributes, label_text, lost_attributes, outer_span, scan_tags
 
 __all__ = ["Molmo2Grammar"]
 
@@ -93,6 +93,10 @@ class Molmo2Grammar:
     def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        return lost_attributes(text, ("coords",))
 
     def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
         """Add the regions of a tag to `found`; returns the reason if it has none."""
