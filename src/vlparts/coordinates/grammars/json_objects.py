@@ -122,7 +122,9 @@ def _further_keys(text: str, item: JsonObject, keys: Sequence[str]) -> list[Deco
         position = match.start() if match else item.start
         if key not in keys:
             expected = ", ".join(filter(None, keys))
-            errors.append(DecodeError(position, f"key {key!r} would be lost: the format has the keys {expected}"))
+            errors.append(
+                DecodeError(position, f"key {key[:QUOTE_LENGTH]!r} would be lost: the format has the keys {expected}")
+            )
         if isinstance(value, (JsonString, JsonNumber)):
             position = value.start + len(value.token)
         else:
