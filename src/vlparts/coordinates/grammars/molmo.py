@@ -8,12 +8,14 @@ from itertools import groupby
 
 from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
 
-__all__ = ["MolmoGrammar", "attributes", "label_text", "lost_attributes", "outer_span", "scan_tags"]
+__all__ = ["MolmoGrammar", "attributes", "label_reason", "label_text", "lost_attributes", "outer_span", "scan_tags"]
 
 # A tag ends at the next '<', so that each character is read a bounded number of times.
 _TAG = re.compile(r'<(points|point|tracks)(?=[\s/>"]|\Z)((?:[^<>"]|"[^"<]*+")*+)(>?+)([^<]*+)((?:</\1>)?+)')
 _CUT = re.compile(r"<(?:p(?:o(?:i(?:n(?:ts?)?)?)?)?|t(?:r(?:a(?:c(?:ks?)?)?)?)?)?\Z")
 _ATTRIBUTE = re.compile(r'\s++([A-Za-z]++)([0-9]*+)\s*+=\s*+"([^"<]*+)"')
+_REFERENCE = re.compile(r"&#(?:([0-9]++)|[xX]([0-9a-fA-F]++));?+")
+_REFERENCE_DIGITS = 10  # of a character's number at most, with leading zeros
 _NUMBER = re.compile(r"\s*+([0-9]{1,6})(?:\.([0-9]{1,9}))?\s*+")
 
 
@@ -22,6 +24,18 @@ def label_text(label: str | None, kind: str) -> str:
     if label == "":
         raise ValueError(f"The label of a {kind} must not be empty.")
     return html.escape(label or "", quote=True)
+
+
+def label_reason(text: str) -> str | None:
+    """Return the reason why the text between tags is not a label, or None: a reference that is not a character."""
+    for match in _REFERENCE.finditer(text):
+        digits = match[1] or match[2]
+        if len(digits) <= _REFERENCE_DIGITS:
+            number, value = int(digits, 10 if match[1] else 16), html.unescape(match[0])
+            if value and (value != "\ufffd" or number == 0xFFFD):
+                continue
+        return f"malformed label: {match[0][:QUOTE_LENGTH]!r} is not a character"
+    return None
 
 
 def _tag_reason(tag: re.Match[str]) -> str | None:
@@ -144,6 +158,8 @@ class MolmoGrammar:
         codes = [self._code(match[3]) for match in values]
         if None in codes:
             return "malformed number"
+        if reason := label_reason(tag[4]):
+            return reason
         label = html.unescape(tag[4]) or None
         for index in range(0, len(values), 2):
             span = (values[index].start(1), values[index + 1].end())
