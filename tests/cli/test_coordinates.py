@@ -82,6 +82,16 @@ def test_convert_messages() -> None:
         map_texts(3, str)
 
 
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + lines(ROW, ROW).encode()
+    assert run(*CONVERT, "-", input=content).exit_code == 0
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    result = run(*CONVERT, path)
+    assert result.exit_code == 0
+    assert len(rows(result.stdout)) == 2
+
+
 def test_text_that_a_conversion_would_lose() -> None:
     row = {"width": 10, "height": 10, "text": '[{"bbox_2d":[1,2,3,4],"text_content":"ACME"}]'}
     command = ("convert", "--from", "qwen3_vl", "--to", "qwen3_vl", "-")

@@ -106,6 +106,16 @@ def test_crowds_are_skipped_unless_asked_for(tmp_path: Path) -> None:
         read_coco(path, crowds=True)  # type: ignore[arg-type]
 
 
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    expected, content = read_coco(path), path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_coco(path) == expected
+    path.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf" + content)
+    with pytest.raises(ValueError, match=r"coco\.json: Not valid JSON"):
+        read_coco(path)
+
+
 def test_annotations_without_ids_are_read(tmp_path: Path) -> None:
     bare = {key: value for key, value in ENTRY.items() if key != "id"}
     assert len(read_coco(write(tmp_path, annotations=[bare, bare]))[0].regions) == 2

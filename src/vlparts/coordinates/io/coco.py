@@ -14,7 +14,7 @@ from typing import Any
 from ..regions import Region
 from ..validation import check_choice
 from .annotations import ImageRegions
-from .json_lines import parse_object
+from .json_lines import parse_object, without_bom
 
 __all__ = ["read_coco", "write_coco"]
 
@@ -114,7 +114,7 @@ def read_coco(path: str | Path, shape: str = "auto", *, crowds: str = "skip") ->
     if not source.is_file():
         raise ValueError(f"`path` must be a COCO JSON file, got {source}, which does not exist.")
     try:
-        document = parse_object(source.read_bytes())
+        document = parse_object(without_bom(source.read_bytes()))
         images = dict(_entries(document["images"], "images"))
         categories = dict(_entries(document.get("categories", []), "categories"))
         regions: dict[Any, list[Region]] = {image: [] for image in images}

@@ -1,5 +1,6 @@
 """Reading and writing JSON Lines, one object per line, one at a time."""
 
+import codecs
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -7,7 +8,7 @@ from typing import IO, Any
 
 from ..grammars.base import QUOTE_LENGTH
 
-__all__ = ["json_line", "parse_object", "read_json_lines", "write_json_lines"]
+__all__ = ["json_line", "parse_object", "read_json_lines", "without_bom", "write_json_lines"]
 
 MAX_DIGITS = 4300  # of an integer: Python's own limit
 
@@ -46,6 +47,11 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
 
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not a valid number.")
+
+
+def without_bom(content: str | bytes) -> str | bytes:
+    """Return the content of a file without a UTF-8 byte order mark at its start."""
+    return content.removeprefix(codecs.BOM_UTF8) if isinstance(content, bytes) else content.removeprefix("\ufeff")
 
 
 def _bounded_int(token: str) -> int:
@@ -90,7 +96,7 @@ def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iter
     """
     for number, line in enumerate(lines, start=1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf") if isinstance(line, bytes) else line.removeprefix("\ufeff")
+            line = without_bom(line)
         if line.strip():
             try:
                 fields = parse_object(line)
