@@ -1,6 +1,7 @@
 """From the coordinate text of one family of models to that of another."""
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
 from .codec import ImageSizes, encode
@@ -61,10 +62,11 @@ def convert(
         raise position_error(lost[0])
     is_json = isinstance(source_format.grammar, (JsonGrammar, NamedJsonGrammar))
     read = dict(zip((item.start for item in kept), regions, strict=True))
+    positions = [part.position for part in lost]
     pieces, end = [], 0
     for start, stop, run in _runs(text, found if is_json else kept, source_format):
         values = [read[item.start] for item in run if item.start in read]
-        if len(values) < len(run) or any(start <= part.position <= stop for part in lost):
+        if len(values) < len(run) or bisect_left(positions, start) < bisect_right(positions, stop):
             continue
         try:
             piece = _encode_run(values, image_size, target_format)
