@@ -82,6 +82,34 @@ def test_convert_messages() -> None:
         map_texts(3, str)
 
 
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + lines(ROW, ROW).encode()
+    assert run(*CONVERT, "-", input=content).exit_code == 0
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    result = run(*CONVERT, path)
+    assert result.exit_code == 0
+    assert len(rows(result.stdout)) == 2
+
+
+def test_text_that_a_conversion_would_lose() -> None:
+    row = {"width": 10, "height": 10, "text": '[{"bbox_2d":[1,2,3,4],"text_content":"ACME"}]'}
+    command = ("convert", "--from", "qwen3_vl", "--to", "qwen3_vl", "-")
+    result = run(*command, input=lines(row))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "line 1: Position 22: key 'text_content' would be lost" in said(result)
+    result = run(*command, "--on-error", "collect", input=lines(row))
+    assert result.exit_code == 0
+    (kept,) = rows(result.stdout)
+    assert kept["text"] == row["text"]
+    assert "'text_content' would be lost" in kept["convert_error"]
+    result = run("check", "-", "--text-field", "text", "--format", "qwen3_vl", input=lines(row))
+    assert result.exit_code == 1
+    assert "1 lost: text beside coordinates" in result.stdout
+    assert "'text_content'" in result.stdout
+
+
 def test_convert_between_published_formats() -> None:
     # 1000 x 1000 pixels are 980 x 980 to this model, so 490 there is 500 here, and 500 * 999 / 1000 rounds to 500.
     text = 'It is here:\n```json\n[\n\t{"bbox_2d": [490, 98, 735, 686], "label": "cat"}\n]\n```'

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.coordinates.grammars.tagged_examples import FORMATS
+from vlparts.coordinates.checking import check_text
 from vlparts.coordinates.codec import CoordinateError
 from vlparts.coordinates.conversion import convert
 
@@ -88,3 +89,77 @@ def test_regions_within_the_same_marks_are_one_run() -> None:
     text = "<phrase>a</phrase><object><patch_index_0000><patch_index_0033></delimiter_of_multi_objects/>"
     text += "<patch_index_0000><patch_index_0066></object>"
     assert convert(text, "kosmos2", "kosmos2", SIZE) == text
+
+
+BOX = '{"bbox_2d":[50,117,346,168],"label":"a"}'
+LIST = '[\n  {"box_2d": [117, 50, 168, 346], "label": "a"}\n]'
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('{"page":1,"items":', "}"),
+        ('{"items":', "}"),
+        ('{"items":', ', "note": "x"}'),
+        ('{"a":{"b":[', ", 2]}}"),
+        ("```json\n", ""),
+        ("", "\n```"),
+        ('{"first":', ',"second":[5]}'),
+    ],
+)
+def test_text_around_a_json_list_is_kept(before: str, after: str) -> None:
+    text = f"{before}[{BOX}]{after}"
+    assert convert(text, "qwen3_vl", "gemini", (1000, 1000)) == before + LIST + after
+
+
+def test_json_lists_and_objects_are_not_merged() -> None:
+    text = f'{{"page": [{BOX}], "next":\n[[{BOX}]], "one": {BOX}}}'
+    expected = f'{{"page": {LIST}, "next":\n[{LIST}], "one": {LIST}}}'
+    assert convert(text, "qwen3_vl", "gemini", (1000, 1000)) == expected
+    assert convert(f"[[{BOX}],[{BOX}]]", "qwen3_vl", "gemini", (1000, 1000)) == f"[{LIST},{LIST}]"
+    spread = f"[{BOX}\n\n,{BOX}]"
+    assert convert(spread, "qwen3_vl", "gemini", (1000, 1000)).count("label") == 2
+    assert convert(spread, "qwen3_vl", "gemini", (1000, 1000)).count("[\n") == 1
+
+
+def test_text_between_json_objects_with_a_key_per_number_is_kept() -> None:
+    text = 'One {"x": 0.5, "y": 0.5} and two {"x": 0.25, "y": 0.5}.'
+    assert convert(text, "moondream", None, (100, 100)) == "One (500,500) and two (250,500)."
+    text = '{"objects": [{"x_min": 0.1, "y_min": 0.2, "x_max": 0.3, "y_max": 0.4}], "points": [{"x": 0.5, "y": 0.5}]}'
+    assert convert(text, "moondream", None, (100, 100)) == '{"objects": (100,200),(300,400), "points": (500,500)}'
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "position", "message"),
+    [
+        ("qwen3_vl", '[{"bbox_2d":[50,117,346,168],"text_content":"ACME"}]', 29, "key 'text_content' would be lost"),
+        ("qwen3_vl", f'[{BOX}, {{"bbox_2d": [1,2,3,4], "score": 0.5}}]', 66, "key 'score' would be lost"),
+        ("qwen3_vl", '{"a": [{"b": 1}], "b": "c", "bbox_2d": [1,2,3,4]}', 1, "key 'a' would be lost"),
+        ("qwen3_vl", f'{{"bbox_2d": [1,2,3,4], "part": {BOX}}}', 23, "key 'part' would be lost"),
+        ("qwen3_vl", f'[{BOX}, "note", {BOX}]', 41, "a list with other items than regions would be lost"),
+        ("qwen3_vl", f'[{{"page": 1}}, {BOX}]', 14, "a list with other items than regions would be lost"),
+        ("moondream", '[{"x": 0.5, "y": 0.5, "note": "a"}]', 22, "key 'note' would be lost"),
+        ("molmo", '<point x="1.0" y="2.0" alt="a" id="7">a</point>', 31, "attribute 'id' would be lost"),
+        ("molmo", '<point x="1.0" y="2.0" alt="b">a</point>', 23, "attribute 'alt' would be lost"),
+        ("molmo2", '<points coords="1 1 100 200" alt="b">b</points>', 29, "attribute 'alt' would be lost"),
+        ("paligemma", "<loc0001><loc0002><loc0003><loc0004><seg001> cat", 36, "'<seg001>' would be lost"),
+    ],
+)
+@pytest.mark.parametrize("target", ["source", "openpangu"])
+def test_text_that_would_be_lost_is_an_error(source: str, text: str, position: int, message: str, target: str) -> None:
+    target = source if target == "source" else target
+    with pytest.raises(CoordinateError, match=f"Position {position}: .*{message}") as caught:
+        convert(text, source, target, (1000, 1000))
+    assert caught.value.position == position
+    assert convert(text, source, target, (1000, 1000), on_error="keep") == text
+    (problem, *_) = check_text(text, (1000, 1000), source)
+    assert problem.name == "lost"
+    assert problem.detail.startswith(f"position {position}: ")
+
+
+def test_a_json_list_with_an_error_stays_whole() -> None:
+    for broken in ("[1,2,3]", "[5,6,1,2]", "[0,0,1,1001]"):
+        text = f'[{BOX}, {{"bbox_2d": {broken}}}, {BOX}]'
+        with pytest.raises(CoordinateError, match="Position (43|55): "):
+            convert(text, "qwen3_vl", "gemini", (1000, 1000))
+        assert convert(text, "qwen3_vl", "gemini", (1000, 1000), on_error="keep") == text

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .codec import CoordinateError, ImageSizes, decode, encode
+from .conversion import lost_parts
 from .formats.registry import CoordinateFormat, get_format
 from .frames.maps import clip_points
 from .io.annotations import region_from_dict
@@ -20,6 +21,7 @@ PROBLEMS = {
     "unwritable": "cannot be written in the format",
     "moved": "moves too far when it is written and read",
     "unreadable": "text that cannot be read in the format",
+    "lost": "text beside coordinates that a conversion cannot keep",
 }
 """The names of problems with their descriptions."""
 
@@ -79,6 +81,9 @@ def check_region(
 def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str | None = None) -> list[Problem]:
     """Return the malformed and unfinished regions of a text as problems named "unreadable".
 
+    A text without such regions is checked for what `convert` cannot keep, such as further keys of JSON objects; these
+    are problems named "lost".
+
     Args:
         text: Any text.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
@@ -88,7 +93,10 @@ def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str
         ValueError: If the format is unknown or `image_size` is invalid.
     """
     errors = decode(text, image_size, format, on_error="collect").errors
-    return [Problem("unreadable", f"position {position}: {reason}") for position, reason in errors]
+    if errors:
+        return [Problem("unreadable", f"position {position}: {reason}") for position, reason in errors]
+    lost = lost_parts(text, get_format(format))
+    return [Problem("lost", f"position {position}: {reason}") for position, reason in lost]
 
 
 def _ordered_corners(fields: Any) -> tuple[Any, list[Problem]]:

@@ -1,18 +1,21 @@
 """From the coordinate text of one family of models to that of another."""
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
 from .codec import ImageSizes, encode
 from .formats.registry import CoordinateFormat, get_format
-from .grammars.base import Found
+from .grammars.base import DecodeError, Found, ReportsLoss
+from .grammars.json_fields import NamedJsonGrammar
+from .grammars.json_objects import JsonGrammar
 from .grammars.openpangu import PairGrammar
 from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, position_error, resolve
 from .validation import check_choice
 
-__all__ = ["convert"]
+__all__ = ["convert", "lost_parts"]
 
 
 def convert(
@@ -27,7 +30,8 @@ def convert(
 
     Consecutive regions with no more than the source's separator in between are written together, with the target's
     separator. Identities of objects are omitted if the target cannot express them; anything else that it cannot
-    express is an error.
+    express is an error, and so is anything besides coordinates, label and image index in the text of a region: a
+    further key of a JSON object, an attribute of a tag, or other items in the list of the regions.
 
     Args:
         text: Any text in the source's format.
@@ -35,13 +39,14 @@ def convert(
         target: The format to write, or its name; None for openPangu's.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         on_error: What to do with coordinates that cannot be read: "raise", or "keep" to leave their text unchanged.
+            With "keep", regions with text that would be lost stay unchanged too, and so does their list.
 
     Returns:
         The text with its regions in the target's format.
 
     Raises:
-        CoordinateError: With `.position` in `text`, at the first error under "raise", or at the first region that the
-            target cannot express.
+        CoordinateError: With `.position` in `text`, at the first error or the first text that would be lost under
+            "raise", or at the first region that the target cannot express.
         ValueError: If a format or `on_error` is unknown.
     """
     source_format, target_format, sizes = get_format(source), get_format(target), check_sizes(image_size)
@@ -52,15 +57,29 @@ def convert(
     kept, regions, errors = resolve(text, found, errors, sizes, source_format)
     if errors and on_error == "raise":
         raise position_error(errors[0])
+    lost = lost_parts(text, source_format)
+    if lost and on_error == "raise":
+        raise position_error(lost[0])
+    is_json = isinstance(source_format.grammar, (JsonGrammar, NamedJsonGrammar))
+    read = dict(zip((item.start for item in kept), regions, strict=True))
+    positions = [part.position for part in lost]
     pieces, end = [], 0
-    for start, stop, run in _runs(text, kept, regions, source_format):
+    for start, stop, run in _runs(text, found if is_json else kept, source_format):
+        values = [read[item.start] for item in run if item.start in read]
+        if len(values) < len(run) or bisect_left(positions, start) < bisect_right(positions, stop):
+            continue
         try:
-            piece = _encode_run(run, image_size, target_format)
+            piece = _encode_run(values, image_size, target_format)
         except CoordinateError as error:
             raise CoordinateError(f"Position {start}: {error}", start) from None
         pieces += [text[end:start], piece]
         end = stop
     return "".join([*pieces, text[end:]])
+
+
+def lost_parts(text: str, fmt: CoordinateFormat) -> list[DecodeError]:
+    """Return the parts of regions in a text that are lost when the regions are written again, in order."""
+    return fmt.grammar.lost(text) if isinstance(fmt.grammar, ReportsLoss) else []
 
 
 def _encode_run(run: list[Region], image_size: ImageSizes, fmt: CoordinateFormat) -> str:
@@ -73,30 +92,47 @@ def _encode_run(run: list[Region], image_size: ImageSizes, fmt: CoordinateFormat
         return encode([dataclasses.replace(region, identity=None) for region in run], image_size, fmt)
 
 
-def _runs(
-    text: str, found: Sequence[Found], regions: Sequence[Region], fmt: CoordinateFormat
-) -> Iterator[tuple[int, int, list[Region]]]:
+def _runs(text: str, found: Sequence[Found], fmt: CoordinateFormat) -> Iterator[tuple[int, int, list[Found]]]:
     """Yield start and end in the text, and the regions, of each run of consecutive regions."""
-    run: list[Region] = []
+    run: list[Found] = []
     start = end = 0
-    unclosed = False
-    for item, region in zip(found, regions, strict=True):
+    is_open = False
+    is_markup = not isinstance(fmt.grammar, (PairGrammar, TaggedGrammar, JsonGrammar, NamedJsonGrammar))
+    for item in found:
         first, last = item.outer
-        if run and ((unclosed and first == item.start) or _is_separator(text[end:first], fmt.separator)):
-            run.append(region)
+        opens, closes = _list_marks(text, item, fmt)
+        is_next = (is_open and first == item.start) or _is_separator(text[end:first], fmt)
+        if run and is_next and not opens:
+            run.append(item)
         else:
             if run:
                 yield start, end, run
-            start, run = first, [region]
+            start, run = first, [item]
         # Of several regions within the same marks, the first has no closing marks and the others no opening ones.
-        unclosed = last == item.end and not isinstance(fmt.grammar, (PairGrammar, TaggedGrammar))
+        is_open = is_markup and last == item.end
         end = max(last, end)
+        if closes:
+            yield start, end, run
+            run = []
     if run:
         yield start, end, run
 
 
-def _is_separator(gap: str, separator: str) -> bool:
+def _list_marks(text: str, item: Found, fmt: CoordinateFormat) -> tuple[bool, bool]:
+    """Whether the span of a region includes the opening and the closing marks of a JSON list."""
+    first, last = item.outer
+    if isinstance(fmt.grammar, NamedJsonGrammar):
+        return first < item.start, last > item.end
+    if isinstance(fmt.grammar, JsonGrammar):
+        return text[first] != "{", text[last - 1] != "}"
+    return False, False
+
+
+def _is_separator(gap: str, fmt: CoordinateFormat) -> bool:
     """Whether the text between two regions is no more than the separator."""
     if not gap.strip(" "):
         return True
-    return gap.strip() == separator.strip() and gap.count("\n") <= separator.count("\n")
+    if gap.strip() != fmt.separator.strip():
+        return False
+    is_json = isinstance(fmt.grammar, (JsonGrammar, NamedJsonGrammar))
+    return is_json or gap.count("\n") <= fmt.separator.count("\n")

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlparts.coordinates.codec import CoordinateError, encode
+from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats.detection import guess_format
 from vlparts.coordinates.formats.registry import FORMATS
 from vlparts.coordinates.regions import Region
@@ -86,3 +87,12 @@ def test_bad_arguments_raise() -> None:
         guess_format(b"(001,002)")  # type: ignore[arg-type]
     with pytest.raises(CoordinateError, match="`image_size` must be"):
         guess_format("(001,002)", (0, 5))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"x":0.4,"y":0.5,"width":0.2,"height":0.1}', '[{"x":0.4,"y":0.5,"x2":0.6,"y2":0.9}]']
+)
+def test_boxes_with_other_keys_are_not_points(text: str) -> None:
+    assert guess_format(text) == []
+    with pytest.raises(CoordinateError, match="unknown keys '(width|x2)', "):
+        convert(text, "moondream", "openpangu", (100, 100))

@@ -48,6 +48,16 @@ def test_numbers_are_rounded_half_up_and_may_have_an_exponent() -> None:
         ('{"x": 0.1, "y": 1e999}', "'y' is too large"),
         ('{"x": 0.1, "y": ' + "1" * 10_000 + "}", "'y' is too long"),
         ('{"x": 0.1, "y": NaN}', "malformed object: 'NaN}'"),
+        ('{"x":0.4,"y":0.5,"width":0.2,"height":0.1}', "'width', 'height' with numbers; a point has x, y"),
+        ('{"x":0.4,"y":0.5,"w":0.2,"h":0.1}', "'w', 'h' with numbers"),
+        ('{"x":0.4,"y":0.5,"x2":0.6,"y2":0.9}', "'x2', 'y2' with numbers"),
+        ('{"x":0.4,"y":0.5,"note":"a","z":1}', "unknown keys 'z' with numbers"),
+        ('{"x":0.4,"y":0.5,"size":[0.2,0.1]}', "'size' with numbers"),
+        ('{"x":0.4,"y":0.5,"size":{"box":[[0.2]]}}', "'size' with numbers"),
+        (
+            '{"x_min":0,"y_min":0,"x_max":1,"y_max":1,"x":0.5}',
+            "'x' with numbers; a box has x_min, y_min, x_max, y_max",
+        ),
         ('{"x": 0.1, "y": 0.2, "y": 0.3}', "a key occurs twice"),
         ("{'x_min': 0.1}", "single quotes"),
         ('{"x": 0.1, "y"', "unfinished object"),
@@ -71,3 +81,8 @@ def test_what_is_no_region_is_an_error(text: str, reason: str) -> None:
 def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GRAMMAR.write([region])
+
+
+def test_further_keys_without_numbers_are_read() -> None:
+    found, errors = GRAMMAR.scan('{"x": 0.4, "y": 0.5, "note": "at 3", "seen": true, "tags": ["a"]}')
+    assert (errors, [(item.kind, list(item.codes)) for item in found]) == ([], [("point", [400000, 500000])])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.formats.registry import FORMATS
 from vlparts.coordinates.grammars.base import Coded
 from vlparts.coordinates.grammars.molmo2 import Molmo2Grammar
 
@@ -97,6 +98,41 @@ def test_what_is_no_region_is_an_error(text: str, reason: str) -> None:
 def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GRAMMAR.write([region])
+
+
+NINES = "9" * 5000
+BAD_REFERENCES = [
+    f"&#{NINES};",
+    f"&#{NINES}",
+    f"&#x{NINES};",
+    f"&#{'0' * 5000}65;",
+    "&#x110000;",
+    "&#xD800;",
+    "&#0;",
+    "&#1;",
+]
+
+
+@pytest.mark.parametrize("reference", BAD_REFERENCES)
+def test_references_that_are_no_characters_are_errors(reference: str) -> None:
+    for name, text in (
+        ("molmo2", f'<points coords="1 1 100 200">c{reference}</points>'),
+        ("molmo", f'<point x="1.0" y="2.0" alt="a">c{reference}</point>'),
+    ):
+        found, errors = FORMATS[name].grammar.scan(f"a {text} b")
+        assert found == []
+        assert [error.position for error in errors] == [2]
+        assert f"malformed label: '{reference[:40]}' is not a character" in errors[0].reason
+        assert len(errors[0].reason) < 200
+
+
+def test_references_of_characters_are_read() -> None:
+    for name, text in (
+        ("molmo2", '<points coords="1 1 100 200">{}</points>'),
+        ("molmo", '<point x="1.0" y="2.0" alt="a">{}</point>'),
+    ):
+        found, errors = FORMATS[name].grammar.scan(text.format("c&#65;&#x0042;&#xFFFD;&#10;&amp;&#;&# 1"))
+        assert (errors, found[0].label) == ([], "cAB\ufffd\n&&#;&# 1")
 
 
 def test_the_image_separator_is_one_of_two() -> None:

@@ -86,11 +86,50 @@ def test_what_is_there_decides(tmp_path: Path) -> None:
     assert image.regions == (Region.polygon([(1, 2), (11, 2), (6, 22)], "dog"),)
     crowd = {**ENTRY, "segmentation": {"counts": [3, 4], "size": [30, 40]}, "iscrowd": 1}
     path = write(tmp_path, annotations=[crowd])
-    assert read_coco(path)[0].regions == (Region.box(1, 2, 11.5, 22, "dog"),)
+    assert read_coco(path, crowds="keep")[0].regions == (Region.box(1, 2, 11.5, 22, "dog"),)
     with pytest.raises(
         ValueError, match=r"`annotations\[0\]`: `segmentation` must be a list .* got a run-length encoded mask"
     ):
-        read_coco(path, "polygon")
+        read_coco(path, "polygon", crowds="keep")
+
+
+def test_crowds_are_skipped_unless_asked_for(tmp_path: Path) -> None:
+    crowd = {**ENTRY, "id": 8, "bbox": [0, 0, 40, 30], "iscrowd": 1}
+    path = write(tmp_path, annotations=[{**ENTRY, "iscrowd": 0}, crowd])
+    box, group = Region.box(1, 2, 11.5, 22, "dog"), Region.box(0, 0, 40, 30, "dog")
+    assert read_coco(path)[0].regions == read_coco(path, crowds="skip")[0].regions == (box,)
+    assert read_coco(path, crowds="keep")[0].regions == (box, group)
+    message = r"coco\.json: `annotations\[1\]` is a crowd \(`iscrowd` is 1\); crowds='skip' omits it, 'keep' reads it"
+    with pytest.raises(ValueError, match=message):
+        read_coco(path, crowds="raise")
+    with pytest.raises(ValueError, match="`crowds` must be one of 'skip', 'keep', 'raise', got True"):
+        read_coco(path, crowds=True)  # type: ignore[arg-type]
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    expected, content = read_coco(path), path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_coco(path) == expected
+    path.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf" + content)
+    with pytest.raises(ValueError, match=r"coco\.json: Not valid JSON"):
+        read_coco(path)
+
+
+def test_annotations_without_ids_are_read(tmp_path: Path) -> None:
+    bare = {key: value for key, value in ENTRY.items() if key != "id"}
+    assert len(read_coco(write(tmp_path, annotations=[bare, bare]))[0].regions) == 2
+
+
+def test_ids_can_be_strings(tmp_path: Path) -> None:
+    entry = {**ENTRY, "id": "7", "image_id": "a", "category_id": "18"}
+    path = write(
+        tmp_path,
+        images=[{**IMAGE, "id": "a"}, {**IMAGE, "id": 7}],
+        categories=[{"id": "18", "name": "a"}, {"id": 18, "name": "b"}],
+        annotations=[entry, {**entry, "id": 7, "image_id": 7, "category_id": 18}],
+    )
+    assert [image.regions[0].label for image in read_coco(path)] == ["a", "b"]
 
 
 def test_an_area_counts_pixels(tmp_path: Path) -> None:
@@ -111,11 +150,38 @@ IMAGE = {"id": 5, "file_name": "a.png", "width": 40, "height": 30}
     ("changes", "message"),
     [
         ({"images": None}, r"coco\.json: `images` must be a list, got None\.$"),
-        ({"images": [IMAGE, IMAGE]}, "Two images have the same id"),
+        (
+            {"images": [{**IMAGE, "id": 4}, IMAGE, IMAGE]},
+            r"coco\.json: `images\[2\]`: the id 5 occurs twice; `images\[1\]` has it too\.$",
+        ),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 18, "name": "dog"}, {"id": 1, "name": "b"}]},
+            r"coco\.json: `categories\[2\]`: the id 1 occurs twice; `categories\[0\]` has it too\.$",
+        ),
+        (
+            {"annotations": [ENTRY, ENTRY]},
+            r"coco\.json: `annotations\[1\]`: the id 7 occurs twice; `annotations\[0\]`",
+        ),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]}, r"`categories\[1\]`: the id 1\.0 occurs"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": True, "name": "b"}]},
+            r"`categories\[1\]`: `id` must be an integer or a string, got True\.$",
+        ),
+        ({"images": [{**IMAGE, "id": [5]}]}, r"`images\[0\]`: `id` must be an integer or a string, got \[5\]"),
+        ({"images": [{}]}, r"`images\[0\]`: 'id' is missing"),
+        ({"images": [5]}, r"`images\[0\]` must be an object, got 5"),
+        ({"categories": {}}, r"`categories` must be a list, got {}"),
+        ({"annotations": [{**ENTRY, "id": False}]}, r"`annotations\[0\]`: `id` must be an integer or a string"),
+        ({"annotations": [{**ENTRY, "image_id": True}]}, r"`annotations\[0\]`: `image_id` must be an integer or a st"),
+        (
+            {"annotations": [{**ENTRY, "category_id": None}]},
+            r"`annotations\[0\]`: `category_id` must be an integer or",
+        ),
+        ({"annotations": [{**ENTRY, "iscrowd": 2}]}, r"`annotations\[0\]`: `iscrowd` must be 0 or 1, got 2"),
         ({"images": [{"id": 5, "file_name": "a.png", "width": 40}]}, "'height' is missing"),
         ({"images": [{**IMAGE, "width": -1}]}, "`width` must be an integer of at least 1, got -1"),
         ({"annotations": [{**ENTRY, "image_id": 6}]}, r"`annotations\[0\]`: 6 is missing"),
-        ({"annotations": [ENTRY, {**ENTRY, "category_id": 1}]}, r"`annotations\[1\]`: 1 is missing"),
+        ({"annotations": [ENTRY, {**ENTRY, "id": 8, "category_id": 1}]}, r"`annotations\[1\]`: 1 is missing"),
         (
             {"annotations": [{**ENTRY, "bbox": [1, 2, -3, 4]}]},
             r"`annotations\[0\]`: `bbox` must have a width and height",

@@ -60,7 +60,10 @@ def test_characters_stay_as_they_are() -> None:
         ('{"a": {"b": 1, "b": 2}}', "Key 'b' occurs twice in one object"),
         (r'{"a": "\uD83D"}', "half of a surrogate pair"),
         ('{"a": ' * 100_000, "nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
+        ('{"a": ' + "9" * 5000 + "}", "A number has 5000 digits, more than 4300"),
+        ('{"a": -1' + "0" * 4300 + "}", "A number has 4301 digits, more than 4300"),
+        ('{"a": [1e999]}', "Number 1e999 is too large"),
+        ('{"a": -' + "9" * 400 + ".5}", f"Number -{'9' * 39} is too large"),
     ],
 )
 def test_broken_lines(line: Any, message: str) -> None:

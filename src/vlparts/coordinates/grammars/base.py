@@ -1,9 +1,9 @@
 """The interface of coordinate grammars: regions whose coordinates are integer codes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["QUOTE_LENGTH", "Coded", "DecodeError", "Found", "Grammar", "check_writable"]
+__all__ = ["QUOTE_LENGTH", "Coded", "DecodeError", "Found", "Grammar", "ReportsLoss", "check_writable"]
 
 QUOTE_LENGTH = 40
 """Maximum number of characters that an error message quotes from the text."""
@@ -78,6 +78,14 @@ class Grammar(Protocol):
         Never raises; takes time linear in the length of the text. Codes are nonnegative integers of at most 9 digits
         (longer numbers are errors); they are not compared with the range of the format.
         """
+
+
+@runtime_checkable
+class ReportsLoss(Protocol):
+    """A grammar whose regions can come with text that a [`Found`] does not contain, such as further keys."""
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """Return each part of a text that is lost when its regions are written again, in the order of the text."""
 
 
 def check_writable(region: Coded, kinds: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
-from .base import Coded, DecodeError, Found, check_writable
-from .json_objects import MAX_DIGITS, cut_list, fault_reason, ordered
-from .json_scanner import JsonNumber, JsonObject, objects
+from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
+from .json_objects import MAX_DIGITS, cut_list, fault_reason, lost_text, ordered
+from .json_scanner import JsonList, JsonNumber, JsonObject, objects
 
 __all__ = ["NamedJsonGrammar"]
 
@@ -28,12 +28,21 @@ def _fraction(value: object, decimals: int) -> int | str:
     return int(number.scaleb(decimals).quantize(Decimal(1), rounding=ROUND_HALF_UP))
 
 
+def _has_number(value: object) -> bool:
+    """Whether a JSON value is a number or contains one."""
+    if isinstance(value, JsonList):
+        return any(map(_has_number, value.items))
+    if isinstance(value, JsonObject):
+        return any(_has_number(member) for _, member in value.members)
+    return isinstance(value, JsonNumber)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedJsonGrammar:
     """Regions as objects with one key per number, such as `{"x": 0.1, "y": 0.2}`.
 
     Objects are read as in [`JsonGrammar`], with the same errors. Numbers may have decimals and an exponent; they are
-    rounded.
+    rounded. A further key with a number, such as a width, is an error.
 
     Args:
         keys: Pairs of a kind of region and its keys, in the order x, y.
@@ -96,25 +105,45 @@ class NamedJsonGrammar:
                 if any(f"'{key}'" in head for key in first_keys):
                     errors.append(DecodeError(item.start, fault_reason(item)))
                 continue
-            members = dict(item.members)
-            kind = next((kind for kind, keys in self.keys if keys[0] in members), None)
+            kind = self._kind(item)
             if kind is None and not (item.fault == "unfinished" and not item.members):
                 continue
-            region = fault_reason(item) if item.fault or kind is None else self._region(item, kind, members)
+            region = fault_reason(item) if item.fault or kind is None else self._region(item, kind)
             if isinstance(region, str):
                 errors.append(DecodeError(item.start, region))
             else:
                 found.append(region)
-        return ordered(found, errors + cut_list(text, found, errors), text)
+        return ordered(found, errors + cut_list(text, found, errors), text, self.names)
 
-    def _region(self, item: JsonObject, kind: str, members: dict[str, object]) -> Found | str:
+    def _kind(self, item: JsonObject) -> str | None:
+        """Return the kind of region that an object is, or None."""
+        members = dict(item.members)
+        return next((kind for kind, keys in self.keys if keys[0] in members), None)
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        regions, known = [], [key for _, keys in self.keys for key in keys]
+        for item in objects(text):
+            kind = self._kind(item)
+            if kind is not None and not item.fault and isinstance(self._region(item, kind), Found):
+                regions.append(item)
+        return lost_text(text, regions, known)
+
+    def _region(self, item: JsonObject, kind: str) -> Found | str:
         """Return the region of an object, or the reason why it is not one."""
+        members = dict(item.members)
         codes: list[int] = []
-        for key in dict(self.keys)[kind]:
+        names = dict(self.keys)[kind]
+        for key in names:
             code = _fraction(members.get(key), self.decimals)
             if isinstance(code, str):
                 return f"malformed object: {key!r} {code}"
             codes.append(code)
+        unknown = [
+            repr(key[:QUOTE_LENGTH]) for key, value in members.items() if key not in names and _has_number(value)
+        ]
+        if unknown:
+            return f"malformed object: unknown keys {', '.join(unknown)} with numbers; a {kind} has {', '.join(names)}"
         if len(members) != len(item.members):
             return "malformed object: a key occurs twice"
         return Found(item.start, item.end, (item.start, item.end), kind, codes)

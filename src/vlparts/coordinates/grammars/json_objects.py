@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..regions import KINDS
-from .base import Coded, DecodeError, Found, check_writable
+from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
 from .json_scanner import JsonList, JsonNumber, JsonObject, JsonString, objects
 
-__all__ = ["MAX_DIGITS", "JsonGrammar", "cut_list", "fault_reason", "ordered"]
+__all__ = ["MAX_DIGITS", "JsonGrammar", "cut_list", "fault_reason", "lost_text", "ordered"]
 
-_BEFORE = re.compile(r'(?:```[a-z]*+\s*+)?+(?:\{\s*+"\w++"\s*+:\s*+)?+\[\s*+\Z')
-_AFTER = re.compile(r"\s*+\](?:\s*+\}(?!\s*+[\]},]))?+(?:\s*+```)?+")
+_OPENING = re.compile(r"\[\s*+\Z")
+_CLOSING = re.compile(r"\s*+\]")
+_FENCE = re.compile(r"```[a-z]*+\s*+\Z")
+_FENCE_END = re.compile(r"\s*+```")
+_NEXT = re.compile(r"\s*+,\s*+")
 _LOOKBEHIND = 64  # characters before a list that may belong to it
 MAX_DIGITS = 9
 """Maximum number of digits of a code."""
@@ -36,17 +39,97 @@ def _counts(kind: str) -> str:
     return f"{2 * least}" if most == least else f"an even number of at least {2 * least}"
 
 
-def ordered(found: list[Found], errors: list[DecodeError], text: str) -> tuple[list[Found], list[DecodeError]]:
-    """Sort regions and errors by position; extend the spans of the first and last region of a list to its marks."""
+def ordered(
+    found: list[Found], errors: list[DecodeError], text: str, names: Sequence[str] = ()
+) -> tuple[list[Found], list[DecodeError]]:
+    """Sort regions and errors by position; extend the spans of the first and last region of a list to its marks.
+
+    Marks are added in pairs only: `[` with `]`, `{"name": ` with `}` for a name in `names`, and the two code fences.
+    """
     found.sort()
     errors.sort()
-    for index, item in enumerate(found):
-        start, end = item.outer
-        before = _BEFORE.search(text[max(0, start - _LOOKBEHIND) : start])
-        after = _AFTER.match(text, end)
-        outer = (max(0, start - _LOOKBEHIND) + before.start() if before else start, after.end() if after else end)
-        found[index] = item._replace(outer=outer)
+    for first, last in _groups(text, [item.outer for item in found]):
+        start, end = _with_marks(text, found[first].outer[0], found[last].outer[1], names)
+        found[first] = found[first]._replace(outer=(start, found[first].outer[1]))
+        found[last] = found[last]._replace(outer=(found[last].outer[0], end))
     return found, errors
+
+
+def _groups(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the first and last index of each group of objects with only a comma in between."""
+    groups: list[tuple[int, int]] = []
+    for index, (start, _) in enumerate(spans):
+        if index and _NEXT.fullmatch(text, spans[index - 1][1], start):
+            groups[-1] = groups[-1][0], index
+        else:
+            groups.append((index, index))
+    return groups
+
+
+def _opening(text: str, pattern: re.Pattern[str], end: int) -> int | None:
+    """Return the start of a mark that ends at `end`, or None."""
+    first = max(0, end - _LOOKBEHIND)
+    match = pattern.search(text[first:end])
+    return first + match.start() if match else None
+
+
+def _with_marks(text: str, start: int, end: int, names: Sequence[str]) -> tuple[int, int]:
+    """Extend the span of the objects of a list to the marks around them."""
+    pairs = [(_OPENING, _CLOSING)]
+    if names:
+        wrapper = re.compile(rf'\{{\s*+"(?:{"|".join(map(re.escape, names))})"\s*+:\s*+\Z')
+        pairs.append((wrapper, re.compile(r"\s*+\}")))
+    for opening, closing in [*pairs, (_FENCE, _FENCE_END)]:
+        first, last = _opening(text, opening, start), closing.match(text, end)
+        if first is not None and last is not None:
+            start, end = first, last.end()
+        elif opening is _OPENING and (first is not None or last is not None):
+            break  # a list with other items
+    return start, end
+
+
+def lost_text(text: str, regions: Sequence[JsonObject], keys: Sequence[str]) -> list[DecodeError]:
+    """Return the text around and within the objects of regions that is lost when they are written again.
+
+    Args:
+        text: The text.
+        regions: The objects of regions, without malformed ones.
+        keys: The keys that regions have.
+    """
+    errors = [error for item in regions for error in _further_keys(text, item, keys)]
+    spans = sorted((item.start, item.end) for item in regions)
+    for first, last in _groups(text, spans):
+        start, end = spans[first][0], spans[last][1]
+        opening, closing = _opening(text, _OPENING, start), _CLOSING.match(text, end)
+        if opening is not None and closing is None:
+            errors.append(_other_items(text, end))
+        elif opening is None and closing is not None:
+            errors.append(_other_items(text, start))
+    return sorted(set(errors))
+
+
+def _other_items(text: str, position: int) -> DecodeError:
+    """Return the error of a list that contains other items than regions, beside `position`."""
+    quoted = repr(text[max(0, position - QUOTE_LENGTH // 2) : position + QUOTE_LENGTH // 2])
+    return DecodeError(position, f"a list with other items than regions would be lost, near {quoted}")
+
+
+def _further_keys(text: str, item: JsonObject, keys: Sequence[str]) -> list[DecodeError]:
+    """Return an error for each key of an object that is not in `keys`."""
+    errors, position = [], item.start
+    for key, value in item.members:
+        match = re.compile(rf'"{re.escape(key)}"\s*+:').search(text, position, item.end)
+        position = match.start() if match else item.start
+        if key not in keys:
+            expected = ", ".join(filter(None, keys))
+            errors.append(
+                DecodeError(position, f"key {key[:QUOTE_LENGTH]!r} would be lost: the format has the keys {expected}")
+            )
+        if isinstance(value, (JsonString, JsonNumber)):
+            position = value.start + len(value.token)
+        else:
+            position = value.end if isinstance(value, (JsonList, JsonObject)) else position + len(key) + 2
+    return errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +214,13 @@ class JsonGrammar:
                 found.append(region)
         errors += _keys_outside(text, pattern, spans)
         return ordered(found, errors + cut_list(text, found, errors), text)
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        names = [key for _, key in self.keys]
+        candidates = (item for item in objects(text) if any(key in names for key, _ in item.members))
+        regions = [item for item in candidates if isinstance(self._region(item), Found)]
+        return lost_text(text, regions, [*names, self.label_key, self.image_key])
 
     def _region(self, item: JsonObject) -> Found | str:
         """Return the region of an object, or the reason why it is not one."""

@@ -8,12 +8,14 @@ from itertools import groupby
 
 from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
 
-__all__ = ["MolmoGrammar", "attributes", "label_text", "outer_span", "scan_tags"]
+__all__ = ["MolmoGrammar", "attributes", "label_reason", "label_text", "lost_attributes", "outer_span", "scan_tags"]
 
 # A tag ends at the next '<', so that each character is read a bounded number of times.
 _TAG = re.compile(r'<(points|point|tracks)(?=[\s/>"]|\Z)((?:[^<>"]|"[^"<]*+")*+)(>?+)([^<]*+)((?:</\1>)?+)')
 _CUT = re.compile(r"<(?:p(?:o(?:i(?:n(?:ts?)?)?)?)?|t(?:r(?:a(?:c(?:ks?)?)?)?)?)?\Z")
 _ATTRIBUTE = re.compile(r'\s++([A-Za-z]++)([0-9]*+)\s*+=\s*+"([^"<]*+)"')
+_REFERENCE = re.compile(r"&#(?:([0-9]++)|[xX]([0-9a-fA-F]++));?+")
+_REFERENCE_DIGITS = 10  # of a character's number at most, with leading zeros
 _NUMBER = re.compile(r"\s*+([0-9]{1,6})(?:\.([0-9]{1,9}))?\s*+")
 
 
@@ -22,6 +24,18 @@ def label_text(label: str | None, kind: str) -> str:
     if label == "":
         raise ValueError(f"The label of a {kind} must not be empty.")
     return html.escape(label or "", quote=True)
+
+
+def label_reason(text: str) -> str | None:
+    """Return the reason why the text between tags is not a label, or None: a reference that is not a character."""
+    for match in _REFERENCE.finditer(text):
+        digits = match[1] or match[2]
+        if len(digits) <= _REFERENCE_DIGITS:
+            number, value = int(digits, 10 if match[1] else 16), html.unescape(match[0])
+            if value and (value != "\ufffd" or number == 0xFFFD):
+                continue
+        return f"malformed label: {match[0][:QUOTE_LENGTH]!r} is not a character"
+    return None
 
 
 def _tag_reason(tag: re.Match[str]) -> str | None:
@@ -66,6 +80,18 @@ def attributes(tag: re.Match[str]) -> list[re.Match[str]] | None:
     names = {match[1] + match[2] for match in found}
     is_valid = not tag.string[position:end].strip(" /\n\t") and len(names) == len(found)
     return found if is_valid else None
+
+
+def lost_attributes(text: str, names: Sequence[str]) -> list[DecodeError]:
+    """Return the attributes of tags that are neither in `names` nor an `alt` equal to the label."""
+    errors = []
+    for tag in _TAG.finditer(text):
+        for match in attributes(tag) or []:
+            is_label = "alt" in names and match[1] == "alt" and not match[2] and match[3] == tag[4]
+            if not is_label and (match[1] == "alt" or match[1] not in names):
+                reason = f"attribute {match[1] + match[2]!r} would be lost in {tag[0][:QUOTE_LENGTH]!r}"
+                errors.append(DecodeError(match.start(1), reason))
+    return errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +141,10 @@ class MolmoGrammar:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
 
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        return lost_attributes(text, ("x", "y", "alt"))
+
     def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
         """Add the points of a tag to `found`; returns the reason if it has none."""
         pairs = attributes(tag)
@@ -128,6 +158,8 @@ class MolmoGrammar:
         codes = [self._code(match[3]) for match in values]
         if None in codes:
             return "malformed number"
+        if reason := label_reason(tag[4]):
+            return reason
         label = html.unescape(tag[4]) or None
         for index in range(0, len(values), 2):
             span = (values[index].start(1), values[index + 1].end())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .base import Coded, DecodeError, Found
-from .molmo import attributes, label_text, outer_span, scan_tags
+from .molmo import attributes, label_reason, label_text, lost_attributes, outer_span, scan_tags
 
 __all__ = ["Molmo2Grammar"]
 
@@ -94,6 +94,10 @@ class Molmo2Grammar:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
 
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        return lost_attributes(text, ("coords",))
+
     def _read_tag(self, tag: re.Match[str], found: list[Found]) -> str | None:
         """Add the regions of a tag to `found`; returns the reason if it has none."""
         pairs = attributes(tag)
@@ -108,6 +112,8 @@ class Molmo2Grammar:
                 break
         if not groups or groups[-1].end() != coords[0].end(3):
             return "malformed coords: expected an image or time, then number, x and y in three digits"
+        if reason := label_reason(tag[4]):
+            return reason
         label = html.unescape(tag[4]) or None
         regions = self._read_tracks(groups, label) if tag[1] == "tracks" else self._read_points(groups, label)
         if isinstance(regions, str):

@@ -1,5 +1,6 @@
 """Grammars of regions between marks, as data: `<ref>cat</ref><box>(1,2),(3,4)</box>` and similar text."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,3 +62,13 @@ class TaggedGrammar(TaggedFields):
     def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
         """See [`Grammar`]."""
         return scan(self, text)
+
+    def lost(self, text: str) -> list[DecodeError]:
+        """See [`ReportsLoss`]."""
+        if not self.trailing:
+            return []
+        errors, token = [], re.compile("[0-9]{1,9}".join(map(re.escape, self.trailing.split("{}"))))
+        for item in self.scan(text)[0]:
+            for match in token.finditer(text, item.end, item.outer[1]):
+                errors.append(DecodeError(match.start(), f"{match[0]!r} would be lost"))
+        return errors

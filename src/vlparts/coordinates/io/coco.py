@@ -7,18 +7,19 @@ readers ignore.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..regions import Region
 from ..validation import check_choice
 from .annotations import ImageRegions
-from .json_lines import parse_object
+from .json_lines import parse_object, without_bom
 
 __all__ = ["read_coco", "write_coco"]
 
 SHAPES = ("auto", "box", "polygon", "keypoints")
+CROWDS = ("skip", "keep", "raise")
 
 
 def _area(region: Region) -> float:
@@ -86,7 +87,7 @@ def write_coco(images: Iterable[ImageRegions], path: str | Path) -> None:
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def read_coco(path: str | Path, shape: str = "auto") -> list[ImageRegions]:
+def read_coco(path: str | Path, shape: str = "auto", *, crowds: str = "skip") -> list[ImageRegions]:
     """Read a COCO file.
 
     Args:
@@ -94,31 +95,40 @@ def read_coco(path: str | Path, shape: str = "auto") -> list[ImageRegions]:
         shape: What to read of each annotation: "box", "polygon" (one region per polygon) or "keypoints" (one point per
             labelled keypoint, with its name as label). "auto" reads keypoints if there are any, else polygons if there
             are any, else the box, also for run-length encoded masks.
+        crowds: What to do with annotations of groups of objects (`"iscrowd": 1`), whose box is not that of one object:
+            "skip" omits them, as torchvision's and DETR's training code does; "keep" reads them as regions like any
+            other; "raise" is an error.
 
     Returns:
         All images with their regions, in the order of the file. Several polygons or points of one annotation have its
         id as identity.
 
     Raises:
-        ValueError: If the file is not a COCO file, two images have the same id, or an annotation has an unknown image
-            or category, lacks the data for `shape`, or has a run-length encoded mask with `shape="polygon"`.
+        ValueError: If the file is not a COCO file, two entries of a list have the same id, an id is neither an integer
+            nor a string, or an annotation has an unknown image or category, lacks the data for `shape`, is a crowd
+            with `crowds="raise"`, or has a run-length encoded mask with `shape="polygon"`.
     """
     check_choice(shape, "shape", SHAPES)
+    check_choice(crowds, "crowds", CROWDS)
     source = Path(path)
     if not source.is_file():
         raise ValueError(f"`path` must be a COCO JSON file, got {source}, which does not exist.")
     try:
-        document = parse_object(source.read_bytes())
-        if not isinstance(document["images"], list):
-            raise ValueError(f"`images` must be a list, got {document['images']!r}.")
-        images = {image["id"]: image for image in document["images"]}
-        if len(images) < len(document["images"]):
-            raise ValueError("Two images have the same id.")
-        categories = {category["id"]: category for category in document.get("categories", [])}
+        document = parse_object(without_bom(source.read_bytes()))
+        images = dict(_entries(document["images"], "images"))
+        categories = dict(_entries(document.get("categories", []), "categories"))
         regions: dict[Any, list[Region]] = {image: [] for image in images}
-        for index, entry in enumerate(document.get("annotations", [])):
+        annotations = document.get("annotations", [])
+        for index, (_, entry) in enumerate(_entries(annotations, "annotations", required=False)):
+            if _is_crowd(entry, index) and crowds != "keep":
+                if crowds == "skip":
+                    continue
+                raise ValueError(
+                    f"`annotations[{index}]` is a crowd (`iscrowd` is 1); crowds='skip' omits it, 'keep' reads it."
+                )
             try:
-                regions[entry["image_id"]] += _regions(entry, categories[entry["category_id"]], shape)
+                image, category = (_checked_id(entry[name], name) for name in ("image_id", "category_id"))
+                regions[image] += _regions(entry, categories[category], shape)
             except KeyError as error:
                 raise ValueError(f"`annotations[{index}]`: {error} is missing.") from None
             except (ValueError, TypeError) as error:
@@ -131,6 +141,44 @@ def read_coco(path: str | Path, shape: str = "auto") -> list[ImageRegions]:
         raise ValueError(f"{source}: {error} is missing.") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _checked_id(value: Any, name: str) -> int | float | str:
+    """Return an id, or raise ValueError; True is not the id 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"`{name}` must be an integer or a string, got {value!r}.")
+    return value
+
+
+def _entries(listed: Any, name: str, required: bool = True) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield id and entry of each object of a list; None for one without an id unless it is required."""
+    if not isinstance(listed, list):
+        raise ValueError(f"`{name}` must be a list, got {listed!r}.")
+    first: dict[Any, int] = {}
+    for index, entry in enumerate(listed):
+        place = f"`{name}[{index}]`"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{place} must be an object, got {entry!r}.")
+        if "id" not in entry:
+            if required:
+                raise ValueError(f"{place}: 'id' is missing.")
+            yield None, entry
+            continue
+        try:
+            number = _checked_id(entry["id"], "id")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if first.setdefault(number, index) != index:
+            raise ValueError(f"{place}: the id {number!r} occurs twice; `{name}[{first[number]}]` has it too.")
+        yield number, entry
+
+
+def _is_crowd(entry: Mapping[str, Any], index: int) -> bool:
+    """Whether an annotation is that of a group of objects."""
+    value = entry.get("iscrowd", 0)
+    if value not in (0, 1, None):
+        raise ValueError(f"`annotations[{index}]`: `iscrowd` must be 0 or 1, got {value!r}.")
+    return bool(value)
 
 
 def _pairs(values: Any, step: int, name: str) -> list[tuple[float, ...]]:

@@ -1,22 +1,34 @@
 """Reading and writing JSON Lines, one object per line, one at a time."""
 
+import codecs
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-__all__ = ["json_line", "parse_object", "read_json_lines", "write_json_lines"]
+from ..grammars.base import QUOTE_LENGTH
+
+__all__ = ["json_line", "parse_object", "read_json_lines", "without_bom", "write_json_lines"]
+
+MAX_DIGITS = 4300  # of an integer: Python's own limit
 
 
 def parse_object(line: str | bytes) -> dict[str, Any]:
     """Return the JSON object in a line.
 
     Raises:
-        ValueError: If the line is not UTF-8, not JSON or not an object, or has a repeated key, a NaN, or half of a
-            surrogate pair.
+        ValueError: If the line is not UTF-8, not JSON or not an object, or has a repeated key, a NaN, a number
+            that is too large, or half of a surrogate pair.
     """
     try:
         text = line.decode(encoding="utf-8") if isinstance(line, bytes) else line
-        fields = json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
+        fields = json.loads(
+            text,
+            parse_constant=_reject_constant,
+            parse_int=_bounded_int,
+            parse_float=_finite_float,
+            object_pairs_hook=_unique_keys,
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"Not valid UTF-8: {error}.") from None
     except json.JSONDecodeError as error:
@@ -35,6 +47,25 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
 
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not a valid number.")
+
+
+def without_bom(content: str | bytes) -> str | bytes:
+    """Return the content of a file without a UTF-8 byte order mark at its start."""
+    return content.removeprefix(codecs.BOM_UTF8) if isinstance(content, bytes) else content.removeprefix("\ufeff")
+
+
+def _bounded_int(token: str) -> int:
+    digits = len(token.removeprefix("-"))
+    if digits > MAX_DIGITS:
+        raise ValueError(f"A number has {digits} digits, more than {MAX_DIGITS}.")
+    return int(token)
+
+
+def _finite_float(token: str) -> float:
+    number = float(token)
+    if math.isinf(number):
+        raise ValueError(f"Number {token[:QUOTE_LENGTH]} is too large.")
+    return number
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,7 +96,7 @@ def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iter
     """
     for number, line in enumerate(lines, start=1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf") if isinstance(line, bytes) else line.removeprefix("\ufeff")
+            line = without_bom(line)
         if line.strip():
             try:
                 fields = parse_object(line)
