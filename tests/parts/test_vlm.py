@@ -1,10 +1,13 @@
 """The composed model: generation, losses, and placeholders that do not match."""
 
+import re
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 import vlparts
+from tests.parts.openpangu_shaped import encode, openpangu, video
 from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import VisionLanguageConfig, VisionLanguageForConditionalGeneration
 from vlparts.parts.vlm_inputs import check_placeholders
@@ -194,6 +197,62 @@ def test_placeholders_must_match_image_by_image(placeholders: list[int], images:
 
 def test_matching_placeholders_pass() -> None:
     check_placeholders(torch.arange(10)[None] < torch.tensor([7, 0, 2])[:, None], [4, 3, 2])
+
+
+RUNS = [
+    ([12, 10], [12, 10], None, True),
+    ([12, 10], [10, 12], None, False),
+    ([22], [10, 12], None, True),  # images without text in between
+    ([10, 22, 7], [10, 12, 10, 7], [1, 1, 1, 1], True),
+    ([10, 22, 7], [10, 12, 7, 10], [1, 1, 1, 1], False),
+    ([12, 10], [22], [1], False),  # text inside an image
+    ([12, 10], [22], None, True),  # features whose images are unknown, as in a chunk of a prompt
+    ([6, 6, 12], [12, 12], [2, 1], True),  # frame by frame
+    ([6, 6, 12], [12, 12], [1, 2], False),
+    ([6, 6, 12], [12, 12], None, True),
+    ([6, 8, 10], [12, 12], None, False),
+]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(("runs", "tokens", "frames", "fits"), RUNS)
+def test_placeholders_must_match_run_by_run(
+    runs: list[int], tokens: list[int], frames: list[int] | None, fits: bool, kind: str
+) -> None:
+    row = [inside for length in runs for inside in [True] * length + [False]]
+    mask = torch.tensor([[False] * len(row), row])
+    if fits:
+        check_placeholders(mask, tokens, kind, frames)
+        return
+    written = f"sample 1 has {kind} tokens in runs of {', '.join(map(str, runs))}, but its {kind}s have "
+    written += re.escape(" + ".join(map(str, tokens))) + " features in this order"
+    with pytest.raises(ValueError, match=written):
+        check_placeholders(mask, tokens, kind, frames)
+
+
+@pytest.mark.parametrize("generates", [True, False])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_images_in_another_order_are_refused(kind: str, generates: bool) -> None:
+    model, processor = openpangu("qwen3")
+    media = {"image": [picture(32, 16), picture(16, 16)], "video": [video(1), video(1, 16)]}[kind]
+    blocks = [{"type": kind, kind: one} for one in media]
+    blocks.insert(1, {"type": "text", "text": "or"})
+    inputs = encode(processor, [[{"role": "user", "content": blocks}]])
+    model(**inputs)
+    name, grids = {"image": "pixel_values", "video": "pixel_values_videos"}[kind], inputs[f"{kind}_grid_thw"]
+    inputs[name] = torch.cat(inputs[name].split(grids.prod(-1).tolist())[::-1])
+    inputs[f"{kind}_grid_thw"] = grids.flip(0)
+    written = {"image": r"8, 4, but its images have 4 \+ 8", "video": r"2, 1, but its videos have 1 \+ 2"}[kind]
+    with pytest.raises(ValueError, match=f"sample 0 has {kind} tokens in runs of {written} features in this order"):
+        model.generate(**inputs, max_new_tokens=2) if generates else model(**inputs)
+
+
+def test_a_prompt_can_be_taken_in_chunks() -> None:
+    model, processor = composed()
+    inputs = batch(processor, [[picture(20, 9), picture(5, 13)]])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=7), expected)
 
 
 def test_a_sample_truncated_inside_an_image_is_named() -> None:

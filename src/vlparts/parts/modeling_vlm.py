@@ -23,6 +23,7 @@ from .moe_losses import find_balance_loss
 from .part_models import model_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import add_auto_classes, check_token_inputs, slice_for_logits
+from .vlm_features import get_image_grids
 from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
@@ -137,11 +138,14 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         image_kwargs, video_kwargs = (
             {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(f"{kind}_")} for kind in _PIXELS
         )
+        grids: dict[str, Tensor | None] = {}
         if pixel_values is not None:
+            grids["image"] = get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes)
             media["image"] = self.get_image_features(
                 pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, return_dict=True, **image_kwargs
             )
         if pixel_values_videos is not None:
+            grids["video"] = video_grid_thw
             media["video"] = self.get_video_features(
                 pixel_values_videos, video_grid_thw, return_dict=True, **video_kwargs
             )
@@ -164,7 +168,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         for kind, outputs in media.items():
-            inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind)
+            inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
 
         return self.language_model(
             attention_mask=attention_mask,

@@ -5,6 +5,7 @@ model.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -182,34 +183,50 @@ def _strip_prefix(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
 
 
-def check_placeholders(mask: Tensor, tokens: list[int], kind: str = "image") -> None:
-    """Check that placeholders and features match, sample by sample and image by image.
+def check_placeholders(
+    mask: Tensor, tokens: Sequence[int], kind: str = "image", frames: Sequence[int] | None = None
+) -> None:
+    """Check that placeholders and features match, sample by sample and run by run.
+
+    A run is a row of placeholders without text in between. Consecutive images, or frames of videos, fill it exactly.
 
     Args:
         mask: `(B, S)` bool, true at the placeholders.
         tokens: Tokens of each image (or video) of the batch, in order.
         kind: "image" or "video", for the error message.
+        frames: Frames of each image (or video), which divide its tokens equally. If None, they are unknown, and a run
+            may also be any part of one image (or video).
 
     Raises:
         ValueError: If the images of a sample do not have as many tokens as the sample has placeholders, even if the
-            totals of the batch agree; names the sample, the placeholders and the features.
+            totals of the batch agree, or do not fill its runs of placeholders; names the sample, the placeholders and
+            the features.
     """
     mismatch = f"{kind.capitalize()} features and {kind} tokens do not match"
     article = "an" if kind == "image" else "a"
-    remaining = iter(tokens)
-    for sample, placeholders in enumerate(mask.sum(-1).tolist()):
-        features: list[int] = []
+    parts = [1] * len(tokens) if frames is None else frames
+    remaining = iter(zip(tokens, parts, strict=True))
+    for sample, runs in enumerate(_lengths_of_runs(mask)):
+        placeholders, features = sum(runs), list[int]()
+        pieces: list[int] = []
         while sum(features) < placeholders:
             following = next(remaining, None)
             if following is None:
                 break
-            features.append(following)
+            features.append(following[0])
+            pieces += [following[0] // following[1]] * following[1]
+        written = " + ".join(map(str, features)) or "0"
         if sum(features) != placeholders:
             raise ValueError(
-                f"{mismatch}: sample {sample} has {placeholders} {kind} tokens, but its {kind}s have "
-                f"{' + '.join(map(str, features)) or '0'} features. Was it truncated inside {article} {kind}?"
+                f"{mismatch}: sample {sample} has {placeholders} {kind} tokens, but its {kind}s have {written} "
+                f"features. Was it truncated inside {article} {kind}?"
             )
-    unused = list(remaining)
+        if not _fill_runs(runs, pieces, divisible=frames is None):
+            raise ValueError(
+                f"{mismatch}: sample {sample} has {kind} tokens in runs of {', '.join(map(str, runs))}, but its "
+                f"{kind}s have {written} features in this order. Expected {kind}s in the order of the text."
+            )
+    unused = [count for count, _ in remaining]
     if unused:
         raise ValueError(
             f"{mismatch}: {len(unused)} {kind}s with {sum(unused)} features have no {kind} tokens in any of the "
@@ -217,7 +234,30 @@ def check_placeholders(mask: Tensor, tokens: list[int], kind: str = "image") -> 
         )
 
 
-def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor], kind: str) -> Tensor:
+def _lengths_of_runs(mask: Tensor) -> list[list[int]]:
+    """Lengths of the runs of true values in each row of a mask `(B, S)`."""
+    edges = torch.nn.functional.pad(mask.cpu().int(), (1, 1)).diff()
+    rows, starts = (edges == 1).nonzero(as_tuple=True)
+    lengths = (edges == -1).nonzero()[:, 1] - starts
+    runs: list[list[int]] = [[] for _ in mask]
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        runs[row].append(length)
+    return runs
+
+
+def _fill_runs(runs: list[int], pieces: list[int], divisible: bool) -> bool:
+    """Whether consecutive pieces fill each run exactly; if they are divisible, a run may also be part of one piece."""
+    ends = set(accumulate(pieces, initial=0))
+    for start, end in pairwise(accumulate(runs, initial=0)):
+        exact = start in ends and end in ends
+        if not exact and not (divisible and not any(start < place < end for place in ends)):
+            return False
+    return True
+
+
+def fill_placeholders(
+    inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor], kind: str, grid_thw: Tensor | None = None
+) -> Tensor:
     """Replace the embeddings of placeholders by features.
 
     Args:
@@ -225,6 +265,7 @@ def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Te
         mask: `(B, S)` bool, true at the placeholders.
         features: `(tokens, E)` of each image (or video) of the batch, in order.
         kind: "image" or "video", for the error message.
+        grid_thw: `(n, 3)` grids of the images (or videos), whose frames the check then knows.
 
     Returns:
         `(B, S, E)`.
@@ -233,6 +274,7 @@ def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Te
         ValueError: If placeholders and features do not match (not checked while compiling).
     """
     if not torch.compiler.is_compiling():
-        check_placeholders(mask, [len(tokens) for tokens in features], kind)
+        frames = None if grid_thw is None else grid_thw[:, 0].tolist()
+        check_placeholders(mask, [len(tokens) for tokens in features], kind, frames)
     tokens = torch.cat(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
