@@ -6,7 +6,17 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GPT2Config, Siglip2VisionModel
 
 import vlparts
-from tests.tiny import SIZES, navit, navit_config, order_one, picture, text_config, tokenizer, vision_config
+from tests.tiny import (
+    SIZES,
+    assert_initialised,
+    navit,
+    navit_config,
+    order_one,
+    picture,
+    text_config,
+    tokenizer,
+    vision_config,
+)
 
 
 def test_models_keep_their_weights_and_are_shared() -> None:
@@ -55,6 +65,30 @@ def test_new_weights_follow_the_configuration() -> None:
     assert 0.4 < model.model.projector.projection.weight.std() < 0.6
     assert 0.4 < model.lm_head.weight.std() < 0.6
     assert torch.count_nonzero(model.model.projector.projection.bias) == 0
+
+
+@pytest.mark.parametrize("kind", ["configuration", "model", "base"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_initialisation_happens_once(kind: str, tied: bool) -> None:
+    """Also of a new head and a trained projector, and after the vocabulary has grown."""
+    words = tokenizer()
+    config = text_config("qwen3", words)
+    config.tie_word_embeddings = tied
+    text = config if kind == "configuration" else AutoModelForCausalLM.from_config(config)
+    model = vlparts.compose(vision=vision_config("clip"), text=text.model if kind == "base" else text)
+    assert_initialised(model)
+    vlparts.compose_processor(model, words, vision_start_token="<start>", vision_end_token="<end>")
+    assert_initialised(order_one(model))
+
+
+def test_parts_without_weights_are_initialised_later() -> None:
+    with torch.device("meta"):
+        model = vlparts.compose(vision=navit_config(), text=text_config("qwen3", tokenizer()))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_configuration_of_ours_loses_its_pooling_and_the_original_is_left_alone() -> None:

@@ -16,6 +16,7 @@ from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
+from .parts.utils import mark_initialized
 from .parts.vlm_features import pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
 
@@ -94,6 +95,7 @@ def compose(
         head = _new_weights(model, nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False))
     model.lm_head = cast(nn.Linear, head)
     model.tie_weights()
+    mark_initialized(model)
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
         model.generation_config = deepcopy(generation_config)

@@ -4,7 +4,7 @@ import operator
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -29,6 +29,21 @@ def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -
     model.config.auto_map = auto_map | {
         name: f"{module}.{model_class.__name__}" for name, model_class in classes.items()
     }
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """Mark the modules of a model as initialised, so that `post_init` and `init_weights` change no weight.
+
+    transformers marks the modules of models that it builds or loads. Models that are put together of such parts, or
+    filled tensor by tensor, need this call at the end. Modules on the meta device have no weights and are not marked.
+
+    Args:
+        model: The model with all weights.
+    """
+    for module in model.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if not any(tensor.is_meta for tensor in tensors):
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
