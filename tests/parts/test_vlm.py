@@ -1,10 +1,12 @@
 """The composed model: generation, losses, and placeholders that do not match."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 
 import vlparts
 from tests.parts.openpangu_shaped import encode, openpangu, video
@@ -282,6 +284,36 @@ def test_a_sample_truncated_inside_an_image_is_named() -> None:
 def test_bad_configuration(changes: dict, message: str) -> None:
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         VisionLanguageConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("attention_mask", lambda mask: mask[:, :-2], r"`attention_mask` must have shape \(3, \d+\), got \(3, \d+\)"),
+        ("input_ids", lambda ids: ids + 10**6, r"`input_ids` must be between 0 and 280, got 1\d+ to 1\d+"),
+        ("labels", lambda labels: labels.T, r"`labels` must have shape \(3, \d+\), got \(\d+, 3\)"),
+        ("shift_labels", lambda labels: labels[:, 1:], r"`shift_labels` must have shape \(3, \d+\)"),
+        ("spatial_shapes", lambda shapes: shapes[:-1], r"`spatial_shapes` must have shape \(3, 2\), got \(2, 2\)"),
+        ("pixel_attention_mask", lambda mask: mask[:, 1:], r"`pixel_attention_mask` must have shape \(3, 16\)"),
+        ("pixel_values", lambda pixels: pixels[0], r"`pixel_values` must have shape \(any, any, any\)"),
+    ],
+)
+def test_shapes_are_checked_by_name(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
+    model, processor = composed("siglip2")
+    inputs = dict(batch(processor, GROUPS))
+    inputs |= {"labels": inputs["input_ids"], "shift_labels": inputs["input_ids"]}
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_masks_of_every_cache_fit(cache: str) -> None:
+    model, processor = composed()
+    inputs = batch(processor, GROUPS)
+    options = {"max_new_tokens": 3, "do_sample": False, "disable_compile": True}
+    expected = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), expected)
 
 
 def test_ids_and_embeddings_exclude_each_other() -> None:

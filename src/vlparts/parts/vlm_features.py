@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
 from .packed_index import merge_order
+from .utils import check_shape
 
 
 def pixel_layout(encoder: PreTrainedModel) -> str:
@@ -87,8 +88,8 @@ def encode_images(
         number of patches per image.
 
     Raises:
-        ValueError: If an input that the encoder needs is missing, or raw pixels are given to an encoder that does not
-            normalise them.
+        ValueError: If an input that the encoder needs is missing or has another shape, or raw pixels are given to an
+            encoder that does not normalise them.
     """
     layout = pixel_layout(encoder)
     pixel_values = _cast_pixels(pixel_values, encoder)
@@ -100,6 +101,10 @@ def encode_images(
         return outputs, tuple(maps or (_select_layer(outputs, layer),)), image_grid_thw.prod(-1)
     if layout == "naflex":
         require_inputs(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
+        if not torch.compiler.is_compiling():
+            check_shape("pixel_values", pixel_values, None, None, None)
+            check_shape("pixel_attention_mask", pixel_attention_mask, *pixel_values.shape[:2])
+            check_shape("spatial_shapes", spatial_shapes, len(pixel_values), 2)
         outputs = encoder(pixel_values, pixel_attention_mask, spatial_shapes, **options)
         rows = _select_layer(outputs, layer)
         features = [
@@ -107,6 +112,7 @@ def encode_images(
             for row, (height, width) in zip(rows, spatial_shapes.tolist(), strict=True)
         ]
         return outputs, (torch.cat(features),), spatial_shapes.prod(-1)
+    check_shape("pixel_values", pixel_values, None, None, None, None)
     outputs = encoder(pixel_values, **options)
     rows = _select_layer(outputs, layer)
     height, width = (side // encoder.config.patch_size for side in pixel_values.shape[-2:])
