@@ -38,6 +38,33 @@ def pixel_layout(encoder: PreTrainedModel) -> str:
     )
 
 
+def get_encoder_options(encoder: PreTrainedModel, given: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return keyword arguments for a vision encoder: its outputs, and the inputs of packed encoders by their names.
+
+    Args:
+        encoder: The vision encoder.
+        given: `output_hidden_states`, `output_attentions`, and precomputed inputs with the prefix.
+        kind: The prefix, "image" or "video".
+
+    Raises:
+        ValueError: If the encoder does not take one of them; names it.
+    """
+    if not given:
+        return {}
+    names = {name: name for name in ("output_hidden_states", "output_attentions")}
+    if pixel_layout(encoder) == "packed":
+        inputs = inspect.signature(encoder.forward).parameters.values()
+        precomputed = [one.name for one in inputs if one.kind is one.POSITIONAL_OR_KEYWORD]
+        names |= {f"{kind}_{name}": name for name in precomputed if name not in ("pixel_values", "image_grid_thw")}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`kwargs` of the {kind} features must be among {', '.join(names)} for the vision encoder "
+            f"{type(encoder).__name__}, got {', '.join(unknown)}."
+        )
+    return {names[name]: value for name, value in given.items()}
+
+
 def get_image_grids(
     encoder: PreTrainedModel,
     pixel_values: Tensor | None,
@@ -67,7 +94,7 @@ def encode_images(
     *,
     layer: int,
     merge_size: int,
-    **precomputed: Any,
+    **options: Any,
 ) -> tuple[BaseModelOutputWithPooling, tuple[Tensor, ...], Tensor]:
     """Run a vision encoder and return the patches of all images as one sequence.
 
@@ -81,7 +108,8 @@ def encode_images(
         layer: -1 for the encoder's output (of a packed encoder with `feature_maps`, all of them), otherwise an index
             into its hidden states.
         merge_size: Side m of the blocks that a projector merges.
-        **precomputed: Further inputs of packed encoders (`cu_seqlens`, `max_seqlen`, `position_ids`).
+        **options: Passed to the encoder: `output_hidden_states`, `output_attentions`, and further inputs of packed
+            encoders (`cu_seqlens`, `max_seqlen`, `position_ids`).
 
     Returns:
         The encoder's output; one `(L, D)` per feature layer, with the patches of all images in merge order; `(n,)`
@@ -93,10 +121,11 @@ def encode_images(
     """
     layout = pixel_layout(encoder)
     pixel_values = _cast_pixels(pixel_values, encoder)
-    options = {"output_hidden_states": True} if layer != -1 else {}
+    if layer != -1:
+        options["output_hidden_states"] = True
     if layout == "packed":
         require_inputs(image_grid_thw=image_grid_thw)
-        outputs = encoder(pixel_values, image_grid_thw, **options, **precomputed)
+        outputs = encoder(pixel_values, image_grid_thw, **options)
         maps = getattr(outputs, "feature_maps", None) if layer == -1 else None
         return outputs, tuple(maps or (_select_layer(outputs, layer),)), image_grid_thw.prod(-1)
     if layout == "naflex":

@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .utils import check_token_inputs
-from .vlm_features import encode_images, get_image_grids, pixel_layout, require_inputs
+from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
 
@@ -46,15 +46,18 @@ class MultimodalInputsMixin:
             image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches, for packed encoders.
             pixel_attention_mask: `(n, patches)` for padded encoders (Siglip2).
             spatial_shapes: `(n, 2)` rows and columns for padded encoders (Siglip2).
-            **kwargs: Precomputed inputs of packed encoders, with the prefix "image_" (`image_cu_seqlens`,
-                `image_max_seqlen`, `image_position_ids`).
+            **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
+                prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
 
         Returns:
             The encoder's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling
             it holds one tensor `(T, E)`, since the lengths of the images are unknown to the compiler.
+
+        Raises:
+            ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.
         """
-        precomputed = _strip_prefix(kwargs, "image")
-        return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **precomputed)
+        options = get_encoder_options(self.vision_tower, kwargs, "image")
+        return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **options)
 
     @can_return_tuple
     def get_video_features(
@@ -65,13 +68,14 @@ class MultimodalInputsMixin:
         Args:
             pixel_values_videos: `(L, C*P*P)` packed patches, frame after frame.
             video_grid_thw: `(n, 3)` int64 frames, rows and columns.
-            **kwargs: Precomputed inputs, with the prefix "video_"; see [`get_image_features`].
+            **kwargs: As there, with the prefix "video_"; see [`get_image_features`].
 
         Returns:
             The encoder's output, whose `pooler_output` holds one tensor `(tokens, E)` per video.
 
         Raises:
-            ValueError: If the vision encoder does not take packed frames, or `video_grid_thw` is missing.
+            ValueError: If the vision encoder does not take packed frames or a keyword argument, or `video_grid_thw` is
+                missing.
         """
         if pixel_layout(self.vision_tower) != "packed":
             raise ValueError(
@@ -79,7 +83,8 @@ class MultimodalInputsMixin:
                 "single images; expected one that takes `image_grid_thw`."
             )
         require_inputs(video_grid_thw=video_grid_thw)
-        return self._encode(pixel_values_videos, video_grid_thw, **_strip_prefix(kwargs, "video"))
+        options = get_encoder_options(self.vision_tower, kwargs, "video")
+        return self._encode(pixel_values_videos, video_grid_thw, **options)
 
     def _encode(
         self,
@@ -87,7 +92,7 @@ class MultimodalInputsMixin:
         grid_thw: Tensor | None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        **precomputed: Any,
+        **options: Any,
     ) -> BaseModelOutputWithPooling:
         outputs, features, patches = encode_images(
             self.vision_tower,
@@ -97,7 +102,7 @@ class MultimodalInputsMixin:
             spatial_shapes,
             layer=self.config.vision_feature_layer,
             merge_size=self.config.merge_size,
-            **precomputed,
+            **options,
         )
         tokens = self.projector(*features)
         if torch.compiler.is_compiling():
@@ -175,12 +180,6 @@ class MultimodalInputsMixin:
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
-
-
-def _strip_prefix(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the inputs whose names start with `kind` and an underscore, without that prefix."""
-    prefix = f"{kind}_"
-    return {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
 
 
 def check_placeholders(
