@@ -6,7 +6,17 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GPT2Config, Siglip2VisionModel
 
 import vlparts
-from tests.tiny import SIZES, navit, navit_config, order_one, text_config, tokenizer, vision_config
+from tests.tiny import (
+    SIZES,
+    assert_initialised,
+    navit,
+    navit_config,
+    order_one,
+    picture,
+    text_config,
+    tokenizer,
+    vision_config,
+)
 
 
 def test_models_keep_their_weights_and_are_shared() -> None:
@@ -57,6 +67,30 @@ def test_new_weights_follow_the_configuration() -> None:
     assert torch.count_nonzero(model.model.projector.projection.bias) == 0
 
 
+@pytest.mark.parametrize("kind", ["configuration", "model", "base"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_initialisation_happens_once(kind: str, tied: bool) -> None:
+    """Also of a new head and a trained projector, and after the vocabulary has grown."""
+    words = tokenizer()
+    config = text_config("qwen3", words)
+    config.tie_word_embeddings = tied
+    text = config if kind == "configuration" else AutoModelForCausalLM.from_config(config)
+    model = vlparts.compose(vision=vision_config("clip"), text=text.model if kind == "base" else text)
+    assert_initialised(model)
+    vlparts.compose_processor(model, words, vision_start_token="<start>", vision_end_token="<end>")
+    assert_initialised(order_one(model))
+
+
+def test_parts_without_weights_are_initialised_later() -> None:
+    with torch.device("meta"):
+        model = vlparts.compose(vision=navit_config(), text=text_config("qwen3", tokenizer()))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_a_configuration_of_ours_loses_its_pooling_and_the_original_is_left_alone() -> None:
     config = navit_config(pooling="map")
     model = vlparts.compose(vision=config, text=text_config("qwen3", tokenizer()))
@@ -83,6 +117,54 @@ def test_the_generation_settings_of_a_checkpoint_are_kept(tmp_path: object) -> N
     for given in (text, tmp_path):
         model = vlparts.compose(vision=navit_config(), text=given)
         assert (model.generation_config.do_sample, model.generation_config.top_k) == (True, 7)
+
+
+def test_placeholders_are_suppressed_beside_the_tokens_of_the_text_model() -> None:
+    words = tokenizer()
+    text = AutoModelForCausalLM.from_config(text_config("qwen2", words))
+    text.generation_config.update(suppress_tokens=[7, 5], eos_token_id=None)
+    model = vlparts.compose(vision=navit_config(), text=text, image_token_id=9, video_token_id=8)
+    assert model.generation_config.suppress_tokens == [5, 7, 8, 9]
+    tokens = {"video_token": "<video>", "vision_start_token": "<start>", "vision_end_token": "<end>"}
+    vlparts.compose_processor(model, words, **tokens)
+    ids = words.convert_tokens_to_ids(["<image>", *tokens.values()])
+    assert model.generation_config.suppress_tokens == sorted({5, 7, *ids})
+    # The options of the given model are its own.
+    assert text.generation_config.suppress_tokens == [7, 5]
+    assert text.generation_config.eos_token_id is None
+
+
+def test_a_model_without_placeholders_suppresses_nothing() -> None:
+    model = vlparts.compose(vision=navit_config(), text=text_config("qwen3", tokenizer()))
+    assert model.generation_config.suppress_tokens is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "num_beams": 2},
+    ],
+)
+def test_placeholders_are_not_generated(options: dict, tmp_path: object) -> None:
+    """Placeholders have the largest logits by far, and the prompt ends in what precedes them."""
+    words = tokenizer()
+    model = vlparts.compose(vision=navit_config(), text=text_config("qwen3", words)).eval()
+    processor = vlparts.compose_processor(model, words, vision_start_token="<start>", vision_end_token="<end>")
+    model.save_pretrained(tmp_path)
+    loaded = vlparts.VisionLanguageForConditionalGeneration.from_pretrained(tmp_path)
+    ids = words.convert_tokens_to_ids(["<image>", "<start>", "<end>"])
+    text = "Where is <start><image><end> Where is "
+    inputs = processor(images=[picture(12, 12)], text=text, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    for one in (model, loaded):
+        one.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor(ids), 100.0))
+        one.generation_config.eos_token_id = None
+        generated = one.generate(**inputs, max_new_tokens=8, **options)[0, length:].tolist()
+        assert len(generated) == 8
+        assert not set(generated) & set(ids)
 
 
 @pytest.mark.parametrize("kind", ["navit", "clip", "siglip2"])

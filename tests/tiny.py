@@ -8,6 +8,7 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +56,17 @@ def order_one(model: nn.Module, seed: int = 0) -> nn.Module:
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
             parameter.copy_(noise * scale + (1.0 if parameter.ndim == 1 else 0.0))
     return model
+
+
+def assert_initialised(model: PreTrainedModel) -> None:
+    """Check that transformers' initialisation, called again, changes no weight and no buffer."""
+    tensors = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    model.post_init()
+    model.post_init()
+    model.init_weights()
+    model._initialize_missing_keys(is_quantized=False)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(value, tensors[name]), name
 
 
 def navit(seed: int = 0, **changes: object) -> NaViTModel:

@@ -1,6 +1,8 @@
 """Compose a vision-language model from parts."""
 
 import os
+from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +16,7 @@ from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
+from .parts.utils import mark_initialized
 from .parts.vlm_features import pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
 
@@ -35,7 +38,8 @@ def compose(
     """Build a vision-language model from a vision encoder and a text model.
 
     Models and checkpoints keep their weights; the modules of given models are shared, not copied. Configurations give
-    new weights. The projector is always new.
+    new weights. The projector is always new. Generation options are a copy of the text model's, whose
+    `suppress_tokens` are extended by the placeholders, since no image belongs to a generated one.
 
     Args:
         vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. The vision tower of a
@@ -91,9 +95,11 @@ def compose(
         head = _new_weights(model, nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False))
     model.lm_head = cast(nn.Linear, head)
     model.tie_weights()
+    mark_initialized(model)
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
-        model.generation_config = generation_config
+        model.generation_config = deepcopy(generation_config)
+    _suppress_tokens(model, (image_token_id, video_token_id))
     return model
 
 
@@ -112,7 +118,8 @@ def compose_processor(
 
     Adds missing tokens to the tokenizer, resizes the model's embeddings if the vocabulary has outgrown them, and sets
     `config.image_token_id` and `config.video_token_id`, and the end-of-sequence and padding ids of generation if they
-    are unset.
+    are unset. The ids of all four tokens are added to the `suppress_tokens` of generation, in place of placeholders
+    that the model had before.
 
     Args:
         model: The composed model.
@@ -139,9 +146,12 @@ def compose_processor(
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if len(tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer))
+    previous = (model.config.image_token_id, model.config.video_token_id)
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     if video_token is not None:
         model.config.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
+    _suppress_tokens(model, [*ids, model.config.video_token_id], previous)
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, name) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
@@ -193,6 +203,14 @@ def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
 def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
     module.apply(model._init_weights)
     return module.to(model.config.dtype)
+
+
+def _suppress_tokens(
+    model: VisionLanguageForConditionalGeneration, ids: Iterable[int | None], previous: Iterable[int | None] = ()
+) -> None:
+    """Exclude tokens from generation, beside those that are excluded already except the previous ones."""
+    excluded = set(model.generation_config.suppress_tokens or ()).difference(previous)
+    model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
 
 
 def _image_processor(layout: str, vision: PreTrainedConfig) -> Any:

@@ -227,8 +227,11 @@ ROWS = torch.zeros(2, 3).long()
         (dict(sample_ids=ROWS[0]), r"`sample_ids` must be integers of the shape of `labels`, \(2, 3\), .* \(3,\)"),
         (dict(sample_ids=ROWS.float()), "`sample_ids` must be integers .* got torch.float32"),
         (dict(sample_ids=ROWS.bool()), "`sample_ids` must be integers .* got torch.bool"),
-        (dict(sample_ids=ROWS - 2), "`sample_ids` must be between -1 and -1, got -2 to -2"),
-        (dict(sample_ids=ROWS + 2, sample_weights=torch.ones(2)), "`sample_ids` must be between -1 and 1, got 2 to 2"),
+        (dict(sample_ids=ROWS - 2), "`sample_ids` must be between -1 and -1, got -2 to -2.$"),
+        (
+            dict(sample_ids=ROWS + 2, sample_weights=torch.ones(2)),
+            "`sample_ids` must be between -1 and 1, got 2 to 2. `sample_weights` must",
+        ),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:

@@ -22,7 +22,17 @@ from transformers import (
     T5Config,
 )
 
-from tests.tiny import SIZES, navit, navit_config, order_one, packed_images, text_config, tokenizer, vision_config
+from tests.tiny import (
+    SIZES,
+    assert_initialised,
+    navit,
+    navit_config,
+    order_one,
+    packed_images,
+    text_config,
+    tokenizer,
+    vision_config,
+)
 from vlparts.parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from vlparts.parts.modeling_navit_dual_encoder import NaViTDualEncoder
 
@@ -243,6 +253,7 @@ def test_every_weight_is_initialised(tmp_path: Path, poisoned_empty: None, loss:
         assert built.logit_bias is None if bias is None else built.logit_bias.item() == bias
         for projection in (built.image_projection, built.text_projection):
             assert projection.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert_initialised(built)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import Cache
 
 from vlparts.parts.utils import check_minimum, check_token_inputs, positive_integer, slice_for_logits
 
@@ -26,6 +27,65 @@ def test_exactly_one_of_ids_and_embeddings() -> None:
         check_token_inputs(ids, embeds)
     with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds` must be given, got none"):
         check_token_inputs(None, None)
+
+
+BAD_TOKENS = [
+    ({"input_ids": torch.zeros(4, dtype=torch.int64)}, r"`input_ids` must have shape \(any, any\), got \(4,\)"),
+    ({"input_ids": torch.zeros(2, 4)}, "`input_ids` must be int32 or int64, got torch.float32"),
+    ({"input_ids": torch.full((2, 4), 9)}, "`input_ids` must be between 0 and 8, got 9 to 9"),
+    ({"input_ids": torch.tensor([[3, -1]])}, "`input_ids` must be between 0 and 8, got -1 to 3"),
+    (
+        {"input_ids": None, "inputs_embeds": torch.zeros(2, 4, 6)},
+        r"`inputs_embeds` .* \(any, any, 5\), got \(2,",
+    ),
+    ({"attention_mask": torch.ones(2, 3)}, r"`attention_mask` must have shape \(2, 4\), got \(2, 3\)"),
+    ({"attention_mask": torch.ones(2, 5)}, r"`attention_mask` must have shape \(2, 4\), got \(2, 5\)"),
+    ({"attention_mask": torch.ones(1, 4)}, r"`attention_mask` must have shape \(2, 4\), got \(1, 4\)"),
+    ({"attention_mask": torch.ones(4)}, r"`attention_mask` must have shape \(2, 4\), got \(4,\)"),
+    ({"position_ids": torch.arange(4)}, r"`position_ids` must have shape \(2, 4\), got \(4,\)"),
+    ({"position_ids": torch.zeros(3, 4)}, r"`position_ids` must have shape \(2, 4\), got \(3, 4\)"),
+    ({"position_ids": torch.zeros(3, 2, 5)}, r"`position_ids` must have shape \(any, 2, 4\), got \(3, 2, 5\)"),
+]
+
+
+def filled_cache(kind: type[Cache], tokens: int, **options: Any) -> Cache:
+    cache = kind(config=LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=4), **options)
+    cache.update(torch.zeros(2, 1, tokens, 4), torch.zeros(2, 1, tokens, 4), 0)
+    return cache
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_TOKENS)
+def test_shapes_and_ranges_of_token_inputs(changes: dict[str, Any], message: str) -> None:
+    inputs = {"input_ids": torch.zeros(2, 4, dtype=torch.int64), "inputs_embeds": None, **changes}
+    with pytest.raises(ValueError, match=message):
+        check_token_inputs(**inputs, vocab_size=9, width=5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_mask": torch.ones(2, 4), "position_ids": torch.zeros(1, 4)},
+        {"attention_mask": torch.ones(2, 1, 4, 4), "position_ids": torch.zeros(4, 2, 4)},
+        {"attention_mask": {"full_attention": None}, "position_ids": torch.zeros(4, 1, 4)},
+        {"input_ids": torch.empty(2, 0, dtype=torch.int64)},
+        {"attention_mask": torch.ones(2, 7), "past_key_values": filled_cache(DynamicCache, 3)},
+        {"attention_mask": torch.ones(2, 9), "past_key_values": filled_cache(StaticCache, 3, max_cache_len=9)},
+        {"input_ids": torch.empty(2, 4, dtype=torch.int64, device="meta")},
+    ],
+)
+def test_token_inputs_that_fit(changes: dict[str, Any]) -> None:
+    inputs = {"input_ids": torch.full((2, 4), 8), "inputs_embeds": None, **changes}
+    check_token_inputs(**inputs, vocab_size=9)
+
+
+def test_a_mask_of_the_new_tokens_alone_is_refused_with_a_cache() -> None:
+    with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(2, 7\), got \(2, 4\)"):
+        check_token_inputs(
+            torch.zeros(2, 4, dtype=torch.int64),
+            None,
+            attention_mask=torch.ones(2, 4),
+            past_key_values=filled_cache(DynamicCache, 3),
+        )
 
 
 def test_fields_have_a_minimum() -> None:

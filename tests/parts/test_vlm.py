@@ -1,10 +1,15 @@
 """The composed model: generation, losses, and placeholders that do not match."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 
 import vlparts
+from tests.parts.openpangu_shaped import encode, openpangu, video
 from tests.tiny import TEXTS, navit_config, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import VisionLanguageConfig, VisionLanguageForConditionalGeneration
 from vlparts.parts.vlm_inputs import check_placeholders
@@ -196,6 +201,62 @@ def test_matching_placeholders_pass() -> None:
     check_placeholders(torch.arange(10)[None] < torch.tensor([7, 0, 2])[:, None], [4, 3, 2])
 
 
+RUNS = [
+    ([12, 10], [12, 10], None, True),
+    ([12, 10], [10, 12], None, False),
+    ([22], [10, 12], None, True),  # images without text in between
+    ([10, 22, 7], [10, 12, 10, 7], [1, 1, 1, 1], True),
+    ([10, 22, 7], [10, 12, 7, 10], [1, 1, 1, 1], False),
+    ([12, 10], [22], [1], False),  # text inside an image
+    ([12, 10], [22], None, True),  # features whose images are unknown, as in a chunk of a prompt
+    ([6, 6, 12], [12, 12], [2, 1], True),  # frame by frame
+    ([6, 6, 12], [12, 12], [1, 2], False),
+    ([6, 6, 12], [12, 12], None, True),
+    ([6, 8, 10], [12, 12], None, False),
+]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(("runs", "tokens", "frames", "fits"), RUNS)
+def test_placeholders_must_match_run_by_run(
+    runs: list[int], tokens: list[int], frames: list[int] | None, fits: bool, kind: str
+) -> None:
+    row = [inside for length in runs for inside in [True] * length + [False]]
+    mask = torch.tensor([[False] * len(row), row])
+    if fits:
+        check_placeholders(mask, tokens, kind, frames)
+        return
+    written = f"sample 1 has {kind} tokens in runs of {', '.join(map(str, runs))}, but its {kind}s have "
+    written += re.escape(" + ".join(map(str, tokens))) + " features in this order"
+    with pytest.raises(ValueError, match=written):
+        check_placeholders(mask, tokens, kind, frames)
+
+
+@pytest.mark.parametrize("generates", [True, False])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_images_in_another_order_are_refused(kind: str, generates: bool) -> None:
+    model, processor = openpangu("qwen3")
+    media = {"image": [picture(32, 16), picture(16, 16)], "video": [video(1), video(1, 16)]}[kind]
+    blocks = [{"type": kind, kind: one} for one in media]
+    blocks.insert(1, {"type": "text", "text": "or"})
+    inputs = encode(processor, [[{"role": "user", "content": blocks}]])
+    model(**inputs)
+    name, grids = {"image": "pixel_values", "video": "pixel_values_videos"}[kind], inputs[f"{kind}_grid_thw"]
+    inputs[name] = torch.cat(inputs[name].split(grids.prod(-1).tolist())[::-1])
+    inputs[f"{kind}_grid_thw"] = grids.flip(0)
+    written = {"image": r"8, 4, but its images have 4 \+ 8", "video": r"2, 1, but its videos have 1 \+ 2"}[kind]
+    with pytest.raises(ValueError, match=f"sample 0 has {kind} tokens in runs of {written} features in this order"):
+        model.generate(**inputs, max_new_tokens=2) if generates else model(**inputs)
+
+
+def test_a_prompt_can_be_taken_in_chunks() -> None:
+    model, processor = composed()
+    inputs = batch(processor, [[picture(20, 9), picture(5, 13)]])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=7), expected)
+
+
 def test_a_sample_truncated_inside_an_image_is_named() -> None:
     model, processor = composed()
     inputs = dict(batch(processor, [[picture(24, 16)], [picture(24, 16)]]))
@@ -223,6 +284,36 @@ def test_a_sample_truncated_inside_an_image_is_named() -> None:
 def test_bad_configuration(changes: dict, message: str) -> None:
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         VisionLanguageConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("attention_mask", lambda mask: mask[:, :-2], r"`attention_mask` must have shape \(3, \d+\), got \(3, \d+\)"),
+        ("input_ids", lambda ids: ids + 10**6, r"`input_ids` must be between 0 and 280, got 1\d+ to 1\d+"),
+        ("labels", lambda labels: labels.T, r"`labels` must have shape \(3, \d+\), got \(\d+, 3\)"),
+        ("shift_labels", lambda labels: labels[:, 1:], r"`shift_labels` must have shape \(3, \d+\)"),
+        ("spatial_shapes", lambda shapes: shapes[:-1], r"`spatial_shapes` must have shape \(3, 2\), got \(2, 2\)"),
+        ("pixel_attention_mask", lambda mask: mask[:, 1:], r"`pixel_attention_mask` must have shape \(3, 16\)"),
+        ("pixel_values", lambda pixels: pixels[0], r"`pixel_values` must have shape \(any, any, any\)"),
+    ],
+)
+def test_shapes_are_checked_by_name(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
+    model, processor = composed("siglip2")
+    inputs = dict(batch(processor, GROUPS))
+    inputs |= {"labels": inputs["input_ids"], "shift_labels": inputs["input_ids"]}
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_masks_of_every_cache_fit(cache: str) -> None:
+    model, processor = composed()
+    inputs = batch(processor, GROUPS)
+    options = {"max_new_tokens": 3, "do_sample": False, "disable_compile": True}
+    expected = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), expected)
 
 
 def test_ids_and_embeddings_exclude_each_other() -> None:

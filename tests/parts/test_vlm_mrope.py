@@ -288,8 +288,10 @@ def test_a_cache_without_positions_is_refused() -> None:
     following = torch.tensor([[5]])
     with pytest.raises(ValueError, match="`position_ids` must be given with a cache that holds tokens"):
         model(input_ids=following, past_key_values=cache)
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    inputs["attention_mask"] = inputs["attention_mask"].repeat(1, 2)
     with pytest.raises(ValueError, match="`position_ids` must be given with a cache that holds tokens"):
-        model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None], past_key_values=cache)
+        model(**inputs, position_ids=positions, past_key_values=cache)
 
 
 def test_one_step_from_a_cache_with_positions_equals_forward() -> None:

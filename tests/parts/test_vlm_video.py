@@ -175,6 +175,30 @@ def test_what_the_tower_precomputes_is_passed_to_it() -> None:
     assert seen == [["cu_seqlens", "max_seqlen"]] * 2
 
 
+@pytest.mark.parametrize("name", ["nonsense", "image_nonsense", "video_nonsense", "pixel_mask", "cu_seqlens"])
+@pytest.mark.parametrize("kind", ["navit", "clip", "siglip2", "windowfree"])
+def test_options_that_the_tower_does_not_take_are_named(kind: str, name: str) -> None:
+    model, processor = openpangu("qwen3", vision=None if kind == "windowfree" else vision_config(kind))
+    inputs = encode(processor, [user(picture(16, 16))])
+    names = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes")
+    images = {one: inputs[one] for one in names if one in inputs}
+    for features in (model.get_image_features, model.model.get_image_features):
+        with pytest.raises(ValueError, match=f"`kwargs` of the image features must be among .*, got {name}."):
+            features(**images, **{name: 1})
+    if kind == "windowfree":
+        grids = inputs["image_grid_thw"]
+        with pytest.raises(ValueError, match=f"`kwargs` of the video features must be among .*, got {name}."):
+            model.get_video_features(inputs["pixel_values"], grids, **{name: 1})
+    if name == "image_nonsense":
+        with pytest.raises(ValueError, match=f"must be among .*, got {name}."):
+            model(**inputs, **{name: 1})
+    outputs = model.get_image_features(**images, output_hidden_states=True)
+    assert len(outputs.hidden_states) == model.config.vision_config.num_hidden_layers + 1
+    assert model.get_image_features(**images).get("hidden_states") is None
+    if kind == "windowfree":
+        assert model.get_video_features(inputs["pixel_values"], grids, output_hidden_states=True).hidden_states
+
+
 def test_missing_and_unfit_videos_are_named() -> None:
     model, processor = openpangu()
     inputs = encode(processor, [user(video(2))])

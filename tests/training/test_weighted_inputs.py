@@ -64,6 +64,15 @@ def test_rows_are_samples(case: str) -> None:
     assert samples_of({"labels": torch.arange(6).view(2, 3), **ROWS[case]}) == [0, 0, 0, 1, 1, 1]
 
 
+def test_padding_at_position_0_is_named() -> None:
+    batch = {"labels": torch.arange(8)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]])}
+    message = "`sample_weights` must .* of `position_ids`, in which 5 samples start at position 0, got 2. If padding"
+    with pytest.raises(ValueError, match=message):
+        take_weights({**batch, "sample_weights": torch.ones(2)})
+    ids = torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1]])
+    assert samples_of({**batch, "sample_weights": torch.ones(2), "sample_ids": ids}) == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
 def test_the_first_token_after_padding_has_no_loss() -> None:
     batch = {"labels": torch.arange(10, 18).view(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])}
     found = take_weights(batch)[1]

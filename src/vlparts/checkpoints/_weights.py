@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..parts.utils import mark_initialized
 from ._safetensors import StoredTensor, StoredTensors, write_tensors
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -98,6 +99,7 @@ def load_weights(
         slices[published].of(allocated).copy_(tensor)
     model.tie_weights()
     _init_buffers(model)
+    mark_initialized(model)
     return model.eval()
 
 

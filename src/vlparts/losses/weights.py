@@ -245,9 +245,9 @@ def find_samples(
     highest = int(ids.max()) if total else -1
     count = max(highest + 1, 0) if sample_weights is None or sample_weights.ndim == 0 else len(sample_weights)
     if highest >= count or (total and int(ids.min()) < -1):
+        weights = "" if sample_weights is None else " `sample_weights` must have one weight per sample."
         raise ValueError(
-            f"`sample_ids` must be between -1 and {count - 1}, got {int(ids.min())} to {highest}. If given, "
-            "`sample_weights` must have one weight per sample."
+            f"`sample_ids` must be between -1 and {count - 1}, got {int(ids.min())} to {highest}.{weights}"
         )
     return torch.where(ids < 0, count, ids), count
 

@@ -77,6 +77,7 @@ def prepare_decoder_inputs(
     position_ids: Tensor | None,
     past_key_values: Cache | None,
     use_cache: bool | None,
+    attention_mask: Any = None,
 ) -> DecoderInputs:
     """Embed tokens, create the cache and the default positions.
 
@@ -88,11 +89,19 @@ def prepare_decoder_inputs(
         position_ids: In any shape that the decoder takes; None for the positions after the cache.
         past_key_values: Cache with the keys and values of previous tokens.
         use_cache: Whether to create a cache if there is none.
+        attention_mask: As given, for its check.
 
     Raises:
-        ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
+        ValueError: As [`check_token_inputs`].
     """
-    check_token_inputs(input_ids, inputs_embeds)
+    check_token_inputs(
+        input_ids,
+        inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        vocab_size=config.vocab_size,
+        width=config.hidden_size,
+    )
     if inputs_embeds is None:
         inputs_embeds = embeddings(input_ids)
     if use_cache and past_key_values is None:

@@ -247,10 +247,18 @@ class MoGEModel(MoGEPreTrainedModel):
             `(T, E)` of each layer with experts.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or an input has another shape
+                or range.
         """
         inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
-            self.embed_tokens, self.config, input_ids, inputs_embeds, position_ids, past_key_values, use_cache
+            self.embed_tokens,
+            self.config,
+            input_ids,
+            inputs_embeds,
+            position_ids,
+            past_key_values,
+            use_cache,
+            attention_mask,
         )
         mask = create_causal_mask(
             config=self.config,

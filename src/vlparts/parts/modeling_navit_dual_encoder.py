@@ -30,7 +30,7 @@ from .dual_encoder_towers import (
     pool_tokens,
 )
 from .part_models import model_from_config
-from .utils import add_auto_classes
+from .utils import add_auto_classes, mark_initialized
 
 # Inputs that only some towers take.
 _VISION_INPUTS = {
@@ -142,6 +142,7 @@ class NaViTDualEncoder(PreTrainedModel):
         for parameter in (model.logit_scale, model.logit_bias):
             if parameter is not None:
                 parameter.data = parameter.data.to(text.device, text.dtype)
+        mark_initialized(model)
         return model
 
     def _make_heads(self) -> None:

@@ -130,7 +130,14 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
                 shape, or they have three axes and the configuration has no "mrope_section".
         """
         inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
-            self.embed_tokens, self.config, input_ids, inputs_embeds, position_ids, past_key_values, use_cache
+            self.embed_tokens,
+            self.config,
+            input_ids,
+            inputs_embeds,
+            position_ids,
+            past_key_values,
+            use_cache,
+            attention_mask,
         )
         rotary_positions, text_positions = self._split_positions(position_ids, inputs_embeds.shape[1])
 

@@ -6,6 +6,7 @@ Shapes: B samples, S tokens per sample, n images or videos of the batch, E width
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
@@ -22,7 +23,8 @@ from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
 from .part_models import model_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
-from .utils import add_auto_classes, check_token_inputs, slice_for_logits
+from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
+from .vlm_features import get_image_grids
 from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
@@ -126,10 +128,19 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             **kwargs: Passed to the text model (`cu_seq_lens_q` of packed samples, `output_hidden_states`, ...).
 
         Raises:
-            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, images or videos are given
-                twice, placeholders and features do not match, or multimodal positions cannot be determined.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, an input has another
+                shape, ids are out of range (checked on the CPU), images or videos are given twice, placeholders and
+                features do not match, or multimodal positions cannot be determined.
         """
-        check_token_inputs(input_ids, inputs_embeds)
+        check_token_inputs(
+            input_ids,
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            vocab_size=self.config.text_config.vocab_size,
+            width=self.config.text_config.hidden_size,
+        )
         media = dict(mm_encoder_outputs or {})
         for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             if pixels is not None and media.get(kind) is not None:
@@ -137,11 +148,14 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         image_kwargs, video_kwargs = (
             {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(f"{kind}_")} for kind in _PIXELS
         )
+        grids: dict[str, Tensor | None] = {}
         if pixel_values is not None:
+            grids["image"] = get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes)
             media["image"] = self.get_image_features(
                 pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, return_dict=True, **image_kwargs
             )
         if pixel_values_videos is not None:
+            grids["video"] = video_grid_thw
             media["video"] = self.get_video_features(
                 pixel_values_videos, video_grid_thw, return_dict=True, **video_kwargs
             )
@@ -164,7 +178,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         for kind, outputs in media.items():
-            inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind)
+            inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
 
         return self.language_model(
             attention_mask=attention_mask,
@@ -275,7 +289,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             with `output_router_logits`.
 
         Raises:
-            ValueError: If router logits are requested from a text model without a known balance loss.
+            ValueError: If router logits are requested from a text model without a known balance loss, or labels have
+                another shape than the tokens with logits.
         """
         text_model = self.model.language_model
         if output_router_logits is None:
@@ -309,6 +324,10 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            if not torch.compiler.is_compiling():
+                for name, tensor in {"labels": labels, **loss_kwargs}.items():
+                    if name != "num_items_in_batch" and tensor is not None:
+                        check_shape(name, tensor, *logits.shape[:2])
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_kwargs
             )

@@ -4,7 +4,9 @@ import operator
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -29,6 +31,21 @@ def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -
     model.config.auto_map = auto_map | {
         name: f"{module}.{model_class.__name__}" for name, model_class in classes.items()
     }
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """Mark the modules of a model as initialised, so that `post_init` and `init_weights` change no weight.
+
+    transformers marks the modules of models that it builds or loads. Models that are put together of such parts, or
+    filled tensor by tensor, need this call at the end. Modules on the meta device have no weights and are not marked.
+
+    Args:
+        model: The model with all weights.
+    """
+    for module in model.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if not any(tensor.is_meta for tensor in tensors):
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -102,12 +119,88 @@ def check_minimum(config: PreTrainedConfig, minimum: int, *names: str) -> None:
             raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(config, name)}.")
 
 
-def check_token_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    """Check that exactly one of ids and embeddings is given.
+def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
+    """Check the shape of an input.
+
+    Args:
+        name: Name of the argument in an error message.
+        tensor: The input.
+        *expected: Length of each axis; None for any.
 
     Raises:
-        ValueError: If both or none are given.
+        ValueError: If the shape is another.
+    """
+    sizes = zip(tensor.shape, expected, strict=False)
+    if tensor.ndim != len(expected) or any(wanted not in (size, None) for size, wanted in sizes):
+        written = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"`{name}` must have shape ({written}), got {tuple(tensor.shape)}.")
+
+
+def check_token_inputs(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    *,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    vocab_size: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Check the inputs of a text model, except while compiling: which are given, their shapes, the range of ids.
+
+    Args:
+        input_ids: `(B, S)` integers. Their range is checked on the CPU only, since reading them from an accelerator
+            would wait for it.
+        inputs_embeds: `(B, S, width)`.
+        attention_mask: `(B, cached + S)`; masks of more axes, and other objects, are left to the text model.
+        position_ids: `(B, S)` or `(axes, B, S)`; B may be 1.
+        past_key_values: Cache, whose tokens precede the others in `attention_mask`.
+        vocab_size: Number of embeddings; None if unknown.
+        width: Width of the embeddings; None if unknown.
+
+    Raises:
+        ValueError: If both or none of ids and embeddings are given, a shape or a type is another, or an id is out of
+            range.
     """
     if (input_ids is None) == (inputs_embeds is None):
         given = "both" if input_ids is not None else "none"
         raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
+    if torch.compiler.is_compiling():
+        return
+    if input_ids is not None:
+        check_shape("input_ids", input_ids, None, None)
+        _check_ids(input_ids, vocab_size)
+        samples, tokens = input_ids.shape
+    else:
+        assert inputs_embeds is not None
+        check_shape("inputs_embeds", inputs_embeds, None, None, width)
+        samples, tokens = inputs_embeds.shape[:2]
+    if position_ids is not None:
+        rows = 1 if position_ids.ndim > 1 and position_ids.shape[-2] == 1 else samples
+        check_shape("position_ids", position_ids, *[None] * (position_ids.ndim == 3), rows, tokens)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim < 3:
+        cached = _cached_tokens(past_key_values)
+        columns = max(tokens, attention_mask.shape[-1]) if cached is None else cached + tokens
+        check_shape("attention_mask", attention_mask, samples, columns)
+
+
+def _cached_tokens(past_key_values: Cache | None) -> int | None:
+    """Number of tokens in a cache; None if it does not tell, or has the number on the device (static caches)."""
+    if past_key_values is None:
+        return 0
+    if past_key_values.is_compileable:
+        return None
+    try:
+        return past_key_values.get_seq_length()
+    except ValueError:  # a cache of linear attention alone
+        return None
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int | None) -> None:
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`input_ids` must be int32 or int64, got {input_ids.dtype}.")
+    if vocab_size is None or input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"`input_ids` must be between 0 and {vocab_size - 1}, got {lowest} to {highest}.")

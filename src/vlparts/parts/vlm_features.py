@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
 from .packed_index import merge_order
+from .utils import check_shape
 
 
 def pixel_layout(encoder: PreTrainedModel) -> str:
@@ -35,6 +36,33 @@ def pixel_layout(encoder: PreTrainedModel) -> str:
         f"`vision` {type(encoder).__name__} takes {', '.join(names)}; expected a forward with `pixel_values`, and "
         "`image_grid_thw` or `spatial_shapes` if images differ in size."
     )
+
+
+def get_encoder_options(encoder: PreTrainedModel, given: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return keyword arguments for a vision encoder: its outputs, and the inputs of packed encoders by their names.
+
+    Args:
+        encoder: The vision encoder.
+        given: `output_hidden_states`, `output_attentions`, and precomputed inputs with the prefix.
+        kind: The prefix, "image" or "video".
+
+    Raises:
+        ValueError: If the encoder does not take one of them; names it.
+    """
+    if not given:
+        return {}
+    names = {name: name for name in ("output_hidden_states", "output_attentions")}
+    if pixel_layout(encoder) == "packed":
+        inputs = inspect.signature(encoder.forward).parameters.values()
+        precomputed = [one.name for one in inputs if one.kind is one.POSITIONAL_OR_KEYWORD]
+        names |= {f"{kind}_{name}": name for name in precomputed if name not in ("pixel_values", "image_grid_thw")}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`kwargs` of the {kind} features must be among {', '.join(names)} for the vision encoder "
+            f"{type(encoder).__name__}, got {', '.join(unknown)}."
+        )
+    return {names[name]: value for name, value in given.items()}
 
 
 def get_image_grids(
@@ -66,7 +94,7 @@ def encode_images(
     *,
     layer: int,
     merge_size: int,
-    **precomputed: Any,
+    **options: Any,
 ) -> tuple[BaseModelOutputWithPooling, tuple[Tensor, ...], Tensor]:
     """Run a vision encoder and return the patches of all images as one sequence.
 
@@ -80,26 +108,33 @@ def encode_images(
         layer: -1 for the encoder's output (of a packed encoder with `feature_maps`, all of them), otherwise an index
             into its hidden states.
         merge_size: Side m of the blocks that a projector merges.
-        **precomputed: Further inputs of packed encoders (`cu_seqlens`, `max_seqlen`, `position_ids`).
+        **options: Passed to the encoder: `output_hidden_states`, `output_attentions`, and further inputs of packed
+            encoders (`cu_seqlens`, `max_seqlen`, `position_ids`).
 
     Returns:
         The encoder's output; one `(L, D)` per feature layer, with the patches of all images in merge order; `(n,)`
         number of patches per image.
 
     Raises:
-        ValueError: If an input that the encoder needs is missing, or raw pixels are given to an encoder that does not
-            normalise them.
+        ValueError: If an input that the encoder needs is missing or has another shape, or raw pixels are given to an
+            encoder that does not normalise them.
     """
     layout = pixel_layout(encoder)
     pixel_values = _cast_pixels(pixel_values, encoder)
-    options = {"output_hidden_states": True} if layer != -1 else {}
+    if layer != -1:
+        options["output_hidden_states"] = True
     if layout == "packed":
         require_inputs(image_grid_thw=image_grid_thw)
-        outputs = encoder(pixel_values, image_grid_thw, **options, **precomputed)
+        outputs = encoder(pixel_values, image_grid_thw, **options)
         maps = getattr(outputs, "feature_maps", None) if layer == -1 else None
         return outputs, tuple(maps or (_select_layer(outputs, layer),)), image_grid_thw.prod(-1)
     if layout == "naflex":
         require_inputs(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
+        assert pixel_attention_mask is not None and spatial_shapes is not None
+        if not torch.compiler.is_compiling():
+            check_shape("pixel_values", pixel_values, None, None, None)
+            check_shape("pixel_attention_mask", pixel_attention_mask, *pixel_values.shape[:2])
+            check_shape("spatial_shapes", spatial_shapes, len(pixel_values), 2)
         outputs = encoder(pixel_values, pixel_attention_mask, spatial_shapes, **options)
         rows = _select_layer(outputs, layer)
         features = [
@@ -107,6 +142,7 @@ def encode_images(
             for row, (height, width) in zip(rows, spatial_shapes.tolist(), strict=True)
         ]
         return outputs, (torch.cat(features),), spatial_shapes.prod(-1)
+    check_shape("pixel_values", pixel_values, None, None, None, None)
     outputs = encoder(pixel_values, **options)
     rows = _select_layer(outputs, layer)
     height, width = (side // encoder.config.patch_size for side in pixel_values.shape[-2:])

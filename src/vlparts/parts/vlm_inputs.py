@@ -5,6 +5,7 @@ model.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .utils import check_token_inputs
-from .vlm_features import encode_images, get_image_grids, pixel_layout, require_inputs
+from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
 
@@ -45,15 +46,18 @@ class MultimodalInputsMixin:
             image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches, for packed encoders.
             pixel_attention_mask: `(n, patches)` for padded encoders (Siglip2).
             spatial_shapes: `(n, 2)` rows and columns for padded encoders (Siglip2).
-            **kwargs: Precomputed inputs of packed encoders, with the prefix "image_" (`image_cu_seqlens`,
-                `image_max_seqlen`, `image_position_ids`).
+            **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
+                prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
 
         Returns:
             The encoder's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling
             it holds one tensor `(T, E)`, since the lengths of the images are unknown to the compiler.
+
+        Raises:
+            ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.
         """
-        precomputed = _strip_prefix(kwargs, "image")
-        return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **precomputed)
+        options = get_encoder_options(self.vision_tower, kwargs, "image")
+        return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **options)
 
     @can_return_tuple
     def get_video_features(
@@ -64,13 +68,14 @@ class MultimodalInputsMixin:
         Args:
             pixel_values_videos: `(L, C*P*P)` packed patches, frame after frame.
             video_grid_thw: `(n, 3)` int64 frames, rows and columns.
-            **kwargs: Precomputed inputs, with the prefix "video_"; see [`get_image_features`].
+            **kwargs: As there, with the prefix "video_"; see [`get_image_features`].
 
         Returns:
             The encoder's output, whose `pooler_output` holds one tensor `(tokens, E)` per video.
 
         Raises:
-            ValueError: If the vision encoder does not take packed frames, or `video_grid_thw` is missing.
+            ValueError: If the vision encoder does not take packed frames or a keyword argument, or `video_grid_thw` is
+                missing.
         """
         if pixel_layout(self.vision_tower) != "packed":
             raise ValueError(
@@ -78,7 +83,8 @@ class MultimodalInputsMixin:
                 "single images; expected one that takes `image_grid_thw`."
             )
         require_inputs(video_grid_thw=video_grid_thw)
-        return self._encode(pixel_values_videos, video_grid_thw, **_strip_prefix(kwargs, "video"))
+        options = get_encoder_options(self.vision_tower, kwargs, "video")
+        return self._encode(pixel_values_videos, video_grid_thw, **options)
 
     def _encode(
         self,
@@ -86,7 +92,7 @@ class MultimodalInputsMixin:
         grid_thw: Tensor | None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        **precomputed: Any,
+        **options: Any,
     ) -> BaseModelOutputWithPooling:
         outputs, features, patches = encode_images(
             self.vision_tower,
@@ -96,7 +102,7 @@ class MultimodalInputsMixin:
             spatial_shapes,
             layer=self.config.vision_feature_layer,
             merge_size=self.config.merge_size,
-            **precomputed,
+            **options,
         )
         tokens = self.projector(*features)
         if torch.compiler.is_compiling():
@@ -176,40 +182,50 @@ class MultimodalInputsMixin:
         )
 
 
-def _strip_prefix(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the inputs whose names start with `kind` and an underscore, without that prefix."""
-    prefix = f"{kind}_"
-    return {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
+def check_placeholders(
+    mask: Tensor, tokens: Sequence[int], kind: str = "image", frames: Sequence[int] | None = None
+) -> None:
+    """Check that placeholders and features match, sample by sample and run by run.
 
-
-def check_placeholders(mask: Tensor, tokens: list[int], kind: str = "image") -> None:
-    """Check that placeholders and features match, sample by sample and image by image.
+    A run is a row of placeholders without text in between. Consecutive images, or frames of videos, fill it exactly.
 
     Args:
         mask: `(B, S)` bool, true at the placeholders.
         tokens: Tokens of each image (or video) of the batch, in order.
         kind: "image" or "video", for the error message.
+        frames: Frames of each image (or video), which divide its tokens equally. If None, they are unknown, and a run
+            may also be any part of one image (or video).
 
     Raises:
         ValueError: If the images of a sample do not have as many tokens as the sample has placeholders, even if the
-            totals of the batch agree; names the sample, the placeholders and the features.
+            totals of the batch agree, or do not fill its runs of placeholders; names the sample, the placeholders and
+            the features.
     """
     mismatch = f"{kind.capitalize()} features and {kind} tokens do not match"
     article = "an" if kind == "image" else "a"
-    remaining = iter(tokens)
-    for sample, placeholders in enumerate(mask.sum(-1).tolist()):
-        features: list[int] = []
+    parts = [1] * len(tokens) if frames is None else frames
+    remaining = iter(zip(tokens, parts, strict=True))
+    for sample, runs in enumerate(_lengths_of_runs(mask)):
+        placeholders, features = sum(runs), list[int]()
+        pieces: list[int] = []
         while sum(features) < placeholders:
             following = next(remaining, None)
             if following is None:
                 break
-            features.append(following)
+            features.append(following[0])
+            pieces += [following[0] // following[1]] * following[1]
+        written = " + ".join(map(str, features)) or "0"
         if sum(features) != placeholders:
             raise ValueError(
-                f"{mismatch}: sample {sample} has {placeholders} {kind} tokens, but its {kind}s have "
-                f"{' + '.join(map(str, features)) or '0'} features. Was it truncated inside {article} {kind}?"
+                f"{mismatch}: sample {sample} has {placeholders} {kind} tokens, but its {kind}s have {written} "
+                f"features. Was it truncated inside {article} {kind}?"
             )
-    unused = list(remaining)
+        if not _fill_runs(runs, pieces, divisible=frames is None):
+            raise ValueError(
+                f"{mismatch}: sample {sample} has {kind} tokens in runs of {', '.join(map(str, runs))}, but its "
+                f"{kind}s have {written} features in this order. Expected {kind}s in the order of the text."
+            )
+    unused = [count for count, _ in remaining]
     if unused:
         raise ValueError(
             f"{mismatch}: {len(unused)} {kind}s with {sum(unused)} features have no {kind} tokens in any of the "
@@ -217,7 +233,30 @@ def check_placeholders(mask: Tensor, tokens: list[int], kind: str = "image") -> 
         )
 
 
-def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor], kind: str) -> Tensor:
+def _lengths_of_runs(mask: Tensor) -> list[list[int]]:
+    """Lengths of the runs of true values in each row of a mask `(B, S)`."""
+    edges = torch.nn.functional.pad(mask.cpu().int(), (1, 1)).diff()
+    rows, starts = (edges == 1).nonzero(as_tuple=True)
+    lengths = (edges == -1).nonzero()[:, 1] - starts
+    runs: list[list[int]] = [[] for _ in mask]
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        runs[row].append(length)
+    return runs
+
+
+def _fill_runs(runs: list[int], pieces: list[int], divisible: bool) -> bool:
+    """Whether consecutive pieces fill each run exactly; if they are divisible, a run may also be part of one piece."""
+    ends = set(accumulate(pieces, initial=0))
+    for start, end in pairwise(accumulate(runs, initial=0)):
+        exact = start in ends and end in ends
+        if not exact and not (divisible and not any(start < place < end for place in ends)):
+            return False
+    return True
+
+
+def fill_placeholders(
+    inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor], kind: str, grid_thw: Tensor | None = None
+) -> Tensor:
     """Replace the embeddings of placeholders by features.
 
     Args:
@@ -225,6 +264,7 @@ def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Te
         mask: `(B, S)` bool, true at the placeholders.
         features: `(tokens, E)` of each image (or video) of the batch, in order.
         kind: "image" or "video", for the error message.
+        grid_thw: `(n, 3)` grids of the images (or videos), whose frames the check then knows.
 
     Returns:
         `(B, S, E)`.
@@ -233,6 +273,7 @@ def fill_placeholders(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Te
         ValueError: If placeholders and features do not match (not checked while compiling).
     """
     if not torch.compiler.is_compiling():
-        check_placeholders(mask, [len(tokens) for tokens in features], kind)
+        frames = None if grid_thw is None else grid_thw[:, 0].tolist()
+        check_placeholders(mask, [len(tokens) for tokens in features], kind, frames)
     tokens = torch.cat(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)

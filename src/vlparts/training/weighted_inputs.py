@@ -39,6 +39,9 @@ def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], WeightedLabe
 
     Returns:
         The inputs without `WEIGHT_INPUTS`, and the labels with their weights, or None for a batch without labels.
+
+    Raises:
+        ValueError: If `position_ids` have more samples than there are `sample_weights`.
     """
     inputs = {name: value for name, value in batch.items() if name not in WEIGHT_INPUTS}
     shifted = inputs.get("shift_labels") is not None
@@ -54,6 +57,7 @@ def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], WeightedLabe
         lengths = inputs["cu_seq_lens_q"].cpu()
     elif ids is None:
         ids = _sample_ids_from_positions(inputs, labels)
+        _check_counted(ids, given["sample_weights"])
     samples: dict[str, Any] = {"cu_seqlens": lengths, "sample_ids": ids}
     if not shifted:
         labels = _ignore_padding(next_token_labels(labels, **samples), inputs.get("attention_mask"))
@@ -81,6 +85,18 @@ def _sample_ids_from_positions(inputs: Mapping[str, Any], labels: Tensor) -> Ten
     starts = positions.cpu() == 0
     starts[:, :1] = True
     return starts.flatten().cumsum(0).sub(1).view(labels.shape)
+
+
+def _check_counted(ids: Tensor | None, sample_weights: Tensor | None) -> None:
+    """Check that positions do not tell of more samples than there are weights; they are what the caller gave."""
+    if ids is None or not ids.numel() or sample_weights is None or sample_weights.ndim != 1:
+        return
+    count = int(ids.max()) + 1
+    if len(sample_weights) < count:
+        raise ValueError(
+            f"`sample_weights` must have one weight per sample of `position_ids`, in which {count} samples start at "
+            f"position 0, got {len(sample_weights)}. If padding has position 0, give `sample_ids` with -1 there."
+        )
 
 
 class WeightedCollator:

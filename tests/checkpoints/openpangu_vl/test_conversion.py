@@ -24,7 +24,7 @@ from tests.checkpoints.openpangu_vl.files import (
     write_folder,
 )
 from tests.checkpoints.openpangu_vl.oracle import VisualStack
-from tests.tiny import packed_images
+from tests.tiny import assert_initialised, packed_images
 from vlparts import (
     PanguEmbeddedConfig,
     VisionLanguageForConditionalGeneration,
@@ -234,6 +234,7 @@ def test_loaded_model_trains_and_generates(checkpoint: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
+    assert_initialised(model)
 
 
 def test_encoder_computes_the_features_of_the_composed_model(checkpoint: Path) -> None:

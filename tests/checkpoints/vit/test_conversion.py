@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from tests.tiny import SIZES
+from tests.tiny import SIZES, assert_initialised
 from vlparts.checkpoints.vit import from_vit
 
 TINY_VIT = {**SIZES, "image_size": 16, "patch_size": 4}
@@ -150,6 +150,7 @@ def test_what_is_new_is_drawn_in_the_type_of_the_source() -> None:
         assert parameter.dtype == torch.bfloat16
         assert 0.3 < float(parameter.detach().float().std()) < 0.7
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert_initialised(model)
 
 
 def test_what_is_left_out_or_new_is_logged(caplog: pytest.LogCaptureFixture) -> None:

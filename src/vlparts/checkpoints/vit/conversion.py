@@ -16,6 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...parts.configuration_navit import NaViTConfig
 from ...parts.modeling_navit import NaViTForImageClassification, NaViTModel
+from ...parts.utils import mark_initialized
 from . import siglip2, vit
 from .naflexvit import is_naflexvit, read_naflexvit
 from .rules import Conversion
@@ -156,6 +157,7 @@ def _build(
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=example.device, recurse=False)
             model._init_weights(module)
+    mark_initialized(model)
     return model
 
 
