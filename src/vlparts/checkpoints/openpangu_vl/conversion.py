@@ -14,7 +14,7 @@ from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ...parts.modeling_windowfree import WindowFreeViTModel
 from ...parts.processing_vlm import VisionLanguageProcessor
 from .._folder import CONFIG, new_folder, read_generation_config, write_config, write_json
-from .._safetensors import list_tensors
+from .._safetensors import check_max_shard_size, list_tensors
 from .._weights import ModelT, check_dtype, load_weights, save_weights
 from .config import get_composed_config, get_vision_config, published_config, read_config
 from .names import NOT_ENCODER, get_slices, get_stored_slices, without_nesting
@@ -120,7 +120,8 @@ def to_openpangu_vl(
 ) -> None:
     """Write a folder with the published names: config.json, preprocessor_config.json, safetensors and their index.
 
-    The weights keep their dtypes. Code and tokenizer are not written; copy them from the published folder.
+    The weights keep their dtypes. Code and tokenizer are not written; copy them from the published folder. After an
+    error, nothing is left in the folder.
 
     Args:
         model: A model composed of the parts of openPangu-VL, or an encoder alone, which is written as `visual.*`
@@ -130,20 +131,20 @@ def to_openpangu_vl(
         split_qkv: Write the encoder's queries, keys and values one by one (`attn.q.`, `attn.k.`, `attn.v.`).
 
     Raises:
-        ValueError: If the folder is not empty, if the model is of another class, or if it has an option that
-            openPangu-VL does not have.
+        ValueError: If `max_shard_size` is no size, if the folder is not empty, if the model is of another class, or
+            if it has an option that openPangu-VL does not have.
     """
     if not isinstance(model, (VisionLanguageForConditionalGeneration, WindowFreeViTModel)):
         raise ValueError(
             "`model` must be a VisionLanguageForConditionalGeneration or a WindowFreeViTModel, got "
             f"{type(model).__name__}."
         )
-    path = new_folder(folder)
+    check_max_shard_size(max_shard_size)
     fields = published_config(model.config)
     vision = cast(WindowFreeViTConfig, getattr(model.config, "vision_config", model.config))
-    path.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, VisionLanguageForConditionalGeneration):
-        model.generation_config.save_pretrained(path)
-    save_weights(model, get_slices(model, lambda name: split_qkv), path, max_shard_size)
-    write_json(path / "preprocessor_config.json", published_processor(vision))
-    write_config(path, fields, model.dtype)
+    with new_folder(folder) as path:
+        if isinstance(model, VisionLanguageForConditionalGeneration):
+            model.generation_config.save_pretrained(path)
+        save_weights(model, get_slices(model, lambda name: split_qkv), path, max_shard_size)
+        write_json(path / "preprocessor_config.json", published_processor(vision))
+        write_config(path, fields, model.dtype)
