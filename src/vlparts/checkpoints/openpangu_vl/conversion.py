@@ -17,7 +17,7 @@ from .._folder import CONFIG, new_folder, read_generation_config, write_config, 
 from .._safetensors import check_max_shard_size, list_tensors
 from .._weights import ModelT, check_dtype, load_weights, save_weights
 from .config import get_composed_config, get_vision_config, published_config, read_config
-from .names import NOT_ENCODER, get_slices, get_stored_slices, without_nesting
+from .names import BUFFERS, NOT_ENCODER, get_slices, get_stored_slices, without_nesting
 from .processor import check_token_ids, get_image_processor, published_processor, read_statistics
 
 PathLike = str | os.PathLike[str]
@@ -31,7 +31,8 @@ def encoder_from_openpangu_vl(folder: PathLike, *, dtype: torch.dtype | None = N
 
     Args:
         folder: A local folder with config.json and safetensors, under the published names or those that transformers
-            writes (`model.visual.*`), queries, keys and values fused or split.
+            writes (`model.visual.*`), queries, keys and values fused or split. Rotary buffers of old exports are not
+            read.
         dtype: Floating-point dtype of the weights. None keeps that of the files; the weights then stay mapped from
             the files, which must not be overwritten while the encoder is in use.
 
@@ -76,7 +77,7 @@ def _load(model: ModelT, path: Path, dtype: torch.dtype | None, ignored: tuple[s
     check_dtype(dtype)
     stored = list_tensors(path).renamed(without_nesting)
     slices = get_stored_slices(model, stored)
-    return load_weights(model, slices, stored, dtype=dtype, ignored=ignored, map_files=True)
+    return load_weights(model, slices, stored, dtype=dtype, ignored=(*ignored, *BUFFERS), map_files=True)
 
 
 def processor_from_openpangu_vl(folder: PathLike, *, trust_remote_code: bool = False) -> VisionLanguageProcessor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...parts.modeling_moge import MoGEForCausalLM
 from .._folder import new_folder, read_generation_config, write_config
 from .._safetensors import check_max_shard_size, list_tensors
-from .._weights import Slice, check_dtype, load_weights, own_tensors, save_weights
+from .._weights import ROTARY_BUFFERS, Slice, check_dtype, load_weights, own_tensors, save_weights
 from .config import published_config, read_config
 
 PathLike = str | os.PathLike[str]
@@ -26,8 +26,9 @@ _ROUTER_SCALE = ".mlp.gate.router_scale"
 def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = None) -> MoGEForCausalLM:
     """Build a Pangu Pro MoE with the weights of a folder.
 
-    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Generation
-    options come from generation_config.json, if there is one. The model is in evaluation mode.
+    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Rotary buffers
+    (`rotary_emb.inv_freq`) of old exports are not read. Generation options come from generation_config.json, if there
+    is one. The model is in evaluation mode.
 
     Args:
         folder: A local folder with config.json and safetensors under the published names.
@@ -43,7 +44,7 @@ def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = No
     config = read_config(path)
     with torch.device("meta"):
         model = MoGEForCausalLM(config)
-    model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype)
+    model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype, ignored=(ROTARY_BUFFERS,))
     read_generation_config(model, path)
     return model
 
