@@ -75,6 +75,95 @@ def test_architectures_that_are_no_names(tmp_path: Path, family: str, named: Any
         FAMILIES[family][0](folder)
 
 
+NO_NUMBERS: list[Any] = ["10000", [1], {"a": 1}, True, float("nan"), float("inf")]
+# Numeric fields by family and section, in which the values above are no numbers of the expected kind.
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "Pangu Pro MoE": ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout"),
+    "openPangu-VL": (
+        "rope_theta",
+        "rope_scaling.factor",
+        "rope_scaling.original_max_position_embeddings",
+        "rope_parameters.rope_theta",
+        "rms_norm_eps",
+        "initializer_range",
+        "attention_dropout",
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_config.rms_norm_eps",
+        "vision_config.out_hidden_size",
+    ),
+    "openPangu-VL's encoder": ("vision_config.rms_norm_eps", "vision_config.num_heads", "vision_config.depth"),
+}
+
+
+def write_field(folder: Path, config: dict[str, Any], field: str, value: Any) -> None:
+    """Write config.json with a field, or with one of a section, set to a value."""
+    config = json.loads(json.dumps(config))
+    section, _, name = field.rpartition(".")
+    if section == "rope_parameters":
+        config["rope_parameters"] = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    (config[section] if section else config)[name] = value
+    write_json(folder / "config.json", config)
+
+
+@families
+def test_fields_that_are_no_numbers(tmp_path: Path, family: str) -> None:
+    folder = published_folder(family, tmp_path / "in")
+    for field in NUMBERS[family]:
+        for value in NO_NUMBERS:
+            write_field(folder, FAMILIES[family][1].TINY, field, value)
+            with pytest.raises(ValueError, match=rf"`folder` .*\b{field.rpartition('.')[2]}\b"):
+                FAMILIES[family][0](folder)
+
+
+@pytest.mark.parametrize("value", [1000, 1000.5])
+@pytest.mark.parametrize("family", ["Pangu Pro MoE", "openPangu-VL"])
+def test_integers_are_numbers_too(tmp_path: Path, family: str, value: float) -> None:
+    folder = published_folder(family, tmp_path / "in")
+    write_field(folder, FAMILIES[family][1].TINY, "rope_theta", value)
+    config = FAMILIES[family][0](folder).config
+    assert getattr(config, "text_config", config).rope_parameters["rope_theta"] == value
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "message"),
+    [
+        ("Pangu Pro MoE", "rope_theta", "1e4", "whose rope_theta is a finite number, got '1e4'."),
+        ("openPangu-VL", "rope_theta", [1], "whose rope_theta is a finite number in rope_parameters, got [1]."),
+        ("openPangu-VL", "vision_start_token_id", 1.5, "whose vision_start_token_id is an integer, got 1.5."),
+        (
+            "openPangu-VL",
+            "vision_config.out_hidden_size",
+            24.0,
+            "whose out_hidden_size is an integer in vision_config, got 24.0.",
+        ),
+        ("openPangu-VL", "rope_scaling.rope_type", [1], "whose rope_type is a known one in rope_parameters, got [1]."),
+        ("openPangu-VL", "rope_scaling.rope_type", "x", "whose rope_type is a known one in rope_parameters, got 'x'."),
+        ("Pangu Pro MoE", "hidden_act", "x", "whose hidden_act is a known one, got 'x'."),
+        ("openPangu-VL", "hidden_act", "x", "whose hidden_act is a known one in text_config, got 'x'."),
+        ("openPangu-VL's encoder", "vision_config.hidden_act", [], "is a known one in vision_config, got []."),
+    ],
+)
+def test_messages_of_fields_that_do_not_fit(tmp_path: Path, family: str, field: str, value: Any, message: str) -> None:
+    folder = published_folder(family, tmp_path / "in")
+    write_field(folder, FAMILIES[family][1].TINY, field, value)
+    with pytest.raises(ValueError) as caught:
+        FAMILIES[family][0](folder)
+    assert str(caught.value).startswith("`folder` must have a config.json ")
+    assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("family", ["openPangu-VL", "openPangu-VL's encoder"])
+@pytest.mark.parametrize("value", [["1"], [[1]], [True], [0.5]])
+def test_indices_of_layers_that_are_no_integers(tmp_path: Path, family: str, value: list[Any]) -> None:
+    folder = published_folder(family, tmp_path / "in")
+    write_field(folder, openpangu_vl.TINY, "vision_config.fullatt_block_indexes", value)
+    with pytest.raises(ValueError, match="a list of integers as fullatt_block_indexes, got "):
+        FAMILIES[family][0](folder)
+
+
 @pytest.mark.parametrize("family", ["Pangu Pro MoE", "openPangu-VL"])
 @pytest.mark.parametrize(
     ("content", "message"),

@@ -1,13 +1,15 @@
 """Published folders: JSON files, and the checks of config.json that the families share."""
 
 import json
+import math
 import os
+import reprlib
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -87,6 +89,51 @@ def require_fields(fields: Mapping[str, Any], where: str, *names: str) -> None:
     if missing:
         section = f" in {where}" if where else ""
         raise ValueError(f"`folder` must have a config.json with {', '.join(missing)}{section}, got none.")
+
+
+def require_numbers(fields: Mapping[str, Any], where: str, *names: str, integers: bool = False) -> None:
+    """Check that fields of config.json are numbers, if they are present and not null.
+
+    Args:
+        fields: The fields.
+        where: As in [`require_fields`].
+        *names: The names of the fields.
+        integers: Whether they must be integers.
+
+    Raises:
+        ValueError: If a field is something else, also true, false, NaN and infinity; names it.
+    """
+    kind = int if integers else (int, float)
+    for name in names:
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            _raise_unfit(name, "an integer" if integers else "a finite number", where, value)
+
+
+def require_known(fields: Mapping[str, Any], where: str, name: str, known: Collection[str]) -> None:
+    """Check that a field of config.json has a known name as its value.
+
+    Args:
+        fields: The fields.
+        where: As in [`require_fields`].
+        name: The name of the field.
+        known: The known values.
+
+    Raises:
+        ValueError: If it has another value.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or value not in known:
+        _raise_unfit(name, "a known one", where, value)
+
+
+def _raise_unfit(name: str, expected: str, where: str, value: Any) -> NoReturn:
+    section = f" in {where}" if where else ""
+    raise ValueError(
+        f"`folder` must have a config.json whose {name} is {expected}{section}, got {reprlib.repr(value)}."
+    )
 
 
 def get_head_dim(fields: Mapping[str, Any], where: str) -> int:
