@@ -260,16 +260,39 @@ def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
             train(settings(tmp_path, resume=True, output=output))
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 1.0, "glob'])
+def test_a_checkpoint_that_was_not_finished_is_passed_over(
+    tmp_path: Path, state: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run may be killed while it saves; `trainer_state.json` is what Trainer writes last."""
     train(settings(tmp_path, max_steps=4, save_steps=2))
     (tmp_path / "output" / "checkpoint-4" / "trainer_state.json").unlink()
+    if state is not None:
+        (tmp_path / "output" / "checkpoint-4" / "trainer_state.json").write_text(state, encoding="utf-8")
     result = train(settings(tmp_path, max_steps=4, save_steps=2, resume=True))
     assert [line["step"] for line in result.log if "loss" in line] == [1, 2, 3, 4]
-    for path in (tmp_path / "output").glob("checkpoint-*"):
-        (path / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="contains no checkpoint to resume from"):
-        train(settings(tmp_path, max_steps=4, resume=True))
+    assert "unfinished checkpoints: checkpoint-4." in caplog.text
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(settings(tmp_path, max_steps=4, save_steps=2, output=tmp_path / "whole"))
+    for step in (2, 10):
+        (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "output" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="`output` .* contains checkpoints; set `resume`"):
+        train(settings(tmp_path, max_steps=4, save_steps=2))
+    caplog.clear()
+    resumed = train(settings(tmp_path, max_steps=4, save_steps=2, resume=True))
+    assert "unfinished checkpoints: checkpoint-2, checkpoint-10. The run starts from the beginning." in caplog.text
+    assert losses(resumed) == losses(whole)
+    assert len(losses(resumed)) == 4
+    ours, theirs = weights(tmp_path / "output"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = train(settings(tmp_path, max_steps=6, save_steps=2, resume=True))
+    assert again.steps == 6
+    assert losses(again)[:4] == losses(whole)
 
 
 @pytest.mark.parametrize("source", ["configurations", "folders"])
