@@ -253,6 +253,24 @@ def test_an_output_with_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
         train(settings(tmp_path, max_steps=1))
 
 
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling", "looping", "locked", "cannot be made"])
+def test_outputs_that_cannot_be_folders_are_refused_before_records_are_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "looping").symlink_to("looping")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
+    output = {"below a file": "file/out", "cannot be made": "locked/of/out"}.get(kind, kind)
+    config = settings(tmp_path / "in", output=tmp_path / output)
+    monkeypatch.setattr("vlparts.training.train.read_records", None)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="`output` must be a folder, or a path where one can be made, got "):
+            train(config.model_copy(update={"resume": resume}))
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-best1").mkdir()  # not one of ours
     for output in (tmp_path / "nothing", tmp_path):

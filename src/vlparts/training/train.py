@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +59,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
 
     Raises:
         RecordError: If a record is invalid and `on_error` is "raise", or if no record is valid.
-        ValueError: If a setting is invalid, if `output` contains checkpoints and `resume` is off, or if there is no
-            checkpoint to resume from.
+        ValueError: If a setting is invalid, if `output` cannot be a folder, if it contains checkpoints and `resume` is
+            off, or if there is no checkpoint to resume from.
     """
+    _check_output(config.output)
     checkpoint = _find_checkpoint(config)
     set_seed(config.seed)
     records = read_records(config.data, config.on_error, sample_weight_field=config.sample_weight_field)
@@ -117,6 +119,17 @@ def _build_dataset(
     )
     show = not args.disable_tqdm and args.process_index == 0
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
+
+
+def _check_output(output: Path) -> None:
+    """Raise ValueError unless it is a folder that can be written to, or can be made one. Nothing is made here."""
+    existing = next(one for one in (output, *output.parents, Path("/")) if os.path.lexists(one))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise ValueError(
+            f"`output` must be a folder, or a path where one can be made, got {str(output)!r}, where {existing} "
+            f"{reason}."
+        )
 
 
 def _find_checkpoint(config: TrainConfig) -> Path | None:
