@@ -31,6 +31,7 @@ OPTIONS = {
     "model",
     "on_error",
     "on_outside",
+    "optimizer",
     "output",
     "packing",
     "projector",
@@ -150,6 +151,7 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "packing": False,
         "epochs": 2.5,
         "max_steps": 9,
+        "optimizer": "muon",
         "learning_rate": 0.5,
         "loss": "openpangu_mix",
         "mix": 0.0,
@@ -224,6 +226,11 @@ INVALID: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "`data`: Field required; `output`: Field required"),
     "on_error": (["--on-error", "warn"], "`on_error`: Input should be 'raise' or 'skip'"),
     "on_outside": (["--on-outside", "cut"], "`on_outside`: Input should be 'raise', 'clamp' or 'skip'"),
+    "optimizer": (["--optimizer", "sgd"], "`optimizer`: Input should be 'adamw' or 'muon'"),
+    "misspelt setting": (
+        ["--config", "typo.yaml"],
+        "`learning_rat`: Extra inputs are not permitted; the nearest known name is `learning_rate`",
+    ),
     "freeze": (["--freeze", "all"], "`freeze.0`: Input should be 'vision', 'text' or 'projector'"),
     "capacity": (["--capacity", "0"], "`capacity`: Input should be greater than or equal to 1"),
     "learning rate": (["--learning-rate", "0"], "`learning_rate`: Input should be greater than 0"),
@@ -242,7 +249,7 @@ INVALID: dict[str, tuple[list[str], str]] = {
 def test_invalid_options_exit_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     files = {"list": b"[1]", "broken": b"a: [", "bytes": b"a: \xff\xfe", "number": b"5: 6"}
-    for file, content in {**files, "unknown": b"no_such_setting: 1"}.items():
+    for file, content in {**files, "unknown": b"no_such_setting: 1", "typo": b"learning_rat: 1"}.items():
         (tmp_path / f"{file}.yaml").write_bytes(content)
     arguments, message = INVALID[name]
     result = run("train", *arguments)
@@ -250,6 +257,20 @@ def test_invalid_options_exit_with_a_message(tmp_path: Path, monkeypatch: pytest
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    result = run("train", "--config", write_settings(tmp_path), "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: `output` must be a folder, or a path where one can be made, got ")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"vlparts {importlib.metadata.version('vlparts')}\n"
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,24 @@ def test_an_output_with_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
         train(settings(tmp_path, max_steps=1))
 
 
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling", "looping", "locked", "cannot be made"])
+def test_outputs_that_cannot_be_folders_are_refused_before_records_are_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "looping").symlink_to("looping")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
+    output = {"below a file": "file/out", "cannot be made": "locked/of/out"}.get(kind, kind)
+    config = settings(tmp_path / "in", output=tmp_path / output)
+    monkeypatch.setattr("vlparts.training.train.read_records", None)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="`output` must be a folder, or a path where one can be made, got "):
+            train(config.model_copy(update={"resume": resume}))
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-best1").mkdir()  # not one of ours
     for output in (tmp_path / "nothing", tmp_path):
@@ -260,16 +278,39 @@ def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
             train(settings(tmp_path, resume=True, output=output))
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 1.0, "glob'])
+def test_a_checkpoint_that_was_not_finished_is_passed_over(
+    tmp_path: Path, state: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run may be killed while it saves; `trainer_state.json` is what Trainer writes last."""
     train(settings(tmp_path, max_steps=4, save_steps=2))
     (tmp_path / "output" / "checkpoint-4" / "trainer_state.json").unlink()
+    if state is not None:
+        (tmp_path / "output" / "checkpoint-4" / "trainer_state.json").write_text(state, encoding="utf-8")
     result = train(settings(tmp_path, max_steps=4, save_steps=2, resume=True))
     assert [line["step"] for line in result.log if "loss" in line] == [1, 2, 3, 4]
-    for path in (tmp_path / "output").glob("checkpoint-*"):
-        (path / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="contains no checkpoint to resume from"):
-        train(settings(tmp_path, max_steps=4, resume=True))
+    assert "unfinished checkpoints: checkpoint-4." in caplog.text
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(settings(tmp_path, max_steps=4, save_steps=2, output=tmp_path / "whole"))
+    for step in (2, 10):
+        (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "output" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="`output` .* contains checkpoints; set `resume`"):
+        train(settings(tmp_path, max_steps=4, save_steps=2))
+    caplog.clear()
+    resumed = train(settings(tmp_path, max_steps=4, save_steps=2, resume=True))
+    assert "unfinished checkpoints: checkpoint-2, checkpoint-10. The run starts from the beginning." in caplog.text
+    assert losses(resumed) == losses(whole)
+    assert len(losses(resumed)) == 4
+    ours, theirs = weights(tmp_path / "output"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = train(settings(tmp_path, max_steps=6, save_steps=2, resume=True))
+    assert again.steps == 6
+    assert losses(again)[:4] == losses(whole)
 
 
 @pytest.mark.parametrize("source", ["configurations", "folders"])

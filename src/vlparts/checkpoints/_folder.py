@@ -1,10 +1,15 @@
 """Published folders: JSON files, and the checks of config.json that the families share."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Collection, Mapping
+import reprlib
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,18 +22,24 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
     """Read a file with one JSON object.
 
+    Args:
+        path: The file.
+        argument: The argument that it comes from, for the error message.
+
     Raises:
-        ValueError: If it holds something else.
+        ValueError: If it holds something else, or if its values are nested too deeply to be read.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"`{argument}` has a {path.name} whose values are nested too deeply to be read.") from None
     except ValueError as error:
-        raise ValueError(f"`folder` has a {path.name} that is no JSON: {error}.") from error
+        raise ValueError(f"`{argument}` has a {path.name} that is no JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"`folder` must have a {path.name} with one JSON object, got {type(value).__name__}.")
+        raise ValueError(f"`{argument}` must have a {path.name} with one JSON object, got {type(value).__name__}.")
     return value
 
 
@@ -54,7 +65,7 @@ def read_config(folder: Path, model_type: str, architectures: Collection[str]) -
     if config.get("model_type") != model_type:
         raise ValueError(f"`folder` must have the model_type {model_type!r}, got {config.get('model_type')!r}.")
     named = config.get("architectures") or []
-    if not set(named) <= set(architectures):
+    if not isinstance(named, list) or not all(name in architectures for name in named):
         raise ValueError(f"`folder` must have the architectures {' or '.join(architectures)}, got {named}.")
     if config.get("quantization_config") is not None:
         raise ValueError(
@@ -78,6 +89,51 @@ def require_fields(fields: Mapping[str, Any], where: str, *names: str) -> None:
     if missing:
         section = f" in {where}" if where else ""
         raise ValueError(f"`folder` must have a config.json with {', '.join(missing)}{section}, got none.")
+
+
+def require_numbers(fields: Mapping[str, Any], where: str, *names: str, integers: bool = False) -> None:
+    """Check that fields of config.json are numbers, if they are present and not null.
+
+    Args:
+        fields: The fields.
+        where: As in [`require_fields`].
+        *names: The names of the fields.
+        integers: Whether they must be integers.
+
+    Raises:
+        ValueError: If a field is something else, also true, false, NaN and infinity; names it.
+    """
+    kind = int if integers else (int, float)
+    for name in names:
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            _raise_unfit(name, "an integer" if integers else "a finite number", where, value)
+
+
+def require_known(fields: Mapping[str, Any], where: str, name: str, known: Collection[str]) -> None:
+    """Check that a field of config.json has a known name as its value.
+
+    Args:
+        fields: The fields.
+        where: As in [`require_fields`].
+        name: The name of the field.
+        known: The known values.
+
+    Raises:
+        ValueError: If it has another value.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or value not in known:
+        _raise_unfit(name, "a known one", where, value)
+
+
+def _raise_unfit(name: str, expected: str, where: str, value: Any) -> NoReturn:
+    section = f" in {where}" if where else ""
+    raise ValueError(
+        f"`folder` must have a config.json whose {name} is {expected}{section}, got {reprlib.repr(value)}."
+    )
 
 
 def get_head_dim(fields: Mapping[str, Any], where: str) -> int:
@@ -113,7 +169,7 @@ def build_config(config_class: Callable[..., ConfigT], where: str, **fields: Any
     """
     try:
         return config_class(**fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, RecursionError) as error:
         # Strict configurations wrap the errors of their validators.
         reason = error.__cause__ or error
         raise ValueError(f"`folder` has a config.json whose {where or 'fields'} do not fit: {reason}") from error
@@ -135,16 +191,44 @@ def check_config(config: Any, expected: Mapping[str, Any], family: str) -> None:
             raise ValueError(f"`model` must have `{name}` = {value!r} for {family}, got {getattr(config, name)!r}.")
 
 
-def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """The path of a folder to write to, which is not created here.
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder to write to, whose files are in `folder` once the block ends without an error.
+
+    It is beside a new folder, which it becomes by renaming, and inside an existing one, which keeps its identity (it
+    may be a mounted volume, a link or the working directory). After an error, everything is as before.
 
     Raises:
-        ValueError: If it is a file, or a folder that is not empty: a model may be mapped from its files.
+        ValueError: If `folder` is a file or a folder that is not empty (a model may be mapped from its files), or if
+            it is a link to nothing or inside something that is no folder.
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"`folder` must be new or empty, got {str(path)!r}.")
-    return path
+    missing = [one for one in (path, *path.parents) if not one.is_dir()]
+    blocked = [one for one in missing if os.path.lexists(one)]
+    if blocked:
+        raise ValueError(f"`folder` must be a path of folders, got {str(path)!r}, where {blocked[0]} is none.")
+    temporary = (path if path.is_dir() else path.parent) / f".{path.name}-{uuid.uuid4().hex}.tmp"
+    moved: list[Path] = []
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if temporary.parent == path:
+            # config.json last: a folder without it is no checkpoint.
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
+                moved.append(file.rename(path / file.name))
+            temporary.rmdir()
+        else:
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for file in moved:
+            file.unlink(missing_ok=True)
+        for one in missing[1:]:
+            if one.is_dir() and not any(one.iterdir()):
+                one.rmdir()
+        raise
 
 
 def write_config(folder: Path, fields: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -153,6 +237,15 @@ def write_config(folder: Path, fields: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Set a model's generation options from generation_config.json, if there is one."""
-    if (folder / GENERATION_CONFIG).is_file():
+    """Set a model's generation options from generation_config.json, if there is one.
+
+    Raises:
+        ValueError: If the file does not hold generation options.
+    """
+    if not (folder / GENERATION_CONFIG).is_file():
+        return
+    read_json(folder / GENERATION_CONFIG)
+    try:
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"`folder` has a {GENERATION_CONFIG} whose fields do not fit: {error}") from error

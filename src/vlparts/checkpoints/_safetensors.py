@@ -1,9 +1,10 @@
 """Folders of safetensors in one or several files: list, read and write tensors."""
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ from ._folder import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class StoredTensor(NamedTuple):
@@ -111,6 +114,19 @@ def _list_files(folder: Path) -> tuple[list[str], set[str]]:
     if missing:
         raise ValueError(f"`folder` must have the files that its {INDEX} names, but lacks {', '.join(missing)}.")
     return files, set(weight_map)
+
+
+def check_max_shard_size(max_shard_size: Any) -> None:
+    """Raise ValueError unless it is a positive number of bytes, as an integer or as text like "5GB"."""
+    size = max_shard_size
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]B)\s*", size, re.IGNORECASE | re.ASCII)
+        size = int(float(match[1]) * _BYTES[match[2].upper()]) if match else 0
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            '`max_shard_size` must be a positive integer or text like "5GB" (units KB, MB, GB, TB), got '
+            f"{max_shard_size!r}."
+        )
 
 
 def write_tensors(

@@ -3,6 +3,7 @@
 A published tensor is one of the model's tensors in another shape, or a slice of one.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..parts.utils import mark_initialized
 from ._safetensors import StoredTensor, StoredTensors, write_tensors
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+# Names of the text model's rotary buffers, which old versions of transformers saved. They follow from config.json.
+ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -72,7 +76,7 @@ def load_weights(
         slices: The part of the model that each published tensor holds, by published name.
         stored: The folder's tensors.
         dtype: Floating-point dtype of the weights; None keeps that of each tensor in the files.
-        ignored: Prefixes of the names of tensors that may be in the folder and are not read.
+        ignored: Regular expressions of the complete names of tensors that may be in the folder and are not read.
         map_files: Use published tensors without a copy where they are complete tensors of the model in the requested
             dtype; they stay mapped from the files. False copies all: memory holds the model and the tensor being read.
 
@@ -129,11 +133,12 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: StoredTensors
         ValueError: If tensors are missing, unexpected, of another shape or not of a floating-point dtype; lists all.
     """
     found = stored.tensors
-    absent = {name for name in stored.absent if not name.startswith(ignored)}
+    skip = re.compile("|".join(ignored) or r"(?!)")
+    absent = {name for name in stored.absent if not skip.fullmatch(name)}
     common = expected.keys() & found.keys()
     problems = {
         "Missing": (expected.keys() - found.keys()) | absent,
-        "Unexpected": {name for name in found.keys() - expected.keys() if not name.startswith(ignored)},
+        "Unexpected": {name for name in found.keys() - expected.keys() if not skip.fullmatch(name)},
         "Wrong shape": {
             f"{name} {found[name].shape} instead of {expected[name]}"
             for name in common

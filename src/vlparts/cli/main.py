@@ -18,6 +18,21 @@ app.add_typer(coordinates_app, name="coordinates")
 console = Console()
 
 
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"vlparts {importlib.metadata.version('vlparts')}")
+        raise typer.Exit
+
+
+@app.callback()
+def run_app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Vision-language parts for transformers."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and pictures.")] = Path(
@@ -54,6 +69,7 @@ def train(
     packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --epochs.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or muon.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     loss: Annotated[str | None, typer.Option(help="token, sample, square or openpangu_mix.")] = None,
     mix: Annotated[float | None, typer.Option(help="Share of sample averaging in openpangu_mix, 0 to 1.")] = None,

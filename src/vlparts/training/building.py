@@ -111,6 +111,8 @@ def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
+        except RecursionError:
+            raise ValueError(f"`{argument}` {spec} has values that are nested too deeply to be read.") from None
         except ValueError as error:
             raise ValueError(f"`{argument}` {spec} is not valid JSON: {error}") from None
         if not isinstance(fields, dict):

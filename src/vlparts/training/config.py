@@ -1,5 +1,6 @@
 """Settings of a training run, from Python, a YAML file or the command line."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -139,8 +140,18 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     try:
         return TrainConfig.model_validate({**fields, **changes})
     except ValidationError as error:
-        reasons = "; ".join(f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}" for one in error.errors())
+        reasons = "; ".join(
+            f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}{_nearest_name(one)}" for one in error.errors()
+        )
         raise ValueError(f"Invalid training settings: {reasons}.") from None
+
+
+def _nearest_name(error: Any) -> str:
+    """The end of the message for an unknown setting: the known one with the nearest name, if one is near."""
+    if error["type"] != "extra_forbidden":
+        return ""
+    near = difflib.get_close_matches(str(error["loc"][-1]), TrainConfig.model_fields, n=1)
+    return f"; the nearest known name is `{near[0]}`" if near else ""
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,6 +1,8 @@
 """Fine-tuning of composed models with transformers' Trainer."""
 
+import json
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +47,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     """Fine-tune a composed model and save it with its processor and code to `config.output`.
 
     Runs in one process, or in several under `accelerate launch` or `torchrun`. With `resume`, an interrupted run
-    continues from its last checkpoint, with the same losses as an uninterrupted run.
+    continues from its last complete checkpoint, with the same losses as an uninterrupted run, or starts anew if it has
+    only unfinished ones.
 
     Args:
         config: The settings.
@@ -56,9 +59,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
 
     Raises:
         RecordError: If a record is invalid and `on_error` is "raise", or if no record is valid.
-        ValueError: If a setting is invalid, if `output` contains checkpoints and `resume` is off, or if there is no
-            checkpoint to resume from.
+        ValueError: If a setting is invalid, if `output` cannot be a folder, if it contains checkpoints and `resume` is
+            off, or if there is no checkpoint to resume from.
     """
+    _check_output(config.output)
     checkpoint = _find_checkpoint(config)
     set_seed(config.seed)
     records = read_records(config.data, config.on_error, sample_weight_field=config.sample_weight_field)
@@ -117,19 +121,45 @@ def _build_dataset(
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
 
 
+def _check_output(output: Path) -> None:
+    """Raise ValueError unless it is a folder that can be written to, or can be made one. Nothing is made here."""
+    existing = next(one for one in (output, *output.parents, Path("/")) if os.path.lexists(one))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise ValueError(
+            f"`output` must be a folder, or a path where one can be made, got {str(output)!r}, where {existing} "
+            f"{reason}."
+        )
+
+
 def _find_checkpoint(config: TrainConfig) -> Path | None:
-    """The last complete checkpoint in `output` if `resume` is on, otherwise None."""
+    """The last complete checkpoint in `output` if `resume` is on and there is one, otherwise None.
+
+    Unfinished checkpoints are logged as a warning and not used.
+    """
     names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in config.output.glob("checkpoint-*"))
     found = {int(match[1]): path for match, path in names if match}
     if not config.resume:
         if found:
             raise ValueError(f"`output` {config.output} contains checkpoints; set `resume`, or choose another folder.")
         return None
-    # Trainer writes its state last, so a checkpoint without it is incomplete.
-    complete = [step for step, path in found.items() if (path / TRAINER_STATE_NAME).is_file()]
-    if not complete:
+    if not found:
         raise ValueError(f"`output` {config.output} contains no checkpoint to resume from.")
-    return found[max(complete)]
+    complete = [step for step, path in found.items() if _is_complete(path)]
+    unfinished = ", ".join(found[step].name for step in sorted(found.keys() - set(complete)))
+    start = f"The run resumes from {found[max(complete)].name}" if complete else "The run starts from the beginning"
+    if unfinished:
+        logger.warning("`output` %s contains unfinished checkpoints: %s. %s.", config.output, unfinished, start)
+    return found[max(complete)] if complete else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has a complete state of the Trainer, which is written last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.checkpoints.files import write_json
+from tests.checkpoints.files import assert_same_bytes, write_json
 from tests.checkpoints.openpangu_vl.files import TINY, all_tensors, changed, write_folder
 from vlparts import NaViTConfig, VisionLanguageConfig, WindowFreeViTConfig, WindowFreeViTModel
 from vlparts.checkpoints.openpangu_vl import encoder_from_openpangu_vl, model_from_openpangu_vl, to_openpangu_vl
@@ -71,8 +71,8 @@ def test_other_models(read: Callable[..., nn.Module], folder: Path, fields: dict
             "with window_size, fullatt_block_indexes in vision_config",
         ),
         ({"in_chans": None}, "with in_channels in vision_config"),
-        ({"fullatt_block_indexes": 3}, "a list as fullatt_block_indexes, got 5 and 3"),
-        ({"depth": "5"}, "an integer as depth .*, got '5'"),
+        ({"fullatt_block_indexes": 3}, "a list of integers as fullatt_block_indexes, got 3"),
+        ({"depth": "5"}, "whose depth is an integer in vision_config, got '5'"),
         ({"fullatt_block_indexes": [5]}, "vision_config do not fit: .*from 0 to 4, got .5"),
         ({"num_heads": 3}, "vision_config do not fit: .*`num_attention_heads`"),
         ({"hidden_size": "wide"}, "vision_config do not fit: .*hidden_size"),
@@ -188,6 +188,35 @@ def test_tensors_of_the_index_that_no_file_holds(read: Callable[..., nn.Module],
     write_json(index, listed)
     with pytest.raises(ValueError, match=r"Missing: visual\.extra\. Unexpected: none"):
         read(folder)
+
+
+@both
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.language_model.rotary_emb.inv_freq",
+        "visual.rotary_pos_emb.inv_freq",
+        "model.visual.rotary_pos_emb.inv_freq",
+    ],
+)
+def test_rotary_buffers_of_old_exports_are_not_read(
+    read: Callable[..., nn.Module], folder: Path, tmp_path: Path, name: str
+) -> None:
+    expected = read(folder).state_dict()
+    model = read(write_folder(tmp_path / "old", all_tensors() | {name: torch.full((4,), torch.nan)}))
+    assert_same_bytes(model.state_dict(), expected)
+    assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
+
+
+@both
+@pytest.mark.parametrize("name", ["visual.rotary_pos_emb.weight", "visual.blocks.0.attn.rotary_emb.inv_freq"])
+def test_other_tensors_than_rotary_buffers_are_unexpected(
+    read: Callable[..., nn.Module], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"Unexpected: {name}\. Wrong shape: none"):
+        read(write_folder(tmp_path / "in", all_tensors() | {name: torch.ones(4)}))
 
 
 @both

@@ -243,6 +243,34 @@ def test_experts_of_several_dtypes_need_dtype(tmp_path: Path) -> None:
     assert torch.equal(model.model.layers[2].mlp.experts.down_proj[4], torch.ones(32, 8))
 
 
+@pytest.mark.parametrize("name", ["layers.0.self_attn.rotary_emb.", "layers.12.self_attn.rotary_emb.", "rotary_emb."])
+@pytest.mark.parametrize("buffer", ["inv_freq", "cos_cached", "sin_cached"])
+def test_rotary_buffers_of_old_exports_are_not_read(tmp_path: Path, name: str, buffer: str) -> None:
+    stored = {f"model.{name}{buffer}": torch.full((4,), torch.nan)}
+    model = model_from_pangu_pro_moe(write_folder(tmp_path / "in", all_tensors() | stored, TINY))
+    assert_same_bytes(
+        model.state_dict(),
+        model_from_pangu_pro_moe(write_folder(tmp_path / "other", all_tensors(), TINY)).state_dict(),
+    )
+    assert torch.equal(model.model.rotary_emb.inv_freq, MoGEForCausalLM(model.config).model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freqs",
+        "model.layers.0.mlp.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.weight",
+        "rotary_emb.inv_freq",
+        "visual.rotary_pos_emb.inv_freq",
+    ],
+)
+def test_other_tensors_than_rotary_buffers_are_unexpected(tmp_path: Path, name: str) -> None:
+    tensors = all_tensors() | {name: torch.ones(4)}
+    with pytest.raises(ValueError, match=rf"Unexpected: {name}\. Wrong shape: none"):
+        model_from_pangu_pro_moe(write_folder(tmp_path / "in", tensors, TINY))
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", TINY)
     (tmp_path / "pytorch_model.bin").touch()

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from ...parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from ...parts.configuration_vlm import VisionLanguageConfig
 from ...parts.configuration_windowfree import WindowFreeViTConfig
@@ -54,6 +57,8 @@ _MERGER_EPS = 1e-6
 _MERGER_LAYERS = [-1, -3]
 # Fixed in the published code.
 _ROTARY_THETA = 10000.0
+# Fields of rotary parameters that are no numbers.
+_ROPE_OPTIONS = {"rope_type", "type", "mrope_section", "mrope_interleaved", "short_factor", "long_factor", "truncate"}
 # The activation with which the published MLP has a gate.
 _GATED = "silu"
 # Window side in merged blocks, written for encoders in which no layer has windows.
@@ -88,13 +93,15 @@ def get_vision_config(config: dict[str, Any], **changes: Any) -> WindowFreeViTCo
     fields = fields | {name: value for name, value in channels.items() if value is not None}
     required = (*_VISION_FIELDS, "in_channels", "window_size", "fullatt_block_indexes")
     _folder.require_fields(fields, "vision_config", *required)
+    _folder.require_numbers(fields, "vision_config", "depth", "num_heads", "in_channels", integers=True)
+    _folder.require_numbers(fields, "vision_config", "rms_norm_eps")
+    _folder.require_known(fields, "vision_config", "hidden_act", ACT2FN)
     layers = fields.get("mm_unit_vision_select_layer") or _MERGER_LAYERS
     _check_merger_layers(layers, "folder")
     full, depth = fields["fullatt_block_indexes"], fields["depth"]
-    if not isinstance(full, list) or not isinstance(depth, int):
+    if not isinstance(full, list) or not all(type(layer) is int for layer in full):
         raise ValueError(
-            "`folder` must have a config.json with an integer as depth and a list as fullatt_block_indexes, got "
-            f"{depth!r} and {full!r}."
+            f"`folder` must have a config.json with a list of integers as fullatt_block_indexes, got {full!r}."
         )
     pattern = {"window_size": fields["window_size"], "full_attention_layers": full}
     return _folder.build_config(
@@ -125,12 +132,14 @@ def get_text_config(config: dict[str, Any]) -> PanguEmbeddedConfig:
     fields = config | inner
     rope = ("rope_parameters",) if fields.get("rope_parameters") else ("rope_scaling", "rope_theta")
     _folder.require_fields(fields, "text_config", *_TEXT_FIELDS, *rope)
+    _folder.require_numbers(fields, "text_config", "rms_norm_eps", "initializer_range", "attention_dropout")
+    _folder.require_known(fields, "text_config", "hidden_act", ACT2FN)
     if fields.get("use_sliding_window"):
         raise ValueError("`folder` must have a text model without `use_sliding_window`, got true.")
     optional = {name: fields[name] for name in _OPTIONAL_TEXT_FIELDS if name in fields}
     if optional.get("head_dim") is None:
         optional["head_dim"] = _folder.get_head_dim(fields, "text_config")
-    return _folder.build_config(
+    text = _folder.build_config(
         PanguEmbeddedConfig,
         "text_config",
         **{ours: fields[published] for published, ours in _TEXT_FIELDS.items()},
@@ -138,6 +147,12 @@ def get_text_config(config: dict[str, Any]) -> PanguEmbeddedConfig:
         **{name: fields[name] for name in rope},
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
     )
+    # From any of the published forms.
+    parameters = text.rope_parameters or {}
+    _folder.require_fields(parameters, "rope_parameters", "rope_theta")
+    _folder.require_numbers(parameters, "rope_parameters", *parameters.keys() - _ROPE_OPTIONS)
+    _folder.require_known(parameters, "rope_parameters", "rope_type", {"default", *ROPE_INIT_FUNCTIONS})
+    return text
 
 
 def get_composed_config(config: dict[str, Any], **changes: Any) -> VisionLanguageConfig:
@@ -152,7 +167,9 @@ def get_composed_config(config: dict[str, Any], **changes: Any) -> VisionLanguag
     """
     vision, text = get_vision_config(config, **changes), get_text_config(config)
     _folder.require_fields(config, "", *_TOKEN_IDS)
+    _folder.require_numbers(config, "", *_TOKEN_IDS, integers=True)
     _folder.require_fields(config["vision_config"], "vision_config", "out_hidden_size")
+    _folder.require_numbers(config["vision_config"], "vision_config", "out_hidden_size", integers=True)
     options = {"hidden_size": config["vision_config"]["out_hidden_size"]}
     if vision.rms_norm_eps != _MERGER_EPS:
         options["eps"] = vision.rms_norm_eps

@@ -14,10 +14,10 @@ from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ...parts.modeling_windowfree import WindowFreeViTModel
 from ...parts.processing_vlm import VisionLanguageProcessor
 from .._folder import CONFIG, new_folder, read_generation_config, write_config, write_json
-from .._safetensors import list_tensors
+from .._safetensors import check_max_shard_size, list_tensors
 from .._weights import ModelT, check_dtype, load_weights, save_weights
 from .config import get_composed_config, get_vision_config, published_config, read_config
-from .names import NOT_ENCODER, get_slices, get_stored_slices, without_nesting
+from .names import BUFFERS, NOT_ENCODER, get_slices, get_stored_slices, without_nesting
 from .processor import check_token_ids, get_image_processor, published_processor, read_statistics
 
 PathLike = str | os.PathLike[str]
@@ -31,7 +31,8 @@ def encoder_from_openpangu_vl(folder: PathLike, *, dtype: torch.dtype | None = N
 
     Args:
         folder: A local folder with config.json and safetensors, under the published names or those that transformers
-            writes (`model.visual.*`), queries, keys and values fused or split.
+            writes (`model.visual.*`), queries, keys and values fused or split. Rotary buffers of old exports are not
+            read.
         dtype: Floating-point dtype of the weights. None keeps that of the files; the weights then stay mapped from
             the files, which must not be overwritten while the encoder is in use.
 
@@ -76,7 +77,7 @@ def _load(model: ModelT, path: Path, dtype: torch.dtype | None, ignored: tuple[s
     check_dtype(dtype)
     stored = list_tensors(path).renamed(without_nesting)
     slices = get_stored_slices(model, stored)
-    return load_weights(model, slices, stored, dtype=dtype, ignored=ignored, map_files=True)
+    return load_weights(model, slices, stored, dtype=dtype, ignored=(*ignored, *BUFFERS), map_files=True)
 
 
 def processor_from_openpangu_vl(folder: PathLike, *, trust_remote_code: bool = False) -> VisionLanguageProcessor:
@@ -120,7 +121,8 @@ def to_openpangu_vl(
 ) -> None:
     """Write a folder with the published names: config.json, preprocessor_config.json, safetensors and their index.
 
-    The weights keep their dtypes. Code and tokenizer are not written; copy them from the published folder.
+    The weights keep their dtypes. Code and tokenizer are not written; copy them from the published folder. After an
+    error, nothing is left in the folder.
 
     Args:
         model: A model composed of the parts of openPangu-VL, or an encoder alone, which is written as `visual.*`
@@ -130,20 +132,20 @@ def to_openpangu_vl(
         split_qkv: Write the encoder's queries, keys and values one by one (`attn.q.`, `attn.k.`, `attn.v.`).
 
     Raises:
-        ValueError: If the folder is not empty, if the model is of another class, or if it has an option that
-            openPangu-VL does not have.
+        ValueError: If `max_shard_size` is no size, if the folder is not empty, if the model is of another class, or
+            if it has an option that openPangu-VL does not have.
     """
     if not isinstance(model, (VisionLanguageForConditionalGeneration, WindowFreeViTModel)):
         raise ValueError(
             "`model` must be a VisionLanguageForConditionalGeneration or a WindowFreeViTModel, got "
             f"{type(model).__name__}."
         )
-    path = new_folder(folder)
+    check_max_shard_size(max_shard_size)
     fields = published_config(model.config)
     vision = cast(WindowFreeViTConfig, getattr(model.config, "vision_config", model.config))
-    path.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, VisionLanguageForConditionalGeneration):
-        model.generation_config.save_pretrained(path)
-    save_weights(model, get_slices(model, lambda name: split_qkv), path, max_shard_size)
-    write_json(path / "preprocessor_config.json", published_processor(vision))
-    write_config(path, fields, model.dtype)
+    with new_folder(folder) as path:
+        if isinstance(model, VisionLanguageForConditionalGeneration):
+            model.generation_config.save_pretrained(path)
+        save_weights(model, get_slices(model, lambda name: split_qkv), path, max_shard_size)
+        write_json(path / "preprocessor_config.json", published_processor(vision))
+        write_config(path, fields, model.dtype)

@@ -13,10 +13,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ...parts.modeling_windowfree import WindowFreeViTModel
 from .._safetensors import StoredTensors
-from .._weights import Slice, own_tensors
+from .._weights import ROTARY_BUFFERS, Slice, own_tensors
 
-# Prefixes of the tensors that are not the encoder's: mergers, projection and text model.
-NOT_ENCODER = ("visual.merger.", "visual.vision_projection.", "model.", "lm_head.")
+# Regular expressions of names: tensors that are not the encoder's (mergers, projection, text model), and buffers that
+# follow from config.json.
+NOT_ENCODER = (r"(visual\.merger|visual\.vision_projection|model|lm_head)\..*",)
+BUFFERS = (ROTARY_BUFFERS, r"visual\.rotary_pos_emb\.inv_freq")
 
 _ENCODER = "model.vision_tower."
 _PATCH_EMBEDDING = f"{_ENCODER}patch_embedding.projection.weight"

@@ -50,7 +50,10 @@ def read_processor(folder: Path) -> dict[str, Any] | None:
     for name in _FILES:
         if (folder / name).is_file():
             fields = read_json(folder / name)
-            return fields.get("image_processor", fields)
+            inner = fields.get("image_processor", fields)
+            if not isinstance(inner, dict):
+                raise ValueError(f"`folder` must have a {name} whose image_processor is an object, got {inner!r}.")
+            return inner
     return None
 
 

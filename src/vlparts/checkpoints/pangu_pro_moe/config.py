@@ -7,6 +7,8 @@ equals the number of experts per token.
 from pathlib import Path
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from ...parts.configuration_moge import MoGEConfig
 from .. import _folder
 
@@ -70,6 +72,8 @@ def read_config(folder: Path) -> MoGEConfig:
                 f"`folder` must have a config.json with {name} {value!r} or without {name}, got {fields[name]!r}."
             )
     _folder.require_fields(fields, "", *_REQUIRED, "rope_theta")
+    _folder.require_numbers(fields, "", "rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout")
+    _folder.require_known(fields, "", "hidden_act", ACT2FN)
     return _folder.build_config(
         MoGEConfig,
         "",

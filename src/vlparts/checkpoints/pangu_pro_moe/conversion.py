@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...parts.modeling_moge import MoGEForCausalLM
 from .._folder import new_folder, read_generation_config, write_config
-from .._safetensors import list_tensors
-from .._weights import Slice, check_dtype, load_weights, own_tensors, save_weights
+from .._safetensors import check_max_shard_size, list_tensors
+from .._weights import ROTARY_BUFFERS, Slice, check_dtype, load_weights, own_tensors, save_weights
 from .config import published_config, read_config
 
 PathLike = str | os.PathLike[str]
@@ -26,8 +26,9 @@ _ROUTER_SCALE = ".mlp.gate.router_scale"
 def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = None) -> MoGEForCausalLM:
     """Build a Pangu Pro MoE with the weights of a folder.
 
-    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Generation
-    options come from generation_config.json, if there is one. The model is in evaluation mode.
+    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Rotary buffers
+    (`rotary_emb.inv_freq`) of old exports are not read. Generation options come from generation_config.json, if there
+    is one. The model is in evaluation mode.
 
     Args:
         folder: A local folder with config.json and safetensors under the published names.
@@ -43,7 +44,7 @@ def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = No
     config = read_config(path)
     with torch.device("meta"):
         model = MoGEForCausalLM(config)
-    model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype)
+    model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype, ignored=(ROTARY_BUFFERS,))
     read_generation_config(model, path)
     return model
 
@@ -52,7 +53,7 @@ def to_pangu_pro_moe(model: MoGEForCausalLM, folder: PathLike, *, max_shard_size
     """Write a folder with the published names: config.json, generation_config.json, safetensors and their index.
 
     The weights keep their dtypes and are written file by file without a second copy of the model. Code and tokenizer
-    are not written; copy them from the published folder.
+    are not written; copy them from the published folder. After an error, nothing is left in the folder.
 
     Args:
         model: The model.
@@ -60,17 +61,17 @@ def to_pangu_pro_moe(model: MoGEForCausalLM, folder: PathLike, *, max_shard_size
         max_shard_size: Largest size of a file, in bytes or like "5GB".
 
     Raises:
-        ValueError: If the folder is not empty, if the model is of another class, or if it has an option that Pangu
-            Pro MoE does not have.
+        ValueError: If `max_shard_size` is no size, if the folder is not empty, if the model is of another class, or
+            if it has an option that Pangu Pro MoE does not have.
     """
     if not isinstance(model, MoGEForCausalLM):
         raise ValueError(f"`model` must be a MoGEForCausalLM, got {type(model).__name__}.")
-    path = new_folder(folder)
+    check_max_shard_size(max_shard_size)
     fields = published_config(model.config)
-    path.mkdir(parents=True, exist_ok=True)
-    save_weights(model, get_slices(model), path, max_shard_size)
-    model.generation_config.save_pretrained(path)
-    write_config(path, fields, model.dtype)
+    with new_folder(folder) as path:
+        save_weights(model, get_slices(model), path, max_shard_size)
+        model.generation_config.save_pretrained(path)
+        write_config(path, fields, model.dtype)
 
 
 def get_slices(model: MoGEForCausalLM) -> dict[str, Slice]:

@@ -1,7 +1,6 @@
 """Build a NaViT with the weights of another vision transformer."""
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -16,7 +15,11 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...parts.configuration_navit import NaViTConfig
 from ...parts.modeling_navit import NaViTForImageClassification, NaViTModel
+<<<<<<< HEAD
 from ...parts.utils import mark_initialized
+=======
+from .._folder import read_json
+>>>>>>> fix-c
 from . import siglip2, vit
 from .naflexvit import is_naflexvit, read_naflexvit
 from .rules import Conversion
@@ -222,13 +225,14 @@ def _get_architecture(folder: Path) -> str:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"`source` must be a module or a local folder with a config.json, got {str(folder)!r}.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "source")
     if "architecture" in config and "model_type" not in config:
         raise ValueError(
             "`source` must be a module for a timm checkpoint, got a folder: only timm knows the options of "
             f"{config['architecture']!r}. Build it with timm.create_model, and pass the module."
         )
-    name = [*(config.get("architectures") or ()), config.get("model_type")][0]
-    if name not in _CLASSES:
+    named = config.get("architectures") or []
+    name = [*named, config.get("model_type")][0] if isinstance(named, list) else named
+    if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(f"`source` must have one of {', '.join(_CLASSES)}, got {name!r}.")
-    return str(name)
+    return name
