@@ -130,7 +130,8 @@ def encode_images(
         return outputs, tuple(maps or (_select_layer(outputs, layer),)), image_grid_thw.prod(-1)
     if layout == "naflex":
         require_inputs(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
-        assert pixel_attention_mask is not None and spatial_shapes is not None
+        assert pixel_attention_mask is not None
+        assert spatial_shapes is not None
         if not torch.compiler.is_compiling():
             check_shape("pixel_values", pixel_values, None, None, None)
             check_shape("pixel_attention_mask", pixel_attention_mask, *pixel_values.shape[:2])

@@ -15,11 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...parts.configuration_navit import NaViTConfig
 from ...parts.modeling_navit import NaViTForImageClassification, NaViTModel
-<<<<<<< HEAD
 from ...parts.utils import mark_initialized
-=======
 from .._folder import read_json
->>>>>>> fix-c
 from . import siglip2, vit
 from .naflexvit import is_naflexvit, read_naflexvit
 from .rules import Conversion
