@@ -187,6 +187,11 @@ def test_the_sides_may_be_swapped(height: int, width: int, factor: int) -> None:
     assert swapped == sizes[::-1] or swapped[0] * swapped[1] <= 10**6
 
 
+def test_sides_that_fit_a_limit_exactly_are_kept() -> None:
+    """Though 75 * sqrt(196 / 75**2) is 13.999999999999998."""
+    assert fit_to_grid(75, 75, 1, 196, 196) == (14, 14)
+
+
 def test_large_images_keep_their_aspect_ratio() -> None:
     assert fit_to_grid(4000, 2000, 16, 256, 512 * 1024) == (1024, 512)
     assert fit_to_grid(10, 20, 16, 128 * 256, 1024**2) == (128, 256)

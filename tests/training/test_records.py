@@ -46,11 +46,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "number beyond floats": (answered({"box": [0, 0, 10**400, 1]}), "messages.1.content.0.box.2: "),
     "exponent beyond floats": (
         json.dumps(answered({"box": [0, 0, 7, 1]})).replace("7", "1e999"),
-        "`points[1][0]` must be finite, got inf",
+        "Number 1e999 is too large",
     ),
     "number with too many digits": (
         json.dumps(answered({"box": [0, 0, 7, 1]})).replace("7", "7" * 5000),
-        "4300 digits",
+        "A number has 5000 digits, more than 4300",
     ),
     "text in a box": (answered({"box": ["1", 2, 3, 4]}), "messages.1.content.0.box.0: Input should be a valid number"),
     "a bool in a box": (answered({"box": [True, 2, 3, 4]}), "messages.1.content.0.box.0: Input should be a valid num"),

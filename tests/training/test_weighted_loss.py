@@ -200,7 +200,7 @@ def test_samples_carry_their_weights_into_batches(tmp_path: Path) -> None:
 BROKEN = {
     "-0.5": r"`importance` must be a finite number of at least 0, got -0\.5",
     "NaN": "NaN is not a valid number",
-    "1e999": "`importance` must be a finite number of at least 0, got inf",
+    "1e999": "Number 1e999 is too large",
     '"1"': "`importance` must be a finite number of at least 0, got '1'",
     "true": "`importance` must be a finite number of at least 0, got True",
     "null": "`importance` must be a finite number of at least 0, got None",

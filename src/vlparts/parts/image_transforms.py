@@ -10,6 +10,9 @@ from PIL import Image, ImageOps
 from transformers.image_utils import SizeDict, get_image_size, make_flat_list_of_images
 from transformers.video_utils import is_valid_video
 
+# Error of a number of blocks in float64, so that sides that fit a limit exactly are not rounded past it.
+ROUNDING = 1e-9
+
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -173,10 +176,10 @@ def fit_to_grid(
     blocks = max_pixels // factor**2
     if rows * columns * factor**2 < min_pixels:
         scale = math.sqrt(min_pixels / (exact_height * exact_width)) / factor
-        rows, columns = math.ceil(exact_height * scale), math.ceil(exact_width * scale)
+        rows, columns = math.ceil(exact_height * scale - ROUNDING), math.ceil(exact_width * scale - ROUNDING)
     if rows * columns > blocks:
         scale = math.sqrt(max_pixels / (exact_height * exact_width)) / factor
-        rows, columns = max(1, math.floor(exact_height * scale)), max(1, math.floor(exact_width * scale))
+        rows, columns = (max(1, math.floor(side * scale + ROUNDING)) for side in (exact_height, exact_width))
         # The area can exceed the limit still if one side was rounded up to one block.
         rows, columns = min(rows, blocks // columns or 1), min(columns, blocks // rows or 1)
     return rows * factor, columns * factor
