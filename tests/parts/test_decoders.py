@@ -41,9 +41,8 @@ def test_positions_continue_after_the_cache() -> None:
 
 def test_without_a_cache_none_is_made() -> None:
     embeds, positions = torch.randn(1, 2, 4), torch.tensor([[5, 6]])
-    inputs = prepare_decoder_inputs(
-        nn.Embedding(10, 4), LlamaConfig(hidden_size=4), None, embeds, positions, None, False
-    )
+    config = LlamaConfig(hidden_size=4, num_attention_heads=1)
+    inputs = prepare_decoder_inputs(nn.Embedding(10, 4), config, None, embeds, positions, None, use_cache=False)
     assert inputs.past_key_values is None
     assert inputs.inputs_embeds is embeds
     assert inputs.position_ids is positions
