@@ -7,6 +7,8 @@ output sizes depend on values, such as `nonzero` and `index`. The row of a layer
 and of 4 layers, per layer.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,3 +98,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # torch_npu's threads, which no device ends, can abort the interpreter's shutdown
