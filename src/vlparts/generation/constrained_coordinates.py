@@ -196,7 +196,7 @@ class CoordinateLogitsProcessor(LogitsProcessor):
             scores: `(B, V)` of the next token; not modified.
         """
         self._check_call(input_ids, scores)
-        # The first column matches no id. It stands for "no region yet", and lets the first token be looked up.
+        # The first column, -1, matches no id: it means "no region yet", so that the first token can be looked up.
         generated = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (1, 0), value=-1)
         kind, slot = self._find_slot(generated)
         inside = slot < self.tables.lengths.to(slot.device)[kind]
