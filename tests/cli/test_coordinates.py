@@ -143,6 +143,19 @@ def test_a_line_that_cannot_be_converted(tmp_path: Path) -> None:
     assert said(result) == "2 lines converted, 1 kept unchanged."
 
 
+def test_text_that_looks_like_coordinates_is_warned_of() -> None:
+    arguments = ("convert", "-", "--from", "qwen2_vl", "--to", "openpangu")
+    row = {"text": "dog(221,423),(569,886)", "width": 1000, "height": 1000}
+    result = run(*arguments, input=lines(*[row] * 5))
+    assert (result.exit_code, rows(result.stdout)) == (0, [row] * 5)
+    assert "warning: standard input, line 1: Position 3: '(221,423),(569,886)' looks like" in said(result)
+    assert "warning: 2 further texts look like coordinates. 5 lines converted." in said(result)
+    assert said(run(*arguments, "--on-error", "skip", input=lines(row))) == "1 line converted."
+    result = run("check", "-", "--format", "qwen2_vl", "--text-field", "text", input=lines(row))
+    assert result.exit_code == 1
+    assert "1 suspicious: text that looks like coordinates of the format" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "message"),
     [

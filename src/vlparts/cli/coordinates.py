@@ -1,7 +1,8 @@
 """The coordinate commands: `python -m vlparts coordinates convert | check | show`."""
 
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from ..coordinates.formats.registry import CoordinateFormat, get_format
 from ..coordinates.io.annotations import region_from_dict
 from ..coordinates.io.json_lines import json_line
 from ..coordinates.regions import KINDS, Region
+from ..coordinates.suspicion import CoordinateWarning
 from .errors import exit_on_value_error
 from .jsonl import STANDARD, SizeFields, map_texts, open_output, read_rows, source_name
 
@@ -24,6 +26,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Convert, check and draw coordinates in text.", no_args_is_help=True)
 POLICIES = ("raise", "skip", "collect")
+EXAMPLES = 3  # warnings that are printed in full
 
 Source = Annotated[str, typer.Argument(help="JSON Lines file, or - for the standard input.")]
 Target = Annotated[str, typer.Option("--output", "-o", help="JSON Lines file to write, or - for the standard output.")]
@@ -75,6 +78,7 @@ def convert(
         _check_output(source, output)
         sizes = _sizes(source, width_field, height_field, image_field, image_root)
         counts: Counter[str] = Counter()
+        suspicious: list[str] = []
         with open_output(output) as file:
             for number, row in read_rows(source):
                 try:
@@ -82,7 +86,7 @@ def convert(
                     change = partial(
                         convert_text, source=source_format, target=target_format, image_size=sizes.size(row)
                     )
-                    value = map_texts(row[text_field], change)
+                    value, warned = _with_warnings(partial(map_texts, row[text_field], change))
                 except ValueError as error:
                     if policy == "raise":
                         raise ValueError(f"{source_name(source)}, line {number}: {error}") from None
@@ -91,10 +95,28 @@ def convert(
                         file.write(json_line({**row, "convert_error": str(error)}))
                     continue
                 counts["converted"] += 1
+                if policy != "skip":
+                    suspicious += [f"{source_name(source)}, line {number}: {message}" for message in warned]
                 file.write(json_line({**row, text_field: value}))
+    for message in suspicious[:EXAMPLES]:
+        typer.echo(f"warning: {message}", err=True)
+    if len(suspicious) > EXAMPLES:
+        typer.echo(f"warning: {len(suspicious) - EXAMPLES} further texts look like coordinates.", err=True)
     action = "skipped" if policy == "skip" else "kept unchanged"
     failed = f", {counts['failed']} {action}" if counts["failed"] else ""
     typer.echo(f"{_count(counts['converted'], 'line')} converted{failed}.", err=True)
+
+
+def _with_warnings(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return the result of a function, and the messages of the coordinate warnings that it issues."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CoordinateWarning)
+        result = function()
+    messages = [str(one.message) for one in caught if issubclass(one.category, CoordinateWarning)]
+    for one in caught:
+        if not issubclass(one.category, CoordinateWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return result, messages
 
 
 def _count(number: int, name: str) -> str:

@@ -10,7 +10,7 @@ from .formats.published import ABSENT
 from .formats.registry import FORMATS, CoordinateFormat, get_format, register_format
 from .frames.maps import Frame, clip_points
 from .frames.rules import FitWithin, FrameRule, Original, PaddedSquare, Resized, SmartResize
-from .grammars.base import Coded, DecodeError, Found, Grammar
+from .grammars.base import Coded, DecodeError, Found, Grammar, Suspicion
 from .grammars.json_fields import NamedJsonGrammar
 from .grammars.json_objects import JsonGrammar
 from .grammars.kosmos2 import CellNumbers, KosmosGrammar
@@ -26,6 +26,7 @@ from .metrics.report import Detection, Report, report
 from .quantization import NumberRule, Numbers
 from .regions import KINDS, Region
 from .streaming import StreamDecoder
+from .suspicion import CoordinateWarning
 from .validation import check_boxes
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Coded",
     "CoordinateError",
     "CoordinateFormat",
+    "CoordinateWarning",
     "DecodeError",
     "DecodeResult",
     "Detection",
@@ -66,6 +68,7 @@ __all__ = [
     "Shape",
     "SmartResize",
     "StreamDecoder",
+    "Suspicion",
     "TaggedGrammar",
     "assign",
     "box_area",

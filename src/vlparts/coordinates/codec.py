@@ -14,6 +14,7 @@ from .grammars.base import Coded, DecodeError, Found
 from .grammars.openpangu import PairGrammar
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, position_error, resolve, swapped
+from .suspicion import find_suspicions, warn_of_suspicions
 from .validation import check_choice
 
 __all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode"]
@@ -28,7 +29,7 @@ class DecodeResult:
     Args:
         regions: The regions, in pixels of the original image.
         spans: Per region, start and end of its coordinates in the text, without its label.
-        errors: What cannot be read; only with `on_error="collect"`.
+        errors: What cannot be read, and suspicions ([`Suspicion`]); only with `on_error="collect"`.
     """
 
     regions: tuple[Region, ...]
@@ -94,7 +95,8 @@ def decode(
         text: Any text.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         format: A format or its name; None for openPangu's.
-        on_error: "raise" stops at the first error, "skip" omits errors, "collect" lists them in the result.
+        on_error: "raise" stops at the first error, and warns of suspicions (`CoordinateWarning`) if there is none;
+            "skip" omits both; "collect" lists both in the result.
         on_outside: What to do with a code out of range or a point outside the image: "error", or "clamp", which
             moves it to the nearest valid one.
 
@@ -114,10 +116,15 @@ def decode(
     with _gc_paused():
         if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
             return DecodeResult(*plain)
-        found, errors = fmt.grammar.scan(text)
-        kept, regions, errors = resolve(text, found, errors, sizes, fmt, on_outside == "clamp")
+        found, malformed = fmt.grammar.scan(text)
+        kept, regions, errors = resolve(text, found, malformed, sizes, fmt, on_outside == "clamp")
     if errors and on_error == "raise":
         raise position_error(errors[0])
+    if on_error != "skip":
+        suspicions = find_suspicions(text, found, malformed, sizes, fmt)
+        errors = sorted([*errors, *suspicions], key=lambda error: error.position) if suspicions else errors
+        if on_error == "raise":
+            warn_of_suspicions(suspicions, 2)
     spans = tuple([item[:2] for item in kept])
     return DecodeResult(tuple(regions), spans, tuple(errors) if on_error == "collect" else ())
 

@@ -9,6 +9,7 @@ from .grammars.openpangu import PairGrammar
 from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, resolve
+from .suspicion import can_be_suspicious, find_suspicions
 from .validation import check_choice
 
 __all__ = ["StreamDecoder"]
@@ -24,6 +25,7 @@ class StreamDecoder:
     A region is returned once no following text can change it: in most formats, after the first letter or digit,
     separator or region that follows it. If more than a few thousand characters have come since the last region, they
     are scanned again only after they have grown by an eighth, so that the work is linear in the length of the text.
+    Suspicions (see [`decode`]) are added to the errors when the stream is closed.
 
     Args:
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
@@ -47,6 +49,7 @@ class StreamDecoder:
         self._ends_late = isinstance(grammar, TaggedGrammar) and grammar.ends_late
         self._text, self._offset = "", 0  # the text that is kept, and its position in the whole text
         self._chunks: list[str] = []
+        self._whole: list[str] | None = [] if can_be_suspicious(self._format) else None
         self._pending = 0  # characters in `_chunks`
         self._returned = [0, 0]  # numbers of regions and errors of the kept text that have been returned
         self._errors: list[DecodeError] = []
@@ -54,7 +57,7 @@ class StreamDecoder:
 
     @property
     def errors(self) -> tuple[DecodeError, ...]:
-        """The errors so far, with positions in the whole text."""
+        """The errors so far, with positions in the whole text; once the stream is closed, also the suspicions."""
         return tuple(self._errors)
 
     def feed(self, chunk: str) -> list[Region]:
@@ -75,6 +78,8 @@ class StreamDecoder:
         if self._closed:
             raise CoordinateError("The stream is closed; create another StreamDecoder for another text.")
         self._chunks.append(chunk)
+        if self._whole is not None:
+            self._whole.append(chunk)
         self._pending += len(chunk)
         if len(self._text) > SHORT_TEXT and self._pending * GROWTH < len(self._text):
             return []
@@ -89,7 +94,12 @@ class StreamDecoder:
         if self._closed:
             return []
         self._closed = True
-        return self._scan(True)
+        regions = self._scan(True)
+        if self._whole is not None:
+            text = "".join(self._whole)
+            suspicions = find_suspicions(text, *self._format.grammar.scan(text), self._sizes, self._format)
+            self._errors = sorted([*self._errors, *suspicions], key=lambda error: error.position)
+        return regions
 
     def _scan(self, final: bool) -> list[Region]:
         """Scan the text and return the regions that are final and new."""

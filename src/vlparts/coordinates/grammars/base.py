@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["QUOTE_LENGTH", "Coded", "DecodeError", "Found", "Grammar", "ReportsLoss", "check_writable"]
+__all__ = ["QUOTE_LENGTH", "Coded", "DecodeError", "Found", "Grammar", "ReportsLoss", "Suspicion", "check_writable"]
 
 QUOTE_LENGTH = 40
 """Maximum number of characters that an error message quotes from the text."""
@@ -52,6 +52,12 @@ class DecodeError(NamedTuple):
 
     position: int
     reason: str
+
+
+class Suspicion(DecodeError):
+    """A part of a text that looks like coordinates of a format but is neither a region nor a malformed one."""
+
+    __slots__ = ()
 
 
 class Grammar(Protocol):
