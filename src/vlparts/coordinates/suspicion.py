@@ -51,6 +51,9 @@ class _Layout:
     least_digits: int
 
 
+_Place = tuple[int, int, Sequence[str], _Layout | None]  # start, end, numbers and their layout; none for a mark
+
+
 @dataclass(frozen=True)
 class _Signs:
     """What looks like coordinates of a grammar: its layouts, and a pattern of marks that only regions have."""
@@ -89,16 +92,20 @@ def find_suspicions(
     if not can_be_suspicious(fmt):
         return []
     try:
-        signs = _signs(fmt.grammar)
+        signs = _signs(fmt.grammar)  # type: ignore[arg-type]
     except TypeError:  # a grammar without a hash
         signs = _signs.__wrapped__(fmt.grammar)
-    places = [match.span() for match in signs.marks.finditer(text)] if signs.marks else []
+    places: list[_Place] = []
+    if signs.marks:
+        places += (match.span() + ((), None) for match in signs.marks.finditer(text))
     for layout in signs.layouts:
-        matches = layout.pattern.finditer(text)
-        places += (match.span() for match in matches if _would_be_region(match.groups(), layout, sizes, fmt))
+        places += (match.span() + (match.groups(), layout) for match in layout.pattern.finditer(text))
+    places.sort(key=lambda place: (place[0], -place[1]))
     result: list[Suspicion] = []
     last = -_NEAR - 1
-    for start, end in _uncovered(sorted(places, key=lambda place: (place[0], -place[1])), found, errors):
+    for start, end, numbers, matched in _uncovered(places, found, errors):
+        if matched is not None and not _would_be_region(numbers, matched, sizes, fmt):
+            continue
         if start - last > _NEAR or any(map(str.isalnum, text[last:start])):
             quoted = repr(text[start : min(end, start + QUOTE_LENGTH)])
             reason = f"{quoted} looks like coordinates of format {fmt.name!r} but is not a region of it"
@@ -116,21 +123,20 @@ def warn_of_suspicions(suspicions: Sequence[DecodeError], stacklevel: int) -> No
         warnings.warn(f"Position {position}: {reason}{further}; {advice}.", CoordinateWarning, stacklevel + 1)
 
 
-def _uncovered(
-    places: Sequence[tuple[int, int]], found: Sequence[Found], errors: Sequence[DecodeError]
-) -> Iterator[tuple[int, int]]:
+def _uncovered(places: Sequence[_Place], found: Sequence[Found], errors: Sequence[DecodeError]) -> Iterator[_Place]:
     """Yield the places that do not overlap a region and do not follow an error closely."""
     spans = sorted(item.outer for item in found)
     starts, ends = [start for start, _ in spans], list(accumulate((end for _, end in spans), max))
     positions = sorted(position for position, _ in errors)
-    for start, end in places:
+    for place in places:
+        start, end, *_ = place
         index = bisect_right(starts, end - 1)
         region_end = ends[index - 1] if index else -1
         index = bisect_right(positions, end - 1)
         error = positions[index - 1] if index else -1
         follows_error = error >= max(region_end, 0) and start - error <= _COVERED
         if region_end <= start and not follows_error:
-            yield start, end
+            yield place
 
 
 def _would_be_region(
