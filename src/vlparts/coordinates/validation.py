@@ -1,5 +1,6 @@
 """Validation of arguments: image sizes, choices, and arrays of coordinates."""
 
+import math
 import operator
 from typing import SupportsIndex, TypeGuard
 
@@ -17,6 +18,9 @@ __all__ = [
     "positive_integer",
 ]
 
+MAX_SIDE = 10**9
+"""Maximum side of an image in pixels: the largest number of a format has 9 digits."""
+
 
 def is_size(value: object) -> TypeGuard[tuple[int, int]]:
     """Whether `value` is a tuple, list or array of two positive integers; bool is not an integer."""
@@ -29,7 +33,7 @@ def check_size(size: object, name: str = "image_size") -> tuple[int, int]:
     """Return (width, height) as two ints.
 
     Args:
-        size: A tuple, list or array of two positive integers.
+        size: A tuple, list or array of two positive integers of at most `MAX_SIDE`.
         name: Name of the argument, for the error message.
 
     Raises:
@@ -37,6 +41,9 @@ def check_size(size: object, name: str = "image_size") -> tuple[int, int]:
     """
     if not is_size(size):
         raise ValueError(f"`{name}` must be (width, height), two positive integers, got {size!r}.")
+    if max(size) > MAX_SIDE:
+        magnitude = int(math.log10(max(size)))  # the number may have more digits than Python writes
+        raise ValueError(f"`{name}` must have sides of at most {MAX_SIDE}, got one of about 10**{magnitude}.")
     return int(size[0]), int(size[1])
 
 
