@@ -83,6 +83,10 @@ def test_damaged_texts(name: str) -> None:
             "mineru2",
             "<|box_start|>100 50 \ud800 80<|box_end|><|ref_start|>a<|ref_end|>\n<|box_start|>1 2\n3 4<|box_end|>",
         ),
+        # A label can be on a further line, and end on another one.
+        ("mineru2", "<|box_start|>1 2 3 4<|box_end|>\n<|ref_start|>a<|ref_e[nd|>\n<|b> 5 6<|box_end|><|ref_end|>\nb"),
+        ("mineru2", "<|box_start|>1 2 3 4<|box_end|>\n <|ref_sta"),
+        ("paligemma", "<loc0000><loc0000><loc1022><loc1022> ; cat\n<loc0000><loc0000><loc1022><loc1022>\n \n cat"),
         # A bracket makes a region before it a nested one.
         ("llava", "a [0.17, 0.22, 0.91, 0.41]\nb [0.23, 0.14, 0.26, 0.15]\n]\n[0.39, 0.19, 0.62, 0.21]"),
         # Objects are complete within one that never ends.

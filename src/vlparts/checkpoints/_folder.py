@@ -23,7 +23,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
-    """Read a file with one JSON object.
+    """Read a file with one JSON object, in UTF-8 with or without byte order mark.
 
     Args:
         path: The file.
@@ -33,7 +33,7 @@ def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
         ValueError: If it holds something else, or if its values are nested too deeply to be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError(f"`{argument}` has a {path.name} whose values are nested too deeply to be read.") from None
     except ValueError as error:
@@ -244,8 +244,8 @@ def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """
     if not (folder / GENERATION_CONFIG).is_file():
         return
-    read_json(folder / GENERATION_CONFIG)
+    fields = read_json(folder / GENERATION_CONFIG)
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = GenerationConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"`folder` has a {GENERATION_CONFIG} whose fields do not fit: {error}") from error

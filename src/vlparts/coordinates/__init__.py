@@ -19,7 +19,7 @@ from .grammars.molmo2 import Molmo2Grammar
 from .grammars.openpangu import PairGrammar
 from .grammars.tagged import Shape, TaggedGrammar
 from .io.annotations import ImageRegions, read_annotations, record_regions, training_record, write_annotations
-from .io.coco import read_coco, write_coco
+from .io.coco import CocoImages, read_coco, write_coco
 from .metrics.iou import box_area, box_giou, box_iou, contains, inside_polygon, paired_box_iou
 from .metrics.matching import Match, assign, match, match_regions, similarity
 from .metrics.report import Detection, Report, report
@@ -36,6 +36,7 @@ __all__ = [
     "PADDED",
     "PROBLEMS",
     "CellNumbers",
+    "CocoImages",
     "Coded",
     "CoordinateError",
     "CoordinateFormat",

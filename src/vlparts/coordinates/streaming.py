@@ -49,6 +49,9 @@ class StreamDecoder:
         self._local = isinstance(grammar, (PairGrammar, TaggedGrammar))
         self._ends_late = isinstance(grammar, TaggedGrammar) and grammar.ends_late
         self._has_groups = isinstance(grammar, TaggedGrammar) and grammar.group_join is not None
+        self._label_after: tuple[str, str] | None = None  # the marks of labels that follow their regions
+        if isinstance(grammar, TaggedGrammar) and grammar.label_place == "after":
+            self._label_after = grammar.label_open.strip(), grammar.label_close.strip()
         self._can_nest = isinstance(grammar, TaggedGrammar) and grammar.can_nest
         self._text, self._offset = "", 0  # the text that is kept, and its position in the whole text
         self._chunks: list[str] = []
@@ -130,11 +133,21 @@ class StreamDecoder:
         tail = self._text[found[last].outer[1] :]
         separator = self._format.separator
         separated = bool(separator) and separator in tail and not (self._can_nest and tail.isspace())
+        if self._label_after is not None and found[last].label is None and self._awaits_label(tail):
+            separated = False
         if self._local and (separated or (not self._ends_late and any(map(str.isalnum, tail)))):
             return len(found)
         while self._ends_late and self._has_groups and last and found[last].outer[0] == found[last - 1].outer[1]:
             last -= 1
         return last
+
+    def _awaits_label(self, tail: str) -> bool:
+        """Whether the text after a region without a label may become its label, which can be on a further line."""
+        opening, closing = self._label_after or ("", "")
+        text = tail.lstrip()
+        if len(text) < max(len(opening), 1):
+            return opening.startswith(text)
+        return text.startswith(opening) and closing not in text[len(opening) :]
 
     def _error_limit(self, found: Sequence[Found], errors: Sequence[DecodeError], count: int) -> int:
         """Return the position before which errors cannot change any more; `count` regions are final.

@@ -110,7 +110,7 @@ def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path
         return path
     if path.is_file():
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8-sig"))
         except RecursionError:
             raise ValueError(f"`{argument}` {spec} has values that are nested too deeply to be read.") from None
         except ValueError as error:

@@ -132,7 +132,7 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     fields: Any = {}
     if path is not None:
         try:
-            fields = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+            fields = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(fields, dict):

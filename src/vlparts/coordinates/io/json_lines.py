@@ -29,6 +29,8 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
             parse_float=_finite_float,
             object_pairs_hook=_unique_keys,
         )
+        if "\\ud" in text.lower():
+            _check_characters(json.dumps(fields, ensure_ascii=False))
     except UnicodeDecodeError as error:
         raise ValueError(f"Not valid UTF-8: {error}.") from None
     except json.JSONDecodeError as error:
@@ -37,12 +39,15 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
         raise ValueError("The object is nested too deeply.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"Expected a JSON object, got {type(fields).__name__}.")
-    if "\\ud" in text.lower():
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("A string contains half of a surrogate pair, which is not a character.") from None
     return fields
+
+
+def _check_characters(text: str) -> None:
+    """Raise ValueError if a text contains half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("A string contains half of a surrogate pair, which is not a character.") from None
 
 
 def _reject_constant(name: str) -> None:
@@ -77,8 +82,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_line(fields: dict[str, Any]) -> str:
-    """Return an object as one line of JSON with a newline. Characters are not escaped."""
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return an object as one line of JSON with a newline. Characters are not escaped.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, or a string contains half of a surrogate pair.
+    """
+    line = json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    _check_characters(line)
+    return line
 
 
 def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -112,7 +123,7 @@ def write_json_lines(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
         The number of lines written.
 
     Raises:
-        ValueError: If a number is NaN or infinite.
+        ValueError: See `json_line`.
     """
     count = 0
     for row in rows:
