@@ -7,11 +7,10 @@ that the format writes, so it works for any grammar.
 
 import re
 import warnings
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 from .formats.registry import CoordinateFormat
 from .grammars.base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, Suspicion
@@ -24,6 +23,7 @@ __all__ = ["CoordinateWarning", "can_be_suspicious", "find_suspicions", "warn_of
 _CODES = (123, 234, 345, 456, 567, 678, 789, 891)  # written to see what is around numbers
 _COVERED = 1000  # characters after an error in which nothing further is reported
 _NEAR = 8  # places with no more characters between them, none of them a letter or digit, are one place
+_REGION = "\0"  # in place of a region
 _NUMBER = r"([0-9]{1,9}+(?:\.[0-9]{1,9}+)?+)"
 _SPACE = r"\s{0,3}+"
 _QUOTE = r"(?:\\?[\"'`]|[\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\uff02]|&(?:quot|\#34|\#39);)?+"
@@ -95,15 +95,22 @@ def find_suspicions(
         signs = _signs(fmt.grammar)  # type: ignore[arg-type]
     except TypeError:  # a grammar without a hash
         signs = _signs.__wrapped__(fmt.grammar)
+    rest, starts, offsets = _between_regions(text, found)
     places: list[_Place] = []
     if signs.marks:
-        places += (match.span() + ((), None) for match in signs.marks.finditer(text))
+        places += (match.span() + ((), None) for match in signs.marks.finditer(rest))
     for layout in signs.layouts:
-        places += (match.span() + (match.groups(), layout) for match in layout.pattern.finditer(text))
+        places += (match.span() + (match.groups(), layout) for match in layout.pattern.finditer(rest))
     places.sort(key=lambda place: (place[0], -place[1]))
+    positions = sorted(position for position, _ in errors)
     result: list[Suspicion] = []
     last = -_NEAR - 1
-    for start, end, numbers, matched in _uncovered(places, found, errors):
+    for start, end, numbers, matched in places:
+        gap = bisect_right(starts, start) - 1
+        start, end = start + offsets[gap], end + offsets[gap]
+        error = bisect_left(positions, end) - 1  # the last one that is not after this place
+        if error >= 0 and positions[error] >= max(starts[gap] + offsets[gap], start - _COVERED):
+            continue
         if matched is not None and not _would_be_region(numbers, matched, sizes, fmt):
             continue
         if start - last > _NEAR or any(map(str.isalnum, text[last:start])):
@@ -114,6 +121,20 @@ def find_suspicions(
     return result
 
 
+def _between_regions(text: str, found: Sequence[Found]) -> tuple[str, list[int], list[int]]:
+    """Return the text between regions, joined by `_REGION`, and per piece its start there and the offset in `text`."""
+    pieces, starts, offsets = [], [], []
+    end = length = 0
+    for first, last in [*sorted([item.outer for item in found]), (len(text), len(text))]:
+        if first > end or last == len(text):
+            pieces.append(text[end:first])
+            starts.append(length)
+            offsets.append(end - length)
+            length += max(first - end, 0) + len(_REGION)
+        end = max(end, last)
+    return _REGION.join(pieces), starts, offsets
+
+
 def warn_of_suspicions(suspicions: Sequence[DecodeError], stacklevel: int) -> None:
     """Issue a `CoordinateWarning` if there are any; `stacklevel` is that of the caller's caller."""
     if suspicions:
@@ -121,22 +142,6 @@ def warn_of_suspicions(suspicions: Sequence[DecodeError], stacklevel: int) -> No
         further = f" ({len(suspicions) - 1} further)" if len(suspicions) > 1 else ""
         advice = "its marks may have been removed by skip_special_tokens=True"
         warnings.warn(f"Position {position}: {reason}{further}; {advice}.", CoordinateWarning, stacklevel + 1)
-
-
-def _uncovered(places: Sequence[_Place], found: Sequence[Found], errors: Sequence[DecodeError]) -> Iterator[_Place]:
-    """Yield the places that do not overlap a region and do not follow an error closely."""
-    spans = sorted(item.outer for item in found)
-    starts, ends = [start for start, _ in spans], list(accumulate((end for _, end in spans), max))
-    positions = sorted(position for position, _ in errors)
-    for place in places:
-        start, end, *_ = place
-        index = bisect_right(starts, end - 1)
-        region_end = ends[index - 1] if index else -1
-        index = bisect_right(positions, end - 1)
-        error = positions[index - 1] if index else -1
-        follows_error = error >= max(region_end, 0) and start - error <= _COVERED
-        if region_end <= start and not follows_error:
-            yield place
 
 
 def _would_be_region(
@@ -213,7 +218,7 @@ def _layout(pieces: tuple[str, ...], key: re.Match[str] | None) -> _Layout:
     if opening and closing and opening[0]:
         before, after = before + re.escape(opening[0]) + _SPACE, _SPACE + re.escape(closing[0])
     elif not before and is_point:
-        before, after = r"(?<![^\n\"'A-Za-z>])", r"(?=[\n\"'A-Za-z<]|\Z)"
+        before, after = r"(?<![^\n\"'A-Za-z>\0])", r"(?=[\n\"'A-Za-z<\0]|\Z)"
         least_digits = 2 * count
     elif not before:
         before, after = r"(?<![0-9][.,:/ +-])(?<![0-9.,:/+-])", r"(?![.,:/+-]?[0-9]|[, ] ?[0-9])"
