@@ -6,7 +6,6 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -166,7 +165,7 @@ def test_a_grammar_without_a_hash_is_accepted() -> None:
     assert [error.position for error in decode("12;34", SQUARE, fmt, on_error="collect").errors] == [0]
 
 
-PIECES = ["1", "1 ", "1, ", "(1,1),", "[1, ", "[[1,1,1,1]", "<1>", "x=", 'x="1" y="', "<box>", " ", "bbox_2d: [", "'"]
+PIECES = ["1", "1 ", "1, ", "(1,1),", "[[1,1,1,1]", "<1>", 'x="1" y="', " ", "bbox_2d: ["]
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), *EXAMPLES.values()], ids=lambda fmt: fmt.name)
@@ -180,7 +179,7 @@ def test_steps_of_matching_grow_linearly(fmt: CoordinateFormat) -> None:
 
 # False alarms: paragraphs with numbers in the docstrings and texts of installed packages.
 
-PACKAGES = ("numpy", "transformers", "PIL", "hypothesis", "email")
+PACKAGES = ("numpy", "PIL", "hypothesis", "email")
 
 
 def _documents() -> Iterator[str]:
@@ -190,7 +189,7 @@ def _documents() -> Iterator[str]:
         spec = importlib.util.find_spec(name)
         assert spec
         assert spec.origin
-        found = sorted(Path(spec.origin).parent.rglob("*.py"))
+        found = sorted(path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts)
         files += random.Random(0).sample(found, min(len(found), 40))
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -201,18 +200,14 @@ def _documents() -> Iterator[str]:
         yield from (path.read_text() for path in distribution.files or () if re.search("METADATA|LICENSE", path.name))
 
 
-@cache
-def paragraphs() -> list[str]:
-    """Return 1,000 paragraphs with numbers."""
+def test_prose_is_rarely_suspicious() -> None:
+    """Fewer than one paragraph with numbers in a hundred, in every format."""
     pieces = {piece.strip() for text in _documents() for piece in re.split(r"\n\s*\n", text)}
     numbered = sorted(piece for piece in pieces if 20 <= len(piece) <= 4000 and re.search("[0-9]", piece))
-    return random.Random(0).sample(numbered, 1000)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_prose_is_rarely_suspicious(name: str) -> None:
-    """Fewer than one paragraph with numbers in a hundred."""
-    fmt = FORMATS[name]
-    texts = paragraphs()
-    hits = sum(bool(find_suspicions(text, *fmt.grammar.scan(text), [(1280, 960)], fmt)) for text in texts)
-    assert hits < len(texts) / 100
+    texts = random.Random(0).sample(numbered, 800)
+    reported = {}
+    for fmt in (FORMATS[name] for name in PUBLISHED):
+        found = [find_suspicions(text, *fmt.grammar.scan(text), [(1280, 960)], fmt) for text in texts]
+        reported[fmt.name] = sum(map(bool, found))
+    assert max(reported.values()) < len(texts) / 100, reported
+    assert sum(reported.values()) > 0
