@@ -9,7 +9,7 @@ import pytest
 
 from vlparts.coordinates.codec import CoordinateError, decode, encode
 from vlparts.coordinates.formats.openpangu import PADDED, padded_format
-from vlparts.coordinates.formats.registry import CoordinateFormat
+from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
 from vlparts.coordinates.frames.rules import PaddedSquare, Resized, SmartResize
 from vlparts.coordinates.grammars.base import Coded, DecodeError, Found
 from vlparts.coordinates.grammars.openpangu import PairGrammar
@@ -238,3 +238,58 @@ def test_errors_of_a_grammar_are_raised() -> None:
     with pytest.raises(CoordinateError, match="The format writes regions of one image"):
         encode([Region.point(1, 2, identity=3)], SIZE)
     assert isinstance(PADDED.grammar, PairGrammar)
+
+
+KEPT = Region.box(10, 20, 30, 40, "a", attributes={"text": "x"})
+
+
+def test_attributes_are_read_from_json_and_written_again() -> None:
+    text = '[{"box_2d": [20, 10, 40, 30], "label": "a", "score": 0.50, "parts": [{"k": "\\u00e9"}]}]'
+    (region,) = decode(text, (1000, 1000), "gemini").regions
+    assert region.attributes == {"score": 0.5, "parts": [{"k": "\u00e9"}]}
+    assert decode(encode([region], (1000, 1000), "gemini"), (1000, 1000), "gemini").regions == (region,)
+    assert '"score": 0.50, "parts": [{"k": "\\u00e9"}]}' in encode([region], (1000, 1000), "gemini")
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"qwen2_5_vl", "qwen3_vl", "gemini", "claude", "moondream"}))
+def test_a_format_without_a_place_for_attributes_names_the_key(name: str) -> None:
+    kind = "box" if "box" in FORMATS[name].kinds else FORMATS[name].kinds[0]
+    points = {"box": KEPT.points, "point": ((10, 20),), "quad": ((1, 2), (5, 2), (5, 9), (1, 9))}[kind]
+    region = Region(kind, points, attributes={"text": "x"})
+    with pytest.raises(CoordinateError, match="^Attribute 'text' cannot be written: the format has no place for attr"):
+        encode([region], (300, 300), name)
+    written = encode([region], (300, 300), name, on_attributes="omit")
+    assert written == encode([dataclasses.replace(region, attributes={})], (300, 300), name)
+
+
+def test_attributes_that_a_json_format_cannot_write_raise() -> None:
+    for name, attributes in (("label", {"label": "b"}), ("bbox_2d", {"bbox_2d": 1})):
+        with pytest.raises(CoordinateError, match=f"^Attribute '{name}' cannot be written: the format uses this name"):
+            encode([Region.point(1, 2, attributes=attributes)], (100, 100), "qwen3_vl")
+    nested = Region.point(1, 2, attributes={"ok": "bbox_2d", "parts": [{"bbox_2d": [1, 2, 3, 4]}]})
+    with pytest.raises(CoordinateError, match="^Attribute 'parts' cannot be written: it contains coordinates"):
+        encode([nested], (100, 100), "qwen3_vl")
+    deep: Any = "x"
+    for _ in range(40):
+        deep = [deep]
+    with pytest.raises(CoordinateError, match="would be read back"):
+        encode([Region.point(1, 2, attributes={"deep": deep})], (100, 100), "qwen3_vl")
+    with pytest.raises(ValueError, match="^`on_attributes` must be one of 'raise', 'omit', got 'skip'"):
+        encode([KEPT], (100, 100), on_attributes="skip")
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ('"t": "\\ud800"', "key 't': A string contains half of a surrogate pair"),
+        ('"t": 1e999', "key 't': Number 1e999 is too large"),
+        ('"t": {"a": 1, "a": 2}', "key 't': Key 'a' occurs twice in one object"),
+        ('"t": 1, "\\u0074": 2', "key 't' occurs twice"),
+        ('"l\\u0061bel": "b"', "key 'label' occurs twice"),
+        ('"\\ud800": 1', "half of a surrogate pair"),
+    ],
+)
+def test_a_malformed_attribute_is_an_error_that_names_it(member: str, reason: str) -> None:
+    result = decode(f'{{"bbox_2d": [1, 2, 3, 4], {member}}}', (100, 100), "qwen3_vl", on_error="collect")
+    assert result.regions == ()
+    assert reason in result.errors[0].reason

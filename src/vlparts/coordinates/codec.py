@@ -12,6 +12,7 @@ from .formats.openpangu import read_plain_boxes
 from .formats.registry import CoordinateFormat, get_format
 from .grammars.base import Coded, DecodeError, Found
 from .grammars.openpangu import PairGrammar
+from .json_values import NO_ATTRIBUTES, as_attributes
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, position_error, resolve, swapped
 from .validation import check_choice
@@ -42,6 +43,7 @@ def encode(
     format: CoordinateFormat | str | None = None,
     *,
     on_outside: str = "raise",
+    on_attributes: str = "raise",
 ) -> str:
     """Write regions as text.
 
@@ -53,6 +55,8 @@ def encode(
         on_outside: What to do with a region that leaves [0, width] x [0, height]: "raise"; "clamp" moves its points
             to the nearest edge (a box entirely outside becomes one of zero area); "skip" omits the region, so the
             text has fewer regions than were given.
+        on_attributes: What to do with attributes that the format has no place for, which is any in a format that is
+            not JSON: "raise", or "omit", which writes no attributes at all, in no format.
 
     Returns:
         The regions in the order given, with the format's labels, marks and separators.
@@ -61,12 +65,15 @@ def encode(
         CoordinateError: If a region leaves the image under "raise", is not a Region or has a kind that the format
             does not have, if a label or another attribute cannot be read back, or if the format has no frame for an
             image of this size.
-        ValueError: If the format or `on_outside` is unknown.
+        ValueError: If the format, `on_outside` or `on_attributes` is unknown.
     """
     fmt, sizes = get_format(format), check_sizes(image_size)
     check_choice(on_outside, "on_outside", ("raise", "clamp", "skip"))
+    check_choice(on_attributes, "on_attributes", ("raise", "omit"))
     given = _check_regions(regions, fmt, len(sizes))
     coded = _coded(given, sizes, fmt, on_outside)
+    if on_attributes == "omit":
+        coded = [region._replace(attributes=NO_ATTRIBUTES) for region in coded]
     try:
         text = fmt.grammar.write(coded)
     except ValueError as error:
@@ -211,7 +218,15 @@ def _coded(
         for index, values in zip(chosen, _codes(chosen, regions, sizes[image], fmt, on_outside), strict=True):
             codes[index] = values
     return [
-        Coded(region.kind, values, region.label, region.image, region.identity, region.times)
+        Coded(
+            region.kind,
+            values,
+            region.label,
+            region.image,
+            region.identity,
+            region.times,
+            as_attributes(region.attributes),
+        )
         for region, values in zip(regions, codes, strict=True)
         if values is not None
     ]
@@ -236,6 +251,10 @@ def _check_read_back(text: str, coded: Sequence[Coded], fmt: CoordinateFormat) -
             raise CoordinateError(
                 f"A {region.kind} would be read back differently in format {fmt.name!r}: {region} as {got}."
             )
+        if got.attributes.texts != region.attributes.texts:
+            names = [*region.attributes, *got.attributes]
+            name = next(name for name in names if got.attributes.texts.get(name) != region.attributes.texts.get(name))
+            raise CoordinateError(f"Attribute {name!r} of a {region.kind} would not be read back.")
     if errors:
         raise CoordinateError(f"The text with its labels would be read back with an error: {errors[0].reason}.")
     if len(found) > len(coded):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .base import Coded, DecodeError, Found, check_writable
+from .base import Coded, DecodeError, Found, Grammar, check_writable
 from .tagged_fields import Shape, TaggedFields
 from .tagged_reading import scan
 
@@ -63,7 +63,7 @@ class TaggedGrammar(TaggedFields):
         """See [`Grammar`]."""
         return scan(self, text)
 
-    def lost(self, text: str) -> list[DecodeError]:
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
         """See [`ReportsLoss`]."""
         if not self.trailing:
             return []

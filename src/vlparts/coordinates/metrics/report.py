@@ -127,7 +127,7 @@ def _ratio(part: int, whole: int) -> float | None:
 def _adheres(text: str, regions: Sequence[Region], size: ImageSizes, fmt: CoordinateFormat) -> bool:
     """Whether writing the regions gives the same text."""
     try:
-        return encode(regions, size, fmt, on_outside="clamp").strip() == text.strip()
+        return encode(regions, size, fmt, on_outside="clamp", on_attributes="omit").strip() == text.strip()
     except CoordinateError:  # the regions cannot be written, for instance because of a label
         return False
 

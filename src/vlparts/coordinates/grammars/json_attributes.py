@@ -1,0 +1,105 @@
+"""The further members of JSON objects of regions, which are the attributes of the regions."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+
+from ..json_values import NO_ATTRIBUTES, Attributes, parse_json
+from .base import QUOTE_LENGTH, Coded, DecodeError, Grammar, WritesAttributes
+from .json_scanner import JsonList, JsonNumber, JsonObject, JsonString, objects
+
+__all__ = ["SHAPE_KEYS", "has_number", "lost_members", "read_attributes", "written_attributes"]
+
+_SHAPE_KEYS = """
+x y z w h width height size
+x1 y1 x2 y2 xmin ymin xmax ymax x_min y_min x_max y_max left top right bottom
+cx cy center centre radius r rx ry rotation angle theta position coordinates
+box bbox box_2d bbox_2d box2d bbox2d bounding_box rect quad
+point points point_2d points_2d polygon polyline line keypoint keypoints
+"""
+SHAPE_KEYS = frozenset(_SHAPE_KEYS.split())
+"""Names of keys whose numbers are coordinates, sizes or angles, in any common format."""
+
+
+def has_number(value: object) -> bool:
+    """Whether a JSON value is a number or contains one."""
+    if isinstance(value, JsonList):
+        return any(map(has_number, value.items))
+    if isinstance(value, JsonObject):
+        return any(has_number(member) for _, member in value.members)
+    return isinstance(value, JsonNumber)
+
+
+def read_attributes(text: str, item: JsonObject, own_keys: Collection[str]) -> Attributes | str:
+    """Return the members of an object that are not in `own_keys`, or the reason why one is malformed."""
+    found: dict[str, tuple[str, str]] = {}
+    for key, value in item.members:
+        if key in own_keys:
+            continue
+        try:
+            name, value_text = parse_json(f'"{key}"'), _text(text, value)
+            parse_json(value_text)
+        except ValueError as error:
+            return f"malformed object: key {key[:QUOTE_LENGTH]!r}: {str(error).removesuffix('.')}"
+        if name in found or name in own_keys:
+            return f"malformed object: key {name[:QUOTE_LENGTH]!r} occurs twice"
+        found[name] = (f'"{key}"', value_text)
+    return Attributes(found) if found else NO_ATTRIBUTES
+
+
+def _text(text: str, value: object) -> str:
+    """Return the text of a JSON value."""
+    if isinstance(value, (JsonString, JsonNumber)):
+        return value.token
+    return text[value.start : value.end] if isinstance(value, (JsonList, JsonObject)) else str(value)
+
+
+def written_attributes(region: Coded, coordinate_keys: Collection[str]) -> str:
+    """Return the attributes of a region as members after others: `, "text": "abc"`.
+
+    Raises:
+        ValueError: If a value contains an object with one of `coordinate_keys`.
+    """
+    pieces = []
+    for name, (key, value) in region.attributes.texts.items():
+        if "{" in value and any(key in coordinate_keys for item in objects(value) for key, _ in item.members):
+            raise ValueError(f"Attribute {name!r} cannot be written: it contains coordinates of further regions.")
+        pieces.append(f", {key}: {value}")
+    return "".join(pieces)
+
+
+def lost_members(
+    text: str, regions: Sequence[JsonObject], own_keys: Collection[str], target: Grammar
+) -> list[DecodeError]:
+    """Return an error for each member of the objects of regions that `target` cannot write unchanged.
+
+    These are: all that are not in `own_keys` if it writes no attributes, names that it uses itself, values that
+    contain further regions, and numbers under a name for coordinates, which would not be converted.
+    """
+    errors = []
+    starts = sorted(item.start for item in regions)
+    for item in regions:
+        position = item.start
+        for key, value in item.members:
+            match = re.compile(rf'"{re.escape(key)}"\s*+:').search(text, position, item.end)
+            position = match.start() if match else item.start
+            if key not in own_keys and (reason := _reason(key, value, target, starts)):
+                errors.append(DecodeError(position, f"key {key[:QUOTE_LENGTH]!r} would be lost: {reason}"))
+            if isinstance(value, (JsonString, JsonNumber)):
+                position = value.start + len(value.token)
+            else:
+                position = value.end if isinstance(value, (JsonList, JsonObject)) else position + len(key) + 2
+    return errors
+
+
+def _reason(key: str, value: object, target: Grammar, starts: Sequence[int]) -> str:
+    """Return why a member would be lost, or "". `starts` are the positions of all regions."""
+    if not isinstance(target, WritesAttributes):
+        return "the format to write has no place for attributes"
+    if key in target.own_keys:
+        return "the format to write uses this name itself"
+    if isinstance(value, (JsonList, JsonObject)):
+        index = bisect_left(starts, value.start)
+        if index < len(starts) and starts[index] < value.end:
+            return "its value contains further regions, which are written one after another"
+    return "its numbers would not be converted" if key in SHAPE_KEYS and has_number(value) else ""
