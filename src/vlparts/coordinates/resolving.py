@@ -11,7 +11,7 @@ from .frames.maps import Frame
 from .grammars.base import QUOTE_LENGTH, DecodeError, Found
 from .quantization import NumberRule
 from .regions import Region
-from .validation import check_size, is_size
+from .validation import MAX_SIDE, check_size, is_size, shown
 
 __all__ = ["CoordinateError", "by_image", "check_sizes", "frame_of", "position_error", "resolve", "swapped"]
 
@@ -43,7 +43,8 @@ def check_sizes(image_size: object) -> list[tuple[int, int]]:
     if isinstance(image_size, (tuple, list, np.ndarray)) and len(image_size) and all(map(is_size, image_size)):
         return [check_size(size) for size in image_size]
     raise CoordinateError(
-        f"`image_size` must be (width, height), two positive integers, or a sequence of these, got {image_size!r}."
+        f"`image_size` must be (width, height), two positive integers of at most {MAX_SIDE}, or a sequence of these, got "
+        f"{shown(image_size)}."
     )
 
 

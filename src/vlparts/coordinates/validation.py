@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "MAX_SIDE",
     "as_boxes",
     "check_boxes",
     "check_choice",
@@ -15,29 +16,52 @@ __all__ = [
     "integer",
     "is_size",
     "positive_integer",
+    "shown",
 ]
 
 
+MAX_SIDE = 2**53
+"""Maximum side of an image in pixels: up to this, integers are exact in float64."""
+
+
 def is_size(value: object) -> TypeGuard[tuple[int, int]]:
-    """Whether `value` is a tuple, list or array of two positive integers; bool is not an integer."""
+    """Whether `value` is a tuple, list or array of two integers from 1 to MAX_SIDE; bool is not an integer."""
     if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != 2:
         return False
-    return all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) and side >= 1 for side in value)
+    return all(
+        isinstance(side, (int, np.integer)) and not isinstance(side, bool) and 1 <= side <= MAX_SIDE for side in value
+    )
+
+
+def shown(value: object) -> str:
+    """Return the text of a value for an error message, shortened if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "integers that are too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_size(size: object, name: str = "image_size") -> tuple[int, int]:
     """Return (width, height) as two ints.
 
     Args:
-        size: A tuple, list or array of two positive integers.
+        size: A tuple, list or array of two positive integers of at most 2**53.
         name: Name of the argument, for the error message.
 
     Raises:
         ValueError: If `size` is anything else.
     """
     if not is_size(size):
-        raise ValueError(f"`{name}` must be (width, height), two positive integers, got {size!r}.")
+        limit = f" of at most {MAX_SIDE}" if _has_large_side(size) else ""
+        raise ValueError(f"`{name}` must be (width, height), two positive integers{limit}, got {shown(size)}.")
     return int(size[0]), int(size[1])
+
+
+def _has_large_side(size: object) -> bool:
+    """Whether only the limit makes `size` invalid, so that it is worth naming."""
+    sides = size if isinstance(size, (tuple, list)) and len(size) == 2 else ()
+    return any(type(side) is int and side > MAX_SIDE for side in sides)
 
 
 def check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:

@@ -56,6 +56,7 @@ class ImageRegions:
             raise ValueError(f"`image` must be a str, got {self.image!r}.")
         for name in ("width", "height"):
             object.__setattr__(self, name, positive_integer(getattr(self, name), name))
+        check_size((self.width, self.height), "(width, height)")
         object.__setattr__(self, "regions", tuple(self.regions))
         for index, region in enumerate(self.regions):
             if not isinstance(region, Region):
