@@ -41,7 +41,7 @@ def test_sizes_are_two_positive_integers() -> None:
             check_size(wrong, "grid")
 
 
-@pytest.mark.parametrize("side", [2**53 + 1, 10**400, 10**5000])
+@pytest.mark.parametrize("side", [2**53 + 1, 10**400, 10**5000], ids=["exact", "float", "printed"])
 def test_sides_beyond_exact_floats_are_the_documented_error(side: int) -> None:
     size, names = (side, side), r"`(image_size|\(width, height\)|size)` must"
     assert check_size((2**53, 1)) == (2**53, 1)

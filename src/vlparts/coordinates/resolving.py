@@ -43,8 +43,8 @@ def check_sizes(image_size: object) -> list[tuple[int, int]]:
     if isinstance(image_size, (tuple, list, np.ndarray)) and len(image_size) and all(map(is_size, image_size)):
         return [check_size(size) for size in image_size]
     raise CoordinateError(
-        f"`image_size` must be (width, height), two positive integers of at most {MAX_SIDE}, or a sequence of these, got "
-        f"{shown(image_size)}."
+        f"`image_size` must be (width, height), two positive integers of at most {MAX_SIDE}, or a sequence of these, "
+        f"got {shown(image_size)}."
     )
 
 
