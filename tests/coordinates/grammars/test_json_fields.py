@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.codec import decode
+from vlparts.coordinates.conversion import convert
+from vlparts.coordinates.formats.published import PUBLISHED
 from vlparts.coordinates.grammars.base import Coded
 from vlparts.coordinates.grammars.json_fields import NamedJsonGrammar
 
@@ -86,3 +89,47 @@ def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
 def test_further_keys_without_numbers_are_read() -> None:
     found, errors = GRAMMAR.scan('{"x": 0.4, "y": 0.5, "note": "at 3", "seen": true, "tags": ["a"]}')
     assert (errors, [(item.kind, list(item.codes)) for item in found]) == ([], [("point", [400000, 500000])])
+
+
+FORMATS = {fmt.name: fmt for fmt in PUBLISHED}
+SIZES = FORMATS["xywh"].grammar
+
+
+def test_a_corner_with_width_and_height() -> None:
+    text = '[\n  {"x": 1, "y": 2, "width": 30, "height": 0, "label": "a"}\n]'
+    assert SIZES.write([Coded("box", [1, 2, 31, 2], "a")]) == text
+    spelled = '{"label": "a", "w": 30.0, "x": 1, "y": 2, "h": 0, "score": 0.90}'
+    for given_text in (text, spelled):
+        ((*_, kind, codes, label, _, _, _, attributes),), errors = SIZES.scan(given_text)
+        assert (kind, codes, label, errors) == ("box", [1, 2, 31, 2], "a", [])
+        assert attributes == ({"score": 0.9} if given_text is spelled else {})
+    assert convert(spelled, "xywh", "qwen3_vl", (1000, 1000)) == (
+        '```json\n[\n\t{"bbox_2d": [1, 2, 31, 2], "label": "a", "score": 0.90}\n]\n```'
+    )
+    fractions = '{"x": 0.1000004, "y": 0.5, "width": 0.2000004, "height": 0.5}'
+    assert list(FORMATS["xywh_relative"].grammar.scan(fractions)[0][0].codes) == [100000, 500000, 300001, 10**6]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"x": 1, "y": 2}', "'width' is not a number"),
+        ('{"x": 1, "y": 2, "w": 3, "width": 3, "h": 4}', "a key occurs twice"),
+        ('{"x": 1, "y": 2, "w": -3, "h": 4}', "'width' is negative"),
+        ('{"x": 1.5, "y": 2, "w": 3, "h": 4}', "'x' is not an integer"),
+        ('{"x": 1, "y": 2, "w": 3, "h": 4, "rotation": 30}', "unknown keys 'rotation' with numbers"),
+        ('{"x": 1, "y": 2, "w": 3, "h": 4, "label": 5}', "'label' must be a string"),
+        ("{'x': 1, 'y': 2, 'w': 3, 'h': 4}", "single quotes"),
+        ('{"x": 1, "y": 2, "w": 3', "unfinished object"),
+    ],
+)
+def test_what_is_no_corner_with_sizes_is_an_error(text: str, reason: str) -> None:
+    found, errors = SIZES.scan(text)
+    assert (found, len(errors)) == ([], 1)
+    assert reason in errors[0].reason
+
+
+def test_a_box_beyond_the_image_is_an_error() -> None:
+    result = decode('{"x": 90, "y": 2, "width": 20, "height": 4}', (100, 100), "xywh", on_error="collect")
+    assert result.regions == ()
+    assert "above the largest code 100" in result.errors[0].reason

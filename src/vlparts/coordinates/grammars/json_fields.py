@@ -155,7 +155,8 @@ class NamedJsonGrammar:
             numbers.append(number)
         if self.sizes and kind == "box":
             numbers[2:] = numbers[0] + numbers[2], numbers[1] + numbers[3]
-        other = [key for key in members if key not in names and (key in SHAPE_KEYS or key in self.own_keys)]
+        known = (*names, self.label_key)
+        other = [key for key in members if key not in known and key in (*SHAPE_KEYS, *self.own_keys)]
         unknown = [repr(key[:QUOTE_LENGTH]) for key in other if has_number(members[key])]
         if unknown:
             return f"malformed object: unknown keys {', '.join(unknown)} with numbers; a {kind} has {', '.join(names)}"

@@ -27,7 +27,7 @@ class TaggedGrammar(TaggedFields):
     def write(self, regions: Sequence[Coded]) -> str:
         """See [`Grammar`]."""
         templates: dict[tuple[str, int], str] = {}
-        shapes = {shape.kind: shape for shape in self.shapes}
+        shapes = {shape.kind: shape for shape in reversed(self.shapes)}
         number = f"%0{self.digits}d" if self.digits else f"%d.%0{self.decimals}d" if self.decimals else "%d"
         texts, kinds = [], self.kinds
         for region in regions:
