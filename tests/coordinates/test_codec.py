@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vlparts.coordinates.codec import CoordinateError, decode, encode
+from vlparts.coordinates.codec import THINKING_MARKERS, CoordinateError, decode, encode, without_thinking
 from vlparts.coordinates.formats.openpangu import PADDED, padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
 from vlparts.coordinates.frames.rules import PaddedSquare, Resized, SmartResize
@@ -15,6 +17,7 @@ from vlparts.coordinates.grammars.base import Coded, DecodeError, Found, WritesA
 from vlparts.coordinates.grammars.openpangu import PairGrammar
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import Region
+from vlparts.parts.thinking import THINKING_END, THINKING_START, split_thinking
 
 SIZE = (999, 999)  # one code per pixel
 
@@ -295,3 +298,38 @@ def test_a_malformed_attribute_is_an_error_that_names_it(member: str, reason: st
     result = decode(f'{{"bbox_2d": [1, 2, 3, 4], {member}}}', (100, 100), "qwen3_vl", on_error="collect")
     assert result.regions == ()
     assert reason in result.errors[0].reason
+
+
+THOUGHT = "<think>maybe cat (001,002),(003,004)</think>cat (005,006),(007,008)"
+
+
+def test_thinking_is_skipped_and_positions_stay() -> None:
+    assert len(decode(THOUGHT, (999, 999)).regions) == 2
+    result = decode(THOUGHT, (999, 999), skip_thinking=True)
+    assert result.regions == (Region.box(5, 6, 7, 8, "cat"),)
+    ((start, end),) = result.spans
+    assert THOUGHT[start:end] == "(005,006),(007,008)"
+    broken = THOUGHT.replace("(007,008)", "(7,8)")
+    errors = decode(broken, (999, 999), on_error="collect", skip_thinking=True).errors
+    assert [position for position, _ in errors] == [broken.index("(005")]
+    nested = '[{"bbox_2d": [1, 2, 3, 4]}] is wrong</think>\n```json\n[{"bbox_2d": [5, 6, 7, 8]}]\n```'
+    (region,) = decode(nested, (1000, 1000), "qwen3_vl", skip_thinking=True).regions
+    assert region.xyxy == (5, 6, 7, 8)
+    assert decode("<think>(001,002)", (999, 999), skip_thinking=True).regions == ()
+    assert decode("[unused16](001,002)[unused17](003,004)", (999, 999), skip_thinking=True).regions == (
+        Region.point(3, 4),
+    )
+
+
+@pytest.mark.parametrize("markers", THINKING_MARKERS)
+@given(st.lists(st.integers(0, 3), max_size=8))
+def test_thinking_is_that_of_split_thinking(markers: tuple[str, str], choices: list[int]) -> None:
+    start, end = markers
+    text = "".join([start, end, "ab", "c"][choice] for choice in choices)
+    answer = without_thinking(text)
+    assert len(answer) == len(text)
+    assert answer.replace("\n", "") == split_thinking(text, start=start, end=end).answer
+
+
+def test_the_markers_are_those_of_openpangu() -> None:
+    assert (THINKING_START, THINKING_END) in THINKING_MARKERS

@@ -1,6 +1,7 @@
 """Regions as text and back: `encode` writes and `decode` reads any format."""
 
 import gc
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, position_error, resolve, swapped
 from .validation import check_choice
 
-__all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode"]
+__all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode", "without_thinking"]
 
 ImageSizes = tuple[int, int] | Sequence[tuple[int, int]]
+# As in `vlparts.parts.thinking`, whose room imports transformers; a test holds both to the same rules.
+THINKING_MARKERS = (("<think>", "</think>"), ("[unused16]", "[unused17]"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def decode(
     *,
     on_error: str = "raise",
     on_outside: str = "error",
+    skip_thinking: bool = False,
 ) -> DecodeResult:
     """Read the regions in a text, such as the output of a model.
 
@@ -104,6 +108,10 @@ def decode(
         on_error: "raise" stops at the first error, "skip" omits errors, "collect" lists them in the result.
         on_outside: What to do with a code out of range or a point outside the image: "error", or "clamp", which
             moves it to the nearest valid one.
+        skip_thinking: Whether to read only the answer, without reasoning between `<think>` and `</think>` or
+            openPangu's `[unused16]` and `[unused17]`, by the rules of `split_thinking`: blocks do not nest, text
+            before a first `</think>` is reasoning, and so is all text after a `<think>` that is never closed. A block
+            separates the text around it like a line break. Spans and positions still refer to the whole text.
 
     Returns:
         Regions in pixels of the original image, in the order of the text, with their spans, and the errors.
@@ -118,6 +126,7 @@ def decode(
     check_choice(on_outside, "on_outside", ("error", "clamp"))
     if not isinstance(text, str):
         raise CoordinateError(f"`text` must be a str, got {type(text).__name__}.")
+    text = without_thinking(text) if skip_thinking else text
     with _gc_paused():
         if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
             return DecodeResult(*plain)
@@ -127,6 +136,31 @@ def decode(
         raise position_error(errors[0])
     spans = tuple([item[:2] for item in kept])
     return DecodeResult(tuple(regions), spans, tuple(errors) if on_error == "collect" else ())
+
+
+def without_thinking(text: str) -> str:
+    """Return a text of the same length with line breaks in place of reasoning and its markers."""
+    for start, end in THINKING_MARKERS:
+        if start in text or end in text:
+            text = _without_blocks(text, start, end)
+    return text
+
+
+def _without_blocks(text: str, start: str, end: str) -> str:
+    """Replace the text between two markers, and the markers, by line breaks."""
+    pieces: list[str] = []
+    position, is_open, is_first = 0, False, True
+    for match in re.finditer(f"{re.escape(start)}|{re.escape(end)}", text):
+        is_reasoning = is_open or (is_first and match[0] == end)
+        pieces.append(_blank(text[position : match.start()]) if is_reasoning else text[position : match.start()])
+        pieces.append(_blank(match[0]))
+        position, is_open, is_first = match.end(), match[0] == start, False
+    rest = text[position:]
+    return "".join([*pieces, _blank(rest) if is_open else rest])
+
+
+def _blank(text: str) -> str:
+    return "\n" * len(text)
 
 
 @contextmanager
