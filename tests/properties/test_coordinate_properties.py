@@ -19,7 +19,6 @@ from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats.openpangu import padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
 from vlparts.coordinates.grammars.base import WritesAttributes
-from vlparts.coordinates.grammars.json_attributes import SHAPE_KEYS
 from vlparts.coordinates.io.annotations import region_from_dict, region_to_dict
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import KINDS, Region
@@ -143,7 +142,9 @@ JSON_FORMATS = [fmt for fmt in ALL if isinstance(fmt.grammar, WritesAttributes)]
 words = st.sampled_from(["text", "score", "colour", "caf\u00e9", "a b", 'q"', ""]) | st.text(max_size=5)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5).map("k".__add__), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 spellings = st.sampled_from(
@@ -156,15 +157,21 @@ spellings = st.sampled_from(
 @few
 def test_attributes_come_back_from_json(fmt: CoordinateFormat, given_attributes: Any, spelled: str) -> None:
     size = (1000, 1000)
-    assume(not SHAPE_KEYS & given_attributes.keys() and not {*fmt.grammar.own_keys} & given_attributes.keys())
+    assume(not {*fmt.grammar.own_keys} & given_attributes.keys())
     try:
         region = Region.box(100, 120, 300, 420, attributes=given_attributes)
     except ValueError:  # half of a surrogate pair
         assume(False)
-    (read,) = decode(encode([region], size, fmt), size, fmt).regions
+    try:
+        text = encode([region], size, fmt)
+    except CoordinateError as error:
+        if "its numbers would make the object another shape" not in str(error):
+            raise
+        assume(False)
+    (read,) = decode(text, size, fmt).regions
     assert read.attributes == given_attributes
     assert list(read.attributes) == list(given_attributes)
-    assert encode([read], size, fmt) == encode([region], size, fmt)
+    assert encode([read], size, fmt) == text
     assert region_from_dict(json.loads(json.dumps(region_to_dict(read)))) == read
     empty = encode([Region.box(100, 120, 300, 420)], size, fmt)
     text = empty.replace("}", f', "kept" :{spelled}}}', 1)  # the first object is the region

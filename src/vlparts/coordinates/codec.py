@@ -272,6 +272,8 @@ def _check_read_back(text: str, coded: Sequence[Coded], fmt: CoordinateFormat) -
     found, errors = fmt.grammar.scan(text)
     for index, region in enumerate(coded):
         got = found[index] if index < len(found) else None
+        if got is None and region.label is None and errors:
+            raise CoordinateError(f"A {region.kind} would not be read back: {errors[0].reason}.")
         if got is None or got.label != region.label:
             raise CoordinateError(
                 f"Label {region.label!r} of a {region.kind} would be read back as {got and got.label!r}: a label must "

@@ -11,6 +11,7 @@ from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats.published import PUBLISHED
 from vlparts.coordinates.grammars.base import Coded
 from vlparts.coordinates.grammars.json_fields import NamedJsonGrammar
+from vlparts.coordinates.json_values import as_attributes
 
 GRAMMAR = NamedJsonGrammar()
 UNIT = st.integers(0, 10**6)
@@ -54,6 +55,7 @@ def test_numbers_are_rounded_half_up_and_may_have_an_exponent() -> None:
         ('{"x":0.4,"y":0.5,"width":0.2,"height":0.1}', "'width', 'height' with numbers; a point has x, y"),
         ('{"x":0.4,"y":0.5,"w":0.2,"h":0.1}', "'w', 'h' with numbers"),
         ('{"x":0.4,"y":0.5,"x2":0.6,"y2":0.9}', "'x2', 'y2' with numbers"),
+        ('{"x":0.4,"y":0.5,"Width":0.2,"x_2":1,"TOP-LEFT":[1]}', "'Width', 'x_2', 'TOP-LEFT' with numbers"),
         ('{"x":0.4,"y":0.5,"note":"a","z":1}', "unknown keys 'z' with numbers"),
         ('{"x":0.4,"y":0.5,"size":[0.2,0.1]}', "'size' with numbers"),
         ('{"x":0.4,"y":0.5,"size":{"box":[[0.2]]}}', "'size' with numbers"),
@@ -79,6 +81,14 @@ def test_what_is_no_region_is_an_error(text: str, reason: str) -> None:
         (Coded("box", [0] * 4, "a"), r"^The format has no labels, got label 'a'\.$"),
         (Coded("quad", [0] * 8), r"^A quad cannot be written: the format has box, point\.$"),
         (Coded("point", [0] * 2, image=1), "regions of one image"),
+        (
+            Coded("point", [0] * 2, attributes=as_attributes({"Width": 5})),
+            "^Attribute 'Width' cannot be written: its numbers would make the object another shape",
+        ),
+        (
+            Coded("point", [0] * 2, attributes=as_attributes({"part": [{"x": 5}]})),
+            "^Attribute 'part' cannot be written: its objects with the key 'x' would be read as further regions",
+        ),
     ],
 )
 def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
@@ -86,8 +96,10 @@ def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
         GRAMMAR.write([region])
 
 
-def test_further_keys_without_numbers_are_read() -> None:
-    found, errors = GRAMMAR.scan('{"x": 0.4, "y": 0.5, "note": "at 3", "seen": true, "tags": ["a"]}')
+def test_further_keys_that_are_no_shape_are_attributes() -> None:
+    text = '{"x": 0.4, "y": 0.5, "note": "at 3", "score": 0.9, "line": 7, "rgb": [1, 2, 3], "width": "wide"}'
+    found, errors = GRAMMAR.scan(text)
+    assert found[0].attributes == {"note": "at 3", "score": 0.9, "line": 7, "rgb": [1, 2, 3], "width": "wide"}
     assert (errors, [(item.kind, list(item.codes)) for item in found]) == ([], [("point", [400000, 500000])])
 
 

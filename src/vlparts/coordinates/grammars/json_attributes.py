@@ -8,17 +8,24 @@ from ..json_values import NO_ATTRIBUTES, Attributes, parse_json
 from .base import QUOTE_LENGTH, Coded, DecodeError, Grammar, WritesAttributes
 from .json_scanner import JsonList, JsonNumber, JsonObject, JsonString, objects
 
-__all__ = ["SHAPE_KEYS", "has_number", "lost_members", "read_attributes", "written_attributes"]
+__all__ = ["has_number", "is_shape", "lost_members", "read_attributes", "written_attributes"]
 
-_SHAPE_KEYS = """
-x y z w h width height size
-x1 y1 x2 y2 xmin ymin xmax ymax x_min y_min x_max y_max left top right bottom
-cx cy center centre radius r rx ry rotation angle theta position coordinates
-box bbox box_2d bbox_2d box2d bbox2d bounding_box rect quad
-point points point_2d points_2d polygon polyline line keypoint keypoints
-"""
-SHAPE_KEYS = frozenset(_SHAPE_KEYS.split())
-"""Names of keys whose numbers are coordinates, sizes or angles, in any common format."""
+# Names of keys, in lower case without "_" and "-": of numbers, and of lists of numbers.
+_NUMBER_KEY = re.compile(
+    "[xyzwh]|width|height|[dc][xy]|[xy][0-4]|[xy](?:min|max)|left|top|right|bottom|r[xy]?|radius|diameter|rotation|angle"
+    "|theta"
+)
+_LIST_KEY = re.compile(
+    "(?:b|bounding)?box(?:2d)?|bounds|rect|quad|size|position|coordinates|cent(?:er|re)|corners?|(?:key)?points?(?:2d)?"
+    "|polygon|(?:poly)?line|(?:top|bottom)(?:left|right)"
+)
+
+
+def is_shape(key: str, value: object) -> bool:
+    """Whether a member has, by its name in any common format, numbers that are coordinates, sizes or angles."""
+    name = key.lower().replace("_", "").replace("-", "")
+    is_named = _NUMBER_KEY.fullmatch(name) or (isinstance(value, (JsonList, JsonObject)) and _LIST_KEY.fullmatch(name))
+    return bool(is_named) and has_number(value)
 
 
 def has_number(value: object) -> bool:
@@ -54,16 +61,24 @@ def _text(text: str, value: object) -> str:
     return text[value.start : value.end] if isinstance(value, (JsonList, JsonObject)) else str(value)
 
 
-def written_attributes(region: Coded, coordinate_keys: Collection[str]) -> str:
+def written_attributes(region: Coded, coordinate_keys: Collection[str], *, shapes: bool = True) -> str:
     """Return the attributes of a region as members after others: `, "text": "abc"`.
 
     Raises:
-        ValueError: If a value contains an object with one of `coordinate_keys`.
+        ValueError: If a value contains an object with one of `coordinate_keys`, or, unless `shapes`, a member would
+            make the object another shape.
     """
     pieces = []
     for name, (key, value) in region.attributes.texts.items():
-        if "{" in value and any(key in coordinate_keys for item in objects(value) for key, _ in item.members):
-            raise ValueError(f"Attribute {name!r} cannot be written: it contains coordinates of further regions.")
+        *inner, whole = objects(f"{{{key}: {value}}}")
+        further = {own for item in inner for own, _ in item.members if own in coordinate_keys}
+        if further:
+            raise ValueError(
+                f"Attribute {name!r} cannot be written: its objects with the key {min(further)!r} would be read as "
+                "further regions."
+            )
+        if not shapes and any(is_shape(name, member) for _, member in whole.members):
+            raise ValueError(f"Attribute {name!r} cannot be written: its numbers would make the object another shape.")
         pieces.append(f", {key}: {value}")
     return "".join(pieces)
 
@@ -102,4 +117,4 @@ def _reason(key: str, value: object, target: Grammar, starts: Sequence[int]) -> 
         index = bisect_left(starts, value.start)
         if index < len(starts) and starts[index] < value.end:
             return "its value contains further regions, which are written one after another"
-    return "its numbers would not be converted" if key in SHAPE_KEYS and has_number(value) else ""
+    return "its numbers would not be converted" if is_shape(key, value) else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 from .base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, check_writable
-from .json_attributes import SHAPE_KEYS, has_number, read_attributes, written_attributes
+from .json_attributes import has_number, is_shape, read_attributes, written_attributes
 from .json_objects import MAX_DIGITS, cut_list, fault_reason, label_of, lost_text, ordered
 from .json_scanner import JsonNumber, JsonObject, JsonString, objects
 
@@ -94,7 +94,8 @@ class NamedJsonGrammar:
             keys = dict(self.keys)[kind]
             body = ", ".join(f'"{key}": {self._number(code)}' for key, code in zip(keys, codes, strict=True))
             name = "" if label is None else f', "{self.label_key}": {json.dumps(label, ensure_ascii=False)}'
-            pieces += ["{", body, name, written_attributes(region, [keys[0] for _, keys in self.keys]), "}"]
+            further = written_attributes(region, [keys[0] for _, keys in self.keys], shapes=False)
+            pieces += ["{", body, name, further, "}"]
             last = kind
         return "".join(pieces) + (self.closing if last else "")
 
@@ -156,8 +157,12 @@ class NamedJsonGrammar:
         if self.sizes and kind == "box":
             numbers[2:] = numbers[0] + numbers[2], numbers[1] + numbers[3]
         known = (*names, self.label_key)
-        other = [key for key in members if key not in known and key in (*SHAPE_KEYS, *self.own_keys)]
-        unknown = [repr(key[:QUOTE_LENGTH]) for key in other if has_number(members[key])]
+        other = {key: value for key, value in members.items() if key not in known}
+        unknown = [
+            repr(key[:QUOTE_LENGTH])
+            for key, value in other.items()
+            if is_shape(key, value) or (key in self.own_keys and has_number(value))
+        ]
         if unknown:
             return f"malformed object: unknown keys {', '.join(unknown)} with numbers; a {kind} has {', '.join(names)}"
         label = label_of(members.get(self.label_key, "null")) if self.label_key else None
