@@ -11,7 +11,7 @@ from .frames.maps import Frame
 from .grammars.base import QUOTE_LENGTH, DecodeError, Found
 from .quantization import NumberRule
 from .regions import Region
-from .validation import MAX_SIDE, check_size, is_size, shown
+from .validation import check_size, is_size
 
 __all__ = ["CoordinateError", "by_image", "check_sizes", "frame_of", "position_error", "resolve", "swapped"]
 
@@ -38,13 +38,15 @@ def position_error(error: DecodeError) -> CoordinateError:
 
 def check_sizes(image_size: object) -> list[tuple[int, int]]:
     """Return the (width, height) of each image, or raise CoordinateError."""
-    if is_size(image_size):
-        return [check_size(image_size)]
-    if isinstance(image_size, (tuple, list, np.ndarray)) and len(image_size) and all(map(is_size, image_size)):
-        return [check_size(size) for size in image_size]
+    try:
+        if is_size(image_size):
+            return [check_size(image_size)]
+        if isinstance(image_size, (tuple, list, np.ndarray)) and len(image_size) and all(map(is_size, image_size)):
+            return [check_size(size) for size in image_size]
+    except ValueError as error:  # too large
+        raise CoordinateError(str(error)) from None
     raise CoordinateError(
-        f"`image_size` must be (width, height), two positive integers of at most {MAX_SIDE}, or a sequence of these, "
-        f"got {shown(image_size)}."
+        f"`image_size` must be (width, height), two positive integers, or a sequence of these, got {image_size!r}."
     )
 
 

@@ -1,5 +1,6 @@
 """Validation of arguments: image sizes, choices, and arrays of coordinates."""
 
+import math
 import operator
 from typing import SupportsIndex, TypeGuard
 
@@ -7,7 +8,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "MAX_SIDE",
     "as_boxes",
     "check_boxes",
     "check_choice",
@@ -19,49 +19,33 @@ __all__ = [
     "shown",
 ]
 
-
-MAX_SIDE = 2**53
-"""Maximum side of an image in pixels: up to this, integers are exact in float64."""
+MAX_SIDE = 10**9
+"""Maximum side of an image in pixels: the largest number of a format has 9 digits."""
 
 
 def is_size(value: object) -> TypeGuard[tuple[int, int]]:
-    """Whether `value` is a tuple, list or array of two integers from 1 to MAX_SIDE; bool is not an integer."""
+    """Whether `value` is a tuple, list or array of two positive integers; bool is not an integer."""
     if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != 2:
         return False
-    return all(
-        isinstance(side, (int, np.integer)) and not isinstance(side, bool) and 1 <= side <= MAX_SIDE for side in value
-    )
-
-
-def shown(value: object) -> str:
-    """Return the text of a value for an error message, shortened if it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integers of more than 4300 digits
-        return "integers that are too large to print"
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) and side >= 1 for side in value)
 
 
 def check_size(size: object, name: str = "image_size") -> tuple[int, int]:
     """Return (width, height) as two ints.
 
     Args:
-        size: A tuple, list or array of two positive integers of at most 2**53.
+        size: A tuple, list or array of two positive integers of at most `MAX_SIDE`.
         name: Name of the argument, for the error message.
 
     Raises:
         ValueError: If `size` is anything else.
     """
     if not is_size(size):
-        limit = f" of at most {MAX_SIDE}" if _has_large_side(size) else ""
-        raise ValueError(f"`{name}` must be (width, height), two positive integers{limit}, got {shown(size)}.")
+        raise ValueError(f"`{name}` must be (width, height), two positive integers, got {size!r}.")
+    if max(size) > MAX_SIDE:
+        magnitude = int(math.log10(max(size)))  # the number may have more digits than Python writes
+        raise ValueError(f"`{name}` must have sides of at most {MAX_SIDE}, got one of about 10**{magnitude}.")
     return int(size[0]), int(size[1])
-
-
-def _has_large_side(size: object) -> bool:
-    """Whether only the limit makes `size` invalid, so that it is worth naming."""
-    sides = size if isinstance(size, (tuple, list)) and len(size) == 2 else ()
-    return any(type(side) is int and side > MAX_SIDE for side in sides)
 
 
 def check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
@@ -163,3 +147,12 @@ def _check_finite(array: NDArray[np.float64], name: str, first: int = 0) -> None
     if not finite.all():
         row = int(np.argmin(finite))
         raise ValueError(f"`{name}[{first + row}]` must be finite, got {array[row].tolist()}.")
+
+
+def shown(value: object) -> str:
+    """Return the text of a value for an error message, shortened if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "integers that are too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -11,13 +11,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..validation import MAX_SIDE, check_choice, check_coordinates, check_size
+from ..validation import check_choice, check_coordinates, check_size
 
 __all__ = ["Frame", "clip_points"]
 
 Size = tuple[int, int]
 Pair = tuple[Fraction, Fraction]
 
+EXACT = 2**53  # integers up to this are exact in float64
 OFFSETS = ("centre", "corner")
 POLICIES = ("raise", "clamp", "skip")
 
@@ -144,7 +145,7 @@ class Frame:
         for scale, offset in zip(self.scale, self.offset, strict=True):
             q = math.lcm(scale.denominator, offset.denominator)
             whole = (int(scale * q), int(offset * q), q)
-            fits = max(map(abs, whole)) <= MAX_SIDE
+            fits = max(map(abs, whole)) <= EXACT
             rows.append(whole if fits else (float(scale), float(offset), 1.0))
         return np.array(rows, dtype=np.float64)
 
