@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["NO_ATTRIBUTES", "QUOTE_LENGTH", "Attributes", "as_attributes", "parse_json"]
+__all__ = ["NO_ATTRIBUTES", "QUOTE_LENGTH", "Attributes", "as_attributes", "check_characters", "parse_json"]
 
 QUOTE_LENGTH = 40
 """Maximum number of characters that an error message quotes from the text."""
@@ -27,16 +27,21 @@ def parse_json(text: str) -> Any:
             parse_float=_finite_float,
             object_pairs_hook=_unique_keys,
         )
+        if "\\ud" in text.lower():
+            check_characters(json.dumps(value, ensure_ascii=False))
     except json.JSONDecodeError as error:
         raise ValueError(f"Not valid JSON: {error}.") from None
     except RecursionError:
         raise ValueError("The object is nested too deeply.") from None
-    if "\\ud" in text.lower():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("A string contains half of a surrogate pair, which is not a character.") from None
     return value
+
+
+def check_characters(text: str) -> None:
+    """Raise ValueError if a text contains half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("A string contains half of a surrogate pair, which is not a character.") from None
 
 
 def _reject_constant(name: str) -> None:
@@ -119,7 +124,7 @@ def as_attributes(given: object, name: str = "attributes") -> Attributes:
             raise ValueError(f"The keys of `{name}` must be str, got {key!r}.")
         try:
             texts = tuple(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in (key, value))
-            "".join(texts).encode()
+            check_characters("".join(texts))
             read = parse_json(texts[1])
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"`{name}[{key!r}]` must be a JSON value, got {value!r}: {error}") from None
