@@ -113,9 +113,9 @@ class WeightedLossTrainer(Trainer):
     [`WeightedCollator`] for a collator that adds them.
 
     What the model adds to its loss in training, such as the balance loss of experts, is averaged over the
-    micro-batches and processes of a step (Trainer itself adds it up). The load of an expert is a ratio of counts, so this mean
-    differs from the balance loss of the whole step, which `balance_over="step"` computes. The evaluation loss is the
-    weighted cross-entropy over the whole evaluation set, without such terms.
+    micro-batches and processes of a step (Trainer itself adds it up). The load of an expert is a ratio of counts, so
+    this mean differs from the balance loss of the whole step, which `balance_over="step"` computes. The evaluation
+    loss is the weighted cross-entropy over the whole evaluation set, without such terms.
 
     `compute_loss` of `SomeTrainer` must call the model with its inputs and return the model's loss. TRL's `SFTTrainer`
     computes its loss without the model's loss function, so its `compute_loss` is replaced, which also adds the entropy
