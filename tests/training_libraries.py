@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from torch import nn
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from tests.tiny import order_one, picture, text_config, tokenizer, vision_config
 from tests.training.test_weighted_loss_native import assert_same, oracle
 from tests.training.weighted_making import Rows, arguments, expected_loss, llama
-from vlparts import compose, compose_processor
+from vlparts import NaViTImageProcessor, compose, compose_processor
+from vlparts.training.images.collator import PackedImageCollator
+from vlparts.training.images.packing import PackedImageDataset
+from vlparts.training.images.stream import PackedImageStream
 from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer
 
@@ -159,3 +164,37 @@ def test_another_loss_of_sft_raises(tmp_path: Path) -> None:
             train_dataset=columns(Rows()),
             processing_class=words(),
         )
+
+
+PROCESSOR = NaViTImageProcessor(patch_size=4)
+
+
+def shards_of_images(shards: int) -> IterableDataset:
+    """60 images, in this many shards."""
+    rows = [{"image": picture(8 + 4 * (index % 5), 12), "label": index} for index in range(60)]
+    return Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
+
+
+@pytest.mark.parametrize("divide", [None, "stream", "items"])
+@pytest.mark.parametrize("shards", [1, 3, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_iterable_dataset_has_every_image_once(
+    divide: str | None, shards: int, workers: int, processes: int
+) -> None:
+    labels: list[int] = []
+    for rank in range(processes):
+        items = split_dataset_by_node(shards_of_images(shards), rank=rank, world_size=processes)
+        options = {"image_key": "image", "label_key": "label", "divide": divide, "world_size": processes}
+        stream = PackedImageStream(items, PROCESSOR, 60, 5, **options)
+        loader = DataLoader(stream, None, num_workers=workers, collate_fn=PackedImageCollator(60, 5))
+        found = torch.cat([batch["labels"] for batch in loader])
+        labels += found[found >= 0].tolist()
+    assert sorted(labels) == list(range(60))
+
+
+def test_datasets_of_the_wrong_kind_raise() -> None:
+    with pytest.raises(ValueError, match="`dataset` must be a map-style dataset, got IterableDataset"):
+        PackedImageDataset(shards_of_images(1), PROCESSOR, "image", "label")
+    with pytest.raises(ValueError, match="`divide` must not be 'items' for a Dataset"):
+        PackedImageStream(conversations(), PROCESSOR, 60, divide="items")
