@@ -41,8 +41,19 @@ class Sample:
 
 
 def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate outputs of an image processor along dimension 0; {} without images."""
-    return {name: torch.cat([one[name] for one in images]) for name in images[0]} if images else {}
+    """Concatenate outputs of an image processor along dimension 0; {} without images.
+
+    Raises:
+        ValueError: If outputs differ in their names.
+    """
+    if not images:
+        return {}
+    for one in images:
+        if one.keys() != images[0].keys():
+            raise ValueError(
+                f"Outputs of an image processor must have the same names, got {[*images[0]]} and {[*one]}."
+            )
+    return {name: torch.cat([one[name] for one in images]) for name in images[0]}
 
 
 class SampleEncoder:
