@@ -97,10 +97,14 @@ def test_weights_that_no_batch_has_raise(tmp_path: Path, fields: tuple[str, str]
     def without(features: Any) -> dict[str, Tensor]:
         return padded([{name: one[name] for name in ("input_ids", "labels")} for one in features])
 
-    data = Columns(token_weights=False)
+    data: Any = Columns(token_weights=False)
     if fields[0] == "sample_weight":
         with pytest.raises(
             ValueError, match="`train_dataset` has the column 'sample_weight', but its batches have no"
         ):
             trained(tmp_path, Trainer, data, without)
+        with pytest.raises(
+            ValueError, match="`train_dataset` has the column 'sample_weight', but its batches have no"
+        ):
+            trained(tmp_path, Trainer, [data[index] for index in range(8)], without)
     trained(tmp_path, Trainer, data, WeightedCollator(without, *fields))

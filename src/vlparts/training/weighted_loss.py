@@ -1,7 +1,7 @@
 """transformers' Trainer with the weighted loss, for the models of vlparts and of transformers."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -376,6 +376,8 @@ def _column_names(initialize: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     except TypeError:  # raised again, with its message, by the Trainer
         return set()
     data = {**arguments, **kwargs}.get("train_dataset")
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        return set(data[0])
     return set(getattr(data, "column_names", None) or ())
 
 
