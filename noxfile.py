@@ -58,6 +58,13 @@ def tokenizers(session: nox.Session) -> None:
 
 
 @nox.session
+def libraries(session: nox.Session) -> None:
+    """Run the training code with TRL and the datasets library, which are not dependencies."""
+    install(session, ".[test]", "datasets==5.2.0", "trl==1.16.0")
+    session.run("pytest", "tests/training_libraries.py", *session.posargs)
+
+
+@nox.session
 def npu_schema(session: nox.Session) -> None:
     """Compare the committed schemas of torch_npu's operations with those in the wheels of all supported versions."""
     wheels = Path(session.create_tmp()) / "wheels"

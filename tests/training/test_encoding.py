@@ -14,7 +14,7 @@ from tests.tiny import picture
 from tests.training.making import TOKENIZERS, processor_for, save
 from vlparts.coordinates.codec import decode
 from vlparts.parts.utils import IGNORE_INDEX
-from vlparts.training.encoding import Sample, SampleEncoder
+from vlparts.training.encoding import Sample, SampleEncoder, join_images
 from vlparts.training.records import Record
 
 PROCESSOR = processor_for()
@@ -349,3 +349,14 @@ def test_images_of_every_mode(tmp_path: Path, mode: str, vision: str) -> None:
     assert set(expected) == set(sample.images)
     for key, value in sample.images.items():
         torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_outputs_with_other_names_are_not_joined() -> None:
+    one = {"pixel_values": torch.zeros(2, 3), "image_grid_thw": torch.ones(1, 3)}
+    joined = join_images([one, one])
+    assert {name: tuple(value.shape) for name, value in joined.items()} == {
+        "pixel_values": (4, 3),
+        "image_grid_thw": (2, 3),
+    }
+    with pytest.raises(ValueError, match="must have the same names, got .*'pixel_values'.* and .*'extra'"):
+        join_images([one, {**one, "extra": torch.zeros(1)}])

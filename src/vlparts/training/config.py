@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..losses.weights import PRESETS
-from .records import Record
+from .record_formats import FIELDS
 
 
 class TrainConfig(BaseModel):
@@ -107,7 +107,7 @@ class TrainConfig(BaseModel):
     @field_validator("sample_weight_field")
     @classmethod
     def _check_sample_weight_field(cls, value: str | None) -> str | None:
-        if value in Record.model_fields:
+        if value in FIELDS:
             raise ValueError(f"must not be a field that records have already, got {value!r}")
         return value
 

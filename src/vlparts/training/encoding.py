@@ -16,6 +16,7 @@ from ..coordinates.formats.registry import get_format
 from ..parts.image_transforms import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
+from .record_formats import DataImage
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
 
 
@@ -40,8 +41,19 @@ class Sample:
 
 
 def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate outputs of an image processor along dimension 0; {} without images."""
-    return {name: torch.cat([one[name] for one in images]) for name in images[0]} if images else {}
+    """Concatenate outputs of an image processor along dimension 0; {} without images.
+
+    Raises:
+        ValueError: If outputs differ in their names.
+    """
+    if not images:
+        return {}
+    for one in images:
+        if one.keys() != images[0].keys():
+            raise ValueError(
+                f"Outputs of an image processor must have the same names, got {[*images[0]]} and {[*one]}."
+            )
+    return {name: torch.cat([one[name] for one in images]) for name in images[0]}
 
 
 class SampleEncoder:
@@ -80,7 +92,7 @@ class SampleEncoder:
             ValueError: If an image cannot be read or processed, a region is outside its image under "raise", the
                 template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        images = [open_image(self.root / path) for path in record.paths]
+        images = [self._open(path) for path in record.paths]
         inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
@@ -94,11 +106,16 @@ class SampleEncoder:
             )
         return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
 
+    def _open(self, path: str) -> Image.Image:
+        source: Any = DataImage(path) if path.startswith("data:") else self.root / path
+        return open_image(source)
+
     def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            raise ValueError(f"Image {self.root / path} cannot be processed: {error}") from None
+            shown = DataImage(path) if path.startswith("data:") else self.root / path
+            raise ValueError(f"Image {shown} cannot be processed: {error}") from None
 
     def render(self, record: Record, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """Convert a record to chat messages, with regions written as text and images as blocks.
