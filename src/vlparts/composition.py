@@ -100,7 +100,7 @@ def compose(
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
         model.generation_config = deepcopy(generation_config)
-    _suppress_tokens(model, (image_token_id, video_token_id))
+    suppress_tokens(model, (image_token_id, video_token_id))
     return model
 
 
@@ -175,9 +175,23 @@ def compose_processor(
     if video_token is not None:
         model.config.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
-    _suppress_tokens(model, [*ids, model.config.video_token_id], previous)
+    suppress_tokens(model, [*ids, model.config.video_token_id], previous)
     _align_special_tokens(model, tokenizer, end_of_turn_id(tokenizer, processor.chat_template))
     return processor
+
+
+def suppress_tokens(
+    model: VisionLanguageForConditionalGeneration, ids: Iterable[int | None], previous: Iterable[int | None] = ()
+) -> None:
+    """Exclude tokens from generation, since no image or video belongs to a generated placeholder.
+
+    Args:
+        model: The model, whose `generation_config.suppress_tokens` is set.
+        ids: The ids to exclude, in addition to those that are excluded already; None is ignored.
+        previous: Ids that are no longer excluded.
+    """
+    excluded = set(model.generation_config.suppress_tokens or ()).difference(previous)
+    model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
 
 
 def _vision_encoder(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
@@ -212,14 +226,6 @@ def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
 def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
     module.apply(model._init_weights)
     return module.to(model.config.dtype)
-
-
-def _suppress_tokens(
-    model: VisionLanguageForConditionalGeneration, ids: Iterable[int | None], previous: Iterable[int | None] = ()
-) -> None:
-    """Exclude tokens from generation, beside those that are excluded already except the previous ones."""
-    excluded = set(model.generation_config.suppress_tokens or ()).difference(previous)
-    model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
 
 
 def _pad_token(model: VisionLanguageForConditionalGeneration, tokenizer: Any) -> str:
