@@ -229,12 +229,11 @@ def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
 
 
 def _pad_token(model: VisionLanguageForConditionalGeneration, tokenizer: Any) -> str:
-    """The padding token of the model, or "<pad>" if it has none in the vocabulary."""
+    """The padding token of the model, or "<pad>" if it has none that is a special token."""
     for config in (model.generation_config, model.config.text_config):
         index = getattr(config, "pad_token_id", None)
-        token = tokenizer.convert_ids_to_tokens(index) if index is not None and 0 <= index < len(tokenizer) else None
-        if token is not None:
-            return token
+        if index in tokenizer.all_special_ids:  # Another one, as of a default, would be lost in decoded answers.
+            return tokenizer.convert_ids_to_tokens(index)
     return "<pad>"
 
 

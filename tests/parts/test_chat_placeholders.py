@@ -199,12 +199,19 @@ def test_a_tokenizer_without_template_needs_the_tokens_of_chatml() -> None:
 
 def test_every_named_template_is_extended(tmp_path: Path) -> None:
     words = styled_tokenizer(STYLES["llama3"])
-    words.chat_template = {"default": STYLES["llama3"].template, "short": "{{ messages[-1].content }}"}
+    words.chat_template = {
+        "default": STYLES["llama3"].template,
+        "tool_use": "{{ messages[-1].content }}{{ tools | length }}",
+        "rag": "{% for document in documents %}{{ document.text }}{% endfor %}{{ messages[-1].content }}",
+    }
     processor = processor_of(words)
     processor.save_pretrained(tmp_path)
+    chat = [user(IMAGE, text("a"))]
     for one in (processor, VisionLanguageProcessor.from_pretrained(tmp_path)):
-        assert one.apply_chat_template([user(IMAGE, text("a"))], chat_template="short") == "<image>a"
-        assert "<image>a<|eot_id|>" in one.apply_chat_template([user(IMAGE, text("a"))])
+        assert "<image>a<|eot_id|>" in one.apply_chat_template(chat)
+        assert one.apply_chat_template(chat, tools=[TOOL]) == "<image>a1"
+        document = {"title": "b", "text": "c"}
+        assert one.apply_chat_template(chat, chat_template="rag", documents=[document]) == "c<image>a"
 
 
 def test_a_saved_template_is_not_extended_again(tmp_path: Path) -> None:
@@ -245,6 +252,24 @@ def test_padding_tokens_that_are_given_or_the_models() -> None:
     text.pad_token_id = words.convert_tokens_to_ids("<|eot_id|>")
     vlparts.compose_processor(vlparts.compose(vision=navit_config(), text=text), words)
     assert words.pad_token == "<|eot_id|>"
+    # An ordinary token would be lost in decoded answers.
+    words = styled_tokenizer(STYLES["llama3"])
+    text.pad_token_id = words.convert_tokens_to_ids("a")
+    vlparts.compose_processor(vlparts.compose(vision=navit_config(), text=text), words)
+    assert words.pad_token == "<pad>"
+    assert words.decode(words("a cat")["input_ids"], skip_special_tokens=True) == "a cat"
+
+
+def test_control_tokens_of_users_can_be_written_as_text() -> None:
+    """Those of the template, and the placeholders in it, keep their meaning."""
+    for words in (tokenizer(), styled_tokenizer(STYLES["llama3"])):
+        processor = processor_of(words)
+        chat = [user({**IMAGE, "image": picture(8, 8)}, text("What is <image>?"))]
+        inputs = processor.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_tensors="pt", sanitize_control_tokens=True
+        )
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == inputs["image_grid_thw"].prod()
+        assert "What is <image>?" in words.decode(inputs["input_ids"][0])
 
 
 def test_settings_of_a_tokenizer_are_kept() -> None:

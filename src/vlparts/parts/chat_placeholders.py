@@ -69,7 +69,7 @@ def chat_template_of(
     tokens = {"image": image_token} | ({} if video_token is None else {"video": video_token})
     placeholders = {kind: vision_start_token + token + vision_end_token for kind, token in tokens.items()}
     if isinstance(template, dict):
-        return {name: _extend(tokenizer, one, tokens, placeholders) for name, one in template.items()}
+        return {name: _extend(tokenizer, one, tokens, placeholders, name) for name, one in template.items()}
     return _extend(tokenizer, template, tokens, placeholders)
 
 
@@ -101,12 +101,15 @@ def end_of_turn_id(tokenizer: Any, template: str | dict[str, str]) -> int | None
         rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
     except Exception:  # what the template raises, for conversations of this form too
         return None
-    end = rendered.rpartition(_AFTER)[2].lstrip()
+    _, found, end = rendered.rpartition(_AFTER)
+    end = end.lstrip() if found else ""
     special = [(token, index) for token, index in tokenizer.get_added_vocab().items() if end.startswith(token)]
     return max(special, key=lambda pair: len(pair[0]), default=("", None))[1]
 
 
-def _extend(tokenizer: Any, template: str, tokens: dict[str, str], placeholders: dict[str, str]) -> str:
+def _extend(
+    tokenizer: Any, template: str, tokens: dict[str, str], placeholders: dict[str, str], name: str = "default"
+) -> str:
     """The template, extended if it does not place images itself."""
     text_only, _ = _render(tokenizer, template)
     if text_only is not None:
@@ -124,6 +127,8 @@ def _extend(tokenizer: Any, template: str, tokens: dict[str, str], placeholders:
     extended = with_placeholders(template, placeholders)
     for kind, placeholder in placeholders.items():
         rendered, reason = _render(tokenizer, extended, kind)
+        if rendered is None and name != "default":
+            continue  # It may need further variables, such as documents.
         if rendered is None or _BEFORE + placeholder + _AFTER not in rendered:
             raise ValueError(
                 f"`chat_template` must be given: that of the tokenizer cannot be extended by {placeholder!r} "

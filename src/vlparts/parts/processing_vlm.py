@@ -97,6 +97,9 @@ class VisionLanguageProcessor(ProcessorMixin):
         Batches of prompts are padded on the left, batches of complete conversations on the right, if neither
         `processor_kwargs` nor its `text_kwargs` have a `padding_side`.
         """
+        templates = self.chat_template
+        if chat_template is None and tools is not None and isinstance(templates, dict) and "tool_use" in templates:
+            chat_template = "tool_use"  # as tokenizers do
         options = dict(processor_kwargs or {})
         if "padding_side" not in {**options, **options.get("text_kwargs", {}), **kwargs}:
             options["padding_side"] = "left" if add_generation_prompt or continue_final_message else "right"
