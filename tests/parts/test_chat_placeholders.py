@@ -135,6 +135,13 @@ def test_the_default_mask_leaves_out_images_of_the_assistant() -> None:
     assert words.decode(marked) == "So: done<|im_end|>"
 
 
+def test_a_template_may_write_json_itself() -> None:
+    words = tokenizer()
+    words.chat_template = "{{ {'type': 'object'} | tojson }}{{ messages[0].content }}{{ eos_token }}"
+    assert processor_of(words).apply_chat_template([user(IMAGE, text("a"))]) == '{"type": "object"}<image>a<|im_end|>'
+    assert end_of_turn_id(words, words.chat_template) is None  # it writes no assistant turn
+
+
 def test_other_blocks_are_refused() -> None:
     processor = processor_of(styled_tokenizer(STYLES["llama3"]))
     for kind in ("video", "audio"):
@@ -170,6 +177,13 @@ def test_a_template_with_other_placeholders_asks_for_them() -> None:
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     assert "<|vision_start|><|image_pad|>" in processor.tokenizer.decode(inputs["input_ids"][0])
     assert (inputs["input_ids"] == processor.image_token_id).sum() == inputs["image_grid_thw"].prod()
+
+
+def test_a_template_that_places_images_must_place_videos_too() -> None:
+    words = styled_tokenizer(Style(MULTIMODAL, ("<|image_pad|>", "<|video_pad|>"), "<|im_end|>"))
+    tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    with pytest.raises(ValueError, match="`chat_template` must be given: .* places images itself, but no videos"):
+        VisionLanguageProcessor(NaViTImageProcessor(patch_size=4), words, **tokens)
 
 
 @pytest.mark.parametrize(

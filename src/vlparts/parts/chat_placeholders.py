@@ -101,29 +101,28 @@ def end_of_turn_id(tokenizer: Any, template: str | dict[str, str]) -> int | None
         rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
     except Exception:  # what the template raises, for conversations of this form too
         return None
-    _, found, end = rendered.rpartition(_AFTER)
-    end = end.lstrip() if found else ""
-    special = [(token, index) for token, index in tokenizer.get_added_vocab().items() if end.startswith(token)]
-    return max(special, key=lambda pair: len(pair[0]), default=("", None))[1]
+    _, answer, end = rendered.rpartition(_AFTER)
+    end = end.lstrip() if answer else ""
+    special = {
+        **tokenizer.get_added_vocab(),
+        **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)),
+    }
+    found = [token for token in special if end.startswith(token)]
+    return special[max(found, key=len)] if found else None
 
 
 def _extend(
     tokenizer: Any, template: str, tokens: dict[str, str], placeholders: dict[str, str], name: str = "default"
 ) -> str:
     """The template, extended if it does not place images itself."""
-    text_only, _ = _render(tokenizer, template)
-    if text_only is not None:
-        for kind, token in tokens.items():
-            rendered, _ = _render(tokenizer, template, kind)
-            if rendered in (None, text_only):
-                continue
-            if rendered.count(token) != 1:
-                raise ValueError(
-                    f"`{kind}_token` is {token!r}, but the chat template of the tokenizer writes one {kind} as "
-                    f"{_difference(text_only, rendered)!r}. Pass its placeholder as `{kind}_token`, or a "
-                    "`chat_template`."
-                )
-            return template
+    placed = _placed(tokenizer, template, tokens)
+    if len(placed) == len(tokens):
+        return template
+    if placed:
+        raise ValueError(
+            f"`chat_template` must be given: that of the tokenizer places {placed[0]}s itself, but no "
+            f"{next(kind for kind in tokens if kind not in placed)}s."
+        )
     extended = with_placeholders(template, placeholders)
     for kind, placeholder in placeholders.items():
         rendered, reason = _render(tokenizer, extended, kind)
@@ -137,6 +136,25 @@ def _extend(
     return extended
 
 
+def _placed(tokenizer: Any, template: str, tokens: dict[str, str]) -> list[str]:
+    """The kinds of blocks for which a template writes the token itself."""
+    text_only, _ = _render(tokenizer, template)
+    if text_only is None:
+        return []
+    placed = []
+    for kind, token in tokens.items():
+        rendered, _ = _render(tokenizer, template, kind)
+        if rendered is None or rendered == text_only:
+            continue
+        if rendered.count(token) != 1:
+            raise ValueError(
+                f"`{kind}_token` is {token!r}, but the chat template of the tokenizer writes one {kind} as "
+                f"{_difference(text_only, rendered)!r}. Pass its placeholder as `{kind}_token`, or a `chat_template`."
+            )
+        placed.append(kind)
+    return placed
+
+
 def _render(tokenizer: Any, template: str, kind: str | None = None) -> tuple[str | None, str]:
     """Text of a user turn of two texts, with an image or video between them, or the reason why there is none."""
     blocks = [{"type": "text", "text": _BEFORE}, {"type": "text", "text": _AFTER}]
@@ -148,8 +166,9 @@ def _render(tokenizer: Any, template: str, kind: str | None = None) -> tuple[str
         )
     except Exception as error:  # a template can raise anything, such as TypeError for a list instead of a string
         return None, str(error)
-    # Some templates print a list as Python or JSON does, or nothing for it.
-    if _BEFORE not in rendered or _AFTER not in rendered or re.search(r"[\"']type[\"']", rendered):
+    # Some templates write nothing for a list, or print it as Python or JSON does.
+    between = rendered.partition(_BEFORE)[2].rpartition(_AFTER)
+    if not between[1] or re.search(r"[\"']type[\"']", between[0]):
         return None, "it does not write the text of user turns"
     return rendered, ""
 
