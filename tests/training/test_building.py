@@ -13,6 +13,7 @@ from tests.chat_styles import STYLES, styled_tokenizer
 from tests.tiny import WINDOWED, order_one, picture, text_config, tokenizer
 from tests.training.making import TEXT, VISION, losses, saved_parts, settings, weights
 from vlparts import WindowFreeViTImageProcessor
+from vlparts.parts.chat_placeholders import with_placeholders
 from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
 from vlparts.training.train import train
@@ -203,3 +204,20 @@ def test_the_trainer_has_no_special_tokens_to_align(
     saved = AutoTokenizer.from_pretrained(tmp_path / "output")
     assert saved.pad_token_id == result.model.generation_config.pad_token_id
     assert saved.pad_token_id == result.model.config.text_config.pad_token_id
+
+
+def test_a_tokenizer_without_template_needs_one(tmp_path: Path) -> None:
+    vision, text = saved_parts(tmp_path, "navit")
+    words = styled_tokenizer(STYLES["gemma"])
+    template, words.chat_template, words.eos_token = words.chat_template, None, None
+    words.save_pretrained(text)
+    order_one(AutoModelForCausalLM.from_config(text_config("llama", words))).save_pretrained(text)
+    options = {"vision": str(vision), "text": str(text), "capacity": 2000, "max_steps": 1}
+    with pytest.raises(ValueError, match="`chat_template` must be given: the tokenizer has none"):
+        train(settings(tmp_path, **options))
+    file = tmp_path / "chat.jinja"
+    with pytest.raises(ValueError, match="`chat_template` must be a file with a Jinja template, got .*chat.jinja"):
+        train(settings(tmp_path, chat_template=file, **options))
+    file.write_text(with_placeholders(template, {"image": "<image>"}), encoding="utf-8")
+    result = train(settings(tmp_path, chat_template=file, **options))
+    assert result.processor.chat_template == file.read_text(encoding="utf-8")
