@@ -131,8 +131,8 @@ def compose_processor(
         model: The composed model.
         tokenizer: A tokenizer, or the folder of one.
         image_processor: An image processor; the default is the one that fits the vision encoder.
-        chat_template: Jinja template, used as it is; [`with_placeholders`] extends that of a text model. The default is
-            the tokenizer's with the placeholders, see [`VisionLanguageProcessor`].
+        chat_template: Jinja template, used as it is; [`with_placeholders`] extends that of a text model. The default
+            is the tokenizer's with the placeholders, see [`VisionLanguageProcessor`].
         pad_token: Padding token; None for that of the tokenizer.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
