@@ -31,6 +31,7 @@ PUBLISHED = [name for name, fmt in FORMATS.items() if fmt.source]
 UNMARKED = {
     *("openpangu", "cogvlm", "paligemma", "ferret", "shikra", "llava", "internlm_xcomposer", "florence2"),
     *("florence2_ocr", "ui_tars_1_5", "showui", "got_ocr2", "qwen2_5_vl", "qwen3_vl", "gemini", "claude", "moondream"),
+    *("xywh", "xywh_relative", "qwen2_5_vl_ocr", "qwen3_vl_ocr", "dots_ocr"),
 }
 TEXTS = [(name, text, size) for name, text, size, *_ in GOLDEN] + [
     (
@@ -76,6 +77,7 @@ def test_missing_marks_are_reported(name: str, text: str, size: tuple[int, int])
         ("qwen3_vl", r"{\"point_2d\": [574, 301]}", [3]),
         ("claude", "bbox=(1, 2, 3)", [0]),
         ("moondream", '{"objects": [{"xmin": 0.25, "ymin": 0.5, "xmax": 0.75, "ymax": 1.0}]}', [15]),
+        ("xywh", "{x: 123, y: 234, width: 345, height: 456}", [1]),
         ("molmo", "&lt;point x=&quot;12.3&quot; y=&quot;4.5&quot;&gt;", [10]),
         ("molmo2", "points coords='1 1 523 044'", [7]),
     ],

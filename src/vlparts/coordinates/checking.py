@@ -85,7 +85,8 @@ def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str
 
     Malformed and unfinished regions are "unreadable". Text that looks like coordinates but is not a region, such as
     numbers whose marks `skip_special_tokens=True` removed, is "suspicious". A text without unreadable regions is
-    checked for what `convert` cannot keep, such as further keys of JSON objects; these problems are named "lost".
+    checked for what `convert` cannot keep even in the same format, such as other items in a JSON list of regions;
+    these problems are named "lost".
 
     Args:
         text: Any text.
@@ -99,7 +100,8 @@ def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str
     names = ["suspicious" if isinstance(error, Suspicion) else "unreadable" for error in errors]
     problems = [_text_problem(name, error) for name, error in zip(names, errors, strict=True)]
     if "unreadable" not in names:
-        problems += [_text_problem("lost", part) for part in lost_parts(text, get_format(format))]
+        fmt = get_format(format)
+        problems += [_text_problem("lost", part) for part in lost_parts(text, fmt, fmt)]
     return problems
 
 

@@ -137,13 +137,13 @@ def _regions_of_image(
     make = Region._unchecked
     result: list[Region | DecodeError] = []
     for index, (item, row) in enumerate(zip(items, image_points, strict=True)):
-        start, _, _, kind, _, label, image, identity, times = item
+        start, _, _, kind, _, label, image, identity, times, attributes = item
         if index not in reasons and row is not None:
             if kind == "box" or kind == "point":
-                result.append(make(kind, tuple(row), label, image, identity))
+                result.append(make(kind, tuple(row), label, image, identity, (), attributes))
                 continue
             try:  # kinds with further rules, such as the number of points
-                result.append(Region(kind, tuple(row), label, None, image, identity, tuple(times)))
+                result.append(Region(kind, tuple(row), label, None, image, identity, tuple(times), attributes))
                 continue
             except ValueError as error:
                 reasons[index] = f"{_phrase(error)} in {_quoted(text, item)}"

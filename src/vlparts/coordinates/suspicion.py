@@ -21,6 +21,7 @@ from .resolving import CoordinateError, resolve
 __all__ = ["CoordinateWarning", "can_be_suspicious", "find_suspicions", "warn_of_suspicions"]
 
 _CODES = (123, 234, 345, 456, 567, 678, 789, 891)  # written to see what is around numbers
+_WITH_SIDES = (123, 234, 123 + 345, 234 + 456)  # a box whose width and height are written instead
 _COVERED = 1000  # characters after an error in which nothing further is reported
 _NEAR = 8  # places with no more characters between them, none of them a letter or digit, are one place
 _REGION = "\0"  # in place of a region
@@ -169,12 +170,7 @@ def _signs(grammar: Grammar) -> _Signs:
     layouts: list[_Layout] = []
     marks: dict[str, None] = {}
     for kind in grammar.kinds:
-        count = 2 * KINDS[kind][0]
-        region = Coded(kind, _CODES[:count], times=(0.5,) if kind == "track" else ())
-        try:
-            pieces = _split(grammar.write([region]), count)
-        except ValueError:  # a kind that the grammar does not write without a label
-            continue
+        pieces = _written(grammar, kind)
         if pieces is None:
             continue
         tags = _TAG.findall(pieces[0]) + _TAG.findall(pieces[-1])
@@ -185,6 +181,20 @@ def _signs(grammar: Grammar) -> _Signs:
             marks[rf"(?<!\w){re.escape(key[1])}{_QUOTE}{begun}"] = None
         layouts.append(_layout(pieces, key))
     return _Signs(tuple(layouts), re.compile("|".join(marks)) if marks else None)
+
+
+def _written(grammar: Grammar, kind: str) -> tuple[str, ...] | None:
+    """Return the text that a grammar writes around the numbers of a region; None if it does not write them."""
+    count = 2 * KINDS[kind][0]
+    for codes in (_CODES[:count], _WITH_SIDES) if kind == "box" else (_CODES[:count],):
+        try:
+            text = grammar.write([Coded(kind, codes, times=(0.5,) if kind == "track" else ())])
+        except ValueError:  # such as a kind that needs a label
+            return None
+        pieces = _split(text, count)
+        if pieces is not None:
+            return pieces
+    return None
 
 
 def _split(text: str, count: int) -> tuple[str, ...] | None:

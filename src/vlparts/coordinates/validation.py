@@ -16,6 +16,7 @@ __all__ = [
     "integer",
     "is_size",
     "positive_integer",
+    "shown",
 ]
 
 MAX_SIDE = 10**9
@@ -146,3 +147,12 @@ def _check_finite(array: NDArray[np.float64], name: str, first: int = 0) -> None
     if not finite.all():
         row = int(np.argmin(finite))
         raise ValueError(f"`{name}[{first + row}]` must be finite, got {array[row].tolist()}.")
+
+
+def shown(value: object) -> str:
+    """Return the text of a value for an error message, shortened if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "integers that are too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,8 +1,8 @@
 """Reading and writing COCO annotation files.
 
 COCO has boxes as x, y, width, height, polygons as flat lists under "segmentation", and points as "keypoints". Data
-without a place in COCO, such as the kind of a quad or an identity, is written under additional keys, which other
-readers ignore.
+without a place in COCO, such as the kind of a quad, an identity or attributes, is written under additional keys, which
+other readers ignore.
 """
 
 import math
@@ -54,14 +54,27 @@ def _annotation(region: Region, number: int, image_id: int, category_id: int) ->
         entry |= {"xyxy": [x1, y1, x2, y2]}  # x1 plus any float width may differ from x2
     entry |= {} if region.kind != "quad" else {"kind": "quad"}
     entry |= {} if region.score is None else {"score": region.score}
-    return entry | ({} if region.identity is None else {"identity": region.identity})
+    entry |= {} if region.identity is None else {"identity": region.identity}
+    return entry | _attributes(region.attributes)
+
+
+def _attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the additional key of attributes, if there are any."""
+    return {"attributes": dict(attributes)} if attributes else {}
+
+
+def _read_attributes(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the attributes of an entry. A value that is not an object, such as a list, is kept under its key."""
+    value = entry.get("attributes")
+    return value if isinstance(value, dict) else {} if value is None else {"attributes": value}
 
 
 def write_coco(images: Iterable[ImageRegions], path: str | Path) -> None:
     """Write a COCO file of boxes, quads, polygons and points; `read_coco` is the exact inverse.
 
-    A region without a label has the category with the empty name. Additional keys: "kind" of a quad, "identity", and
-    "xyxy" of a box whose width and height do not give its corners exactly.
+    A region without a label has the category with the empty name. Additional keys: "kind" of a quad, "identity",
+    "attributes" of a region or image, as CVAT writes them, and "xyxy" of a box whose width and height do not give its
+    corners exactly.
 
     Raises:
         ValueError: If a region is a line or track, is in another image than the first, has an empty label, or one with
@@ -71,7 +84,7 @@ def write_coco(images: Iterable[ImageRegions], path: str | Path) -> None:
     listed: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for image_id, image in enumerate(images, start=1):
         name = {"file_name": image.image, "width": image.width, "height": image.height}
-        listed["images"].append({"id": image_id, **name})
+        listed["images"].append({"id": image_id, **name} | _attributes(image.attributes))
         for index, region in enumerate(image.regions):
             place = f"Image {image.image!r}: `regions[{index}]`"
             if region.kind in ("line", "track") or region.image:
@@ -156,7 +169,13 @@ def _read(document: Mapping[str, Any], shape: str, crowds: str, polygons: str) -
         regions[entry["image_id"]] += found
         skipped["polygons"] += omitted
     images = [
-        ImageRegions(entry["file_name"], entry["width"], entry["height"], tuple(regions[entry["id"]]))
+        ImageRegions(
+            entry["file_name"],
+            entry["width"],
+            entry["height"],
+            tuple(regions[entry["id"]]),
+            _read_attributes(entry),
+        )
         for entry in document["images"]
     ]
     return CocoImages(images, skipped)
@@ -174,8 +193,9 @@ def _regions(
     if entry.get(field) is None:
         raise ValueError(f"{place}: `{field}` is missing; shape={shape!r} reads it.")
     label, score, identity = category["name"] or None, entry.get("score"), entry.get("identity")
+    attributes = _read_attributes(entry)
     if shape == "box":
-        return [Region.box(*_corners(entry), label, score, identity=identity)], 0
+        return [Region.box(*_corners(entry), label, score, identity=identity, attributes=attributes)], 0
     if shape == "polygon":
         given, kind = entry["segmentation"], entry.get("kind", "polygon")
         if not isinstance(given, list):
@@ -191,13 +211,14 @@ def _regions(
                     f"{len(polygon)} numbers; polygons='skip' omits it."
                 )
         kept = [tuple(zip(one[::2], one[1::2], strict=True)) for one in given if is_polygon(one, kind)]
-        return [Region(kind, points, label, score, identity=identity) for points in kept], len(given) - len(kept)
+        regions = [Region(kind, points, label, score, identity=identity, attributes=attributes) for points in kept]
+        return regions, len(given) - len(kept)
     flat = entry["keypoints"]
     count = len(flat) // 3
     names = category.get("keypoints") or [label] * count
     identity = entry.get("id") if identity is None and count > 1 else identity
     points = [
-        Region.point(x, y, name or None, score, identity=identity)
+        Region.point(x, y, name or None, score, identity=identity, attributes=attributes)
         for x, y, seen, name in zip(flat[::3], flat[1::3], flat[2::3], names, strict=bool(count))
         if seen
     ]
