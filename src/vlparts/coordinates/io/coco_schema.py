@@ -8,6 +8,8 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from ..validation import MAX_SIDE
+
 __all__ = ["check_document", "is_polygon"]
 
 _Entry = Mapping[str, Any]
@@ -98,6 +100,8 @@ def _check_image(entry: _Entry, place: str) -> None:
     for field in ("width", "height"):
         if not _is_integer(entry.get(field), 1):
             _refuse(entry, field, place, "an integer of at least 1")
+        if entry[field] > MAX_SIDE:
+            _refuse(entry, field, place, f"an integer of at most {MAX_SIDE}")
 
 
 def _check_category(entry: _Entry, place: str) -> None:
