@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import get_format
-from ..parts.image_transforms import open_image
+from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
@@ -53,6 +53,7 @@ class SampleEncoder:
         on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
         coordinate_format: Name of a coordinate format; None for the default.
         max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
+        max_image_pixels: Largest number of pixels of an image file, see [`open_image`]; None for Pillow's limit.
 
     Raises:
         ValueError: If `on_outside` or `coordinate_format` is unknown.
@@ -65,6 +66,7 @@ class SampleEncoder:
         on_outside: str = "raise",
         coordinate_format: str | None = None,
         max_length: int | None = None,
+        max_image_pixels: int | None = None,
     ) -> None:
         encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
@@ -72,6 +74,7 @@ class SampleEncoder:
         self.on_outside = on_outside
         self.coordinate_format = coordinate_format
         self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
 
     def __call__(self, record: Record) -> Sample:
         """Encode one record.
@@ -80,7 +83,7 @@ class SampleEncoder:
             ValueError: If an image cannot be read or processed, a region is outside its image under "raise", the
                 template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        images = [open_image(self.root / path) for path in record.paths]
+        images = [open_image(self.root / path, max_image_pixels=self.max_image_pixels) for path in record.paths]
         inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
