@@ -11,8 +11,16 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .image_processors import (
+    PathLike,
+    check_image_processor,
+    default_image_processor,
+    load_image_processor,
+    output_size,
+    read_image_processor_config,
+    show_whole_image,
+)
 from .parts.configuration_vlm import VisionLanguageConfig
-from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
@@ -20,7 +28,6 @@ from .parts.utils import mark_initialized
 from .parts.vlm_features import pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
 
-PathLike = str | os.PathLike[str]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -39,7 +46,8 @@ def compose(
 
     Models and checkpoints keep their weights; the modules of given models are shared, not copied. Configurations give
     new weights. The projector is always new. Generation options are a copy of the text model's, whose
-    `suppress_tokens` are extended by the placeholders, since no image belongs to a generated one.
+    `suppress_tokens` are extended by the placeholders, since no image belongs to a generated one. The settings of the
+    image processor in the vision encoder's folder are kept in `config.image_processor`, for [`compose_processor`].
 
     Args:
         vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. The vision tower of a
@@ -61,6 +69,9 @@ def compose(
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
     encoder = _vision_encoder(vision, trust_remote_code)
+    source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
+    if isinstance(source, (str, os.PathLike)) and str(source):
+        config_changes.setdefault("image_processor", read_image_processor_config(source))
     if isinstance(text, (str, os.PathLike)):
         text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
     language_model, head = _text_model(text)
@@ -108,6 +119,8 @@ def compose_processor(
     tokenizer: Any,
     image_processor: Any = None,
     *,
+    center_crop: bool = False,
+    trust_remote_code: bool = False,
     chat_template: str | None = None,
     image_token: str = "<image>",
     video_token: str | None = None,
@@ -124,7 +137,13 @@ def compose_processor(
     Args:
         model: The composed model.
         tokenizer: A tokenizer, or the folder of one.
-        image_processor: An image processor; the default is the one that fits the vision encoder.
+        image_processor: An image processor, or the folder of one, used as it is. The default is the one that came with
+            the vision encoder's folder (`config.image_processor`), and for a new encoder one with the size of its
+            configuration and the statistics of the published checkpoints of its family.
+        center_crop: Whether to keep the centre crop of the default image processor. It cuts the edges of an image off,
+            where regions cannot be; otherwise both sides are resized to the size of the crop, and the model sees all
+            of the image. See [`as_seen`] for coordinates with a crop.
+        trust_remote_code: Passed to `from_pretrained` when an image processor or a tokenizer is loaded.
         chat_template: Jinja template; the default is ChatML.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
@@ -135,11 +154,23 @@ def compose_processor(
         The processor.
 
     Raises:
-        ValueError: If the placeholders are the same, or only one of `vision_start_token` and `vision_end_token` is
-            given.
+        ValueError: If the placeholders are the same, only one of `vision_start_token` and `vision_end_token` is given,
+            or the image processor cannot be loaded, is unknown, or does not fit the vision encoder.
     """
+    layout, vision = pixel_layout(model.model.vision_tower), model.config.vision_config
+    if isinstance(image_processor, (str, os.PathLike)):
+        image_processor = load_image_processor(image_processor, trust_remote_code)
+    elif image_processor is None:
+        image_processor = (
+            default_image_processor(layout, vision)
+            if model.config.image_processor is None
+            else load_image_processor(model.config.image_processor, trust_remote_code)
+        )
+        if not center_crop:
+            show_whole_image(image_processor)
+    check_image_processor(image_processor, vision, model.config.merge_size)
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
     vocabulary, tokens = tokenizer.get_vocab(), (image_token, video_token, vision_start_token, vision_end_token)
     missing = [token for token in tokens if token is not None and token not in vocabulary]
     if missing:
@@ -156,14 +187,12 @@ def compose_processor(
         if getattr(model.generation_config, name) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
-    vision = model.config.vision_config
-    layout = pixel_layout(model.model.vision_tower)
     return VisionLanguageProcessor(
-        image_processor or _image_processor(layout, vision),
+        image_processor,
         tokenizer,
         chat_template=chat_template,
         spatial_merge_size=model.config.merge_size,
-        image_seq_length=_square_tokens(model) if layout == "square" else None,
+        image_seq_length=_square_tokens(model, image_processor) if layout == "square" else None,
         image_token=image_token,
         video_token=video_token,
         vision_start_token=vision_start_token,
@@ -213,28 +242,7 @@ def _suppress_tokens(
     model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
 
 
-def _image_processor(layout: str, vision: PreTrainedConfig) -> Any:
-    if vision.model_type == WindowFreeViTConfig.model_type:
-        from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
-
-        sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
-    if layout == "packed":
-        from .parts.image_processing_navit import NaViTImageProcessor
-
-        return NaViTImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
-    if layout == "naflex":
-        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-
-        return Siglip2ImageProcessorPil(
-            patch_size=vision.patch_size, max_num_patches=vision.num_patches, do_convert_rgb=True
-        )
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    side = vision.image_size
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-
-
-def _square_tokens(model: VisionLanguageForConditionalGeneration) -> int:
+def _square_tokens(model: VisionLanguageForConditionalGeneration, image_processor: Any) -> int:
     vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 // model.config.merge_size**2
+    height, width = output_size(image_processor, vision)
+    return (height // vision.patch_size) * (width // vision.patch_size) // model.config.merge_size**2

@@ -96,7 +96,7 @@ def _compose(
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
-    return model, compose_processor(model, tokenizer)
+    return model, compose_processor(model, tokenizer, trust_remote_code=config.trust_remote_code)
 
 
 def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..coordinates.codec import encode
-from ..coordinates.formats.registry import get_format
+from ..coordinates.formats.registry import as_seen
 from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
@@ -50,8 +50,10 @@ class SampleEncoder:
     Args:
         processor: The composed model's processor.
         root: Folder that relative image paths are resolved against.
-        on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
-        coordinate_format: Name of a coordinate format; None for the default.
+        on_outside: Policy for a region outside its image, or what the image processor shows of it: "raise", "clamp" it
+            to the edge, or "skip" it.
+        coordinate_format: Name of a coordinate format; None for the default. See [`as_seen`] for image processors
+            that crop.
         max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
         max_image_pixels: Largest number of pixels of an image file, see [`open_image`]; None for Pillow's limit.
 
@@ -72,7 +74,7 @@ class SampleEncoder:
         self.processor = processor
         self.root = root
         self.on_outside = on_outside
-        self.coordinate_format = coordinate_format
+        self.format = as_seen(coordinate_format, processor)
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
 
@@ -135,8 +137,8 @@ class SampleEncoder:
                 blocks += [_text_or_image(block) for block in members]
                 after_region = False
                 continue
-            text = encode(regions, sizes[index], self.coordinate_format, on_outside=self.on_outside)
-            separator = get_format(self.coordinate_format).separator if after_region and text else ""
+            text = encode(regions, sizes[index], self.format, on_outside=self.on_outside)
+            separator = self.format.separator if after_region and text else ""
             blocks.append({"type": "text", "text": separator + text})
             after_region = bool(text)
         return blocks
