@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.chat_styles import STYLES, styled_tokenizer
 from tests.tiny import picture
 from tests.training.making import TOKENIZERS, processor_for, save
 from vlparts.coordinates.codec import decode
@@ -161,7 +162,56 @@ def test_image_placeholders_in_an_answer_have_no_loss(folder: Path) -> None:
     places = sample.input_ids == PROCESSOR.image_token_id
     assert places.sum() == 6 * 3
     assert (sample.labels[places] == IGNORE_INDEX).all()
-    assert answers_of(sample) == ["Here: ", "\n is it<|im_end|>"]
+    assert answers_of(sample) == ["Here: ", " is it<|im_end|>"]
+
+
+STYLED = {name: styled_tokenizer(style) for name, style in STYLES.items()}
+UNMARKED = {f"{name} unmarked": styled_tokenizer(style.without_marks()) for name, style in STYLES.items()}
+DIALOGUE = {
+    "images": ["a.png", "b.png"],
+    "messages": [
+        {"role": "user", "content": ["Where ", IMAGE, " is it?"]},
+        {"role": "assistant", "content": ["It ", "is here."]},
+        {"role": "user", "content": ["And ", IMAGE, "?"]},
+        {"role": "assistant", "content": "here"},
+    ],
+}
+
+
+@pytest.mark.parametrize("style", ["default", *STYLED, *UNMARKED])
+def test_the_loss_covers_the_tokens_that_the_template_marks(folder: Path, style: str) -> None:
+    """Also if the marks are taken out of the template."""
+    name = style.removesuffix(" unmarked")
+    marked = PROCESSOR if style == "default" else processor_for(words=STYLED[name])
+    processor = processor_for(words=UNMARKED[style]) if style in UNMARKED else marked
+    given_record = record(**DIALOGUE)
+    sample = SampleEncoder(processor, folder)(given_record)
+    inputs = processor.apply_chat_template(
+        inference_chat(given_record, folder),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        chat_template=marked.chat_template,
+    )
+    length = len(sample)  # the sample ends with the last answer
+    assert torch.equal(inputs["input_ids"][0, :length], sample.input_ids)
+    assert torch.equal(inputs["assistant_masks"][0, :length].bool(), sample.labels != IGNORE_INDEX)
+    assert not inputs["assistant_masks"][0, length:].any()
+    end = "<|im_end|>" if style == "default" else STYLES[name].end
+    assert answers_of(sample, processor) == [f"It is here.{end}", f"here{end}"]
+
+
+def test_marks_that_leave_out_a_part_of_an_answer_are_followed(folder: Path) -> None:
+    words = styled_tokenizer(STYLES["mistral"])
+    marked = "{% generation %}{{- message['content'].split('#')[-1] + eos_token }}{% endgeneration %}"
+    words.chat_template = words.chat_template.replace(
+        '{% generation %}{{- message["content"] + eos_token }}{% endgeneration %}',
+        "{{- message['content'].split('#')[0] + '#' }}" + marked,
+    )
+    processor = processor_for(words=words)
+    sample = SampleEncoder(processor, folder)(about("It is #here.", "a.png"))
+    assert answers_of(sample, processor) == ["here.</s>"]
 
 
 @pytest.mark.parametrize(("vision", "tokens"), [("navit", [18, 20]), ("clip", [16, 16]), ("siglip2", [3 * 5, 4 * 4])])

@@ -42,13 +42,15 @@ class ImageBlock(_Strict):
 class RegionBlock(_Strict):
     """A region of an image, in pixels: a box `[x1, y1, x2, y2]` or a point `[x, y]`.
 
-    `image` is the index of that image in the record.
+    `image` is the index of that image in the record. `attributes` are names with JSON values, for formats that have a
+    place for them.
     """
 
     label: str | None = None
     box: tuple[_Number, _Number, _Number, _Number] | None = None
     point: tuple[_Number, _Number] | None = None
     image: int = Field(default=0, ge=0, strict=True)
+    attributes: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_region(self) -> "RegionBlock":
@@ -60,8 +62,8 @@ class RegionBlock(_Strict):
     def region(self) -> Region:
         """The region in pixels."""
         if self.box is not None:
-            return Region.box(*self.box, label=self.label)
-        return Region.point(*self.point, label=self.label)  # type: ignore[misc]
+            return Region.box(*self.box, label=self.label, attributes=self.attributes)
+        return Region.point(*self.point, label=self.label, attributes=self.attributes)  # type: ignore[misc]
 
 
 def _block(value: Any) -> Any:
