@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -17,8 +17,9 @@ from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.utils import mark_initialized
-from .parts.vlm_features import pixel_layout
+from .parts.vlm_features import get_square_grid, pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
+from .vision_loading import load_vision, native_image_processor
 
 PathLike = str | os.PathLike[str]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -42,8 +43,9 @@ def compose(
     `suppress_tokens` are extended by the placeholders, since no image belongs to a generated one.
 
     Args:
-        vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. The vision tower of a
-            dual encoder (CLIP, Siglip2) is used.
+        vision: A vision encoder, its configuration, or the folder of a checkpoint; ours, your own, or native of a type
+            in [`VISION_TOWERS`]. The encoder of a whole model (CLIP, Siglip2, Qwen2.5-VL) is used. Pooling heads are
+            not built; a given model keeps those that it has.
         text: A decoder-only text model with or without its head, its configuration, or the folder of a checkpoint.
         projector: Name of a registered projector.
         image_token_id: Id of the image placeholder; [`compose_processor`] sets it too.
@@ -60,7 +62,7 @@ def compose(
     """
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
-    encoder = _vision_encoder(vision, trust_remote_code)
+    encoder = load_vision(vision, trust_remote_code)
     if isinstance(text, (str, os.PathLike)):
         text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
     language_model, head = _text_model(text)
@@ -75,6 +77,7 @@ def compose(
         dtype=language_model.dtype,
         **config_changes,
     )
+    config.vision_config = encoder.config  # A given model keeps its options.
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
     model.model.vision_tower = encoder
@@ -83,9 +86,9 @@ def compose(
         model,
         Projector(
             projector,
-            encoder.config.hidden_size,
+            config.vision_width,
             language_model.config.hidden_size,
-            config.merge_size,
+            config.projector_merge_size,
             config.num_feature_layers,
             **(config.projector_options or {}),
         ),
@@ -159,31 +162,17 @@ def compose_processor(
     vision = model.config.vision_config
     layout = pixel_layout(model.model.vision_tower)
     return VisionLanguageProcessor(
-        image_processor or _image_processor(layout, vision),
+        image_processor or native_image_processor(vision, model.config.merge_size) or _image_processor(layout, vision),
         tokenizer,
         chat_template=chat_template,
         spatial_merge_size=model.config.merge_size,
         image_seq_length=_square_tokens(model) if layout == "square" else None,
+        patch_size=vision.patch_size if layout == "padded" else None,
         image_token=image_token,
         video_token=video_token,
         vision_start_token=vision_start_token,
         vision_end_token=vision_end_token,
     )
-
-
-def _vision_encoder(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
-    if isinstance(vision, PreTrainedConfig):
-        fields = vision.to_dict()
-        if "pooling" in fields:  # The pooled output would not be used.
-            vision = type(vision)(**{**fields, "pooling": "none"})
-        return model_from_config(vision)
-    if isinstance(vision, (str, os.PathLike)):
-        vision = AutoModel.from_pretrained(vision, trust_remote_code=trust_remote_code)
-    if not isinstance(vision, PreTrainedModel):
-        raise ValueError(f"`vision` must be a model, a configuration or a folder, got {type(vision).__name__}.")
-    if hasattr(vision.config, "vision_config") and isinstance(getattr(vision, "vision_model", None), PreTrainedModel):
-        return vision.vision_model
-    return vision
 
 
 def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
@@ -231,10 +220,11 @@ def _image_processor(layout: str, vision: PreTrainedConfig) -> Any:
         )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    side = vision.image_size
+    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def _square_tokens(model: VisionLanguageForConditionalGeneration) -> int:
-    vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 // model.config.merge_size**2
+    size = model.config.vision_config.image_size
+    rows, columns = get_square_grid(model.model.vision_tower, *((size, size) if isinstance(size, int) else size))
+    return rows * columns // model.config.merge_size**2

@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, default_chat_template
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
+
+# What native image processors return beside the inputs of the model.
+_NOT_FOR_THE_MODEL = ("image_sizes", "image_merge_sizes", "num_patches", "original_sizes", "reshaped_input_sizes")
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -27,6 +32,8 @@ class VisionLanguageProcessor(ProcessorMixin):
         chat_template: Jinja template; the default is ChatML with the tokenizer's `eos_token` at the end of turns.
         spatial_merge_size: Side m of the block of patches that becomes one token.
         image_seq_length: Number of tokens per image, for square image processors.
+        patch_size: Side of a patch in pixels, for image processors that return `image_sizes` (Pixtral's), from which
+            `spatial_shapes` is computed.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
         vision_start_token: Token before the placeholder of a video, and in the default template also of an image.
@@ -48,6 +55,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         video_token: str | None = None,
         vision_start_token: str | None = None,
         vision_end_token: str | None = None,
+        patch_size: int | None = None,
     ) -> None:
         if (vision_start_token is None) != (vision_end_token is None):
             raise ValueError(
@@ -65,6 +73,7 @@ class VisionLanguageProcessor(ProcessorMixin):
                 _token_id(tokenizer, token)
         self.spatial_merge_size = spatial_merge_size
         self.image_seq_length = image_seq_length
+        self.patch_size = patch_size
         template = chat_template or default_chat_template(
             image_token, video_token, vision_start_token or "", vision_end_token or ""
         )
@@ -113,6 +122,16 @@ class VisionLanguageProcessor(ProcessorMixin):
             if sample.count(enclosed) != sample.count(self.video_token):
                 raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {enclosed}.")
 
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        processed, replacements = super()._process_images(images, **kwargs)
+        if self.patch_size is not None and "image_sizes" in processed:
+            sizes = processed["image_sizes"]
+            grids = np.asarray(sizes) // self.patch_size
+            processed["spatial_shapes"] = torch.as_tensor(grids) if isinstance(sizes, torch.Tensor) else grids
+        for name in _NOT_FOR_THE_MODEL:
+            processed.pop(name, None)
+        return processed, replacements
+
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         videos = flat_list_of_videos(videos)
         processed = self.video_processor.preprocess_videos(videos, **kwargs)
@@ -136,6 +155,9 @@ class VisionLanguageProcessor(ProcessorMixin):
                 for side in image_inputs[name][image_idx]:
                     patches *= int(side)
                 return patches // self.spatial_merge_size**2
+        if self.patch_size is not None and "image_sizes" in image_inputs:
+            height, width = (int(side) // self.patch_size for side in image_inputs["image_sizes"][image_idx])
+            return height * width // self.spatial_merge_size**2
         if self.image_seq_length is None:
             raise ValueError(
                 "`image_seq_length` must be set for an image processor that returns neither `image_grid_thw` nor "
@@ -150,6 +172,12 @@ class VisionLanguageProcessor(ProcessorMixin):
         if self.image_seq_length is not None:
             tokens = [self.image_seq_length] * len(image_sizes)
             return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+        if not hasattr(self.image_processor, "get_number_of_image_patches"):
+            blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in image_sizes]
+            processed = self.image_processor(blank, **kwargs)
+            tokens = [self.count_image_tokens(processed, index) for index in range(len(blank))]
+            patches = [number * self.spatial_merge_size**2 for number in tokens]
+            return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
         count = self.image_processor.get_number_of_image_patches
         patches = [count(height, width, kwargs) for height, width in image_sizes]
         tokens = [number // self.spatial_merge_size**2 for number in patches]
