@@ -28,6 +28,14 @@ PREFIXES = {
     "dinov2": 1,
     "dinov2_with_registers": 5,
     "dinov3_vit": 3,
+    "dpt": 1,
+    "granite_docling_vision": 0,
+    "pixio": 8,
+    "qianfan_ocr_vision": 1,
+    "radio": 10,
+    "sam3_vit_model": 0,
+    "sapiens2": 9,
+    "tipsv2_vision_model": 2,
     "idefics3_vision": 0,
     "ijepa": 0,
     "instructblip_vision_model": 1,
@@ -43,11 +51,27 @@ PREFIXES = {
     "convnextv2": 0,
     "llama4_vision_model": 0,
     "sam2_hiera_det_model": 0,
+    "sam_hq_vision_model": 0,
     "sam_vision_model": 0,
     "swin": 0,
 }
 # Fields other than those of `SQUARE`.
+SAM = {**SQUARE, "output_channels": 24, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 48}
 FIELDS: dict[str, dict] = {
+    "qianfan_ocr_vision": {**SIZES, "image_size": [16, 16], "patch_size": [4, 4]},
+    "sam_hq_vision_model": SAM,
+    "gemma4_vision": {
+        **SIZES,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    },
+    "exaone4_5_vision": {**MERGER, "window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 2},
+    "glm_ocr_vision": {**MERGER, "image_size": 16},
+    "qwen3_5_moe_vision": {**MERGER, "num_position_embeddings": 16},
+    "qwen3_5_vision": {**MERGER, "num_position_embeddings": 16},
     "dinov3_vit": {**SQUARE, "num_register_tokens": 2},
     "internvl_vision": {**SIZES, "image_size": [16, 16], "patch_size": [4, 4]},
     "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16, "patch_size": 2},
@@ -58,13 +82,7 @@ FIELDS: dict[str, dict] = {
         "projector_output_dim": 24,
         "vision_output_dim": 24,
     },
-    "sam_vision_model": {
-        **SQUARE,
-        "output_channels": 24,
-        "window_size": 2,
-        "global_attn_indexes": [1],
-        "mlp_dim": 48,
-    },
+    "sam_vision_model": SAM,
     "sam2_hiera_det_model": {
         "hidden_size": 8,
         "image_size": [32, 32],
@@ -96,22 +114,14 @@ FIELDS: dict[str, dict] = {
     "qwen3_vl_moe_vision": {**MERGER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
 FAMILIES = sorted({*PREFIXES, *FIELDS})
-# Without a gradient, since the encoder applies them to the class token's output or to masked patches only, and has no
-# option to leave them out.
+# Parameters without a gradient, since the encoder applies them to the class token's output, to masked patches only, or
+# for its own text model, and has no option to leave them out.
+CLIP_LIKE = ("altclip_vision_model", "chinese_clip_vision_model", "clip_vision_model", "metaclip_2_vision_model")
 UNUSED = {
-    **dict.fromkeys(
-        [
-            "altclip_vision_model",
-            "chinese_clip_vision_model",
-            "clip_vision_model",
-            "metaclip_2_vision_model",
-            "mlcd_vision_model",
-        ],
-        {"post_layernorm.weight", "post_layernorm.bias"},
-    ),
-    "convnextv2": {"layernorm.weight", "layernorm.bias"},
-    "dinov2_with_registers": {"embeddings.mask_token"},
-    "dinov3_vit": {"embeddings.mask_token"},
+    **dict.fromkeys((*CLIP_LIKE, "mlcd_vision_model"), "post_layernorm."),
+    **dict.fromkeys(("dinov2_with_registers", "dinov3_vit", "tipsv2_vision_model"), "embeddings.mask_token"),
+    "convnextv2": "layernorm.",
+    "granite_docling_vision": "connector.",
 }
 # Side of the blocks that a composed model merges, where the encoder's configuration does not say it.
 MERGE_SIZES = {"clip_vision_model": 2, "sam_vision_model": 2, "pixtral": 2, "kimi_k25_vision": 2}
@@ -147,7 +157,7 @@ def _square(tower: PreTrainedModel, inputs: dict, side: int, kind: str) -> list[
     tokens = []
     for image in inputs["pixel_values"]:
         found = tower(image[None]).last_hidden_state[0]
-        if kind == "sam_vision_model" or kind == "convnextv2":
+        if kind in ("sam_vision_model", "sam_hq_vision_model", "convnextv2"):
             found = found.permute(1, 2, 0).flatten(0, 1)
         elif kind == "sam2_hiera_det_model":
             found = found.flatten(0, 1)
@@ -197,7 +207,17 @@ def _rows(found: Tensor, grid: Tensor, side: int) -> Tensor:
     return merge(found.flatten(0, -2), *grid[0, 1:].tolist(), side)
 
 
+def _gemma(tower: PreTrainedModel, inputs: dict, side: int, kind: str) -> list[Tensor]:
+    """The image without padding; the encoder takes columns before rows."""
+    tokens = []
+    for pixels, (rows, columns) in zip(inputs["pixel_values"], inputs["spatial_shapes"].tolist(), strict=True):
+        positions = [[column, row] for row in range(rows) for column in range(columns)]
+        tokens.append(tower(pixels[None, : rows * columns], torch.tensor([positions])).last_hidden_state)
+    return tokens
+
+
 HANDS = {
+    "gemma4_vision": _gemma,
     "siglip2_vision_model": _naflex,
     "pixtral": _pixtral,
     "kimi_k25_vision": _packed(
@@ -211,7 +231,7 @@ HANDS = {
         lambda tower, pixels, grid, side: tower(pixels, grid, torch.tensor([side])).last_hidden_state
     ),
     **dict.fromkeys(
-        [kind for kind in FIELDS if kind.startswith(("qwen", "glm"))],
+        [kind for kind in FIELDS if kind.startswith(("qwen", "glm", "exaone"))],
         _packed(lambda tower, pixels, grid, side: tower(pixels, grid).pooler_output),
     ),
 }

@@ -62,8 +62,9 @@ def _load_folder(folder: str | os.PathLike[str], trust_remote_code: bool) -> Pre
 def _vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of the vision encoder inside that of a whole model, or the configuration itself."""
     while config.model_type not in VISION_TOWERS:
-        # SAM 2's encoder adds a neck for masks to its backbone.
-        name = "backbone_config" if config.model_type == "sam2_vision_model" else "vision_config"
+        # The encoders of SAM 2 and 3 add a neck for masks to their backbone.
+        has_neck = config.model_type in ("sam2_vision_model", "sam3_vision_model")
+        name = "backbone_config" if has_neck else "vision_config"
         inner = getattr(config, name, None)
         if not isinstance(inner, PreTrainedConfig):
             break
@@ -108,12 +109,24 @@ def native_image_processor(vision: PreTrainedConfig, merge_size: int) -> Any:
         return PixtralImageProcessorPil(
             size={"longest_edge": vision.image_size}, patch_size={"height": side, "width": side}
         )
-    if kind == "sam_vision_model":
+    if kind == "gemma4_vision":
+        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+        return Gemma4ImageProcessorPil(patch_size=vision.patch_size, pooling_kernel_size=merge_size)
+    if kind == "radio":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        side = vision.image_size
+        # The encoder normalizes pixels itself.
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False
+        )
+    if kind in ("sam_vision_model", "sam_hq_vision_model"):
         from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
         side = vision.image_size
         return SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
-    if kind == "internvl_vision":
+    if kind in ("internvl_vision", "qianfan_ocr_vision"):
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
         height, width = vision.image_size
@@ -135,7 +148,11 @@ def native_image_processor(vision: PreTrainedConfig, merge_size: int) -> Any:
         from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
         return Glm4vImageProcessorPil(**sizes, temporal_patch_size=vision.temporal_patch_size)
-    if kind.startswith("qwen"):
+    if kind == "glm_ocr_vision":
+        from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+
+        return Glm46VImageProcessorPil(**sizes, temporal_patch_size=vision.temporal_patch_size)
+    if kind == "exaone4_5_vision" or kind.startswith("qwen"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         # Published Qwen3-VL models have statistics of their own.

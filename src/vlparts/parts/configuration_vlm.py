@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
 from .vlm_projectors import check_projector, projector_names
-from .vlm_towers import leave_out_unused, merges_patches, vision_width
+from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
 
 
 @strict
@@ -56,7 +56,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         self.vision_config = leave_out_unused(resolve_config(self.vision_config, "vision_config", default_vision))
         self.text_config = resolve_config(self.text_config, "text_config", {"model_type": "qwen3"})
         if self.spatial_merge_size is None:
-            self.spatial_merge_size = getattr(self.vision_config, "spatial_merge_size", 1)
+            self.spatial_merge_size = vision_merge_size(self.vision_config) or 1
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
@@ -102,11 +102,10 @@ class VisionLanguageConfig(PreTrainedConfig):
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
-        vision_merge_size = getattr(self.vision_config, "spatial_merge_size", self.spatial_merge_size)
-        if vision_merge_size != self.spatial_merge_size:
+        expected = vision_merge_size(self.vision_config)
+        if expected is not None and expected != self.spatial_merge_size:
             raise ValueError(
-                f"`spatial_merge_size` must be that of `vision_config`, {vision_merge_size}, got "
-                f"{self.spatial_merge_size}."
+                f"`spatial_merge_size` must be that of `vision_config`, {expected}, got {self.spatial_merge_size}."
             )
         vocab_size = getattr(self.text_config, "vocab_size", None)
         for name in ("image_token_id", "video_token_id"):

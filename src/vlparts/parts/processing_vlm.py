@@ -5,13 +5,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, default_chat_template
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
 
 # What native image processors return beside the inputs of the model.
-_NOT_FOR_THE_MODEL = ("image_sizes", "image_merge_sizes", "num_patches", "original_sizes", "reshaped_input_sizes")
+_NOT_FOR_THE_MODEL = (
+    "image_merge_sizes",
+    "image_position_ids",
+    "image_sizes",
+    "num_patches",
+    "num_soft_tokens_per_image",
+    "original_sizes",
+    "reshaped_input_sizes",
+)
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -123,14 +132,24 @@ class VisionLanguageProcessor(ProcessorMixin):
                 raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {enclosed}.")
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        processed, replacements = super()._process_images(images, **kwargs)
+        processed = self._to_model_inputs(self.image_processor(images, **kwargs))
+        count = len(make_flat_list_of_images(images))
+        return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(count)]
+
+    def _to_model_inputs(self, processed: Any) -> Any:
+        """Give the grids of Pixtral's and Gemma 4's images as `spatial_shapes`; drop what is not for the model."""
+        shapes, given = None, None
         if self.patch_size is not None and "image_sizes" in processed:
-            sizes = processed["image_sizes"]
-            grids = np.asarray(sizes) // self.patch_size
-            processed["spatial_shapes"] = torch.as_tensor(grids) if isinstance(sizes, torch.Tensor) else grids
+            given = processed["image_sizes"]
+            shapes = np.asarray(given) // self.patch_size
+        if "image_position_ids" in processed:
+            given = processed["image_position_ids"]  # column and row of each patch, -1 for padding
+            shapes = np.asarray(given).max(1)[:, ::-1] + 1
+        if shapes is not None:
+            processed["spatial_shapes"] = torch.as_tensor(shapes.copy()) if torch.is_tensor(given) else shapes
         for name in _NOT_FOR_THE_MODEL:
             processed.pop(name, None)
-        return processed, replacements
+        return processed
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         videos = flat_list_of_videos(videos)
@@ -155,9 +174,6 @@ class VisionLanguageProcessor(ProcessorMixin):
                 for side in image_inputs[name][image_idx]:
                     patches *= int(side)
                 return patches // self.spatial_merge_size**2
-        if self.patch_size is not None and "image_sizes" in image_inputs:
-            height, width = (int(side) // self.patch_size for side in image_inputs["image_sizes"][image_idx])
-            return height * width // self.spatial_merge_size**2
         if self.image_seq_length is None:
             raise ValueError(
                 "`image_seq_length` must be set for an image processor that returns neither `image_grid_thw` nor "
@@ -174,7 +190,7 @@ class VisionLanguageProcessor(ProcessorMixin):
             return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
         if not hasattr(self.image_processor, "get_number_of_image_patches"):
             blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in image_sizes]
-            processed = self.image_processor(blank, **kwargs)
+            processed = self._to_model_inputs(self.image_processor(blank, **kwargs))
             tokens = [self.count_image_tokens(processed, index) for index in range(len(blank))]
             patches = [number * self.spatial_merge_size**2 for number in tokens]
             return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)

@@ -168,10 +168,14 @@ def encode_images(
     if not torch.compiler.is_compiling():
         check_shape("pixel_values", pixel_values, None, None, None, *((None,) if tower.layout == "padded" else ()))
         check_shape("spatial_shapes", spatial_shapes, len(pixel_values), 2)
-    if tower.call is not None:
+    if tower.layout == "padded":
         _check_padding(pixel_values, spatial_shapes, encoder.config.patch_size)
+    if tower.call is not None:
         outputs = tower.call(encoder, pixel_values, spatial_shapes, merge_size, options)
-        rows = _select_layer(outputs, layer, tower)[0].split(spatial_shapes.prod(-1).tolist())
+        tokens = _select_layer(outputs, layer, tower)
+        if tower.merges:
+            return _as_pooling_output(outputs), (tokens,), spatial_shapes.prod(-1)
+        rows = tokens[0].split(spatial_shapes.prod(-1).tolist())
     else:
         require_inputs(pixel_attention_mask=pixel_attention_mask)
         assert pixel_attention_mask is not None

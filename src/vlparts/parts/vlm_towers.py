@@ -32,6 +32,7 @@ class VisionTower:
             all strides of a hierarchical encoder.
         has_layers: Whether `hidden_states` hold features of the same shape.
         merges: Whether the encoder merges blocks of m x m patches itself.
+        merge_size: m, from the configuration; None for any.
         merge_order: Whether the patches of packed images are in merge order, not in raster order.
         call: Runs an encoder of packed or padded images.
         model: Name of the model class, for configurations that `AutoModel` does not know or wraps.
@@ -47,6 +48,7 @@ class VisionTower:
     stride: Callable[[Any], int | list[int] | tuple[int, ...]] = lambda config: config.patch_size
     has_layers: bool = True
     merges: bool = False
+    merge_size: Callable[[Any], int | None] = lambda config: getattr(config, "spatial_merge_size", None)
     merge_order: bool = True
     call: CallEncoder | None = None
     model: str | None = None
@@ -77,6 +79,14 @@ def _video_llama(
 
 def _padded(encoder: PreTrainedModel, pixels: Tensor, grids: Tensor, merge_size: int, options: dict[str, Any]) -> Any:
     return encoder(pixels, grids * encoder.config.patch_size, **options)
+
+
+def _gemma(encoder: PreTrainedModel, pixels: Tensor, grids: Tensor, merge_size: int, options: dict[str, Any]) -> Any:
+    # Column and row of each patch, -1 for padding.
+    index = torch.arange(pixels.shape[1], device=pixels.device).expand(pixels.shape[:2])
+    positions = torch.stack((index % grids[:, 1:], index // grids[:, 1:]), -1)
+    positions = positions.masked_fill((index >= grids.prod(-1, keepdim=True)).unsqueeze(-1), -1)
+    return encoder(pixels, positions, **options)
 
 
 def _one(config: Any) -> int:
@@ -125,6 +135,14 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "smolvlm_vision": VisionTower(),
     "vit": VisionTower(prefix=_one, **_POOLER),
     "vit_msn": _CLIP,
+    "dpt": VisionTower(prefix=_one, **_POOLER),
+    "granite_docling_vision": VisionTower(),
+    "pixio": VisionTower(prefix=lambda config: config.n_cls_tokens),
+    "qianfan_ocr_vision": _CLIP,
+    "radio": VisionTower(prefix=lambda config: config.num_cls_tokens + config.num_registers),
+    "sam3_vit_model": VisionTower(),
+    "sapiens2": VisionTower(prefix=_with_registers),
+    "tipsv2_vision_model": VisionTower(prefix=_with_registers),
     # Images of one size; the output is a map, or comes from a hierarchy of stages.
     "convnextv2": VisionTower(
         width=lambda config: config.hidden_sizes[-1],
@@ -146,21 +164,35 @@ VISION_TOWERS: dict[str, VisionTower] = {
         stride=lambda config: config.patch_stride[0] * config.query_stride[0] ** config.num_query_pool_stages,
         has_layers=False,
     ),
+    "sam_hq_vision_model": VisionTower(
+        width=lambda config: config.output_channels, model="SamHQVisionEncoder", has_layers=False
+    ),
     "swin": VisionTower(
         stride=lambda config: config.patch_size * 2 ** (len(config.depths) - 1), has_layers=False, **_POOLER
     ),
     # Images of several sizes.
     "siglip2_vision_model": VisionTower(layout="naflex", **_HEAD),
+    "gemma4_vision": VisionTower(
+        layout="naflex",
+        has_layers=False,
+        merges=True,
+        merge_size=lambda config: config.pooling_kernel_size,
+        call=_gemma,
+    ),
     "pixtral": VisionTower(layout="padded", merge_order=False, call=_padded),
     "kimi_k25_vision": VisionTower(layout="packed", merge_order=False, call=_kimi),
     "paddleocr_vl_vision": VisionTower(layout="packed", merge_order=False, call=_paddle, model="PaddleOCRVisionModel"),
     # Images of several sizes; the encoder merges blocks of patches.
     "glm4v_vision": VisionTower(**_MERGER),
+    "exaone4_5_vision": VisionTower(**_MERGER),
     "glm4v_moe_vision": VisionTower(**_MERGER),
+    "glm_ocr_vision": VisionTower(**_MERGER),
     "qwen2_vl_vision": VisionTower(
         **{**_MERGER, "width": lambda config: config.hidden_size}, model="Qwen2VisionTransformerPretrainedModel"
     ),
     "qwen2_5_vl_vision": VisionTower(**_MERGER),
+    "qwen3_5_moe_vision": VisionTower(**_MERGER),
+    "qwen3_5_vision": VisionTower(**_MERGER),
     "qwen3_vl_vision": _DEEPSTACK,
     "qwen3_vl_moe_vision": _DEEPSTACK,
     "video_llama_3_vision": VisionTower(layout="packed", has_layers=False, merges=True, call=_video_llama),
@@ -188,9 +220,15 @@ def vision_width(config: PreTrainedConfig, layer: int = -1) -> int:
     return tower.width(config)
 
 
+def vision_merge_size(config: PreTrainedConfig) -> int | None:
+    """Return m, the side of the blocks of patches that become one token, or None if the encoder does not say."""
+    tower = VISION_TOWERS.get(config.model_type)
+    return getattr(config, "spatial_merge_size", None) if tower is None else tower.merge_size(config)
+
+
 def patch_width(config: Any) -> int:
     """Return the number of values in a row of `pixel_values` of a native encoder of packed images."""
-    channels: int = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    channels = int(getattr(config, "in_channels", None) or getattr(config, "num_channels", 3))
     return channels * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
 
 
