@@ -44,8 +44,8 @@ def compose(
 
     Args:
         vision: A vision encoder, its configuration, or the folder of a checkpoint; ours, your own, or native of a type
-            in [`VISION_TOWERS`]. The encoder of a whole model (CLIP, Siglip2, Qwen2.5-VL) is used. Pooling heads are
-            not built; a given model keeps those that it has.
+            in `vlm_towers.VISION_TOWERS`. Of a whole model (CLIP, Siglip2, Qwen2.5-VL) its encoder is used. Pooling
+            heads are not built; a given model keeps those that it has.
         text: A decoder-only text model with or without its head, its configuration, or the folder of a checkpoint.
         projector: Name of a registered projector.
         image_token_id: Id of the image placeholder; [`compose_processor`] sets it too.
@@ -58,7 +58,8 @@ def compose(
         The model, in evaluation mode if only the projector is new.
 
     Raises:
-        ValueError: If an argument has another type, or the parts do not fit together.
+        ValueError: If an argument has another type, `vision` is another native model, or the parts do not fit
+            together.
     """
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")

@@ -12,6 +12,7 @@ from transformers import (
     SamConfig,
     SamModel,
     SiglipConfig,
+    SiglipModel,
     SiglipVisionModel,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -98,13 +99,14 @@ def test_features_logits_gradients_and_generation(kind: str) -> None:
 
 
 def test_tokens_of_one_image_depend_on_no_other() -> None:
-    """Also in the second sample of a batch, and of a text with positions on three axes."""
+    """Also in the second sample of a batch, and with beams."""
     for kind in ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "pixtral"):
         model, processor = composed_tower(kind)
-        tokens = model.generate(**inputs_of(processor), max_new_tokens=3, do_sample=False)
         alone = inputs_of(processor, IMAGES[2:], TEXTS[1:])
-        expected = model.generate(**alone, max_new_tokens=3, do_sample=False)
-        assert tokens[1, -3:].tolist() == expected[0, -3:].tolist()
+        for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
+            tokens = model.generate(**inputs_of(processor), max_new_tokens=3, **options)
+            expected = model.generate(**alone, max_new_tokens=3, **options)
+            assert tokens[1, -3:].tolist() == expected[0, -3:].tolist()
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl_vision", "pixtral", "sam_vision_model"])
@@ -256,6 +258,19 @@ def test_the_vision_part_of_a_whole_model_is_taken() -> None:
     assert vlparts.compose(vision=classifier, text=text).model.vision_tower is classifier.vit
     projected = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
     assert vlparts.compose(vision=projected, text=text).model.vision_tower is projected.vision_model
+
+
+def test_the_vision_part_of_a_whole_folder_is_taken(tmp_path: object) -> None:
+    text = text_config("qwen3", tokenizer())
+    config = WHOLE["siglip"]()
+    config.text_config = type(config.text_config)(**SIZES, vocab_size=20)
+    whole = order_one(SiglipModel(config))
+    whole.save_pretrained(tmp_path)
+    tower = vlparts.compose(vision=tmp_path, text=text).model.vision_tower
+    expected = {n: v for n, v in whole.vision_model.named_parameters() if not n.startswith("head.")}
+    found = dict(tower.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", ["metaclip_2_vision_model", "qwen2_vl_vision", "sam_vision_model"])

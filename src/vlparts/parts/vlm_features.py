@@ -243,8 +243,8 @@ def _square_patches(encoder: PreTrainedModel, tower: VisionTower, features: Tens
 
 
 def _as_pooling_output(outputs: Any) -> BaseModelOutputWithPooling:
-    """Return outputs that have the field `pooler_output`."""
-    if isinstance(outputs, BaseModelOutputWithPooling):
+    """Return outputs with the field `pooler_output`, without features that `generate` would repeat for beams."""
+    if isinstance(outputs, BaseModelOutputWithPooling) and not hasattr(outputs, "deepstack_features"):
         return outputs
     fields = ("last_hidden_state", "hidden_states", "attentions")
     return BaseModelOutputWithPooling(**{name: getattr(outputs, name, None) for name in fields})

@@ -228,7 +228,7 @@ def vision_merge_size(config: PreTrainedConfig) -> int | None:
 
 def patch_width(config: Any) -> int:
     """Return the number of values in a row of `pixel_values` of a native encoder of packed images."""
-    channels = int(getattr(config, "in_channels", None) or getattr(config, "num_channels", 3))
+    channels: int = getattr(config, "in_channels", getattr(config, "num_channels", 3))
     return channels * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
 
 
