@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -24,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import vlparts
 from tests.tiny import SIZES, order_one, picture, text_config, tokenizer
 from tests.vision_towers import FAMILIES, UNUSED, by_hand, composed_tower, native_config
+from vlparts.parts.vlm_projectors import register_projector
 from vlparts.parts.vlm_towers import VISION_TOWERS
 
 IMAGES = [picture(20, 12), picture(12, 28), picture(16, 16)]
@@ -310,3 +312,37 @@ def test_a_given_configuration_is_left_alone() -> None:
     model = vlparts.compose(vision=config, text=text_config("qwen3", tokenizer()))
     assert config.vision_use_head
     assert not model.config.vision_config.vision_use_head
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_parts_of_a_native_model_compute_what_it_computes(family: str) -> None:
+    """With a projector that changes nothing: order of the tokens, placeholders, positions on three axes."""
+    register_projector("identity", NoProjection)
+    words = tokenizer()
+    text = {
+        **SIZES,
+        "num_key_value_heads": 1,
+        "vocab_size": len(words),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "pad_token_id": None,
+    }
+    widths = {"hidden_size": 32} if family == "qwen2_vl" else {"out_hidden_size": 32}
+    vision = native_config(f"{family}_vision", **widths).to_dict()
+    config = CONFIG_MAPPING[family](
+        vision_config=vision, text_config=text, image_token_id=words.convert_tokens_to_ids("<image>")
+    )
+    native = order_one(AutoModelForImageTextToText.from_config(config)).eval()
+    model = vlparts.compose(vision=native, text=native.model.language_model, projector="identity")
+    model.lm_head.weight = native.lm_head.weight
+    processor = vlparts.compose_processor(model.eval(), words)
+    processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 4096}
+    inputs = inputs_of(processor)
+    placeholders = inputs["input_ids"] == model.config.image_token_id
+    assert model.config.image_token_id == config.image_token_id
+    expected = native(**inputs, mm_token_type_ids=placeholders.int()).logits
+    real = inputs["attention_mask"] != 0
+    torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+class NoProjection(torch.nn.Identity):
+    """Features as they are."""
