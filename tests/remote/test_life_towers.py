@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 
 from tests.remote.test_life import PREAMBLE
 from tests.tiny import picture
@@ -47,17 +46,16 @@ def test_native_vision_encoders_load_without_vlparts(
     for index, image in enumerate(images):
         image.save(tmp_path / f"{index}.png")
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
-    folder, inputs = tmp_path / "models", {}
+    folder, expected = tmp_path / "models", {}
     for kind in kinds:
         model, processor = composed_tower(kind)
         model.save_pretrained(folder / kind)
         processor.save_pretrained(folder / kind)
-        inputs[kind] = processor(images=images, text=TEXTS, padding=True, padding_side="left", return_tensors="pt")
+        inputs = processor(images=images, text=TEXTS, padding=True, padding_side="left", return_tensors="pt")
+        with torch.no_grad():
+            expected[kind] = model(**inputs).logits
     run_without(bare_python, SCRIPT, folder, tmp_path, modules_cache=tmp_path / "code")
     found = load_file(tmp_path / "outputs.safetensors")
     assert sorted(found) == sorted(kinds)
     for kind in kinds:
-        model = AutoModelForImageTextToText.from_pretrained(folder / kind).eval()
-        with torch.no_grad():
-            expected = model(**inputs[kind]).logits
-        torch.testing.assert_close(found[kind], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[kind], expected[kind], rtol=1e-3, atol=1e-3)
