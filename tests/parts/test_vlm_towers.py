@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import vlparts
 from tests.tiny import SIZES, order_one, picture, text_config, tokenizer
-from tests.vision_towers import FAMILIES, UNUSED, by_hand, composed_tower, native_config
+from tests.vision_towers import FAMILIES, PREFIXES, UNUSED, by_hand, composed_tower, merge, native_config
 from vlparts.parts.vlm_projectors import register_projector
 from vlparts.parts.vlm_towers import VISION_TOWERS
 
@@ -218,6 +218,23 @@ def test_a_grid_that_is_not_that_of_the_patches_is_refused() -> None:
     model, processor = composed_tower("pixtral")
     with pytest.raises(ValueError, match=r"`spatial_shapes\[0\]` must hold at most the 8 rows and 6 columns"):
         model.get_image_features(inputs_of(processor)["pixel_values"], spatial_shapes=torch.full((3, 2), 10))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind == "dinov3_vit" else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in PREFIXES
+        if VISION_TOWERS[kind].has_layers
+    ],
+)
+def test_hidden_states_of_images_of_one_size(kind: str) -> None:
+    model, processor = composed_tower(kind, vision_feature_layer=1)
+    pixels = inputs_of(processor)["pixel_values"]
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[1]
+    for mine, rows in zip(model.get_image_features(pixels).pooler_output, hidden, strict=True):
+        patches = merge(rows[PREFIXES[kind] :], 4, 4, model.config.merge_size)
+        torch.testing.assert_close(mine, model.model.projector.projection(patches))
 
 
 def test_hidden_states_of_pixtral() -> None:

@@ -28,8 +28,8 @@ class VisionTower:
             columns)` for images of one size, `(L, D)` or `(1, L, D)` for others. None for `last_hidden_state`.
         width: D, from the configuration.
         prefix: Number of class and register tokens before the patches.
-        stride: Side of a patch in pixels, of images of one size. A patch is what one feature stands for, so the sum of
-            all strides of a hierarchical encoder.
+        stride: Side of a patch in pixels, of images of one size. A patch is what one feature stands for, so the
+            product of the strides of a hierarchical encoder.
         has_layers: Whether `hidden_states` hold features of the same shape.
         merges: Whether the encoder merges blocks of m x m patches itself.
         merge_size: m, from the configuration; None for any.
@@ -140,7 +140,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "pixio": VisionTower(prefix=lambda config: config.n_cls_tokens),
     "qianfan_ocr_vision": _CLIP,
     "radio": VisionTower(prefix=lambda config: config.num_cls_tokens + config.num_registers),
-    "sam3_vit_model": VisionTower(),
+    "sam3_vit_model": VisionTower(has_layers=False),
     "sapiens2": VisionTower(prefix=_with_registers),
     "tipsv2_vision_model": VisionTower(prefix=_with_registers),
     # Images of one size; the output is a map, or comes from a hierarchy of stages.
