@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import vlparts
 from tests.tiny import SIZES, order_one, text_config, tokenizer
@@ -123,6 +124,8 @@ UNUSED = {
     "convnextv2": "layernorm.",
     "granite_docling_vision": "connector.",
 }
+# Without a default image processor.
+STRANGERS = ("granite_docling_vision", "ijepa", "pixio", "tipsv2_vision_model")
 # Side of the blocks that a composed model merges, where the encoder's configuration does not say it.
 MERGE_SIZES = {"clip_vision_model": 2, "sam_vision_model": 2, "pixtral": 2, "kimi_k25_vision": 2}
 MERGE_SIZES |= {"video_llama_3_vision": 2, "internvl_vision": 2, "siglip2_vision_model": 1}
@@ -139,7 +142,10 @@ def composed_tower(kind: str, seed: int = 0, **changes: object) -> tuple:
     if kind in MERGE_SIZES:
         changes = {"spatial_merge_size": MERGE_SIZES[kind], **changes}
     model = vlparts.compose(vision=native_config(kind), text=text_config("qwen3", words), **changes)
-    processor = vlparts.compose_processor(model, words)
+    given = (
+        CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False) if kind in STRANGERS else None
+    )
+    processor = vlparts.compose_processor(model, words, given)
     size = getattr(processor.image_processor, "size", None)
     if size is not None and size.get("shortest_edge") and size.get("longest_edge"):
         processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 4096}

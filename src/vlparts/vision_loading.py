@@ -1,16 +1,10 @@
-"""The vision encoder that `compose` takes from a model, a configuration or a folder, and its image processor."""
+"""The vision encoder that `compose` takes from a model, a configuration or a folder."""
 
 import os
 from typing import Any
 
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -92,74 +86,3 @@ def _part_of(model: PreTrainedModel) -> PreTrainedModel:
     raise ValueError(
         f"`vision` {type(model).__name__} has no {expected.__name__}, the encoder of type {config.model_type!r}."
     )
-
-
-def native_image_processor(vision: PreTrainedConfig, merge_size: int) -> Any:
-    """Return the native image processor of a vision encoder with options of its own, or None.
-
-    Args:
-        vision: Configuration of the vision encoder.
-        merge_size: Side m of the block of patches that becomes one token.
-    """
-    kind = vision.model_type
-    if kind == "pixtral":
-        from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-
-        side = vision.patch_size * merge_size
-        return PixtralImageProcessorPil(
-            size={"longest_edge": vision.image_size}, patch_size={"height": side, "width": side}
-        )
-    if kind == "gemma4_vision":
-        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-
-        return Gemma4ImageProcessorPil(patch_size=vision.patch_size, pooling_kernel_size=merge_size)
-    if kind == "radio":
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        side = vision.image_size
-        # The encoder normalizes pixels itself.
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False
-        )
-    if kind in ("sam_vision_model", "sam_hq_vision_model"):
-        from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
-
-        side = vision.image_size
-        return SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
-    if kind in ("internvl_vision", "qianfan_ocr_vision"):
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
-        height, width = vision.image_size
-        return GotOcr2ImageProcessorPil(
-            size={"height": height, "width": width}, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD
-        )
-    sizes = {"patch_size": vision.patch_size, "merge_size": merge_size} if hasattr(vision, "patch_size") else {}
-    if kind in ("paddleocr_vl_vision", "kimi_k25_vision"):
-        from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
-
-        # Kimi K2.5's own needs torchvision; it has the same layout of patches.
-        standard = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
-        return PaddleOCRVLImageProcessorPil(**sizes, **(standard if kind.startswith("kimi") else {}))
-    if kind == "video_llama_3_vision":
-        from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
-
-        return VideoLlama3ImageProcessorPil(**sizes)
-    if kind in ("glm4v_vision", "glm4v_moe_vision"):
-        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
-
-        return Glm4vImageProcessorPil(**sizes, temporal_patch_size=vision.temporal_patch_size)
-    if kind == "glm_ocr_vision":
-        from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
-
-        return Glm46VImageProcessorPil(**sizes, temporal_patch_size=vision.temporal_patch_size)
-    if kind == "exaone4_5_vision" or kind.startswith("qwen"):
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        # Published Qwen3-VL models have statistics of their own.
-        standard = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
-        return Qwen2VLImageProcessorPil(
-            **sizes,
-            temporal_patch_size=vision.temporal_patch_size,
-            **(standard if kind.startswith("qwen3") else {}),
-        )
-    return None

@@ -21,6 +21,7 @@ from transformers import (
     YolosConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 import vlparts
 from tests.tiny import SIZES, order_one, picture, text_config, tokenizer
@@ -329,6 +330,23 @@ def test_a_given_configuration_is_left_alone() -> None:
     model = vlparts.compose(vision=config, text=text_config("qwen3", tokenizer()))
     assert config.vision_use_head
     assert not model.config.vision_config.vision_use_head
+
+
+def test_the_image_processor_of_a_pixtral_folder_cuts_whole_blocks(tmp_path: object) -> None:
+    words = tokenizer()
+    vlparts.compose(
+        vision=native_config("pixtral"), text=text_config("qwen3", words)
+    ).model.vision_tower.save_pretrained(tmp_path)
+    sizes = {"size": {"longest_edge": 40}, "patch_size": {"height": 4, "width": 4}}
+    PixtralImageProcessorPil(**sizes, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    model = vlparts.compose(vision=tmp_path, text=text_config("qwen3", words), spatial_merge_size=2)
+    processor = vlparts.compose_processor(model, words)
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    inputs = inputs_of(processor, [picture(20, 12)], ["<image>"])
+    assert inputs["spatial_shapes"].tolist() == [[4, 6]]
+    assert model(**inputs).logits.shape[1] == 6
+    with pytest.raises(ValueError, match="`image_processor` has patch_size=.* but the model has 8"):
+        vlparts.compose_processor(model, words, PixtralImageProcessorPil(**sizes))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])

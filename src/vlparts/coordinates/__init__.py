@@ -7,8 +7,9 @@ from .conversion import convert
 from .formats.detection import Guess, guess_format
 from .formats.openpangu import PADDED, padded_format
 from .formats.published import ABSENT
-from .formats.registry import FORMATS, CoordinateFormat, get_format, register_format
+from .formats.registry import FORMATS, CoordinateFormat, as_seen, get_format, register_format
 from .frames.maps import Frame, clip_points
+from .frames.processed import Processed
 from .frames.rules import FitWithin, FrameRule, Original, PaddedSquare, Resized, SmartResize
 from .grammars.base import Coded, DecodeError, Found, Grammar
 from .grammars.json_fields import NamedJsonGrammar
@@ -62,6 +63,7 @@ __all__ = [
     "PaddedSquare",
     "PairGrammar",
     "Problem",
+    "Processed",
     "Region",
     "Report",
     "Resized",
@@ -69,6 +71,7 @@ __all__ = [
     "SmartResize",
     "StreamDecoder",
     "TaggedGrammar",
+    "as_seen",
     "assign",
     "box_area",
     "box_giou",

@@ -55,9 +55,9 @@ def encode(
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images; a
             region's `image` is the index of its own.
         format: A format or its name; None for openPangu's.
-        on_outside: What to do with a region that leaves [0, width] x [0, height]: "raise"; "clamp" moves its points
-            to the nearest edge (a box entirely outside becomes one of zero area); "skip" omits the region, so the
-            text has fewer regions than were given.
+        on_outside: What to do with a region that leaves [0, width] x [0, height], or what the format's frame shows of
+            it: "raise"; "clamp" moves its points to the nearest edge (a box entirely outside becomes one of zero
+            area); "skip" omits the region, so the text has fewer regions than were given.
         on_attributes: What to do with attributes that the format has no place for, which is any in a format that is
             not JSON: "raise", or "omit", which writes no attributes at all, in no format.
 
@@ -227,11 +227,13 @@ def _codes(
         tolerance = 1e-9 * max(frame.size)  # rounding errors of the map
         near = (points > -tolerance) & (points < np.add(frame.size, tolerance))
         lost = _outside(np.where(near, 0.0, points), counts, frame.size)
-        if len(lost):
+        if len(lost) and on_outside == "raise":
             index = chosen[int(lost[0])]
             raise CoordinateError(
-                f"`regions[{index}]` {regions[index].points} is outside the frame of format {fmt.name!r}."
+                f"`regions[{index}]` {regions[index].points} is outside the frame of format {fmt.name!r}; "
+                "on_outside='clamp' moves it to the edge, 'skip' omits it."
             )
+        skipped |= set(lost.tolist()) if on_outside == "skip" else set()
         points = np.clip(points, 0.0, frame.size)
     codes: list[Sequence[int] | None] = list(fmt.numbers.to_codes(points, counts, frame.size))
     for position in skipped:

@@ -96,7 +96,9 @@ def _compose(
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
-    return model, compose_processor(model, tokenizer, chat_template=_read_template(config.chat_template))
+    template = _read_template(config.chat_template)
+    trusted = config.trust_remote_code
+    return model, compose_processor(model, tokenizer, chat_template=template, trust_remote_code=trusted)
 
 
 def _read_template(path: Path | None) -> str | None:
