@@ -16,6 +16,7 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    IJepaConfig,
     PreTrainedModel,
     Siglip2VisionModel,
     SiglipVisionConfig,
@@ -167,10 +168,8 @@ def test_new_encoders_get_the_statistics_of_their_family(config: Any, mean: list
 
 def test_a_family_without_known_statistics_needs_an_image_processor() -> None:
     words = tokenizer()
-    config = ViTConfig(**SQUARE)
-    config.model_type = "vit_of_mine"
-    model = vlparts.compose(ViTModel(config), text_config("qwen3", words))
-    with pytest.raises(ValueError, match="`image_processor` must be given for a vision encoder of type 'vit_of_mine'"):
+    model = vlparts.compose(IJepaConfig(**SQUARE), text_config("qwen3", words))
+    with pytest.raises(ValueError, match="`image_processor` must be given for a vision encoder of type 'ijepa'"):
         vlparts.compose_processor(model, words)
     own = ViTImageProcessorPil(**RESIZED)
     assert vlparts.compose_processor(model, words, own).image_processor is own

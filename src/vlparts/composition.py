@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -15,6 +15,7 @@ from .image_processors import (
     PathLike,
     check_image_processor,
     default_image_processor,
+    fit_to_blocks,
     load_image_processor,
     output_size,
     read_image_processor_config,
@@ -26,8 +27,9 @@ from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.utils import mark_initialized
-from .parts.vlm_features import pixel_layout
+from .parts.vlm_features import get_square_grid, pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
+from .vision_loading import load_vision
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -51,8 +53,9 @@ def compose(
     image processor in the vision encoder's folder are kept in `config.image_processor`, for [`compose_processor`].
 
     Args:
-        vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. The vision tower of a
-            dual encoder (CLIP, Siglip2) is used.
+        vision: A vision encoder, its configuration, or the folder of a checkpoint; ours, your own, or native of a type
+            in `vlm_towers.VISION_TOWERS`. Of a whole model (CLIP, Siglip2, Qwen2.5-VL) its encoder is used. Pooling
+            heads are not built; a given model keeps those that it has.
         text: A decoder-only text model with or without its head, its configuration, or the folder of a checkpoint.
         projector: Name of a registered projector.
         image_token_id: Id of the image placeholder; [`compose_processor`] sets it too.
@@ -65,11 +68,12 @@ def compose(
         The model, in evaluation mode if only the projector is new.
 
     Raises:
-        ValueError: If an argument has another type, or the parts do not fit together.
+        ValueError: If an argument has another type, `vision` is another native model, or the parts do not fit
+            together.
     """
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
-    encoder = _vision_encoder(vision, trust_remote_code)
+    encoder = load_vision(vision, trust_remote_code)
     source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
     if isinstance(source, (str, os.PathLike)) and str(source):
         config_changes.setdefault("image_processor", read_image_processor_config(source))
@@ -87,6 +91,7 @@ def compose(
         dtype=language_model.dtype,
         **config_changes,
     )
+    config.vision_config = encoder.config  # A given model keeps its options.
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
     model.model.vision_tower = encoder
@@ -95,9 +100,9 @@ def compose(
         model,
         Projector(
             projector,
-            encoder.config.hidden_size,
+            config.vision_width,
             language_model.config.hidden_size,
-            config.merge_size,
+            config.projector_merge_size,
             config.num_feature_layers,
             **(config.projector_options or {}),
         ),
@@ -171,10 +176,11 @@ def compose_processor(
         image_processor = load_image_processor(image_processor, trust_remote_code)
     elif image_processor is None:
         image_processor = (
-            default_image_processor(layout, vision)
+            default_image_processor(layout, vision, model.config.merge_size)
             if model.config.image_processor is None
             else load_image_processor(model.config.image_processor, trust_remote_code)
         )
+        fit_to_blocks(image_processor, vision, model.config.merge_size)
         if not center_crop:
             show_whole_image(image_processor)
     check_image_processor(image_processor, vision, model.config.merge_size)
@@ -192,6 +198,7 @@ def compose_processor(
         chat_template=chat_template,
         spatial_merge_size=model.config.merge_size,
         image_seq_length=_square_tokens(model, image_processor) if layout == "square" else None,
+        patch_size=vision.patch_size if layout == "padded" else None,
         image_token=image_token,
         video_token=video_token,
         vision_start_token=vision_start_token,
@@ -221,21 +228,6 @@ def suppress_tokens(
     """
     excluded = set(model.generation_config.suppress_tokens or ()).difference(previous)
     model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
-
-
-def _vision_encoder(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
-    if isinstance(vision, PreTrainedConfig):
-        fields = vision.to_dict()
-        if "pooling" in fields:  # The pooled output would not be used.
-            vision = type(vision)(**{**fields, "pooling": "none"})
-        return model_from_config(vision)
-    if isinstance(vision, (str, os.PathLike)):
-        vision = AutoModel.from_pretrained(vision, trust_remote_code=trust_remote_code)
-    if not isinstance(vision, PreTrainedModel):
-        raise ValueError(f"`vision` must be a model, a configuration or a folder, got {type(vision).__name__}.")
-    if hasattr(vision.config, "vision_config") and isinstance(getattr(vision, "vision_model", None), PreTrainedModel):
-        return vision.vision_model
-    return vision
 
 
 def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
@@ -290,6 +282,6 @@ def _united(*ids: int | None) -> int | list[int] | None:
 
 
 def _square_tokens(model: VisionLanguageForConditionalGeneration, image_processor: Any) -> int:
-    vision = model.config.vision_config
-    height, width = output_size(image_processor, vision)
-    return (height // vision.patch_size) * (width // vision.patch_size) // model.config.merge_size**2
+    size = output_size(image_processor, model.config.vision_config)
+    rows, columns = get_square_grid(model.model.vision_tower, *size)
+    return rows * columns // model.config.merge_size**2

@@ -33,6 +33,7 @@ _IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling.BIC
 _IMAGENET_BILINEAR = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling.BILINEAR)
 _HALF = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BICUBIC)
 _HALF_BILINEAR = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BILINEAR)
+_HALF_LANCZOS = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.LANCZOS)
 
 # Mean, standard deviation and resampling of the published checkpoints of each family, by model type.
 _FAMILIES = {
@@ -43,12 +44,26 @@ _FAMILIES = {
     "metaclip_2_vision_model": _CLIP,
     "mlcd": _CLIP,
     "mlcd_vision_model": _CLIP,
+    "blip_2_vision_model": _CLIP,
+    "blip_vision_model": _CLIP,
+    "instructblip_vision_model": _CLIP,
+    "convnextv2": _IMAGENET,
     "deit": _IMAGENET,
     "dinov2": _IMAGENET,
     "dinov2_with_registers": _IMAGENET,
     "dinov3_vit": _IMAGENET_BILINEAR,
-    "vit_mae": _IMAGENET_BILINEAR,
+    "sam2_hiera_det_model": _IMAGENET_BILINEAR,
+    "sapiens2": _IMAGENET_BILINEAR,
+    "swin": _IMAGENET,
     "vit_msn": _IMAGENET_BILINEAR,
+    "beit": _HALF,
+    "data2vec-vision": _HALF,
+    "dpt": _HALF,
+    "idefics3_vision": _HALF_LANCZOS,
+    "janus_vision_model": _HALF,
+    "llama4_vision_model": _HALF_BILINEAR,
+    "sam3_vit_model": _HALF_BILINEAR,
+    "smolvlm_vision": _HALF_LANCZOS,
     "siglip_vision_model": _HALF,
     "vit": _HALF_BILINEAR,
 }
@@ -105,6 +120,13 @@ def load_image_processor(config: dict[str, Any] | PathLike, trust_remote_code: b
         ) from error
 
 
+def fit_to_blocks(image_processor: Any, vision: PreTrainedConfig, merge_size: int) -> None:
+    """Let Pixtral's image processor, as a folder has it, resize images to multiples of merged blocks."""
+    if vision.model_type == "pixtral":
+        side = vision.patch_size * merge_size
+        image_processor.patch_size = SizeDict(height=side, width=side)
+
+
 def show_whole_image(image_processor: Any) -> None:
     """Replace the centre crop of an image processor, if it has one, by resizing both sides to the size of the crop."""
     if getattr(image_processor, "do_center_crop", None):
@@ -114,16 +136,20 @@ def show_whole_image(image_processor: Any) -> None:
         image_processor.size = SizeDict(height=crop["height"], width=crop["width"])
 
 
-def default_image_processor(layout: str, vision: PreTrainedConfig) -> Any:
+def default_image_processor(layout: str, vision: PreTrainedConfig, merge_size: int) -> Any:
     """Build the image processor of a new vision encoder.
 
     Args:
         layout: How the encoder takes images, see [`pixel_layout`].
         vision: Configuration of the encoder.
+        merge_size: Side m of the block of patches that becomes one token.
 
     Raises:
         ValueError: If the family has no published statistics.
     """
+    native = native_image_processor(vision, merge_size)
+    if native is not None:
+        return native
     if vision.model_type == WindowFreeViTConfig.model_type:
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
@@ -149,13 +175,92 @@ def default_image_processor(layout: str, vision: PreTrainedConfig) -> Any:
     )
 
 
+def native_image_processor(vision: PreTrainedConfig, merge_size: int) -> Any:
+    """Return the native image processor of a vision encoder with options of its own, or None.
+
+    Args:
+        vision: Configuration of the vision encoder.
+        merge_size: Side m of the block of patches that becomes one token.
+    """
+    kind = vision.model_type
+    if kind == "pixtral":
+        from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+        side = vision.patch_size * merge_size
+        return PixtralImageProcessorPil(
+            size={"longest_edge": vision.image_size}, patch_size={"height": side, "width": side}
+        )
+    if kind == "gemma4_vision":
+        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+        return Gemma4ImageProcessorPil(patch_size=vision.patch_size, pooling_kernel_size=merge_size)
+    if kind == "radio":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        side = vision.image_size
+        # The encoder normalizes pixels itself.
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False
+        )
+    if kind in ("sam_vision_model", "sam_hq_vision_model"):
+        from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+        side = vision.image_size
+        return SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    if kind in ("internvl_vision", "qianfan_ocr_vision"):
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+        height, width = vision.image_size
+        return GotOcr2ImageProcessorPil(
+            size={"height": height, "width": width}, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD
+        )
+    sizes = {"patch_size": vision.patch_size, "merge_size": merge_size} if hasattr(vision, "patch_size") else {}
+    if kind in ("paddleocr_vl_vision", "kimi_k25_vision"):
+        from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
+
+        # Kimi K2.5's own needs torchvision; it has the same layout of patches.
+        standard = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
+        return PaddleOCRVLImageProcessorPil(**sizes, **(standard if kind.startswith("kimi") else {}))
+    if kind == "video_llama_3_vision":
+        from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
+
+        return VideoLlama3ImageProcessorPil(**sizes)
+    if kind in ("glm4v_vision", "glm4v_moe_vision"):
+        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+        return Glm4vImageProcessorPil(**sizes, temporal_patch_size=vision.temporal_patch_size)
+    if kind == "glm_ocr_vision":
+        from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+
+        return Glm46VImageProcessorPil(**sizes, temporal_patch_size=vision.temporal_patch_size)
+    if kind == "exaone4_5_vision" or kind.startswith("qwen"):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        # Published Qwen3-VL models have statistics of their own.
+        standard = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
+        return Qwen2VLImageProcessorPil(
+            **sizes,
+            temporal_patch_size=vision.temporal_patch_size,
+            **(standard if kind.startswith("qwen3") else {}),
+        )
+    return None
+
+
 def check_image_processor(image_processor: Any, vision: PreTrainedConfig, merge_size: int) -> None:
     """Check that an image processor cuts the patches that the vision encoder and the projector take.
 
     Raises:
-        ValueError: If it has another `patch_size` or `merge_size`.
+        ValueError: If it has another `patch_size`, `merge_size` or `pooling_kernel_size`. Pixtral's `patch_size` is
+            that of a merged block.
     """
-    for name, expected in (("patch_size", getattr(vision, "patch_size", None)), ("merge_size", merge_size)):
+    patch_size = getattr(vision, "patch_size", None)
+    if vision.model_type == "pixtral":
+        patch_size = vision.patch_size * merge_size
+    for name, expected in (
+        ("patch_size", patch_size),
+        ("merge_size", merge_size),
+        ("pooling_kernel_size", merge_size),
+    ):
         found = getattr(image_processor, name, None)
         if found is not None and expected is not None and _pair(found) != _pair(expected):
             raise ValueError(f"`image_processor` has {name}={found}, but the model has {expected}.")
@@ -174,4 +279,6 @@ def output_size(image_processor: Any, vision: PreTrainedConfig) -> tuple[int, in
 
 
 def _pair(side: Any) -> tuple[int, int]:
+    if isinstance(side, (dict, SizeDict)):
+        return int(side["height"]), int(side["width"])
     return (int(side), int(side)) if isinstance(side, (int, float)) else (int(side[0]), int(side[1]))

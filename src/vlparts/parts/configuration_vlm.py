@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
 from .vlm_projectors import check_projector, projector_names
+from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
 
 
 @strict
@@ -16,7 +17,8 @@ class VisionLanguageConfig(PreTrainedConfig):
 
     Args:
         vision_config: Configuration of the vision encoder, ours or native; a dictionary needs a "model_type". The
-            default is a NaViT without pooling.
+            default is a NaViT without pooling. Options of native encoders that build modules which a composed model
+            does not use, such as SigLIP's `vision_use_head`, are switched off in a copy.
         text_config: Configuration of the text model (native or ours, decoder only). The default is transformers'
             Qwen3.
         projector_type: Name of a registered projector.
@@ -54,10 +56,10 @@ class VisionLanguageConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         default_vision = {"model_type": "vlparts_navit", "pooling": "none"}
-        self.vision_config = resolve_config(self.vision_config, "vision_config", default_vision)
+        self.vision_config = leave_out_unused(resolve_config(self.vision_config, "vision_config", default_vision))
         self.text_config = resolve_config(self.text_config, "text_config", {"model_type": "qwen3"})
         if self.spatial_merge_size is None:
-            self.spatial_merge_size = getattr(self.vision_config, "spatial_merge_size", 1)
+            self.spatial_merge_size = vision_merge_size(self.vision_config) or 1
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
@@ -66,6 +68,16 @@ class VisionLanguageConfig(PreTrainedConfig):
     def merge_size(self) -> int:
         """`spatial_merge_size`, which is never None in a built configuration."""
         return self.spatial_merge_size or 1
+
+    @property
+    def projector_merge_size(self) -> int:
+        """Side of the block that the projector merges: `merge_size`, or 1 if the vision encoder merges patches."""
+        return 1 if merges_patches(self.vision_config) else self.merge_size
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the features that the projector takes."""
+        return vision_width(self.vision_config, self.vision_feature_layer)
 
     @property
     def num_feature_layers(self) -> int:
@@ -82,8 +94,10 @@ class VisionLanguageConfig(PreTrainedConfig):
 
         Raises:
             ValueError: If the projector is unknown or does not take the encoder's feature layers or the options, the
-                merge sizes disagree, or a placeholder is not in the vocabulary or is the same for images and videos.
+                merge sizes disagree, the encoder has no such feature layer, or a placeholder is not in the vocabulary
+                or is the same for images and videos.
         """
+        vision_width(self.vision_config, self.vision_feature_layer)
         if self.projector_type not in projector_names():
             raise ValueError(
                 f"`projector_type` must be one of {', '.join(projector_names())}, got {self.projector_type!r}."
@@ -91,11 +105,10 @@ class VisionLanguageConfig(PreTrainedConfig):
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
-        vision_merge_size = getattr(self.vision_config, "spatial_merge_size", self.spatial_merge_size)
-        if vision_merge_size != self.spatial_merge_size:
+        expected = vision_merge_size(self.vision_config)
+        if expected is not None and expected != self.spatial_merge_size:
             raise ValueError(
-                f"`spatial_merge_size` must be that of `vision_config`, {vision_merge_size}, got "
-                f"{self.spatial_merge_size}."
+                f"`spatial_merge_size` must be that of `vision_config`, {expected}, got {self.spatial_merge_size}."
             )
         vocab_size = getattr(self.text_config, "vocab_size", None)
         for name in ("image_token_id", "video_token_id"):

@@ -21,13 +21,14 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
-from .part_models import model_from_config
+from .part_models import model_from_config, vision_tower_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
 from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
+from .vlm_towers import LEFT_OUT_KEYS
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _ENCODED_ONCE = (
@@ -65,16 +66,16 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
 class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
     """A vision encoder and a text model joined by a projector, without a language head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", *LEFT_OUT_KEYS]
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
-        self.vision_tower = model_from_config(config.vision_config)
+        self.vision_tower = vision_tower_from_config(config.vision_config)
         self.projector = Projector(
             config.projector_type,
-            config.vision_config.hidden_size,
+            config.vision_width,
             config.text_config.hidden_size,
-            config.merge_size,
+            config.projector_merge_size,
             config.num_feature_layers,
             **(config.projector_options or {}),
         )

@@ -1,5 +1,7 @@
 """Table of the models that composed models can hold, by model type; its rows are those of `part_configs`."""
 
+from typing import Any
+
 from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -8,14 +10,27 @@ from .modeling_moge import MoGEModel
 from .modeling_navit import NaViTModel
 from .modeling_pangu_embedded import PanguEmbeddedModel
 from .modeling_windowfree import WindowFreeViTModel
+from .vlm_towers import VISION_TOWERS, native_model_class
 
 PART_MODELS: dict[str, type[PreTrainedModel]] = {
     model.config_class.model_type: model for model in (NaViTModel, WindowFreeViTModel, PanguEmbeddedModel, MoGEModel)
 }
 
 
-def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model with new weights: a part by its model type, any other model through `AutoModel`."""
+def model_from_config(config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+    """Build a model with new weights: a part by its model type, any other model through `AutoModel`.
+
+    Args:
+        config: The configuration.
+        **arguments: Arguments of a native model class, such as `add_pooling_layer`.
+    """
     if config.model_type in PART_MODELS:
         return PART_MODELS[config.model_type]._from_config(config)
-    return AutoModel.from_config(config)
+    native = native_model_class(config)
+    return AutoModel.from_config(config, **arguments) if native is None else native._from_config(config, **arguments)
+
+
+def vision_tower_from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the vision encoder of a composed model with new weights, without modules that it does not use."""
+    tower = VISION_TOWERS.get(config.model_type)
+    return model_from_config(config, **({} if tower is None else tower.arguments))

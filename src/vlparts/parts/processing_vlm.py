@@ -3,12 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_placeholders import chat_template_of
 from .chat_templates import DEFAULT_CHAT_TEMPLATE
 from .image_arrays import read_images
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
+
+# What native image processors return beside the inputs of the model.
+_NOT_FOR_THE_MODEL = (
+    "image_merge_sizes",
+    "image_position_ids",
+    "image_sizes",
+    "num_patches",
+    "num_soft_tokens_per_image",
+    "original_sizes",
+    "reshaped_input_sizes",
+)
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -35,6 +49,8 @@ class VisionLanguageProcessor(ProcessorMixin):
             turns.
         spatial_merge_size: Side m of the block of patches that becomes one token.
         image_seq_length: Number of tokens per image, for square image processors.
+        patch_size: Side of a patch in pixels, for image processors that return `image_sizes` (Pixtral's), from which
+            `spatial_shapes` is computed.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
         vision_start_token: Token before the placeholder of a video, and in a default template also of an image.
@@ -56,6 +72,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         video_token: str | None = None,
         vision_start_token: str | None = None,
         vision_end_token: str | None = None,
+        patch_size: int | None = None,
     ) -> None:
         if (vision_start_token is None) != (vision_end_token is None):
             raise ValueError(
@@ -73,6 +90,7 @@ class VisionLanguageProcessor(ProcessorMixin):
                 _token_id(tokenizer, token)
         self.spatial_merge_size = spatial_merge_size
         self.image_seq_length = image_seq_length
+        self.patch_size = patch_size
         if chat_template is None:
             chat_template = chat_template_of(
                 tokenizer, image_token, video_token, vision_start_token or "", vision_end_token or ""
@@ -169,6 +187,26 @@ class VisionLanguageProcessor(ProcessorMixin):
             if sample.count(enclosed) != sample.count(self.video_token):
                 raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {enclosed}.")
 
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        processed = self._to_model_inputs(self.image_processor(images, **kwargs))
+        count = len(make_flat_list_of_images(images))
+        return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(count)]
+
+    def _to_model_inputs(self, processed: Any) -> Any:
+        """Give the grids of Pixtral's and Gemma 4's images as `spatial_shapes`; drop what is not for the model."""
+        shapes, given = None, None
+        if self.patch_size is not None and "image_sizes" in processed:
+            given = processed["image_sizes"]
+            shapes = np.asarray(given) // self.patch_size
+        if "image_position_ids" in processed:
+            given = processed["image_position_ids"]  # column and row of each patch, -1 for padding
+            shapes = np.asarray(given).max(1)[:, ::-1] + 1
+        if shapes is not None:
+            processed["spatial_shapes"] = torch.as_tensor(shapes.copy()) if torch.is_tensor(given) else shapes
+        for name in _NOT_FOR_THE_MODEL:
+            processed.pop(name, None)
+        return processed
+
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         videos = flat_list_of_videos(videos)
         processed = self.video_processor.preprocess_videos(videos, **kwargs)
@@ -206,6 +244,12 @@ class VisionLanguageProcessor(ProcessorMixin):
         if self.image_seq_length is not None:
             tokens = [self.image_seq_length] * len(image_sizes)
             return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+        if not hasattr(self.image_processor, "get_number_of_image_patches"):
+            blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in image_sizes]
+            processed = self._to_model_inputs(self.image_processor(blank, **kwargs))
+            tokens = [self.count_image_tokens(processed, index) for index in range(len(blank))]
+            patches = [number * self.spatial_merge_size**2 for number in tokens]
+            return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
         count = self.image_processor.get_number_of_image_patches
         patches = [count(height, width, kwargs) for height, width in image_sizes]
         tokens = [number // self.spatial_merge_size**2 for number in patches]

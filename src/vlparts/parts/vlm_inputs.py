@@ -41,11 +41,12 @@ class MultimodalInputsMixin:
         """Encode and project images.
 
         Args:
-            pixel_values: In the layout of the vision encoder: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or
-                square `(n, C, H, W)`.
+            pixel_values: In the layout of the vision encoder: packed `(L, C*P*P)` (times the frames of a patch), rows
+                of patches `(n, patches, C*P*P)`, or images `(n, C, H, W)`, padded (Pixtral) or of one size.
             image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches, for packed encoders.
-            pixel_attention_mask: `(n, patches)` for padded encoders (Siglip2).
-            spatial_shapes: `(n, 2)` rows and columns for padded encoders (Siglip2).
+            pixel_attention_mask: `(n, patches)` for Siglip2.
+            spatial_shapes: `(n, 2)` rows and columns in patches, for encoders of padded images or rows (Siglip2,
+                Gemma 4, Pixtral).
             **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
                 prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
 
