@@ -7,18 +7,21 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from .parts.part_models import model_from_config
+from .parts.part_models import PART_MODELS, model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.utils import mark_initialized
 from .parts.vlm_features import pixel_layout
+from .parts.vlm_inputs import build_head
 from .parts.vlm_projectors import Projector, projector_names
+from .text_probe import check_text_model
 
 PathLike = str | os.PathLike[str]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -56,13 +59,14 @@ def compose(
         The model, in evaluation mode if only the projector is new.
 
     Raises:
-        ValueError: If an argument has another type, or the parts do not fit together.
+        ValueError: If an argument has another type, the parts do not fit together, or the text model would not compute
+            what it computes alone; see [`check_text_model`][vlparts.text_probe.check_text_model].
     """
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
     encoder = _vision_encoder(vision, trust_remote_code)
     if isinstance(text, (str, os.PathLike)):
-        text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
+        text = _load_text(text, trust_remote_code)
     language_model, head = _text_model(text)
     pixel_layout(encoder)  # raises a ValueError if the encoder takes no images
     config = VisionLanguageConfig(
@@ -77,6 +81,9 @@ def compose(
     )
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
+    built, classes = type(model.model.language_model).__name__, [one.__name__ for one in type(language_model).__mro__]
+    if built not in classes:
+        raise ValueError(f"`text` {classes[0]} cannot be composed: a saved model would be loaded with a {built}.")
     model.model.vision_tower = encoder
     model.model.language_model = language_model
     model.model.projector = _new_weights(
@@ -91,11 +98,11 @@ def compose(
         ),
     )
     if head is None:
-        text_config = language_model.config
-        head = _new_weights(model, nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False))
+        head = _new_weights(model, build_head(config))
     model.lm_head = cast(nn.Linear, head)
     model.tie_weights()
     mark_initialized(model)
+    check_text_model(model, text)
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
         model.generation_config = deepcopy(generation_config)
@@ -186,18 +193,41 @@ def _vision_encoder(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
     return vision
 
 
+def _load_text(folder: PathLike, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a text model with its head, or without one if it has no class for text alone."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check_text_config(config, type(config).__name__)
+    remote = getattr(config, "auto_map", None) or {}
+    has_head = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
+    auto = AutoModelForCausalLM if has_head else AutoModel
+    return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
-    config = getattr(text, "config", text)
-    if isinstance(config, PreTrainedConfig) and not hasattr(config, "vocab_size"):
-        raise ValueError(f"`text` must be a text model, got {type(text).__name__}, which has no vocabulary.")
+    config, name = getattr(text, "config", text), type(text).__name__
+    if not isinstance(config, PreTrainedConfig) or not isinstance(text, (PreTrainedModel, PreTrainedConfig)):
+        raise ValueError(f"`text` must be a model, a configuration or a folder, got {name}.")
+    _check_text_config(config, name)
+    if config.model_type not in PART_MODELS and type(config) not in MODEL_MAPPING:
+        raise ValueError(f"`text` {name} cannot be composed: AutoModel has no model of its {type(config).__name__}.")
     if isinstance(text, PreTrainedConfig):
         return model_from_config(text), None
-    if not isinstance(text, PreTrainedModel):
-        raise ValueError(f"`text` must be a model, a configuration or a folder, got {type(text).__name__}.")
-    head = text.get_output_embeddings()
-    if head is not None and getattr(head, "bias", None) is not None:
-        raise ValueError(f"`text` {type(text).__name__} has a language head with a bias; expected one without.")
-    return text.base_model, head
+    base = text.base_model
+    if base is text:  # Llama4ForCausalLM names its base model otherwise than its attribute
+        base = next((one for one in text.children() if isinstance(one, PreTrainedModel)), text)
+    return base, text.get_output_embeddings()
+
+
+def _check_text_config(config: PreTrainedConfig, name: str) -> None:
+    parts = [one for one in ("text_config", "vision_config", "audio_config") if getattr(config, one, None) is not None]
+    if parts:
+        raise ValueError(
+            f"`text` must be a text model alone, got {name}, which has {' and '.join(parts)}; pass the text model "
+            "inside it."
+        )
+    missing = [one for one in ("vocab_size", "hidden_size") if not hasattr(config, one)]
+    if missing:
+        raise ValueError(f"`text` must be a text model, got {name}, whose configuration has no {missing[0]}.")
 
 
 def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:

@@ -29,6 +29,7 @@ from .moe_router import GroupedTopKRouter
 from .moe_routing import RoutingOptions, choose_experts, router_scores
 from .ops_activations import get_activation
 from .ops_rms_norm import RMSNorm
+from .packed_samples import keep_samples_apart
 from .utils import add_auto_classes, slice_for_logits
 
 
@@ -217,6 +218,7 @@ class MoGEModel(MoGEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @keep_samples_apart
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .decoders import prepare_decoder_inputs
 from .ops_rms_norm import RMSNorm
+from .packed_samples import keep_samples_apart
 from .rope_multimodal import AXES, MultiAxisGenerationMixin, multimodal_rotary, rotary_axes
 from .utils import add_auto_classes, slice_for_logits
 
@@ -98,6 +99,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @keep_samples_apart
     @merge_with_config_defaults
     @capture_outputs
     def forward(

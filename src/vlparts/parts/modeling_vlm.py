@@ -4,6 +4,7 @@ Shapes: B samples, S tokens per sample, n images or videos of the batch, E width
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
+from .packed_samples import run_text_model
 from .part_models import model_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
-from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
+from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
 
@@ -169,18 +171,22 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
                     inputs_embeds,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
+                    cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
                     image_grid_thw=image_grid_thw,
                     video_grid_thw=video_grid_thw,
                     pixel_values=pixel_values,
                     spatial_shapes=spatial_shapes,
                 )
         masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            inputs_embeds = self.embed_tokens(input_ids)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
 
-        return self.language_model(
+        run = self.language_model
+        if position_ids is not None or "cu_seq_lens_q" in kwargs:  # a row may hold several samples
+            run = partial(run_text_model, run, run)
+        return run(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -198,7 +204,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
         self.model = VisionLanguageModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -233,7 +239,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
-        add_auto_classes(self, AutoModel=VisionLanguageModel)
+        add_auto_classes(self, AutoModel=VisionLanguageModel, AutoModelForMultimodalLM=type(self))
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
@@ -321,7 +327,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
+        logits = compute_logits(self.lm_head, slice_for_logits(outputs.last_hidden_state, logits_to_keep), self.config)
         loss = None
         if labels is not None:
             if not torch.compiler.is_compiling():
