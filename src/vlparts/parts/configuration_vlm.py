@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
+from .utils import check_finite
 from .vlm_projectors import check_projector, projector_names
 
 
@@ -144,6 +145,7 @@ class VisionLanguageConfig(PreTrainedConfig):
                 f"`projector_type` must be one of {', '.join(projector_names())}, got {self.projector_type!r}."
             )
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
+        check_finite(self, "initializer_range")
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
         vision_merge_size = getattr(self.vision_config, "spatial_merge_size", self.spatial_merge_size)

@@ -178,7 +178,8 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
                     spatial_shapes=spatial_shapes,
                 )
         masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
-        if input_ids is not None:
+        if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.embed_tokens(input_ids)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
