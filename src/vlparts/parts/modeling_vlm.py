@@ -126,7 +126,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Outputs of [`get_image_features`] under "image", instead of `pixel_values`, and of
                 [`get_video_features`] under "video".
-            use_cache: Whether to return a cache.
+            use_cache: Whether to return a cache; it must not be True for rows of several samples, which have none.
             **kwargs: Passed to the text model (`cu_seq_lens_q` of packed samples, `output_hidden_states`, ...).
 
         Raises:
