@@ -4,7 +4,6 @@ Shapes: B samples, S tokens per sample, n images or videos of the batch, E width
 """
 
 import os
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
-from .packed_samples import run_text_model
 from .part_models import model_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
@@ -178,16 +176,11 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
                     spatial_shapes=spatial_shapes,
                 )
         masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
 
-        run = self.language_model
-        if position_ids is not None or "cu_seq_lens_q" in kwargs:  # a row may hold several samples
-            run = partial(run_text_model, run, run)
-        return run(
+        return self.run_language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .packed_samples import positions_in_samples
+from .packed_samples import positions_in_samples, run_text_model
 from .utils import check_token_inputs
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
@@ -23,11 +23,12 @@ from .vlm_projectors import Projector
 
 
 class MultimodalInputsMixin:
-    """Image and video inputs of a model with a `vision_tower`, a `projector` and token embeddings."""
+    """Inputs of a model with a `vision_tower`, a `projector` and a `language_model`."""
 
     config: PreTrainedConfig
     vision_tower: PreTrainedModel
     projector: Projector
+    language_model: PreTrainedModel
     get_input_embeddings: Callable[[], nn.Module]
 
     @can_return_tuple
@@ -112,11 +113,19 @@ class MultimodalInputsMixin:
             outputs.pooler_output = tokens.split((patches // self.config.merge_size**2).tolist())
         return outputs
 
-    def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Embed tokens as the text model does with `input_ids`: int64 of any shape to `(..., E)`."""
+    def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Embed tokens, int64 of any shape to `(..., E)`, as the text model does; or return given embeddings."""
+        if inputs_embeds is not None:
+            return inputs_embeds
         embeddings = self.get_input_embeddings()(input_ids)
         multiplier = _text_number(self.config, self.config.head_rule.embedding_multiplier)
         return embeddings if multiplier is None else embeddings * multiplier
+
+    def run_language_model(self, **inputs: Any) -> BaseModelOutputWithPast:
+        """Run the text model on `inputs_embeds`; each of several samples in a row as if alone."""
+        if inputs["position_ids"] is None and "cu_seq_lens_q" not in inputs:
+            return self.language_model(**inputs)
+        return run_text_model(self.language_model, self.language_model, **inputs)
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kind: str = "image"
