@@ -63,8 +63,7 @@ REFUSED = {
     "cpmant": "its forward does not take `inputs_embeds`, `attention_mask`",
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), "its layers take embeddings of `input_ids`"),
     "deepseek_v4": "its forward in the composed model fails with AttributeError",
-    **dict.fromkeys(("inkling_text", "inkling2_text"), "its own class computes other logits"),
-    "recurrent_gemma": "its forward with a cache fails with AttributeError",
+    **dict.fromkeys(("inkling_text", "inkling2_text", "recurrent_gemma"), "its own class computes other logits"),
 }
 EQUAL = [kind for kind in KINDS if kind not in REFUSED]
 FAST = {*HEAD_RULES, "bert", "gemma", "inkling_text", "llama4_text", "mamba", "opt", "trocr"}
