@@ -7,9 +7,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .image_processors import (
     PathLike,
@@ -24,11 +25,13 @@ from .image_processors import (
 from .parts.chat_placeholders import end_of_turn_id
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from .parts.part_models import model_from_config
+from .parts.part_models import PART_MODELS, model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.utils import mark_initialized
 from .parts.vlm_features import get_square_grid, pixel_layout
+from .parts.vlm_inputs import build_head
 from .parts.vlm_projectors import Projector, projector_names
+from .text_probe import check_text_model
 from .vision_loading import load_vision
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -68,8 +71,9 @@ def compose(
         The model, in evaluation mode if only the projector is new.
 
     Raises:
-        ValueError: If an argument has another type, `vision` is another native model, or the parts do not fit
-            together.
+        ValueError: If an argument has another type, `vision` is another native model, the parts do not fit together,
+            or the text model would not compute what it computes alone; see
+            [`check_text_model`][vlparts.text_probe.check_text_model].
     """
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
@@ -78,7 +82,7 @@ def compose(
     if isinstance(source, (str, os.PathLike)) and str(source):
         config_changes.setdefault("image_processor", read_image_processor_config(source))
     if isinstance(text, (str, os.PathLike)):
-        text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
+        text = _load_text(text, trust_remote_code)
     language_model, head = _text_model(text)
     pixel_layout(encoder)  # raises a ValueError if the encoder takes no images
     config = VisionLanguageConfig(
@@ -94,6 +98,9 @@ def compose(
     config.vision_config = encoder.config  # A given model keeps its options.
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
+    built, classes = type(model.model.language_model).__name__, [one.__name__ for one in type(language_model).__mro__]
+    if built not in classes:
+        raise ValueError(f"`text` {classes[0]} cannot be composed: a saved model would be loaded with a {built}.")
     model.model.vision_tower = encoder
     model.model.language_model = language_model
     model.model.projector = _new_weights(
@@ -108,11 +115,11 @@ def compose(
         ),
     )
     if head is None:
-        text_config = language_model.config
-        head = _new_weights(model, nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False))
+        head = _new_weights(model, build_head(config))
     model.lm_head = cast(nn.Linear, head)
     model.tie_weights()
     mark_initialized(model)
+    check_text_model(model, text)
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
         model.generation_config = deepcopy(generation_config)
@@ -230,18 +237,41 @@ def suppress_tokens(
     model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
 
 
+def _load_text(folder: PathLike, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a text model with its head, or without one if it has no class for text alone."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check_text_config(config, type(config).__name__)
+    remote = getattr(config, "auto_map", None) or {}
+    has_head = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
+    auto = AutoModelForCausalLM if has_head else AutoModel
+    return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def _text_model(text: Any) -> tuple[PreTrainedModel, nn.Module | None]:
-    config = getattr(text, "config", text)
-    if isinstance(config, PreTrainedConfig) and not hasattr(config, "vocab_size"):
-        raise ValueError(f"`text` must be a text model, got {type(text).__name__}, which has no vocabulary.")
+    config, name = getattr(text, "config", text), type(text).__name__
+    if not isinstance(config, PreTrainedConfig) or not isinstance(text, (PreTrainedModel, PreTrainedConfig)):
+        raise ValueError(f"`text` must be a model, a configuration or a folder, got {name}.")
+    _check_text_config(config, name)
+    if config.model_type not in PART_MODELS and type(config) not in MODEL_MAPPING:
+        raise ValueError(f"`text` {name} cannot be composed: AutoModel has no model of its {type(config).__name__}.")
     if isinstance(text, PreTrainedConfig):
         return model_from_config(text), None
-    if not isinstance(text, PreTrainedModel):
-        raise ValueError(f"`text` must be a model, a configuration or a folder, got {type(text).__name__}.")
-    head = text.get_output_embeddings()
-    if head is not None and getattr(head, "bias", None) is not None:
-        raise ValueError(f"`text` {type(text).__name__} has a language head with a bias; expected one without.")
-    return text.base_model, head
+    base = text.base_model
+    if base is text:  # Llama4ForCausalLM names its base model otherwise than its attribute
+        base = next((one for one in text.children() if isinstance(one, PreTrainedModel)), text)
+    return base, text.get_output_embeddings()
+
+
+def _check_text_config(config: PreTrainedConfig, name: str) -> None:
+    parts = [one for one in ("text_config", "vision_config", "audio_config") if getattr(config, one, None) is not None]
+    if parts:
+        raise ValueError(
+            f"`text` must be a text model alone, got {name}, which has {' and '.join(parts)}; pass the text model "
+            "inside it."
+        )
+    missing = [one for one in ("vocab_size", "hidden_size") if not hasattr(config, one)]
+    if missing:
+        raise ValueError(f"`text` must be a text model, got {name}, whose configuration has no {missing[0]}.")
 
 
 def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:

@@ -131,7 +131,6 @@ def test_integers_are_numbers_too(tmp_path: Path, family: str, value: float) -> 
     ("family", "field", "value", "message"),
     [
         ("Pangu Pro MoE", "rope_theta", "1e4", "whose rope_theta is a finite number, got '1e4'."),
-        ("openPangu-VL", "rope_theta", [1], "whose rope_theta is a finite number in rope_parameters, got [1]."),
         ("openPangu-VL", "vision_start_token_id", 1.5, "whose vision_start_token_id is an integer, got 1.5."),
         (
             "openPangu-VL",
@@ -153,6 +152,14 @@ def test_messages_of_fields_that_do_not_fit(tmp_path: Path, family: str, field: 
         FAMILIES[family][0](folder)
     assert str(caught.value).startswith("`folder` must have a config.json ")
     assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("value", [[1], -1.0])
+def test_rotary_bases_that_do_not_fit(tmp_path: Path, value: Any) -> None:
+    folder = published_folder("openPangu-VL", tmp_path / "in")
+    write_field(folder, FAMILIES["openPangu-VL"][1].TINY, "rope_theta", value)
+    with pytest.raises(ValueError, match="`folder` has a config.json .* `rope_theta` must be a finite number above 0"):
+        FAMILIES["openPangu-VL"][0](folder)
 
 
 @pytest.mark.parametrize("family", ["openPangu-VL", "openPangu-VL's encoder"])

@@ -76,6 +76,8 @@ def test_rotary_base() -> None:
         ({"num_key_value_heads": 3}, "`num_attention_heads` must be a positive multiple .* got 4 and 3"),
         ({"num_attention_heads": 0}, "`num_attention_heads` must be a positive multiple .* got 0 and 2"),
         ({"head_dim": 15}, "`head_dim` must be even, got 15"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "`rope_theta` must be a finite number above 0, got 0.0"),
+        ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` must be a finite number of at least 0, got nan"),
         ({"moe_intermediate_size": 0}, "`moe_intermediate_size` must be at least 1, got 0"),
         ({"shared_expert_intermediate_size": -1}, "`shared_expert_intermediate_size` must be at least 0, got -1"),
         ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 0, got -1"),

@@ -233,9 +233,12 @@ def test_bad_input(pixels: Tensor, grids: list[list[int]], message: str, pattern
         ({"num_attention_heads": 16}, "heads of a multiple of 4 channels, got 16 and 32"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0"),
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0, got 0.1"),
-        ({"rotary_theta": 0.0}, "`rotary_theta` must be positive, got 0.0"),
+        ({"rotary_theta": 0.0}, "`rotary_theta` must be a finite number above 0, got 0.0"),
+        ({"rotary_theta": float("inf")}, "`rotary_theta` must be a finite number above 0, got inf"),
+        ({"rms_norm_eps": -1e-6}, "`rms_norm_eps` must be a finite number of at least 0, got -1e-06"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "`image_mean` must be a finite number, got nan"),
         ({"image_mean": [0.5]}, "`image_mean` must have one value per channel, 3, got"),
-        ({"image_std": [0.5, 0.0, 0.5]}, "`image_std` must be positive"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "`image_std` must be a finite number above 0, got 0.0"),
     ],
 )
 def test_bad_configuration(changes: dict[str, Any], message: str) -> None:

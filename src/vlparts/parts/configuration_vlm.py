@@ -1,14 +1,68 @@
 """Configuration of the composed vision-language model."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
+from .utils import check_finite
 from .vlm_projectors import check_projector, projector_names
 from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
+
+
+class HeadRule(NamedTuple):
+    """What a text model's own class does beside the product with the head's weight, in this order.
+
+    Each field but `bias` is the name of the configuration's field with the number; "" or a number of None for none.
+
+    Attributes:
+        embedding_multiplier: Factor on the embeddings of `input_ids`, but not on `inputs_embeds`.
+        hidden_divisor: Divisor of the hidden states.
+        bias: Whether the head has a bias.
+        multiplier: Factor on the logits.
+        divisor: Divisor of the logits.
+        softcap: Logits z become `softcap * tanh(z / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
+    """
+
+    embedding_multiplier: str = ""
+    hidden_divisor: str = ""
+    bias: bool = False
+    multiplier: str = ""
+    divisor: str = ""
+    softcap: str = ""
+
+
+_BIAS = HeadRule(bias=True)
+_SCALED = HeadRule(multiplier="logit_scale")
+_DIVIDED = HeadRule(divisor="logits_scaling")
+_CAPPED = HeadRule(softcap="final_logit_softcapping")
+
+# By model type. `vlparts.compose` compares every text model with its own class, and refuses those of another rule.
+HEAD_RULES: dict[str, HeadRule] = {
+    **dict.fromkeys(("codegen", "ctrl", "gptj", "phi"), _BIAS),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), _SCALED),
+    **dict.fromkeys(
+        ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), _DIVIDED
+    ),
+    **dict.fromkeys(
+        (
+            "beam",
+            "gemma2",
+            "gemma3_text",
+            "gemma3n_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+            "nanochat",
+            "vaultgemma",
+        ),
+        _CAPPED,
+    ),
+    "falcon_h1": HeadRule(embedding_multiplier="embedding_multiplier", multiplier="lm_head_multiplier"),
+    "hyperclovax": HeadRule(multiplier="logits_scaling"),
+    "minicpm3": HeadRule(hidden_divisor="logits_scaling"),
+}
 
 
 @strict
@@ -89,6 +143,11 @@ class VisionLanguageConfig(PreTrainedConfig):
         """Whether the text model's rotary positions have three axes: `rope_parameters` has an "mrope_section"."""
         return bool((getattr(self.text_config, "rope_parameters", None) or {}).get("mrope_section"))
 
+    @property
+    def head_rule(self) -> HeadRule:
+        """What the text model's own class does beside the product with its head's weight."""
+        return HEAD_RULES.get(self.text_config.model_type, HeadRule())
+
     def validate_composition(self) -> None:
         """Check that the parts fit together.
 
@@ -103,6 +162,7 @@ class VisionLanguageConfig(PreTrainedConfig):
                 f"`projector_type` must be one of {', '.join(projector_names())}, got {self.projector_type!r}."
             )
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
+        check_finite(self, "initializer_range")
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
         expected = vision_merge_size(self.vision_config)

@@ -29,6 +29,7 @@ from .moe_router import GroupedTopKRouter
 from .moe_routing import RoutingOptions, choose_experts, router_scores
 from .ops_activations import get_activation
 from .ops_rms_norm import RMSNorm
+from .packed_samples import keep_samples_apart
 from .utils import add_auto_classes, slice_for_logits
 
 
@@ -219,6 +220,7 @@ class MoGEModel(MoGEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @keep_samples_apart
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -236,13 +238,13 @@ class MoGEModel(MoGEPreTrainedModel):
         Args:
             input_ids: `(B, S)` int64, or None with `inputs_embeds`.
             attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
-            position_ids: `(B, S)`. A row in which positions restart at 0 holds several texts, which do not attend to
-                one another, if there is neither a cache nor a mask. The positions after the cache if absent.
+            position_ids: `(B, S)`. A row in which positions restart at 0 holds several texts, each computed as if
+                alone. The positions after the cache if absent.
             past_key_values: Cache with the keys and values of previous tokens.
             inputs_embeds: `(B, S, H)` instead of `input_ids`.
-            use_cache: Whether to return a cache.
-            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `return_dict`, and options
-                of the attention function.
+            use_cache: Whether to return a cache; it must not be True for rows of several texts, which have none.
+            **kwargs: `cu_seq_lens_q`, the boundaries `(n + 1,)` of the texts of one row; `output_hidden_states`,
+                `output_attentions`, `output_router_logits`, `return_dict`, and options of the attention function.
 
         Returns:
             `last_hidden_state` `(B, S, H)`, `past_key_values`, and with `output_router_logits` `router_logits`,
@@ -250,7 +252,7 @@ class MoGEModel(MoGEPreTrainedModel):
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or an input has another shape
-                or range.
+                or range; and as [`run_text_model`].
         """
         inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
             self.embed_tokens,

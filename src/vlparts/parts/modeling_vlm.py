@@ -25,7 +25,7 @@ from .part_models import model_from_config, vision_tower_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
-from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
+from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
 from .vlm_towers import LEFT_OUT_KEYS
@@ -125,7 +125,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Outputs of [`get_image_features`] under "image", instead of `pixel_values`, and of
                 [`get_video_features`] under "video".
-            use_cache: Whether to return a cache.
+            use_cache: Whether to return a cache; it must not be True for rows of several samples, which have none.
             **kwargs: Passed to the text model (`cu_seq_lens_q` of packed samples, `output_hidden_states`, ...).
 
         Raises:
@@ -170,18 +170,18 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
                     inputs_embeds,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
+                    cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
                     image_grid_thw=image_grid_thw,
                     video_grid_thw=video_grid_thw,
                     pixel_values=pixel_values,
                     spatial_shapes=spatial_shapes,
                 )
         masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
 
-        return self.language_model(
+        return self.run_language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -199,7 +199,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
         self.model = VisionLanguageModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -234,7 +234,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
-        add_auto_classes(self, AutoModel=VisionLanguageModel)
+        add_auto_classes(self, AutoModel=VisionLanguageModel, AutoModelForMultimodalLM=type(self))
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
@@ -322,7 +322,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
+        logits = compute_logits(self.lm_head, slice_for_logits(outputs.last_hidden_state, logits_to_keep), self.config)
         loss = None
         if labels is not None:
             if not torch.compiler.is_compiling():

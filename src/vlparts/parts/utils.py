@@ -1,5 +1,6 @@
 """Helpers shared by many parts: presets, Auto classes, the ignore index, checks of integers."""
 
+import math
 import operator
 from collections.abc import Iterable
 from copy import deepcopy
@@ -141,6 +142,35 @@ def check_encoder_kwargs(kwargs: Iterable[str]) -> None:
             f"`kwargs` must be among {', '.join(sorted(_MODEL_KWARGS))}, got {', '.join(unknown)}; an encoder has no "
             "such argument."
         )
+
+
+def check_finite(config: PreTrainedConfig, *names: str, positive: bool = False) -> None:
+    """Check that fields of a configuration are finite numbers of at least 0; None is skipped.
+
+    Args:
+        config: The configuration.
+        *names: Names of the fields.
+        positive: Whether 0 is excluded.
+
+    Raises:
+        ValueError: If one is negative, infinite, NaN, or 0 with `positive`.
+    """
+    for name in names:
+        check_finite_number(name, getattr(config, name), positive=positive)
+
+
+def check_finite_number(name: str, value: Any, *, positive: bool = False, signed: bool = False) -> None:
+    """Check that a number is finite, and at least 0 unless `signed`, or above 0 if `positive`; None is skipped.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value is None:
+        return
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or not (signed or value > 0 or (value == 0 and not positive)):
+        bound = "" if signed else " above 0" if positive else " of at least 0"
+        raise ValueError(f"`{name}` must be a finite number{bound}, got {value!r}.")
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
