@@ -29,7 +29,7 @@ from .dual_encoder_towers import (
     input_names,
     pool_tokens,
 )
-from .part_models import model_from_config
+from .part_models import SubmodelInitializationMixin, model_from_config
 from .utils import add_auto_classes, mark_initialized
 
 # Inputs that only some towers take.
@@ -70,7 +70,7 @@ class NaViTDualEncoderOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
 
-class NaViTDualEncoder(PreTrainedModel):
+class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
     """A vision tower and a text tower, each with a projection, trained contrastively.
 
     The loss is exact but never materialises the logits of all pairs ([`softmax_contrastive_loss`],

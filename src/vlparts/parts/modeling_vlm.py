@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
-from .part_models import model_from_config
+from .part_models import SubmodelInitializationMixin, model_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
@@ -41,7 +41,7 @@ _ENCODED_ONCE = (
 )
 
 
-class VisionLanguagePreTrainedModel(PreTrainedModel):
+class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: VisionLanguageConfig
