@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_navit import NaViTConfig
 from .ops_activations import get_activation
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 from .ops_rotary import axial_rotary
 from .packed_index import (
     PatchLayout,
@@ -43,7 +43,7 @@ from .packed_layers import (
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
 from .packed_segments import Segments
 from .pos_embed import PositionEmbedding
-from .utils import IGNORE_INDEX, add_auto_classes
+from .utils import IGNORE_INDEX, activation_dtype, add_auto_classes
 
 __all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]
 
@@ -53,7 +53,7 @@ class NaViTEmbeddings(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = None
         if config.position_kind != "none":
             self.position_embedding = PositionEmbedding(
@@ -73,7 +73,8 @@ class NaViTEmbeddings(nn.Module):
         Raises:
             ValueError: If a video has more frames than `max_frames`.
         """
-        hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        dtype = activation_dtype(self, pixel_values.dtype)
+        hidden_states = apply_linear(self.patch_embedding, pixel_values.to(dtype))
         if self.position_embedding is not None:
             hidden_states = hidden_states + self.position_embedding(
                 layout.position_ids, layout.grid_sizes, hidden_states.dtype
@@ -110,13 +111,13 @@ class NaViTMLP(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = get_activation(config.hidden_act)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(L, D)` to `(L, D)`."""
-        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, hidden_states)))
 
 
 class NaViTLayer(PackedLayer):

@@ -30,7 +30,7 @@ from .dual_encoder_towers import (
     pool_tokens,
 )
 from .part_models import SubmodelInitializationMixin, model_from_config
-from .utils import add_auto_classes, mark_initialized
+from .utils import activation_dtype, add_auto_classes, mark_initialized
 
 # Inputs that only some towers take.
 _VISION_INPUTS = {
@@ -199,7 +199,8 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         Raises:
             ValueError: If an input that the tower needs is missing, or the tower does not pool.
         """
-        inputs = {"pixel_values": pixel_values.to(self.vision_model.dtype), "image_grid_thw": image_grid_thw, **kwargs}
+        pixel_values = pixel_values.to(activation_dtype(self.vision_model, pixel_values.dtype))
+        inputs = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw, **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_inputs(self.vision_model, self._vision_inputs, inputs, _VISION_INPUTS)
         outputs = self.vision_model(**inputs, return_dict=True)
@@ -270,7 +271,7 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
             raise ValueError(
                 f"The tower pools to {pooled.shape[-1]} channels; expected `hidden_size`, {projection.in_features}."
             )
-        return projection(blank_padding(pooled, mask).to(projection.weight.dtype))
+        return projection(blank_padding(pooled, mask).to(activation_dtype(projection, pooled.dtype)))
 
     @can_return_tuple
     def forward(

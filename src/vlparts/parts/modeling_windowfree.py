@@ -22,14 +22,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_windowfree import WindowFreeViTConfig
 from .image_pixels import check_normalized, normalize_raw_pixels
 from .ops_activations import get_activation
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 from .ops_rotary import axial_rotary
 from .packed_index import get_cu_seqlens, get_position_ids, resolve_seqlens, segment_ids, validate_grid
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
 from .packed_segments import Segments
-from .utils import positive_integer
+from .utils import activation_dtype, positive_integer
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
 
@@ -116,7 +116,7 @@ class WindowFreeViTPatchEmbedding(nn.Module):
         super().__init__()
         self.channels, self.frames = config.num_channels, config.temporal_patch_size
         self.features = config.num_channels * config.patch_size**2
-        self.projection = Linear(self.features * self.frames, config.hidden_size, bias=False)
+        self.projection = nn.Linear(self.features * self.frames, config.hidden_size, bias=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed `(L, C*P*P)` patches of one frame, or `(L, C*T*P*P)` of T frames, as `(L, D)`.
@@ -132,7 +132,7 @@ class WindowFreeViTPatchEmbedding(nn.Module):
             )
         if pixel_values.shape[1] != all_frames:
             pixel_values = repeat(pixel_values, "l (c p) -> l (c t p)", c=self.channels, t=self.frames)
-        return self.projection(pixel_values)
+        return apply_linear(self.projection, pixel_values)
 
 
 class WindowFreeViTMLP(nn.Module):
@@ -141,16 +141,17 @@ class WindowFreeViTMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = Linear(width, inner, bias=bias)
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
         self.act_fn = get_activation(config.hidden_act)
-        self.down_proj = Linear(inner, width, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(L, D)` to `(L, D)`."""
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+            return apply_linear(self.down_proj, self.act_fn(apply_linear(self.up_proj, hidden_states)))
+        gate = self.act_fn(apply_linear(self.gate_proj, hidden_states))
+        return apply_linear(self.down_proj, gate * apply_linear(self.up_proj, hidden_states))
 
 
 class WindowFreeViTAttention(PackedSelfAttention):
@@ -290,7 +291,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         """Embed raw or normalized patches `(L, C*P*P)` as `(L, D)`."""
-        dtype = self.patch_embedding.projection.weight.dtype
+        dtype = activation_dtype(self, torch.float32)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(dtype)
         else:

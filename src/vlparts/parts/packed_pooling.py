@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .ops_activations import get_activation
 from .ops_attention import packed_attention
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 
 
 class MaskedAttentionPooling(nn.Module):
@@ -30,13 +30,13 @@ class MaskedAttentionPooling(nn.Module):
         self.num_heads = config.num_attention_heads
         self.probe = nn.Parameter(torch.zeros(width))
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.o_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = Linear(width, config.intermediate_size)
+        self.fc1 = nn.Linear(width, config.intermediate_size)
         self.act_fn = get_activation(config.hidden_act)
-        self.fc2 = Linear(config.intermediate_size, width)
+        self.fc2 = nn.Linear(config.intermediate_size, width)
 
     def forward(
         self,
@@ -57,9 +57,11 @@ class MaskedAttentionPooling(nn.Module):
             `(n, D)`.
         """
         images = cu_seqlens.shape[0] - 1
-        query = self.q_proj(self.probe).expand(images, -1).unflatten(-1, (self.num_heads, -1))
-        key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
-        value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+        query = (
+            apply_linear(self.q_proj, self.probe.unsqueeze(0)).expand(images, -1).unflatten(-1, (self.num_heads, -1))
+        )
+        key = apply_linear(self.k_proj, hidden_states).unflatten(-1, (self.num_heads, -1))
+        value = apply_linear(self.v_proj, hidden_states).unflatten(-1, (self.num_heads, -1))
         cu_probes = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
         # While compiling, the number of images is symbolic, and host lengths are ignored.
         cu_probes_cpu = None if torch.compiler.is_compiling() else range(images + 1)
@@ -74,8 +76,8 @@ class MaskedAttentionPooling(nn.Module):
             cu_seqlens_q_cpu=cu_probes_cpu,
             cu_seqlens_k_cpu=cu_seqlens_cpu,
         )
-        pooled = self.o_proj(pooled.flatten(-2))
-        return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))
+        pooled = apply_linear(self.o_proj, pooled.flatten(-2))
+        return pooled + apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, self.norm(pooled))))
 
 
 def mean_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> Tensor:

@@ -48,6 +48,19 @@ def mark_initialized(model: nn.Module) -> None:
             module._is_hf_initialized = True  # type: ignore[assignment]
 
 
+def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a module's activations: that of its first floating-point parameter of 16 bits or more.
+
+    Quantized layers hold integers, float8, or no parameter.
+
+    Args:
+        module: The module.
+        default: Dtype if the module has no such parameter.
+    """
+    dtypes = (parameter.dtype for parameter in module.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
+
+
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Select the hidden states `(B, kept, H)` from which logits are computed.
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
 from .packed_index import merge_order
-from .utils import check_shape
+from .utils import activation_dtype, check_shape
 
 
 def pixel_layout(encoder: PreTrainedModel) -> str:
@@ -155,7 +155,7 @@ def encode_images(
 
 def _cast_pixels(pixel_values: Tensor, encoder: PreTrainedModel) -> Tensor:
     if pixel_values.is_floating_point():
-        return pixel_values.to(encoder.dtype)
+        return pixel_values.to(activation_dtype(encoder, pixel_values.dtype))
     # A cast would turn raw pixels into wrong normalised ones without an error.
     if not hasattr(encoder.config, "image_mean"):
         raise ValueError(
