@@ -58,6 +58,13 @@ def tokenizers(session: nox.Session) -> None:
 
 
 @nox.session
+def onnx(session: nox.Session) -> None:
+    """Compare packed encoders in ONNX with PyTorch."""
+    install(session, ".[test]", "onnx", "onnxruntime", "onnxscript")
+    session.run("pytest", "tests/onnx_export.py", *session.posargs)
+
+
+@nox.session
 def npu_schema(session: nox.Session) -> None:
     """Compare the committed schemas of torch_npu's operations with those in the wheels of all supported versions."""
     wheels = Path(session.create_tmp()) / "wheels"

@@ -41,7 +41,7 @@ from .packed_layers import (
     plan_passes,
 )
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
-from .packed_segments import Segments
+from .packed_segments import Segments, precompute_inputs
 from .pos_embed import PositionEmbedding
 from .utils import IGNORE_INDEX, activation_dtype, add_auto_classes
 
@@ -198,6 +198,20 @@ class NaViTModel(NaViTPreTrainedModel):
         """The patch embedding."""
         return self.embeddings.patch_embedding
 
+    def precompute(self, image_grid_thw: Tensor, keep_index: Tensor | None = None) -> dict[str, Any]:
+        """Compute the arguments of `forward` that follow from grids, so that it compiles to one graph.
+
+        Args:
+            image_grid_thw: `(n, 3)` int64, as for `forward`.
+            keep_index: `(L,)` int64, as for `forward`.
+
+        Returns:
+            `cu_seqlens`, `max_seqlen` and `position_ids`; see [`precompute_inputs`].
+        """
+        config = self.config
+        is_clip = config.video_attention == "clip"
+        return precompute_inputs(image_grid_thw, config.spatial_merge_size, is_clip, keep_index)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -245,7 +259,7 @@ class NaViTModel(NaViTPreTrainedModel):
                 if keep_index is None
                 else get_kept_cu_seqlens(image_grid_thw, layout, patches, is_clip)
             )
-        max_seqlen, cu_seqlens_cpu = resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu)
+        max_seqlen, cu_seqlens_cpu = resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu, patches)
         segments = Segments(cu_seqlens, max_seqlen, cu_seqlens_cpu)
 
         hidden_states, prefix, patch_index = self._encode(
@@ -291,8 +305,9 @@ class NaViTModel(NaViTPreTrainedModel):
         """Pool to one vector per image, `(n, D)`; those of padding examples are undefined."""
         images, kind = frames.shape[0], self.config.pooling
         if self.pooling is not None:
-            one_segment_per_image = layout.cu_images.shape == segments.cu_seqlens.shape
-            cu_images_cpu = segments.cu_seqlens_cpu if one_segment_per_image else None
+            cu_images_cpu = segments.cu_seqlens_cpu
+            if cu_images_cpu is not None and len(cu_images_cpu) != layout.cu_images.shape[0]:
+                cu_images_cpu = None  # several frames per image
             return self.pooling(hidden_states, layout.cu_images, hidden_states.shape[0], cu_images_cpu)[:images]
         if kind == "mean":
             return mean_pooling(hidden_states, layout.image_ids, images)

@@ -25,10 +25,17 @@ from .ops_activations import get_activation
 from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 from .ops_rotary import axial_rotary
-from .packed_index import get_cu_seqlens, get_position_ids, resolve_seqlens, segment_ids, validate_grid
+from .packed_index import (
+    get_cu_seqlens,
+    get_position_ids,
+    repeat_indices,
+    resolve_seqlens,
+    segment_ids,
+    validate_grid,
+)
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
-from .packed_segments import Segments
+from .packed_segments import Segments, precompute_inputs
 from .utils import activation_dtype, positive_integer
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
@@ -48,7 +55,9 @@ class Windows(NamedTuple):
     cu_seqlens: Tensor
 
 
-def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: int = 1) -> Windows:
+def get_windows(
+    image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: int = 1, num_patches: int | None = None
+) -> Windows:
     """Divide each frame into windows of w x w merge blocks, in reading order; those at the edges may be smaller.
 
     The order is that of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), in closed form: without padding, sorting, or
@@ -58,6 +67,7 @@ def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: 
         image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches.
         window_blocks: Side w of a window in merge blocks.
         spatial_merge_size: Side m of a merge block in patches; it divides rows and columns.
+        num_patches: L if known; exporting a program needs it.
 
     Raises:
         ValueError: If a size is not positive.
@@ -67,16 +77,17 @@ def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: 
     frames, height, width = image_grid_thw.long().unbind(1)
     frame_height = (height // merge_size).repeat_interleave(frames)
     frame_width = (width // merge_size).repeat_interleave(frames)
-    inverse = _window_order(frame_height, frame_width, window)
+    num_blocks = None if num_patches is None else num_patches // merge_size**2
+    inverse = _window_order(frame_height, frame_width, window, num_blocks)
     lengths = _window_lengths(frame_height, frame_width, window) * merge_size**2
     cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return Windows(_invert(inverse), inverse, cu_seqlens)
 
 
-def _window_order(height: Tensor, width: Tensor, window: int) -> Tensor:
+def _window_order(height: Tensor, width: Tensor, window: int, num_blocks: int | None) -> Tensor:
     """Position in window order, `(B,)`, of each block of frames with `height` and `width` `(frames,)` in blocks."""
     blocks = height * width
-    frame = torch.repeat_interleave(blocks)
+    frame = repeat_indices(blocks, num_blocks)
     start = (blocks.cumsum(0) - blocks)[frame]
     offset = torch.arange(frame.shape[0], device=blocks.device) - start
     height, width = height[frame], width[frame]
@@ -224,6 +235,23 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         """The patch embedding."""
         return self.patch_embedding
 
+    def precompute(self, image_grid_thw: Tensor) -> dict[str, Any]:
+        """Compute the arguments of `forward` that follow from grids, so that it compiles to one graph.
+
+        Args:
+            image_grid_thw: `(n, 3)` int64, as for `forward`.
+
+        Returns:
+            `cu_seqlens`, `max_seqlen` and `position_ids` ([`precompute_inputs`]); with windows also `window_index` and
+            `cu_window_seqlens` ([`get_windows`]).
+        """
+        merge_size, window_blocks = self.config.spatial_merge_size, self.config.window_blocks
+        inputs = precompute_inputs(image_grid_thw, merge_size)
+        if window_blocks is not None:
+            windows = get_windows(image_grid_thw, window_blocks, merge_size)
+            inputs |= {"window_index": windows.order, "cu_window_seqlens": windows.cu_seqlens}
+        return inputs
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -264,15 +292,16 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             check_normalized(pixel_values)
         if cu_seqlens is None:
             cu_seqlens = get_cu_seqlens(image_grid_thw)
-        segments = Segments(cu_seqlens, *resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu))
+        segments = Segments(cu_seqlens, *resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu, patches))
+        known = patches if torch.compiler.is_exporting() else None  # elsewhere the grids are checked against it
         if position_ids is None:
-            position_ids = get_position_ids(image_grid_thw, merge_size)
+            position_ids = get_position_ids(image_grid_thw, merge_size, known)
 
         inverse = None
         if self.config.window_blocks is not None:
             if window_index is None or cu_window_seqlens is None:
                 window_index, inverse, cu_window_seqlens = get_windows(
-                    image_grid_thw, self.config.window_blocks, merge_size
+                    image_grid_thw, self.config.window_blocks, merge_size, known
                 )
             else:
                 inverse = _invert(window_index)
