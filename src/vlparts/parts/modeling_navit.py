@@ -43,7 +43,7 @@ from .packed_layers import (
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
 from .packed_segments import Segments, precompute_inputs
 from .pos_embed import PositionEmbedding
-from .utils import IGNORE_INDEX, activation_dtype, add_auto_classes
+from .utils import IGNORE_INDEX, ForwardKwargs, activation_dtype, add_auto_classes
 
 __all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]
 
@@ -223,7 +223,7 @@ class NaViTModel(NaViTPreTrainedModel):
         position_ids: Tensor | None = None,
         keep_index: Tensor | None = None,
         cu_seqlens_cpu: Sequence[int] | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> NaViTOutput:
         """Encode packed images.
 
@@ -346,7 +346,7 @@ class NaViTForImageClassification(NaViTPreTrainedModel):
         image_grid_thw: Tensor,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> ImageClassifierOutput:
         """Classify packed images.
 

@@ -30,7 +30,7 @@ from .dual_encoder_towers import (
     pool_tokens,
 )
 from .part_models import SubmodelInitializationMixin, model_from_config
-from .utils import activation_dtype, add_auto_classes, mark_initialized
+from .utils import ForwardKwargs, activation_dtype, add_auto_classes, mark_initialized
 
 # Inputs that only some towers take.
 _VISION_INPUTS = {
@@ -79,7 +79,6 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
 
     config: NaViTDualEncoderConfig
     base_model_prefix = "navit_dual_encoder"
-    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
@@ -181,7 +180,7 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         pixel_values: Tensor,
         image_grid_thw: Tensor | None = None,
         image_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
@@ -219,7 +218,7 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         token_type_ids: Tensor | None = None,
         text_position_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project texts.
 
@@ -292,7 +291,7 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         cu_seqlens_cpu: Sequence[int] | None = None,
         token_type_ids: Tensor | None = None,
         text_position_ids: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> NaViTDualEncoderOutput:
         """Encode images and texts, and compute the loss or the logits.
 

@@ -36,7 +36,7 @@ from .packed_index import (
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
 from .packed_segments import Segments, precompute_inputs
-from .utils import activation_dtype, positive_integer
+from .utils import ForwardKwargs, activation_dtype, positive_integer
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
 
@@ -264,7 +264,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         window_index: Tensor | None = None,
         cu_window_seqlens: Tensor | None = None,
         cu_seqlens_cpu: Sequence[int] | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> WindowFreeViTOutput:
         """Encode packed images.
 

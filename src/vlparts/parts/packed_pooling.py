@@ -67,8 +67,10 @@ class MaskedAttentionPooling(nn.Module):
         # While compiling, the number of images is symbolic, and host lengths are ignored.
         cu_probes_cpu = None if torch.compiler.is_compiling() else range(images + 1)
         if self.config._attn_implementation == "eager":
-            heads = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-            pooled, _ = dense_attention_forward(self, *heads, None, cu_seq_lens_q=cu_probes, cu_seq_lens_k=cu_seqlens)
+            query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+            pooled, _ = dense_attention_forward(
+                self, query, key, value, None, cu_seq_lens_q=cu_probes, cu_seq_lens_k=cu_seqlens
+            )
             pooled = pooled.squeeze(0)
         else:
             pooled = packed_attention(

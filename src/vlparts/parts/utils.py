@@ -2,13 +2,20 @@
 
 import operator
 from copy import deepcopy
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
+
+if TYPE_CHECKING:
+    ForwardKwargs = Any  # mypy does not read transformers
+else:
+    ForwardKwargs = Unpack[TransformersKwargs]
+    """Options of a forward pass; tools read from the annotation that `output_attentions` is among them."""
 
 IGNORE_INDEX = -100
 """Label of a token or an image that losses ignore, as in PyTorch and transformers."""
