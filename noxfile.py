@@ -34,7 +34,11 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests but the slow ones; arguments after `--` go to pytest."""
     install(session, ".[test]")
-    install(session, "--no-deps", "timm")  # without torchvision, whose CUDA wheels do not fit a CPU build of torch
+    # Without torchvision, whose CUDA wheels do not fit a CPU build of torch; and in a folder of its own, since the
+    # command `accelerate` imports an installed timm, which imports torchvision.
+    timm = str(Path(session.virtualenv.location) / "timm")
+    install(session, "--no-deps", "--upgrade", "--target", timm, "timm")
+    session.env["VLPARTS_TIMM"] = timm
     session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
     session.run("pytest", "-m", "not slow", "-n", "auto", "--maxprocesses", "4", *session.posargs)
 
@@ -78,6 +82,13 @@ def onnx(session: nox.Session) -> None:
     """Compare packed encoders in ONNX with PyTorch."""
     install(session, ".[test]", "onnx", "onnxruntime", "onnxscript")
     session.run("pytest", "tests/onnx_export.py", *session.posargs)
+
+
+@nox.session
+def libraries(session: nox.Session) -> None:
+    """Run the training code with TRL and the datasets library, which are not dependencies."""
+    install(session, ".[test]", "datasets==5.2.0", "trl==1.16.0")
+    session.run("pytest", "tests/training_libraries.py", *session.posargs)
 
 
 @nox.session

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .parts.chat_placeholders import end_of_turn_id
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
@@ -99,7 +100,7 @@ def compose(
     generation_config = getattr(text, "generation_config", None)
     if generation_config is not None:
         model.generation_config = deepcopy(generation_config)
-    _suppress_tokens(model, (image_token_id, video_token_id))
+    suppress_tokens(model, (image_token_id, video_token_id))
     return model
 
 
@@ -108,7 +109,8 @@ def compose_processor(
     tokenizer: Any,
     image_processor: Any = None,
     *,
-    chat_template: str | None = None,
+    chat_template: str | dict[str, str] | None = None,
+    pad_token: str | None = None,
     image_token: str = "<image>",
     video_token: str | None = None,
     vision_start_token: str | None = None,
@@ -117,15 +119,21 @@ def compose_processor(
     """Build the processor of a composed model.
 
     Adds missing tokens to the tokenizer, resizes the model's embeddings if the vocabulary has outgrown them, and sets
-    `config.image_token_id` and `config.video_token_id`, and the end-of-sequence and padding ids of generation if they
-    are unset. The ids of all four tokens are added to the `suppress_tokens` of generation, in place of placeholders
-    that the model had before.
+    `config.image_token_id` and `config.video_token_id`. The ids of all four tokens are added to the `suppress_tokens`
+    of generation, in place of placeholders that the model had before.
+
+    The beginning, end and padding ids of the text configuration and of generation become those of the tokenizer.
+    Further end-of-sequence ids that they have are kept, and the token with which the chat template ends an assistant
+    turn ends generation too. A tokenizer without padding token gets that of the model, or `<pad>`, a token of its own,
+    since losses often ignore all tokens with the padding id.
 
     Args:
         model: The composed model.
         tokenizer: A tokenizer, or the folder of one.
         image_processor: An image processor; the default is the one that fits the vision encoder.
-        chat_template: Jinja template; the default is ChatML.
+        chat_template: Jinja template, used as it is; [`with_placeholders`] extends that of a text model. The default
+            is the tokenizer's with the placeholders, see [`VisionLanguageProcessor`].
+        pad_token: Padding token; None for that of the tokenizer.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
         vision_start_token: Token before the placeholder of a video; see [`VisionLanguageProcessor`].
@@ -135,8 +143,9 @@ def compose_processor(
         The processor.
 
     Raises:
-        ValueError: If the placeholders are the same, or only one of `vision_start_token` and `vision_end_token` is
-            given.
+        ValueError: If the placeholders are the same, only one of `vision_start_token` and `vision_end_token` is
+            given, or there is no default for `chat_template`. The tokenizer may have new tokens then; the model is
+            unchanged.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -144,21 +153,11 @@ def compose_processor(
     missing = [token for token in tokens if token is not None and token not in vocabulary]
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
-    previous = (model.config.image_token_id, model.config.video_token_id)
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-    if video_token is not None:
-        model.config.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
-    _suppress_tokens(model, [*ids, model.config.video_token_id], previous)
-    for name in ("eos_token_id", "pad_token_id"):
-        if getattr(model.generation_config, name) is None:
-            setattr(model.generation_config, name, getattr(tokenizer, name))
-
+    if pad_token is not None or tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": pad_token or _pad_token(model, tokenizer)})
     vision = model.config.vision_config
     layout = pixel_layout(model.model.vision_tower)
-    return VisionLanguageProcessor(
+    processor = VisionLanguageProcessor(
         image_processor or _image_processor(layout, vision),
         tokenizer,
         chat_template=chat_template,
@@ -169,6 +168,30 @@ def compose_processor(
         vision_start_token=vision_start_token,
         vision_end_token=vision_end_token,
     )
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    previous = (model.config.image_token_id, model.config.video_token_id)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    if video_token is not None:
+        model.config.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
+    suppress_tokens(model, [*ids, model.config.video_token_id], previous)
+    _align_special_tokens(model, tokenizer, end_of_turn_id(tokenizer, processor.chat_template))
+    return processor
+
+
+def suppress_tokens(
+    model: VisionLanguageForConditionalGeneration, ids: Iterable[int | None], previous: Iterable[int | None] = ()
+) -> None:
+    """Exclude tokens from generation, since no image or video belongs to a generated placeholder.
+
+    Args:
+        model: The model, whose `generation_config.suppress_tokens` is set.
+        ids: The ids to exclude, in addition to those that are excluded already; None is ignored.
+        previous: Ids that are no longer excluded.
+    """
+    excluded = set(model.generation_config.suppress_tokens or ()).difference(previous)
+    model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
 
 
 def _vision_encoder(vision: Any, trust_remote_code: bool) -> PreTrainedModel:
@@ -205,12 +228,36 @@ def _new_weights(model: PreTrainedModel, module: ModuleT) -> ModuleT:
     return module.to(model.config.dtype)
 
 
-def _suppress_tokens(
-    model: VisionLanguageForConditionalGeneration, ids: Iterable[int | None], previous: Iterable[int | None] = ()
+def _pad_token(model: VisionLanguageForConditionalGeneration, tokenizer: Any) -> str:
+    """The padding token of the model, or "<pad>" if it has none that is a special token."""
+    for config in (model.generation_config, model.config.text_config):
+        index = getattr(config, "pad_token_id", None)
+        if index in tokenizer.all_special_ids:  # Another one, as of a default, would be lost in decoded answers.
+            return tokenizer.convert_ids_to_tokens(index)
+    return "<pad>"
+
+
+def _align_special_tokens(
+    model: VisionLanguageForConditionalGeneration, tokenizer: Any, end_of_turn: int | None
 ) -> None:
-    """Exclude tokens from generation, beside those that are excluded already except the previous ones."""
-    excluded = set(model.generation_config.suppress_tokens or ()).difference(previous)
-    model.generation_config.suppress_tokens = sorted(excluded.union(one for one in ids if one is not None)) or None
+    """Give the model the special tokens of its tokenizer, so that transformers' Trainer has nothing to align."""
+    text, generation = model.config.text_config, model.generation_config
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is not None:
+            setattr(text, name, getattr(tokenizer, name))
+            setattr(generation, name, getattr(tokenizer, name))
+    if tokenizer.eos_token_id is not None:
+        previous = getattr(text, "eos_token_id", None)
+        text.eos_token_id = _united(tokenizer.eos_token_id, *(previous if isinstance(previous, list) else ()))
+    previous = generation.eos_token_id
+    others = previous if isinstance(previous, list) else [previous]
+    generation.eos_token_id = _united(tokenizer.eos_token_id, *others, end_of_turn)
+
+
+def _united(*ids: int | None) -> int | list[int] | None:
+    """The ids without None and repetitions; a single one without a list."""
+    kept = list(dict.fromkeys(one for one in ids if one is not None))
+    return kept if len(kept) > 1 else next(iter(kept), None)
 
 
 def _image_processor(layout: str, vision: PreTrainedConfig) -> Any:

@@ -173,10 +173,17 @@ def test_indices_of_layers_that_are_no_integers(tmp_path: Path, family: str, val
         (DEEP, "`folder` has a generation_config.json whose values are nested too deeply to be read"),
         ('{"max_new_tokens": "many"}', "`folder` has a generation_config.json whose fields do not fit: "),
         ('{"watermarking_config": 5}', "`folder` has a generation_config.json whose fields do not fit: "),
+        (
+            '{"suppress_tokens": "abc"}',
+            "generation_config.json whose suppress_tokens are a list of integers, got 'abc'",
+        ),
+        ('{"suppress_tokens": [1, true]}', "suppress_tokens are a list of integers, got .1, True."),
     ],
 )
 def test_generation_options_that_cannot_be_used(tmp_path: Path, family: str, content: str, message: str) -> None:
     folder = published_folder(family, tmp_path / "in")
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()  # the options are read before the weights
     (folder / "generation_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         FAMILIES[family][0](folder)

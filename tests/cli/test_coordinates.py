@@ -57,7 +57,7 @@ def test_convert_from_input_to_output() -> None:
     result = run(*CONVERT, "-", input=lines(ROW, {**ROW, "text": "nothing"}))
     assert result.exit_code == 0
     assert rows(result.stdout) == [{**ROW, "text": "<see cat>(00,05),(10,10)."}, {**ROW, "text": "nothing"}]
-    assert "größe" in result.stdout
+    assert "gr\\u00f6\\u00dfe" in result.stdout  # as it came
     assert result.stderr == "2 lines converted.\n"
 
 
@@ -94,7 +94,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
 
 def test_text_that_a_conversion_would_lose() -> None:
     row = {"width": 10, "height": 10, "text": '[{"bbox_2d":[1,2,3,4],"text_content":"ACME"}]'}
-    command = ("convert", "--from", "qwen3_vl", "--to", "qwen3_vl", "-")
+    command = ("convert", "--from", "qwen3_vl", "--to", "openpangu", "-")
     result = run(*command, input=lines(row))
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -104,10 +104,32 @@ def test_text_that_a_conversion_would_lose() -> None:
     (kept,) = rows(result.stdout)
     assert kept["text"] == row["text"]
     assert "'text_content' would be lost" in kept["convert_error"]
-    result = run("check", "-", "--text-field", "text", "--format", "qwen3_vl", input=lines(row))
+    result = run("convert", "--from", "qwen3_vl", "--to", "gemini", "-", input=lines(row))
+    assert rows(result.stdout)[0]["text"] == '[\n  {"box_2d": [2, 1, 4, 3], "text_content": "ACME"}\n]'
+    other = {**row, "text": '[{"bbox_2d":[1,2,3,4],"width":7}]'}
+    result = run("check", "-", "--text-field", "text", "--format", "qwen3_vl", input=lines(row, other))
     assert result.exit_code == 1
     assert "1 lost: text beside coordinates" in result.stdout
-    assert "'text_content'" in result.stdout
+    assert "'width'" in result.stdout
+
+
+def test_convert_changes_no_other_character_of_a_line() -> None:
+    line = (
+        '{ "width":100,"height" : 200 , "n":1.50, "big": 12345678901234567890.0, "caf\\u00e9": "\\u00e9\\/\u00e9",\t'
+        '"messages" : [{"t\\u0065xt": "\\u00e9:\\n(000,500)", "k": [1,2]}, {"content": [{"text":"none \\/"}]}] }'
+    )
+    command = (*CONVERT, "-", "--text-field", "messages")
+    result = run(*command, input=line + "  \r\n" + line)
+    expected = line.replace("(000,500)", "(00,05)")
+    assert result.stdout_bytes.decode() == expected + "  \r\n" + expected + "\n"
+    broken = line.replace("(000,500)", "(1,2)")
+    result = run(*command, "--on-error", "collect", input=broken)
+    assert result.exit_code == 0
+    head, _, error = result.stdout.rpartition(', "convert_error": ')
+    assert head == broken[:-1]
+    assert "malformed" in error
+    deep = '{"width":100,"height":200,"text":"(000,500)","deep":' + "[" * 60 + "]" * 60 + "}"
+    assert run(*CONVERT, "-", input=deep).stdout == deep.replace("(000,500)", "(00,05)") + "\n"
 
 
 def test_convert_between_published_formats() -> None:

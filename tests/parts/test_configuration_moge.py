@@ -67,6 +67,10 @@ def test_rotary_base() -> None:
         ({"scoring": "cosine"}, "`scoring` must be one of 'softmax', .* got 'cosine'"),
         ({"scoring": "softmax_over_chosen", "renormalize": True}, "`renormalize` must be False if .* got True"),
         ({"router_jitter": 1.0}, "`router_jitter` must be a finite number of at least 0 and below 1, got 1.0"),
+        (
+            {"router_aux_loss_form": "sequence"},
+            "`router_aux_loss_form` must be one of 'batch', 'global', got 'sequence'",
+        ),
         ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be .* at least 0, got -0.1"),
         ({"routed_scaling_factor": float("nan")}, "`routed_scaling_factor` must be a finite number, got nan"),
         ({"num_key_value_heads": 3}, "`num_attention_heads` must be a positive multiple .* got 4 and 3"),

@@ -17,6 +17,7 @@ VALUES: dict[str, Any] = {
     "text": "folder",
     "model": "composed",
     "tokenizer": "words",
+    "chat_template": "chat.jinja",
     "projector": "linear",
     "projector_options": {},
     "freeze": ["vision"],

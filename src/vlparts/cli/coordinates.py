@@ -18,7 +18,17 @@ from ..coordinates.io.annotations import region_from_dict
 from ..coordinates.io.json_lines import json_line
 from ..coordinates.regions import KINDS, Region
 from .errors import exit_on_value_error
-from .jsonl import STANDARD, SizeFields, map_texts, open_output, read_rows, source_name
+from .jsonl import (
+    STANDARD,
+    SizeFields,
+    changed_line,
+    line_with_error,
+    map_texts,
+    open_output,
+    read_line_texts,
+    read_rows,
+    source_name,
+)
 
 __all__ = ["app"]
 
@@ -69,29 +79,29 @@ def convert(
         typer.Option(help="If a line cannot be converted: raise, skip it, or collect (keep it with `convert_error`)."),
     ] = "raise",
 ) -> None:
-    """Convert the coordinates in texts to another format; the rest of a line does not change."""
+    """Convert the coordinates in texts to another format; no other character of a line changes."""
     with exit_on_value_error():
         policy, source_format, target_format = _policy(on_error), get_format(from_format), get_format(to_format)
         _check_output(source, output)
         sizes = _sizes(source, width_field, height_field, image_field, image_root)
         counts: Counter[str] = Counter()
         with open_output(output) as file:
-            for number, row in read_rows(source):
+            for number, line, row in read_line_texts(source):
                 try:
                     _check_field(row, text_field)
                     change = partial(
                         convert_text, source=source_format, target=target_format, image_size=sizes.size(row)
                     )
-                    value = map_texts(row[text_field], change)
+                    changed = changed_line(line, row, text_field, change)
                 except ValueError as error:
                     if policy == "raise":
                         raise ValueError(f"{source_name(source)}, line {number}: {error}") from None
                     counts["failed"] += 1
                     if policy == "collect":
-                        file.write(json_line({**row, "convert_error": str(error)}))
+                        file.write(line_with_error(line, row, "convert_error", str(error)))
                     continue
                 counts["converted"] += 1
-                file.write(json_line({**row, text_field: value}))
+                file.write(changed)
     action = "skipped" if policy == "skip" else "kept unchanged"
     failed = f", {counts['failed']} {action}" if counts["failed"] else ""
     typer.echo(f"{_count(counts['converted'], 'line')} converted{failed}.", err=True)

@@ -1,6 +1,7 @@
 """JSON Lines for the coordinate commands: input, image sizes and output."""
 
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +14,22 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from ..coordinates.io.json_lines import read_json_lines
+from ..coordinates.grammars.json_scanner import JsonList, JsonObject, JsonString, objects
+from ..coordinates.io.json_lines import json_line, read_lines
 from ..coordinates.validation import check_size
 
-__all__ = ["STANDARD", "SizeFields", "image_size", "map_texts", "open_output", "read_rows", "source_name"]
+__all__ = [
+    "STANDARD",
+    "SizeFields",
+    "changed_line",
+    "image_size",
+    "line_with_error",
+    "map_texts",
+    "open_output",
+    "read_line_texts",
+    "read_rows",
+    "source_name",
+]
 
 STANDARD = "-"
 TEXT_KEYS = ("content", "value", "text")
@@ -38,8 +51,13 @@ def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ValueError: If the file does not exist, or a line is not a JSON object.
     """
+    return ((number, row) for number, _, row in read_line_texts(source))
+
+
+def read_line_texts(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Read lines like `read_rows`: yields line number, text of the line, and object."""
     if source == STANDARD:
-        yield from read_json_lines(sys.stdin.buffer, source_name(source))
+        yield from read_lines(sys.stdin.buffer, source_name(source))
         return
     path = Path(source)
     if not path.is_file():
@@ -54,7 +72,7 @@ def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 progress.advance(task, len(line))
                 yield line
 
-        yield from read_json_lines(counted(), source)
+        yield from read_lines(counted(), source)
 
 
 @contextmanager
@@ -152,3 +170,57 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
         keys = [key for key in TEXT_KEYS if isinstance(value.get(key), (str, list))]
         return {**value, **{key: map_texts(value[key], change) for key in keys}}
     raise ValueError(f"Expected a text or a list of messages, got {value!r}.")
+
+
+def changed_line(line: str, row: dict[str, Any], field: str, change: Callable[[str], str]) -> str:
+    """Return a line with `change` applied to the texts of a field, see `map_texts`; no other character changes.
+
+    Args:
+        line: The text of the line.
+        row: Its object.
+        field: A field of the object.
+        change: Function of a text.
+    """
+    map_texts(row[field], str)  # checks the value
+    (value,) = (value for key, value in _outer(line).members if json.loads(f'"{key}"') == field)
+    pieces, end = [], 0
+    for token in _text_tokens(value):
+        old = json.loads(token.token)
+        new = change(old)
+        if new != old:
+            written = json.dumps(new, ensure_ascii=token.token.isascii())
+            pieces += [line[end : token.start], written]
+            end = token.start + len(token.token)
+    return _ended("".join([*pieces, line[end:]]))
+
+
+def line_with_error(line: str, row: dict[str, Any], name: str, error: str) -> str:
+    """Return a line with one more field, the last; no other character changes."""
+    if name in row:
+        return json_line({**row, name: error})
+    end = _outer(line).end - 1
+    separator = ", " if row else ""
+    return _ended(f"{line[:end]}{separator}{json.dumps(name)}: {json.dumps(error, ensure_ascii=False)}{line[end:]}")
+
+
+def _outer(line: str) -> JsonObject:
+    """Return the object of a line, which is known to be JSON, with the positions of its values."""
+    *_, outer = objects(line, depth=len(line))
+    return outer
+
+
+def _ended(line: str) -> str:
+    return line if line.endswith("\n") else line + "\n"
+
+
+def _text_tokens(value: object) -> Iterator[JsonString]:
+    """Yield the tokens of the texts that `map_texts` changes, in the order of the line."""
+    if isinstance(value, JsonString):
+        yield value
+    elif isinstance(value, JsonList):
+        for item in value.items:
+            yield from _text_tokens(item)
+    elif isinstance(value, JsonObject):
+        for key, member in value.members:
+            if json.loads(f'"{key}"') in TEXT_KEYS and isinstance(member, (JsonString, JsonList)):
+                yield from _text_tokens(member)

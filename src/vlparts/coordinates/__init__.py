@@ -20,6 +20,8 @@ from .grammars.openpangu import PairGrammar
 from .grammars.tagged import Shape, TaggedGrammar
 from .io.annotations import ImageRegions, read_annotations, record_regions, training_record, write_annotations
 from .io.coco import read_coco, write_coco
+from .io.label_studio import read_label_studio
+from .io.via import read_via
 from .metrics.iou import box_area, box_giou, box_iou, contains, inside_polygon, paired_box_iou
 from .metrics.matching import Match, assign, match, match_regions, similarity
 from .metrics.report import Detection, Report, report
@@ -92,6 +94,8 @@ __all__ = [
     "quantize",
     "read_annotations",
     "read_coco",
+    "read_label_studio",
+    "read_via",
     "record_regions",
     "register_format",
     "report",

@@ -81,8 +81,8 @@ def check_region(
 def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str | None = None) -> list[Problem]:
     """Return the malformed and unfinished regions of a text as problems named "unreadable".
 
-    A text without such regions is checked for what `convert` cannot keep, such as further keys of JSON objects; these
-    are problems named "lost".
+    A text without such regions is checked for what `convert` cannot keep even in the same format, such as other items
+    in a JSON list of regions; these are problems named "lost".
 
     Args:
         text: Any text.
@@ -95,7 +95,8 @@ def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str
     errors = decode(text, image_size, format, on_error="collect").errors
     if errors:
         return [Problem("unreadable", f"position {position}: {reason}") for position, reason in errors]
-    lost = lost_parts(text, get_format(format))
+    fmt = get_format(format)
+    lost = lost_parts(text, fmt, fmt)
     return [Problem("lost", f"position {position}: {reason}") for position, reason in lost]
 
 

@@ -29,9 +29,11 @@ def convert(
     """Write the regions of a text in another format. The text around them does not change.
 
     Consecutive regions with no more than the source's separator in between are written together, with the target's
-    separator. Identities of objects are omitted if the target cannot express them; anything else that it cannot
-    express is an error, and so is anything besides coordinates, label and image index in the text of a region: a
-    further key of a JSON object, an attribute of a tag, or other items in the list of the regions.
+    separator. From JSON to JSON, the further keys of an object come along, in order, and their values character for
+    character. Identities of objects are omitted if the target cannot express them; anything else that it cannot
+    express is an error, and so is text of a region that would be lost: a key of a JSON object if the target has no
+    place for it, if its value contains further regions, or if it has numbers under a name for coordinates, such as
+    "width", which would not be converted; an attribute of a tag; other items in the list of the regions.
 
     Args:
         text: Any text in the source's format.
@@ -57,7 +59,7 @@ def convert(
     kept, regions, errors = resolve(text, found, errors, sizes, source_format)
     if errors and on_error == "raise":
         raise position_error(errors[0])
-    lost = lost_parts(text, source_format)
+    lost = lost_parts(text, source_format, target_format)
     if lost and on_error == "raise":
         raise position_error(lost[0])
     is_json = isinstance(source_format.grammar, (JsonGrammar, NamedJsonGrammar))
@@ -77,9 +79,9 @@ def convert(
     return "".join([*pieces, text[end:]])
 
 
-def lost_parts(text: str, fmt: CoordinateFormat) -> list[DecodeError]:
-    """Return the parts of regions in a text that are lost when the regions are written again, in order."""
-    return fmt.grammar.lost(text) if isinstance(fmt.grammar, ReportsLoss) else []
+def lost_parts(text: str, fmt: CoordinateFormat, target: CoordinateFormat) -> list[DecodeError]:
+    """Return the parts of regions in a text that are lost when the regions are written in another format, in order."""
+    return fmt.grammar.lost(text, target.grammar) if isinstance(fmt.grammar, ReportsLoss) else []
 
 
 def _encode_run(run: list[Region], image_size: ImageSizes, fmt: CoordinateFormat) -> str:

@@ -43,7 +43,7 @@ def main(folder: str, questions: str, answers: str, tokens: str = "40") -> None:
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            processor_kwargs={"padding": True},
         )
         with torch.inference_mode():
             generated = model.generate(**inputs, max_new_tokens=int(tokens), do_sample=False)

@@ -178,10 +178,12 @@ class MoGEPreTrainedModel(PreTrainedModel):
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             mask = get_token_mask(attention_mask, len(router_logits[0]) // len(attention_mask))
         losses = []
+        # Processes may evaluate different numbers of batches, so they are joined in training only.
+        form = self.config.router_aux_loss_form if self.training else "batch"
         for logits in router_logits:
             token_mask = None if mask is None else mask.to(logits.device)
             indices = self.get_chosen_experts(logits)
-            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, token_mask=token_mask))
+            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, form=form, token_mask=token_mask))
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @classmethod

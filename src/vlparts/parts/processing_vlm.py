@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_templates import DEFAULT_CHAT_TEMPLATE, default_chat_template
+from .chat_placeholders import chat_template_of
+from .chat_templates import DEFAULT_CHAT_TEMPLATE
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
 
 
@@ -16,6 +17,10 @@ class VisionLanguageProcessor(ProcessorMixin):
     such group per frame, with `vision_end_token` and `vision_start_token` between two groups; the outermost ones are
     already in the text (openPangu-VL's layout).
 
+    Batches are padded on the left, as generation needs it. `apply_chat_template` without `add_generation_prompt` and
+    `continue_final_message`, which gives complete conversations for training, pads on the right. An explicit
+    `padding_side` takes precedence.
+
     Videos are lists of frames or arrays with four axes; files are not decoded. They are given as `videos=...`, or in
     the conversation as `{"type": "video", "video": frames}`.
 
@@ -23,25 +28,27 @@ class VisionLanguageProcessor(ProcessorMixin):
         image_processor: Any image processor: ours (packed patches), Siglip2's (padded), or a square one (CLIP, ...).
             Videos need one with a method `preprocess_videos(videos, **options)` that returns `pixel_values_videos`
             and `video_grid_thw`.
-        tokenizer: Any tokenizer that has `image_token`.
-        chat_template: Jinja template; the default is ChatML with the tokenizer's `eos_token` at the end of turns.
+        tokenizer: Any tokenizer that has `image_token`. Its `padding_side` is set to "left".
+        chat_template: Jinja template; the default is the tokenizer's, extended by the placeholders if it is that of a
+            text model. For a tokenizer without a template the default is ChatML, with its `eos_token` at the end of
+            turns.
         spatial_merge_size: Side m of the block of patches that becomes one token.
         image_seq_length: Number of tokens per image, for square image processors.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
-        vision_start_token: Token before the placeholder of a video, and in the default template also of an image.
+        vision_start_token: Token before the placeholder of a video, and in a default template also of an image.
         vision_end_token: Token after it. Both or neither are given.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the tokens, the placeholders are the same, or only one of
-            `vision_start_token` and `vision_end_token` is given.
+        ValueError: If the tokenizer lacks one of the tokens, the placeholders are the same, only one of
+            `vision_start_token` and `vision_end_token` is given, or there is no default for `chat_template`.
     """
 
     def __init__(
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         spatial_merge_size: int = 1,
         image_seq_length: int | None = None,
         image_token: str = "<image>",
@@ -65,10 +72,47 @@ class VisionLanguageProcessor(ProcessorMixin):
                 _token_id(tokenizer, token)
         self.spatial_merge_size = spatial_merge_size
         self.image_seq_length = image_seq_length
-        template = chat_template or default_chat_template(
-            image_token, video_token, vision_start_token or "", vision_end_token or ""
+        if chat_template is None:
+            chat_template = chat_template_of(
+                tokenizer, image_token, video_token, vision_start_token or "", vision_end_token or ""
+            )
+        # Also read by transformers' pipelines, which pad batches themselves.
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        *,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations, as `ProcessorMixin.apply_chat_template` does.
+
+        Batches of prompts are padded on the left, batches of complete conversations on the right, if neither
+        `processor_kwargs` nor its `text_kwargs` have a `padding_side`.
+        """
+        templates = self.chat_template
+        if chat_template is None and tools is not None and isinstance(templates, dict) and "tool_use" in templates:
+            chat_template = "tool_use"  # as tokenizers do
+        options = dict(processor_kwargs or {})
+        if "padding_side" not in {**options, **options.get("text_kwargs", {}), **kwargs}:
+            options["padding_side"] = "left" if add_generation_prompt or continue_final_message else "right"
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            processor_kwargs=options,
+            **kwargs,
         )
-        super().__init__(image_processor, tokenizer, chat_template=template)
 
     @property
     def video_processor(self) -> Any:

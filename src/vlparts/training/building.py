@@ -21,7 +21,7 @@ from .presets import config_from_preset, preset_names
 from .records import RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
-_COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer")
+_COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer", "chat_template")
 
 
 def build(
@@ -96,7 +96,14 @@ def _compose(
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
-    return model, compose_processor(model, tokenizer)
+    return model, compose_processor(model, tokenizer, chat_template=_read_template(config.chat_template))
+
+
+def _read_template(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`chat_template` must be a file with a Jinja template, got {path}: {error}") from None
 
 
 def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:

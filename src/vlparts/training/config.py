@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..losses.weights import PRESETS
-from .records import Record
+from .record_formats import FIELDS
 
 
 class TrainConfig(BaseModel):
@@ -25,6 +25,7 @@ class TrainConfig(BaseModel):
         model: Folder of a composed model to train further, instead of `vision` and `text`.
         tokenizer: Folder of a tokenizer. By default that of the text model; for a new text model, one is trained on
             the texts of `data`.
+        chat_template: File of a Jinja chat template, for a tokenizer that has none and for which ChatML is no default.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         freeze: Parts whose weights are not trained: "vision", "text" (with the language head), "projector".
@@ -68,6 +69,7 @@ class TrainConfig(BaseModel):
     text: str | dict[str, Any] = "qwen3:tiny"
     model: Path | None = None
     tokenizer: Path | None = None
+    chat_template: Path | None = None
     projector: str = "mlp2_gelu"
     projector_options: dict[str, Any] | None = None
     freeze: list[Literal["vision", "text", "projector"]] = []
@@ -107,7 +109,7 @@ class TrainConfig(BaseModel):
     @field_validator("sample_weight_field")
     @classmethod
     def _check_sample_weight_field(cls, value: str | None) -> str | None:
-        if value in Record.model_fields:
+        if value in FIELDS:
             raise ValueError(f"must not be a field that records have already, got {value!r}")
         return value
 

@@ -15,6 +15,7 @@ from vlparts.coordinates.metrics.iou import inside_polygon
 from vlparts.coordinates.regions import KINDS, Region
 
 places = st.floats(0, 1e5)
+ATTRIBUTES = st.sampled_from([{}, {"occluded": False, "text": "caf\u00e9"}, {"attributes": [1, 2]}])
 
 
 @st.composite
@@ -25,10 +26,13 @@ def regions(draw: st.DrawFn) -> Region:
     if kind == "box":
         points = list(zip(*map(sorted, zip(*points, strict=True)), strict=True))  # type: ignore[arg-type]
     label, score = draw(st.sampled_from([None, "cat", "Katze auf Dach"])), draw(st.none() | places)
-    return Region(kind, tuple(points), label, score, 0, draw(st.none() | st.integers(0, 99)))
+    identity, attributes = draw(st.none() | st.integers(0, 99)), draw(ATTRIBUTES)
+    return Region(kind, tuple(points), label, score, 0, identity, attributes=attributes)
 
 
-images = st.builds(ImageRegions, st.text("ab/.", min_size=1), st.integers(1, 99), st.just(7), st.lists(regions()))
+images = st.builds(
+    ImageRegions, st.text("ab/.", min_size=1), st.integers(1, 99), st.just(7), st.lists(regions()), ATTRIBUTES
+)
 
 
 @settings(max_examples=60)
@@ -63,6 +67,13 @@ def write(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "coco.json"
     path.write_text(json.dumps({**document, **changes}), encoding="utf-8")
     return path
+
+
+def test_attributes_of_other_writers_are_kept(tmp_path: Path) -> None:
+    box = {"image_id": 5, "category_id": 18, "bbox": [1, 2, 3, 4]}
+    path = write(tmp_path, annotations=[{**box, "attributes": {"truncated": True}}, {**box, "attributes": ["red"]}])
+    (image,) = read_coco(path)
+    assert [region.attributes for region in image.regions] == [{"truncated": True}, {"attributes": ["red"]}]
 
 
 def test_the_shapes_of_an_annotation(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.training.images.packed_pictures import (
 from vlparts import NaViTImageProcessor
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import ImageCutter, PackedImageDataset, kept_patches
+from vlparts.training.images.stream import PackedImageStream
 
 
 @pytest.mark.parametrize("merge_size", [1, 2])
@@ -201,5 +202,8 @@ def test_items_that_are_refused(item: Any, keys: tuple[Any, ...], message: str) 
 def test_arguments_that_are_refused() -> None:
     with pytest.raises(ValueError, match="`on_size_mismatch` must be 'raise' or 'resize', got 'crop'"):
         PackedImageDataset([], PROCESSOR, on_size_mismatch="crop")
+    for dataset, name in ((PackedImageStream([], PROCESSOR, 10), "PackedImageStream"), (iter([]), "list_iterator")):
+        with pytest.raises(ValueError, match=f"`dataset` must be a map-style dataset, got {name}; PackedImageStream"):
+            PackedImageDataset(dataset, PROCESSOR)
     with pytest.raises(ValueError, match="`num_channels` must be an integer of at least 1, got 0"):
         ImageCutter(PROCESSOR, num_channels=0)

@@ -1,8 +1,8 @@
 """Reading and writing COCO annotation files.
 
 COCO has boxes as x, y, width, height, polygons as flat lists under "segmentation", and points as "keypoints". Data
-without a place in COCO, such as the kind of a quad or an identity, is written under additional keys, which other
-readers ignore.
+without a place in COCO, such as the kind of a quad, an identity or attributes, is written under additional keys, which
+other readers ignore.
 """
 
 import json
@@ -52,14 +52,27 @@ def _annotation(region: Region, number: int, image_id: int, category_id: int) ->
         entry |= {"xyxy": [x1, y1, x2, y2]}  # x1 plus any float width may differ from x2
     entry |= {} if region.kind != "quad" else {"kind": "quad"}
     entry |= {} if region.score is None else {"score": region.score}
-    return entry | ({} if region.identity is None else {"identity": region.identity})
+    entry |= {} if region.identity is None else {"identity": region.identity}
+    return entry | _attributes(region.attributes)
+
+
+def _attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the additional key of attributes, if there are any."""
+    return {"attributes": dict(attributes)} if attributes else {}
+
+
+def _read_attributes(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the attributes of an entry. A value that is not an object, such as a list, is kept under its key."""
+    value = entry.get("attributes")
+    return value if isinstance(value, dict) else {} if value is None else {"attributes": value}
 
 
 def write_coco(images: Iterable[ImageRegions], path: str | Path) -> None:
     """Write a COCO file of boxes, quads, polygons and points; `read_coco` is the exact inverse.
 
-    A region without a label has the category with the empty name. Additional keys: "kind" of a quad, "identity", and
-    "xyxy" of a box whose width and height do not give its corners exactly.
+    A region without a label has the category with the empty name. Additional keys: "kind" of a quad, "identity",
+    "attributes" of a region or image, as CVAT writes them, and "xyxy" of a box whose width and height do not give its
+    corners exactly.
 
     Raises:
         ValueError: If a region is a line or track, is in another image than the first, or has an empty label.
@@ -68,7 +81,7 @@ def write_coco(images: Iterable[ImageRegions], path: str | Path) -> None:
     listed: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for image_id, image in enumerate(images, start=1):
         name = {"file_name": image.image, "width": image.width, "height": image.height}
-        listed["images"].append({"id": image_id, **name})
+        listed["images"].append({"id": image_id, **name} | _attributes(image.attributes))
         for index, region in enumerate(image.regions):
             place = f"Image {image.image!r}: `regions[{index}]`"
             if region.kind in ("line", "track") or region.image:
@@ -101,7 +114,7 @@ def read_coco(path: str | Path, shape: str = "auto", *, crowds: str = "skip") ->
 
     Returns:
         All images with their regions, in the order of the file. Several polygons or points of one annotation have its
-        id as identity.
+        id as identity. The key "attributes" of an annotation or image gives the attributes of its regions or its own.
 
     Raises:
         ValueError: If the file is not a COCO file, two entries of a list have the same id, an id is neither an integer
@@ -134,7 +147,9 @@ def read_coco(path: str | Path, shape: str = "auto", *, crowds: str = "skip") ->
             except (ValueError, TypeError) as error:
                 raise ValueError(f"`annotations[{index}]`: {error}") from None
         return [
-            ImageRegions(image["file_name"], image["width"], image["height"], tuple(regions[number]))
+            ImageRegions(
+                image["file_name"], image["width"], image["height"], tuple(regions[number]), _read_attributes(image)
+            )
             for number, image in images.items()
         ]
     except KeyError as error:
@@ -194,6 +209,7 @@ def _regions(entry: Mapping[str, Any], category: Mapping[str, Any], shape: str) 
         outline = isinstance(entry.get("segmentation"), list) and entry["segmentation"]
         shape = "keypoints" if any(entry.get("keypoints", ())[2::3]) else "polygon" if outline else "box"
     label, score, identity = category["name"] or None, entry.get("score"), entry.get("identity")
+    attributes = _read_attributes(entry)
     if shape == "box":
         bbox = entry["bbox"]
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
@@ -206,7 +222,7 @@ def _regions(entry: Mapping[str, Any], category: Mapping[str, Any], shape: str) 
         if isinstance(exact, list) and len(exact) == 4:
             x1, y1, x2, y2 = exact
             corners = (x1, y1, x2, y2) if bbox == [x1, y1, x2 - x1, y2 - y1] else corners
-        return [Region.box(*corners, label, score, identity=identity)]
+        return [Region.box(*corners, label, score, identity=identity, attributes=attributes)]
     if shape == "polygon":
         polygons = entry["segmentation"]
         if not isinstance(polygons, list):
@@ -216,14 +232,17 @@ def _regions(entry: Mapping[str, Any], category: Mapping[str, Any], shape: str) 
         identity = entry.get("id") if identity is None and len(polygons) > 1 else identity
         kind = entry.get("kind", "polygon")
         flat = [tuple(_pairs(polygon, 2, "segmentation")) for polygon in polygons]
-        return [Region(kind, points, label, score, identity=identity) for points in flat]  # type: ignore[arg-type]
+        return [
+            Region(kind, points, label, score, identity=identity, attributes=attributes)  # type: ignore[arg-type]
+            for points in flat
+        ]
     points = _pairs(entry["keypoints"], 3, "keypoints")
     names = category.get("keypoints") or [label] * len(points)
     if len(names) != len(points):
         raise ValueError(f"`keypoints` must have {len(names)} points, as many as its category, got {len(points)}.")
     identity = entry.get("id") if identity is None and len(points) > 1 else identity
     return [
-        Region.point(x, y, name or None, score, identity=identity)
+        Region.point(x, y, name or None, score, identity=identity, attributes=attributes)
         for (x, y, seen), name in zip(points, names, strict=True)
         if seen
     ]

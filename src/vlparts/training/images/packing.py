@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers.image_utils import ChannelDimension, SizeDict
 
 from ...parts.image_processing_navit import NaViTImageProcessor
@@ -154,7 +154,7 @@ class PackedImageDataset(Dataset):
             may be swapped, or "resize" it to the planned grid, whatever its aspect ratio.
 
     Raises:
-        ValueError: If `on_size_mismatch` is unknown or `num_channels` is not positive.
+        ValueError: If `dataset` is iterable-style, `on_size_mismatch` is unknown, or `num_channels` is not positive.
     """
 
     def __init__(
@@ -168,6 +168,11 @@ class PackedImageDataset(Dataset):
     ) -> None:
         if on_size_mismatch not in ("raise", "resize"):
             raise ValueError(f"`on_size_mismatch` must be 'raise' or 'resize', got {on_size_mismatch!r}.")
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"`dataset` must be a map-style dataset, got {type(dataset).__name__}; PackedImageStream packs images "
+                "that can only be iterated."
+            )
         self.dataset = dataset
         self.cutter = ImageCutter(image_processor, image_key, label_key, num_channels)
         self.on_size_mismatch = on_size_mismatch
