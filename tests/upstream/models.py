@@ -1,5 +1,6 @@
 """transformers' `ModelTesterMixin` over the models of `vlparts`; run by the nox session `upstream`."""
 
+import copy
 import inspect
 import unittest
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from tests.upstream.loading import GenerationTesterMixin, load
 from tests.upstream.setups import BATCH, SETUPS, Setup
+from vlparts import NaViTDualEncoder
 
 ModelTesterMixin = load("test_modeling_common").ModelTesterMixin
 
@@ -45,11 +47,20 @@ def make_case(name: str, setup: Setup) -> type[unittest.TestCase]:
     def set_up(self: Any) -> None:
         self.model_tester = Tester(setup)
 
-    generates = any(model.can_generate() for model in setup.models)
-    bases = (ModelTesterMixin, *[GenerationTesterMixin] * generates, unittest.TestCase)
-    return type(
-        name, bases, {"__module__": __name__, "all_model_classes": setup.models, "setUp": set_up, **setup.options}
-    )
+    def prepare(
+        self: Any, inputs_dict: dict[str, Any], model_class: type, return_labels: bool = False
+    ) -> dict[str, Any]:
+        inputs = copy.deepcopy(inputs_dict)
+        if return_labels and setup.model is NaViTDualEncoder:
+            inputs["return_loss"] = True
+        elif return_labels:
+            shape = inputs["input_ids"].shape if "input_ids" in inputs else (BATCH,)
+            inputs["labels"] = torch.zeros(shape, dtype=torch.int64)
+        return inputs
+
+    content = {"__module__": __name__, "all_model_classes": (setup.model,), "setUp": set_up, **setup.options}
+    bases = (ModelTesterMixin, *[GenerationTesterMixin] * setup.model.can_generate(), unittest.TestCase)
+    return type(name, bases, {**content, "_prepare_for_class": prepare})
 
 
 globals().update({name: make_case(name, setup) for name, setup in SETUPS.items()})
