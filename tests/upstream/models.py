@@ -31,7 +31,8 @@ class Tester:
         self.hidden_size = self.text_config.hidden_size
         self.num_hidden_layers = self.text_config.num_hidden_layers
         self.num_attention_heads = self.text_config.num_attention_heads
-        self.seq_length = next(iter(self.prepare_config_and_inputs_for_common()[1].values())).shape[1]
+        inputs = setup.inputs()
+        self.seq_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else len(inputs["pixel_values"])
 
     def get_config(self) -> PreTrainedConfig:
         return self.setup.config()
