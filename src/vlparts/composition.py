@@ -11,9 +11,17 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .image_processors import (
+    PathLike,
+    check_image_processor,
+    default_image_processor,
+    load_image_processor,
+    output_size,
+    read_image_processor_config,
+    show_whole_image,
+)
 from .parts.chat_placeholders import end_of_turn_id
 from .parts.configuration_vlm import VisionLanguageConfig
-from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .parts.part_models import model_from_config
 from .parts.processing_vlm import VisionLanguageProcessor
@@ -21,7 +29,6 @@ from .parts.utils import mark_initialized
 from .parts.vlm_features import pixel_layout
 from .parts.vlm_projectors import Projector, projector_names
 
-PathLike = str | os.PathLike[str]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -40,7 +47,8 @@ def compose(
 
     Models and checkpoints keep their weights; the modules of given models are shared, not copied. Configurations give
     new weights. The projector is always new. Generation options are a copy of the text model's, whose
-    `suppress_tokens` are extended by the placeholders, since no image belongs to a generated one.
+    `suppress_tokens` are extended by the placeholders, since no image belongs to a generated one. The settings of the
+    image processor in the vision encoder's folder are kept in `config.image_processor`, for [`compose_processor`].
 
     Args:
         vision: A vision model, its configuration, or the folder of a checkpoint; ours or native. The vision tower of a
@@ -62,6 +70,9 @@ def compose(
     if projector not in projector_names():
         raise ValueError(f"`projector` must be one of {', '.join(projector_names())}, got {projector!r}.")
     encoder = _vision_encoder(vision, trust_remote_code)
+    source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
+    if isinstance(source, (str, os.PathLike)) and str(source):
+        config_changes.setdefault("image_processor", read_image_processor_config(source))
     if isinstance(text, (str, os.PathLike)):
         text = AutoModelForCausalLM.from_pretrained(text, trust_remote_code=trust_remote_code)
     language_model, head = _text_model(text)
@@ -109,6 +120,8 @@ def compose_processor(
     tokenizer: Any,
     image_processor: Any = None,
     *,
+    center_crop: bool = False,
+    trust_remote_code: bool = False,
     chat_template: str | dict[str, str] | None = None,
     pad_token: str | None = None,
     image_token: str = "<image>",
@@ -130,7 +143,13 @@ def compose_processor(
     Args:
         model: The composed model.
         tokenizer: A tokenizer, or the folder of one.
-        image_processor: An image processor; the default is the one that fits the vision encoder.
+        image_processor: An image processor, or the folder of one, used as it is. The default is the one that came with
+            the vision encoder's folder (`config.image_processor`), and for a new encoder one with the size of its
+            configuration and the statistics of the published checkpoints of its family.
+        center_crop: Whether to keep the centre crop of the default image processor. It cuts the edges of an image off,
+            where regions cannot be; otherwise both sides are resized to the size of the crop, and the model sees all
+            of the image. See [`as_seen`] for coordinates with a crop.
+        trust_remote_code: Passed to `from_pretrained` when an image processor or a tokenizer is loaded.
         chat_template: Jinja template, used as it is; [`with_placeholders`] extends that of a text model. The default
             is the tokenizer's with the placeholders, see [`VisionLanguageProcessor`].
         pad_token: Padding token; None for that of the tokenizer.
@@ -143,26 +162,36 @@ def compose_processor(
         The processor.
 
     Raises:
-        ValueError: If the placeholders are the same, only one of `vision_start_token` and `vision_end_token` is
-            given, or there is no default for `chat_template`. The tokenizer may have new tokens then; the model is
-            unchanged.
+        ValueError: If the placeholders are the same, only one of `vision_start_token` and `vision_end_token` is given,
+            the image processor cannot be loaded, is unknown, or does not fit the vision encoder, or there is no
+            default for `chat_template`. The tokenizer may have new tokens then; the model is unchanged.
     """
+    layout, vision = pixel_layout(model.model.vision_tower), model.config.vision_config
+    if isinstance(image_processor, (str, os.PathLike)):
+        image_processor = load_image_processor(image_processor, trust_remote_code)
+    elif image_processor is None:
+        image_processor = (
+            default_image_processor(layout, vision)
+            if model.config.image_processor is None
+            else load_image_processor(model.config.image_processor, trust_remote_code)
+        )
+        if not center_crop:
+            show_whole_image(image_processor)
+    check_image_processor(image_processor, vision, model.config.merge_size)
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
     vocabulary, tokens = tokenizer.get_vocab(), (image_token, video_token, vision_start_token, vision_end_token)
     missing = [token for token in tokens if token is not None and token not in vocabulary]
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if pad_token is not None or tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": pad_token or _pad_token(model, tokenizer)})
-    vision = model.config.vision_config
-    layout = pixel_layout(model.model.vision_tower)
     processor = VisionLanguageProcessor(
-        image_processor or _image_processor(layout, vision),
+        image_processor,
         tokenizer,
         chat_template=chat_template,
         spatial_merge_size=model.config.merge_size,
-        image_seq_length=_square_tokens(model) if layout == "square" else None,
+        image_seq_length=_square_tokens(model, image_processor) if layout == "square" else None,
         image_token=image_token,
         video_token=video_token,
         vision_start_token=vision_start_token,
@@ -260,28 +289,7 @@ def _united(*ids: int | None) -> int | list[int] | None:
     return kept if len(kept) > 1 else next(iter(kept), None)
 
 
-def _image_processor(layout: str, vision: PreTrainedConfig) -> Any:
-    if vision.model_type == WindowFreeViTConfig.model_type:
-        from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
-
-        sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
-    if layout == "packed":
-        from .parts.image_processing_navit import NaViTImageProcessor
-
-        return NaViTImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
-    if layout == "naflex":
-        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-
-        return Siglip2ImageProcessorPil(
-            patch_size=vision.patch_size, max_num_patches=vision.num_patches, do_convert_rgb=True
-        )
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    side = vision.image_size
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-
-
-def _square_tokens(model: VisionLanguageForConditionalGeneration) -> int:
+def _square_tokens(model: VisionLanguageForConditionalGeneration, image_processor: Any) -> int:
     vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 // model.config.merge_size**2
+    height, width = output_size(image_processor, vision)
+    return (height // vision.patch_size) * (width // vision.patch_size) // model.config.merge_size**2

@@ -165,6 +165,17 @@ def test_indices_of_layers_that_are_no_integers(tmp_path: Path, family: str, val
 
 
 @pytest.mark.parametrize("family", ["Pangu Pro MoE", "openPangu-VL"])
+def test_a_byte_order_mark_is_accepted(tmp_path: Path, family: str) -> None:
+    folder = published_folder(family, tmp_path / "in")
+    write_json(folder / "generation_config.json", {"max_new_tokens": 7, "top_p": 0.5})
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    model = FAMILIES[family][0](folder)
+    model = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
+    assert (model.generation_config.max_new_tokens, model.generation_config.top_p) == (7, 0.5)
+
+
+@pytest.mark.parametrize("family", ["Pangu Pro MoE", "openPangu-VL"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [

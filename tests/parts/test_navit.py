@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from tests.parts.navit_oracle import oracle
 from tests.tiny import navit, navit_config, packed_images
-from vlparts import NaViTConfig, NaViTModel
+from vlparts import NaViTConfig, NaViTForImageClassification, NaViTModel
 
 GRIDS = [(3, 5), (1, 1), (2, 7), (4, 4)]
 
@@ -196,3 +196,12 @@ def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path: object) -> No
         assert 0 < loaded[name].std() < 1, name
     for name, value in kept.items():
         assert torch.equal(loaded[name], value), name
+
+
+def test_unknown_arguments_are_refused_and_those_of_every_model_taken() -> None:
+    pixels, grid = packed_images([(2, 3)])
+    for model in (navit(), NaViTForImageClassification(navit_config())):
+        with pytest.raises(ValueError, match=r"`kwargs` must be among .*output_hidden_states.*, got max_seqlens, x;"):
+            model(pixels, grid, max_seqlens=6, x=None)
+        outputs = model(pixels, grid, output_hidden_states=True, return_dict=True, num_items_in_batch=1)
+        assert len(outputs.hidden_states) > 1

@@ -270,3 +270,10 @@ def test_every_weight_is_initialised(tmp_path: Any) -> None:
     model.init_weights()
     assert not any(parameter.isnan().any() for parameter in model.parameters())
     assert all(bool((layer.norm1.weight == 1).all()) for layer in model.layers)
+
+
+def test_unknown_arguments_are_refused_and_those_of_every_model_taken() -> None:
+    pixels, grid = packed_images([(2, 4)])
+    with pytest.raises(ValueError, match=r"`kwargs` must be among .*output_hidden_states.*, got keep_index;"):
+        windowfree()(pixels, grid, keep_index=None)
+    assert len(windowfree()(pixels, grid, output_hidden_states=True, return_dict=True).hidden_states) > 1

@@ -18,11 +18,12 @@ from vlparts.coordinates.codec import CoordinateError, decode, encode
 from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats.openpangu import padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
-from vlparts.coordinates.grammars.base import WritesAttributes
+from vlparts.coordinates.grammars.base import Suspicion, WritesAttributes
 from vlparts.coordinates.io.annotations import region_from_dict, region_to_dict
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import KINDS, Region
 from vlparts.coordinates.streaming import StreamDecoder
+from vlparts.coordinates.suspicion import CoordinateWarning
 
 PAIRS = [
     padded_format("bins", denominator=1000, rounding="bins", separator=" | "),
@@ -243,6 +244,7 @@ def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -
     assert decode(text, size, fmt, on_error="skip").regions == collected.regions
     positions = [error.position for error in collected.errors]
     assert positions == sorted(positions)
+    raised = [error.position for error in collected.errors if not isinstance(error, Suspicion)]
     assert all(0 <= position <= len(text) for position in positions)
     assert list(collected.spans) == sorted(collected.spans)
     for region, (start, end) in zip(collected.regions, collected.spans, strict=True):
@@ -251,10 +253,13 @@ def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -
             Region(region.kind, region.points, region.label, None, region.image, region.identity, region.times)
             == region
         )
-    if positions:
+    if raised:
         with pytest.raises(CoordinateError) as caught:
             decode(text, size, fmt)
-        assert caught.value.position == positions[0]
+        assert caught.value.position == raised[0]
+    elif positions:
+        with pytest.warns(CoordinateWarning, match=rf"^Position {positions[0]}: "):
+            assert decode(text, size, fmt) == dataclasses.replace(collected, errors=())
     else:
         assert decode(text, size, fmt) == collected
     clamped = decode(text, size, fmt, on_error="collect", on_outside="clamp")

@@ -35,7 +35,7 @@ def test_folders_of_checkpoints_keep_their_weights(tmp_path: Path, kind: str) ->
 
 def test_json_files_and_mappings_of_configurations(tmp_path: Path) -> None:
     (tmp_path / "vision.json").write_text(json.dumps(VISION), encoding="utf-8")
-    (tmp_path / "text.json").write_text(json.dumps(TEXT), encoding="utf-8")
+    (tmp_path / "text.json").write_text(json.dumps(TEXT), encoding="utf-8-sig")  # with a byte order mark
     files = {"vision": str(tmp_path / "vision.json"), "text": str(tmp_path / "text.json")}
     from_files = train(settings(tmp_path, max_steps=1, **files))
     from_mappings = train(settings(tmp_path, max_steps=1, output=tmp_path / "other"))

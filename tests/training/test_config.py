@@ -22,6 +22,7 @@ VALUES: dict[str, Any] = {
     "projector_options": {},
     "freeze": ["vision"],
     "image_processor": {"size": {"shortest_edge": 4}},
+    "max_image_pixels": 10**6,
     "coordinate_format": "padded",
     "capacity": 10,
     "max_items": 3,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.chat_styles import STYLES, styled_tokenizer
-from tests.tiny import picture
+from tests.tiny import picture, save_turned
 from tests.training.making import TOKENIZERS, processor_for, save
 from vlparts.coordinates.codec import decode
 from vlparts.parts.utils import IGNORE_INDEX
@@ -20,6 +20,7 @@ from vlparts.training.records import Record
 
 PROCESSOR = processor_for()
 IMAGE = {"type": "image"}
+BOX = {"label": "cat", "box": [2, 3, 20, 15]}
 USER = {"role": "user", "content": "Where is the cat?"}
 CONVERSATIONS: dict[str, dict[str, Any]] = {
     "text alone": {"messages": [USER, {"role": "assistant", "content": "It is here."}]},
@@ -340,13 +341,32 @@ def truncated(path: Path, kind: str, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_regions_refer_to_the_upright_image(tmp_path: Path, orientation: int) -> None:
+    """The trainer and the processor see the same pixels of a file, and its upright size decides the codes."""
+    path = save_turned(picture(24, 16), tmp_path / "a.png", orientation)
+    sample = SampleEncoder(PROCESSOR, tmp_path)(about([BOX], "a.png"))
+    for image in (picture(24, 16), Image.open(path), str(path)):
+        inputs = PROCESSOR(images=[image], text=[PROCESSOR.image_token], return_tensors="pt")
+        assert torch.equal(sample.images["pixel_values"], inputs["pixel_values"])
+    save(tmp_path, "b.png", picture(24, 16))
+    assert torch.equal(sample.input_ids, SampleEncoder(PROCESSOR, tmp_path)(about([BOX], "b.png")).input_ids)
+
+
+def test_the_pixel_limit_is_an_argument(tmp_path: Path) -> None:
+    save(tmp_path, "a.png", picture(24, 16))
+    SampleEncoder(PROCESSOR, tmp_path, max_image_pixels=384)(about("here", "a.png"))
+    with pytest.raises(ValueError, match=r"a\.png has more than 383 pixels; pass a larger `max_image_pixels`"):
+        SampleEncoder(PROCESSOR, tmp_path, max_image_pixels=383)(about("here", "a.png"))
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "missing": (lambda path: None, "does not exist"),
     "a folder": (lambda path: path.mkdir(), "cannot be read"),
     "not an image": (lambda path: path.write_bytes(b"<html>no</html>" * 20), "cannot be read"),
     "JPEG cut at half": (lambda path: truncated(path, "JPEG", 0.5), "cannot be read"),
     "500 times as wide as high": (lambda path: picture(500, 1).save(path, "PNG"), "aspect ratio of 500.0"),
-    "floats": (lambda path: Image.fromarray(np.ones((9, 9), np.float32)).save(path, "TIFF"), "mode 'F'"),
+    "floats": (lambda path: Image.fromarray(np.full((9, 9), 9, np.float32)).save(path, "TIFF"), "values of 9..9"),
 }
 
 

@@ -22,7 +22,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
-    """Read a file with one JSON object.
+    """Read a file with one JSON object, in UTF-8 with or without byte order mark.
 
     Args:
         path: The file.
@@ -32,7 +32,7 @@ def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
         ValueError: If it holds something else, or if its values are nested too deeply to be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError(f"`{argument}` has a {path.name} whose values are nested too deeply to be read.") from None
     except ValueError as error:
@@ -243,13 +243,14 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     """
     if not (folder / GENERATION_CONFIG).is_file():
         return None
-    suppressed = read_json(folder / GENERATION_CONFIG).get("suppress_tokens")
+    fields = read_json(folder / GENERATION_CONFIG)
+    suppressed = fields.get("suppress_tokens")
     if suppressed is not None and not (isinstance(suppressed, list) and all(type(one) is int for one in suppressed)):
         raise ValueError(
             f"`folder` must have a {GENERATION_CONFIG} whose suppress_tokens are a list of integers, got "
             f"{reprlib.repr(suppressed)}."
         )
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"`folder` has a {GENERATION_CONFIG} whose fields do not fit: {error}") from error

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,7 +21,6 @@ __all__ = [
     "STANDARD",
     "SizeFields",
     "changed_line",
-    "image_size",
     "line_with_error",
     "map_texts",
     "open_output",
@@ -33,8 +31,6 @@ __all__ = [
 
 STANDARD = "-"
 TEXT_KEYS = ("content", "value", "text")
-ORIENTATION = 0x0112  # the EXIF tag
-TRANSPOSED = (5, 6, 7, 8)  # its values that exchange width and height
 
 
 def source_name(source: str) -> str:
@@ -104,15 +100,17 @@ class SizeFields:
     Args:
         width: Field with the width, or with a list of widths for several images.
         height: Field with the height, or with a list of heights.
-        image: Field with the path of the image, or with several. The size is read from the file if a line has no width
-            or height.
+        image: Field with the path of the image, or with several. The size is that of the upright image in the
+            file, after its EXIF orientation, if a line has no width or height.
         root: Folder that image paths are relative to.
+        max_image_pixels: Largest number of pixels of an image file; None for Pillow's limit.
     """
 
     width: str
     height: str
     image: str
     root: Path
+    max_image_pixels: int | None = None
 
     def paths(self, row: dict[str, Any]) -> list[Path]:
         """Return the paths of the images of a line."""
@@ -133,27 +131,14 @@ class SizeFields:
             if not {self.image, "images"} & row.keys():
                 fields = f"{self.width!r} and {self.height!r}, or {self.image!r}"
                 raise ValueError(f"A line must have the fields {fields}, got {', '.join(row)}.")
-            sizes = [image_size(path) for path in self.paths(row)]
+            from ..parts.image_files import image_size  # imports transformers, which other lines do not need
+
+            sizes = [image_size(path, self.max_image_pixels) for path in self.paths(row)]
             return sizes[0] if len(sizes) == 1 else sizes
         name = f"({self.width}, {self.height})"
         if isinstance(width, list) and isinstance(height, list) and len(width) == len(height) and width:
             return [check_size(size, name) for size in zip(width, height, strict=True)]
         return check_size((width, height), name)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image file after applying its EXIF orientation.
-
-    Raises:
-        ValueError: If the file is not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            is_transposed = image.getexif().get(ORIENTATION) in TRANSPOSED
-            return (image.height, image.width) if is_transposed else image.size
-    except Exception as error:  # Pillow raises many types, as for `open_image`
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"The size of image {path} cannot be read: {reason}.") from None
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -65,6 +65,9 @@ def train(
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
     freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
+    ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
     max_items: Annotated[
         int | None,

@@ -16,6 +16,7 @@ from .grammars.openpangu import PairGrammar
 from .json_values import NO_ATTRIBUTES, as_attributes
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, position_error, resolve, swapped
+from .suspicion import find_suspicions, warn_of_suspicions
 from .validation import check_choice
 
 __all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode", "without_thinking"]
@@ -32,7 +33,7 @@ class DecodeResult:
     Args:
         regions: The regions, in pixels of the original image.
         spans: Per region, start and end of its coordinates in the text, without its label.
-        errors: What cannot be read; only with `on_error="collect"`.
+        errors: What cannot be read, and suspicions ([`Suspicion`]); only with `on_error="collect"`.
     """
 
     regions: tuple[Region, ...]
@@ -55,9 +56,9 @@ def encode(
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images; a
             region's `image` is the index of its own.
         format: A format or its name; None for openPangu's.
-        on_outside: What to do with a region that leaves [0, width] x [0, height]: "raise"; "clamp" moves its points
-            to the nearest edge (a box entirely outside becomes one of zero area); "skip" omits the region, so the
-            text has fewer regions than were given.
+        on_outside: What to do with a region that leaves [0, width] x [0, height], or what the format's frame shows of
+            it: "raise"; "clamp" moves its points to the nearest edge (a box entirely outside becomes one of zero
+            area); "skip" omits the region, so the text has fewer regions than were given.
         on_attributes: What to do with attributes that the format has no place for, which is any in a format that is
             not JSON: "raise", or "omit", which writes no attributes at all, in no format.
 
@@ -105,7 +106,8 @@ def decode(
         text: Any text.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         format: A format or its name; None for openPangu's.
-        on_error: "raise" stops at the first error, "skip" omits errors, "collect" lists them in the result.
+        on_error: "raise" stops at the first error, and warns of suspicions (`CoordinateWarning`) if there is none;
+            "skip" omits both; "collect" lists both in the result.
         on_outside: What to do with a code out of range or a point outside the image: "error", or "clamp", which
             moves it to the nearest valid one.
         skip_thinking: Whether to read only the answer, without reasoning between `<think>` and `</think>` or
@@ -130,10 +132,15 @@ def decode(
     with _gc_paused():
         if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
             return DecodeResult(*plain)
-        found, errors = fmt.grammar.scan(text)
-        kept, regions, errors = resolve(text, found, errors, sizes, fmt, on_outside == "clamp")
+        found, malformed = fmt.grammar.scan(text)
+        kept, regions, errors = resolve(text, found, malformed, sizes, fmt, on_outside == "clamp")
     if errors and on_error == "raise":
         raise position_error(errors[0])
+    if on_error != "skip":
+        suspicions = find_suspicions(text, found, malformed, sizes, fmt)
+        errors = sorted([*errors, *suspicions], key=lambda error: error.position) if suspicions else errors
+        if on_error == "raise":
+            warn_of_suspicions(suspicions, 2)
     spans = tuple([item[:2] for item in kept])
     return DecodeResult(tuple(regions), spans, tuple(errors) if on_error == "collect" else ())
 
@@ -227,11 +234,13 @@ def _codes(
         tolerance = 1e-9 * max(frame.size)  # rounding errors of the map
         near = (points > -tolerance) & (points < np.add(frame.size, tolerance))
         lost = _outside(np.where(near, 0.0, points), counts, frame.size)
-        if len(lost):
+        if len(lost) and on_outside == "raise":
             index = chosen[int(lost[0])]
             raise CoordinateError(
-                f"`regions[{index}]` {regions[index].points} is outside the frame of format {fmt.name!r}."
+                f"`regions[{index}]` {regions[index].points} is outside the frame of format {fmt.name!r}; "
+                "on_outside='clamp' moves it to the edge, 'skip' omits it."
             )
+        skipped |= set(lost.tolist()) if on_outside == "skip" else set()
         points = np.clip(points, 0.0, frame.size)
     codes: list[Sequence[int] | None] = list(fmt.numbers.to_codes(points, counts, frame.size))
     for position in skipped:

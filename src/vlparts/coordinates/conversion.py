@@ -13,6 +13,7 @@ from .grammars.openpangu import PairGrammar
 from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, position_error, resolve
+from .suspicion import find_suspicions, warn_of_suspicions
 from .validation import check_choice
 
 __all__ = ["convert", "lost_parts"]
@@ -33,7 +34,9 @@ def convert(
     character. Identities of objects are omitted if the target cannot express them; anything else that it cannot
     express is an error, and so is text of a region that would be lost: a key of a JSON object if the target has no
     place for it, if its value contains further regions, or if it has numbers under a name for coordinates, such as
-    "width", which would not be converted; an attribute of a tag; other items in the list of the regions.
+    "width", which would not be converted; an attribute of a tag; other items in the list of the regions. Text that
+    only looks like coordinates of the source's format (see [`decode`]) does not change; under "raise", a
+    `CoordinateWarning` names it.
 
     Args:
         text: Any text in the source's format.
@@ -55,13 +58,15 @@ def convert(
     check_choice(on_error, "on_error", ("raise", "keep"))
     if not isinstance(text, str):
         raise CoordinateError(f"`text` must be a str, got {type(text).__name__}.")
-    found, errors = source_format.grammar.scan(text)
-    kept, regions, errors = resolve(text, found, errors, sizes, source_format)
+    found, malformed = source_format.grammar.scan(text)
+    kept, regions, errors = resolve(text, found, malformed, sizes, source_format)
     if errors and on_error == "raise":
         raise position_error(errors[0])
     lost = lost_parts(text, source_format, target_format)
     if lost and on_error == "raise":
         raise position_error(lost[0])
+    if on_error == "raise":
+        warn_of_suspicions(find_suspicions(text, found, malformed, sizes, source_format), 2)
     is_json = isinstance(source_format.grammar, (JsonGrammar, NamedJsonGrammar))
     read = dict(zip((item.start for item in kept), regions, strict=True))
     positions = [part.position for part in lost]

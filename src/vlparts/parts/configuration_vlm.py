@@ -30,6 +30,8 @@ class VisionLanguageConfig(PreTrainedConfig):
         tie_word_embeddings: Whether the language head shares the input embeddings. Taken from the text configuration
             if absent.
         initializer_range: Standard deviation of the initial weights of the projector and of a new head.
+        image_processor: Settings of the image processor that the vision encoder's folder came with
+            (preprocessor_config.json), from which `compose_processor` builds it; None for a new encoder.
     """
 
     model_type = "vlparts_vlm"
@@ -48,6 +50,7 @@ class VisionLanguageConfig(PreTrainedConfig):
     vision_feature_layer: int = -1
     tie_word_embeddings: bool | None = None
     initializer_range: float = 0.02
+    image_processor: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         default_vision = {"model_type": "vlparts_navit", "pooling": "none"}

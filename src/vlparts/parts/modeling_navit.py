@@ -43,7 +43,7 @@ from .packed_layers import (
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
 from .packed_segments import Segments, precompute_inputs
 from .pos_embed import PositionEmbedding
-from .utils import IGNORE_INDEX, ForwardKwargs, activation_dtype, add_auto_classes
+from .utils import IGNORE_INDEX, ForwardKwargs, activation_dtype, add_auto_classes, check_encoder_kwargs
 
 __all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]
 
@@ -240,12 +240,15 @@ class NaViTModel(NaViTPreTrainedModel):
             keep_index: `(L,)` int64 index of each row in the sequence of all patches, increasing, then -1 for each
                 padding row; None if no patches were dropped and no padding rows added.
             cu_seqlens_cpu: `cu_seqlens` as host integers, so that kernels that need them do not copy from the device.
-            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
+            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`. Others that
+                transformers passes to every model have no effect, nor have `image_mask`, `indices` and `labels` of a
+                batch.
 
         Raises:
             ValueError: If patches do not have C*P*P values, grids are malformed or do not sum to L patches, or
-                `keep_index` does not match them.
+                `keep_index` does not match them, or a further keyword argument is unknown.
         """
+        check_encoder_kwargs(kwargs)
         features, patches = self.embeddings.patch_embedding.in_features, pixel_values.shape[0]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != features:
             raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")

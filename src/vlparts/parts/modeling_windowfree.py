@@ -36,7 +36,7 @@ from .packed_index import (
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
 from .packed_segments import Segments, precompute_inputs
-from .utils import ForwardKwargs, activation_dtype, positive_integer
+from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, positive_integer
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
 
@@ -280,12 +280,16 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             window_index: `(B,)` int64, `order` of [`get_windows`]; computed if it or `cu_window_seqlens` is absent.
             cu_window_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
             cu_seqlens_cpu: `cu_seqlens` as host integers, so that kernels that need them do not copy from the device.
-            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
+            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`. Others that
+                transformers passes to every model have no effect, nor have `image_mask`, `indices` and `labels` of a
+                batch.
 
         Raises:
             ValueError: If patches have the wrong size, grids are malformed, not divisible into merge blocks or do not
-                sum to L patches, or floating-point pixels are out of the range of normalized ones.
+                sum to L patches, floating-point pixels are out of the range of normalized ones, or a further keyword
+                argument is unknown.
         """
+        check_encoder_kwargs(kwargs)
         patches, merge_size = pixel_values.shape[0], self.config.spatial_merge_size
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
             validate_grid(image_grid_thw, patches, merge_size)

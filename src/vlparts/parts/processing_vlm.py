@@ -7,6 +7,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_placeholders import chat_template_of
 from .chat_templates import DEFAULT_CHAT_TEMPLATE
+from .image_arrays import read_images
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
 
 
@@ -120,6 +121,17 @@ class VisionLanguageProcessor(ProcessorMixin):
         if not hasattr(self.image_processor, "preprocess_videos"):
             raise AttributeError(f"{type(self.image_processor).__name__} has no method `preprocess_videos`.")
         return self.image_processor
+
+    def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> Any:
+        """Read the images, so that each image processor gets the same pixels for one picture of any type.
+
+        Images are Pillow images, arrays, tensors, paths or URLs. They become upright 8-bit RGB, see
+        [`image_to_array`], unless the image processor has `do_convert_rgb=False` and takes them as they are.
+        """
+        if images is not None and getattr(self.image_processor, "do_convert_rgb", None) is not False:
+            options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+            images = read_images(images, options.get("input_data_format"))
+        return super().prepare_inputs_layout(images=images, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
         """Check that placeholders match images and videos, per sample if there is one list per sample.

@@ -1,6 +1,7 @@
 """Helpers shared by many parts: presets, Auto classes, the ignore index, checks of integers."""
 
 import operator
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils import TransformersKwargs
 
 if TYPE_CHECKING:
     ForwardKwargs = Any  # mypy does not read transformers
@@ -19,6 +20,9 @@ else:
 
 IGNORE_INDEX = -100
 """Label of a token or an image that losses ignore, as in PyTorch and transformers."""
+
+# What transformers passes to every model, and what batches of packed images say of their images beside the inputs.
+_MODEL_KWARGS = frozenset({*TransformersKwargs.__annotations__, "return_dict", "image_mask", "indices", "labels"})
 
 
 def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -> None:
@@ -137,6 +141,25 @@ def check_minimum(config: PreTrainedConfig, minimum: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(config, name)}.")
+
+
+def check_encoder_kwargs(kwargs: Iterable[str]) -> None:
+    """Check that further keyword arguments of an encoder are known, though it may not use them.
+
+    They are those that transformers defines for every model, and `image_mask`, `indices` and `labels` of batches.
+
+    Args:
+        kwargs: Their names.
+
+    Raises:
+        ValueError: If one is another, such as a misspelled one, which would have no effect.
+    """
+    unknown = [name for name in kwargs if name not in _MODEL_KWARGS]
+    if unknown:
+        raise ValueError(
+            f"`kwargs` must be among {', '.join(sorted(_MODEL_KWARGS))}, got {', '.join(unknown)}; an encoder has no "
+            "such argument."
+        )
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:

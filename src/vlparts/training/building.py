@@ -96,7 +96,9 @@ def _compose(
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
-    return model, compose_processor(model, tokenizer, chat_template=_read_template(config.chat_template))
+    template = _read_template(config.chat_template)
+    trusted = config.trust_remote_code
+    return model, compose_processor(model, tokenizer, chat_template=template, trust_remote_code=trusted)
 
 
 def _read_template(path: Path | None) -> str | None:
@@ -117,7 +119,7 @@ def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path
         return path
     if path.is_file():
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8-sig"))
         except RecursionError:
             raise ValueError(f"`{argument}` {spec} has values that are nested too deeply to be read.") from None
         except ValueError as error:

@@ -30,6 +30,7 @@ class TrainConfig(BaseModel):
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         freeze: Parts whose weights are not trained: "vision", "text" (with the language head), "projector".
         image_processor: Options that override those of the image processor, such as `{"size": {...}}`.
+        max_image_pixels: Largest number of pixels of an image file; None for Pillow's limit, 178,956,970.
         coordinate_format: Name of a coordinate format; None for the default.
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
         max_items: Maximum number of samples in a pack; None for no limit.
@@ -74,6 +75,7 @@ class TrainConfig(BaseModel):
     projector_options: dict[str, Any] | None = None
     freeze: list[Literal["vision", "text", "projector"]] = []
     image_processor: dict[str, Any] = {}
+    max_image_pixels: int | None = Field(default=None, ge=1)
     coordinate_format: str | None = None
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
@@ -134,7 +136,7 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     fields: Any = {}
     if path is not None:
         try:
-            fields = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+            fields = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(fields, dict):

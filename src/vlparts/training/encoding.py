@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..coordinates.codec import encode
-from ..coordinates.formats.registry import get_format
+from ..coordinates.formats.registry import as_seen
 from ..parts.chat_placeholders import end_of_turn_id
-from ..parts.image_transforms import open_image
+from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
 from .record_formats import DataImage
@@ -68,9 +68,12 @@ class SampleEncoder:
     Args:
         processor: The composed model's processor.
         root: Folder that relative image paths are resolved against.
-        on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
-        coordinate_format: Name of a coordinate format; None for the default.
+        on_outside: Policy for a region outside its image, or what the image processor shows of it: "raise", "clamp" it
+            to the edge, or "skip" it.
+        coordinate_format: Name of a coordinate format; None for the default. See [`as_seen`] for image processors
+            that crop.
         max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
+        max_image_pixels: Largest number of pixels of an image file, see [`open_image`]; None for Pillow's limit.
 
     Raises:
         ValueError: If `on_outside` or `coordinate_format` is unknown.
@@ -83,13 +86,15 @@ class SampleEncoder:
         on_outside: str = "raise",
         coordinate_format: str | None = None,
         max_length: int | None = None,
+        max_image_pixels: int | None = None,
     ) -> None:
         encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
         self.root = root
         self.on_outside = on_outside
-        self.coordinate_format = coordinate_format
+        self.format = as_seen(coordinate_format, processor)
         self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
         self._ends = {processor.tokenizer.eos_token_id, end_of_turn_id(processor.tokenizer, processor.chat_template)}
 
     def __call__(self, record: Record) -> Sample:
@@ -115,7 +120,7 @@ class SampleEncoder:
 
     def _open(self, path: str) -> Image.Image:
         source: Any = DataImage(path) if path.startswith("data:") else self.root / path
-        return open_image(source)
+        return open_image(source, max_image_pixels=self.max_image_pixels)
 
     def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
         try:
@@ -156,8 +161,8 @@ class SampleEncoder:
                 blocks += [_text_or_image(block) for block in members]
                 after_region = False
                 continue
-            text = encode(regions, sizes[index], self.coordinate_format, on_outside=self.on_outside)
-            separator = get_format(self.coordinate_format).separator if after_region and text else ""
+            text = encode(regions, sizes[index], self.format, on_outside=self.on_outside)
+            separator = self.format.separator if after_region and text else ""
             blocks.append({"type": "text", "text": separator + text})
             after_region = bool(text)
         return blocks

@@ -27,7 +27,7 @@ class DataImage(io.BytesIO):
     """
 
     def __init__(self, uri: str) -> None:
-        self.shown = f"{uri[:30]}..."
+        self.shown = self.name = f"{uri[:30]}..."
         head, comma, payload = uri.partition(",")
         try:
             if not comma or not head.endswith(";base64"):

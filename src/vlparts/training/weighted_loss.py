@@ -229,8 +229,9 @@ class WeightedLossTrainer(Trainer):
         model.eval()
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+            options = {"output_router_logits": True, "use_cache": False}
             with self.compute_loss_context_manager():
-                outputs = model(**self._prepare_inputs(inputs), output_router_logits=True, use_cache=False)
+                outputs = model(**{**self._prepare_inputs(inputs), **options})
             balance.count(outputs.router_logits, batch.get("attention_mask"))
         model.train()
         balance.all_reduce()

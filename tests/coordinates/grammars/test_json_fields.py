@@ -51,7 +51,7 @@ def test_numbers_are_rounded_half_up_and_may_have_an_exponent() -> None:
         ('{"x": 0.1, "y": 1e999999999}', "'y' is too long"),
         ('{"x": 0.1, "y": 1e999}', "'y' is too large"),
         ('{"x": 0.1, "y": ' + "1" * 10_000 + "}", "'y' is too long"),
-        ('{"x": 0.1, "y": NaN}', "malformed object: 'NaN}'"),
+        ('{"x": 0.1, "y": NaN}', "malformed object: 'NaN'"),
         ('{"x":0.4,"y":0.5,"width":0.2,"height":0.1}', "'width', 'height' with numbers; a point has x, y"),
         ('{"x":0.4,"y":0.5,"w":0.2,"h":0.1}', "'w', 'h' with numbers"),
         ('{"x":0.4,"y":0.5,"x2":0.6,"y2":0.9}', "'x2', 'y2' with numbers"),

@@ -52,18 +52,30 @@ def test_another_grid_is_resized_to() -> None:
 
 
 def test_settings_of_the_processor_count() -> None:
-    options = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "do_rescale": False, "resample": 0}
+    options = {"image_mean": [10, 20, 30], "image_std": [50, 60, 70], "do_rescale": False, "resample": 0}
     processor = NaViTImageProcessor(patch_size=4, **options)
     (image,) = PackedImageDataset(PICTURES, processor)[[plan_of(2)]]
     assert torch.equal(image.patches, whole(2, processor))
     assert not torch.equal(image.patches, whole(2))
 
 
-def test_floats_that_need_no_resizing_stay_exact() -> None:
-    processor = NaViTImageProcessor(patch_size=4, do_rescale=False, size=AREAS)
-    floats = np.random.default_rng(0).random((20, 12, 3))
-    (image,) = PackedImageDataset([floats], processor)[[plan_of(0)]]
-    assert torch.equal(image.patches, processor(floats, return_tensors="pt")["pixel_values"])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.bool_])
+def test_arrays_are_read_as_by_the_image_processor(dtype: type) -> None:
+    levels = np.random.default_rng(0).integers(0, 2, (20, 12, 3)) * (65535 if dtype is np.uint16 else 1)
+    processor = NaViTImageProcessor(patch_size=4, size=AREAS)
+    (image,) = PackedImageDataset([levels.astype(dtype)], processor)[[plan_of(0)]]
+    assert torch.equal(image.patches, processor(levels.astype(dtype), return_tensors="pt")["pixel_values"])
+    assert torch.equal(image.patches, torch.where(image.patches > 0, 1.0, -1.0))  # black and white
+
+
+def test_an_ambiguous_array_needs_the_data_format_of_the_processor() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (4, 12, 3), dtype=np.uint8)
+    plan = plan_of(0)._replace(height=4, width=12, rows=1, columns=3)
+    with pytest.raises(ValueError, match=r"Image 0: .* \(4, 12, 3\) has two axes that can be the channels"):
+        PackedImageDataset([image], PROCESSOR)[[plan]]
+    processor = NaViTImageProcessor(patch_size=4, input_data_format="channels_last")
+    (cut,) = PackedImageDataset([image], processor)[[plan]]
+    assert torch.equal(cut.patches, PackedImageDataset([Image.fromarray(image)], PROCESSOR)[[plan]][0].patches)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.99])

@@ -12,6 +12,7 @@ __all__ = [
     "Found",
     "Grammar",
     "ReportsLoss",
+    "Suspicion",
     "WritesAttributes",
     "check_attributes",
     "check_writable",
@@ -64,6 +65,12 @@ class DecodeError(NamedTuple):
 
     position: int
     reason: str
+
+
+class Suspicion(DecodeError):
+    """A part of a text that looks like coordinates of a format but is neither a region nor a malformed one."""
+
+    __slots__ = ()
 
 
 class Grammar(Protocol):

@@ -13,6 +13,8 @@ _TOKEN = re.compile(
     r'[ \t\n\r]*+(?:([\[\]{},:])|("(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+)("?+)'
     r"|(-?+[0-9]++(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+)(?![\w.])|(true|false|null)(?!\w)|(\Z))"
 )
+_WORD = re.compile(r"[ \t\n\r]*+[\w.+\-]++")  # at the end of the text, it may become a number or literal
+_PIECE = re.compile(r"\s*+(\w{1,8}+|\S)")
 _QUOTED = re.compile(r"\{[ \t\n\r]*+'")
 
 
@@ -111,7 +113,8 @@ def _read_token(stack: list[_Open], match: re.Match[str]) -> str:
         return "" if top.punctuate(mark) else f"{mark!r} out of place"
     if string is not None:
         if not closed:
-            return "unfinished" if match.end() == len(match.string) else "line break in a string"
+            is_cut = match.string[match.end() : match.end() + 2] in ("", "\\")
+            return "unfinished" if is_cut else "line break in a string"
         if top.is_object and top.state in ("first", "more"):
             top.key, top.state = string[1:], "colon"
             return ""
@@ -142,6 +145,12 @@ def _read_bracket(stack: list[_Open], mark: str, end: int, found: Callable[[Json
     return ""
 
 
+def _fault(text: str, position: int) -> str:
+    """Return the fault of text that is not a token: its first word or character."""
+    match = _PIECE.match(text, position)
+    return repr(match[1]) if match else "spaces"
+
+
 def _read_object(text: str, start: int, found: Callable[[JsonObject], None], depth: int) -> int:
     """Read the object that opens at `start` and those inside it; returns the position after them."""
     stack: list[_Open] = []
@@ -150,7 +159,8 @@ def _read_object(text: str, start: int, found: Callable[[JsonObject], None], dep
         match = _TOKEN.match(text, position)
         after = match.end() if match else position
         if match is None:
-            fault = f"{text[position : position + 16].strip()[:8]!r}"
+            word = _WORD.match(text, position)
+            fault = "unfinished" if word and word.end() == len(text) else _fault(text, position)
         elif match[6] is not None:
             fault = "unfinished"
         elif match[1] in ("{", "[", "}", "]"):

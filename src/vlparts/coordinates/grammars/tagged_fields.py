@@ -128,3 +128,11 @@ class TaggedFields:
         """Whether the text directly after a region may belong to it: its label, or more of its numbers."""
         closed = self.group_close or all(shape.close for shape in self.shapes)
         return self.label_place == "after" or not (closed or len(self.shapes) == 1)
+
+    @property
+    def can_nest(self) -> bool:
+        """Whether a bracket after a region, or after spaces, makes it malformed: "[1, 2, 3, 4]]"."""
+        closings = (
+            (shape.pair.rpartition("{}")[2] + shape.close + self.group_close).rstrip() for shape in self.shapes
+        )
+        return any(closing.endswith((")", "]")) for closing in closings)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from ..json_values import parse_json
+from ..json_values import check_characters, parse_json
 
 __all__ = ["json_line", "parse_object", "read_json_lines", "read_lines", "without_bom", "write_json_lines"]
 
@@ -33,8 +33,14 @@ def without_bom(content: str | bytes) -> str | bytes:
 
 
 def json_line(fields: dict[str, Any]) -> str:
-    """Return an object as one line of JSON with a newline. Characters are not escaped."""
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return an object as one line of JSON with a newline. Characters are not escaped.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, or a string contains half of a surrogate pair.
+    """
+    line = json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    check_characters(line)
+    return line
 
 
 def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -73,7 +79,7 @@ def write_json_lines(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
         The number of lines written.
 
     Raises:
-        ValueError: If a number is NaN or infinite.
+        ValueError: See `json_line`.
     """
     count = 0
     for row in rows:
