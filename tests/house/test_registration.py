@@ -1,6 +1,7 @@
 """One table registers every part, and the Auto classes then find it."""
 
 import ast
+import inspect
 import json
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def registers(call: str) -> bool:
     if method == "register_for_auto_class":
         return True
     return method == "register" and owner.rpartition(".")[2].startswith(("Auto", "CONFIG_MAPPING", "MODEL_"))
+
+
+@each_part
+def test_forward_tells_tools_its_main_input_and_its_options(part: Part) -> None:
+    for model in part.models.values():
+        parameters = inspect.signature(model.forward).parameters
+        assert list(parameters)[1] == model.main_input_name
+        options, *_ = parameters["kwargs"].annotation.__args__
+        assert {"output_attentions", "output_hidden_states"} <= set(options.__annotations__)
 
 
 def test_every_part_has_a_row() -> None:

@@ -236,3 +236,13 @@ def test_it_is_saved_with_all_its_fields(tmp_path: Path) -> None:
     assert again.to_dict() == processor.to_dict()
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert {name: saved[name] for name in changes} == changes
+
+
+@pytest.mark.parametrize("options", [{"do_sample_frames": True}, {"num_frames": 2}, {"fps": 1.0}])
+def test_frames_of_videos_are_sampled_beforehand(options: dict) -> None:
+    processor, video = WindowFreeViTImageProcessor(), np.zeros((2, 56, 56, 3), dtype=np.uint8)
+    expected = processor.preprocess_videos(video)
+    found = processor.preprocess_videos(video, do_sample_frames=False)
+    np.testing.assert_array_equal(found["pixel_values_videos"], expected["pixel_values_videos"])
+    with pytest.raises(ValueError, match="`do_sample_frames`, `num_frames` and `fps` must not be set"):
+        processor.preprocess_videos(video, **options)

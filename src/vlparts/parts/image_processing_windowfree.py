@@ -174,7 +174,9 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         data = {"pixel_values": pixel_values, "image_grid_thw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def preprocess_videos(self, videos: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+    def preprocess_videos(
+        self, videos: Any, return_tensors: Any = None, do_sample_frames: bool | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Cut videos into patches, normalized in float32. No frames are dropped or merged.
 
         The frames of all videos of a call share one budget of pixels, see [`get_frame_area_limits`], so that a long
@@ -184,6 +186,7 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
             videos: One video or a list of videos, see [`flat_list_of_videos`]. A video is a list of frames, each a
                 Pillow image, array or tensor as for images, or an array or tensor `(T, H, W, C)` or `(T, C, H, W)`.
             return_tensors: "pt" or "np".
+            do_sample_frames: False or None; frames are sampled beforehand.
             **kwargs: Options that replace the processor's own.
 
         Returns:
@@ -193,6 +196,11 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         Raises:
             ValueError: If there is no frame, the frames of a video differ in size, or a frame or option is invalid.
         """
+        if do_sample_frames or any(kwargs.pop(name, None) is not None for name in ("num_frames", "fps")):
+            raise ValueError(
+                "`do_sample_frames`, `num_frames` and `fps` must not be set: videos are given as frames, which are "
+                f"sampled beforehand, got do_sample_frames={do_sample_frames}."
+            )
         options = self._get_video_options(kwargs)
         videos = flat_list_of_videos(videos)
         if not videos:

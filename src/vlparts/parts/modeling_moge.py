@@ -30,7 +30,7 @@ from .moe_routing import RoutingOptions, choose_experts, router_scores
 from .ops_activations import get_activation
 from .ops_rms_norm import RMSNorm
 from .packed_samples import keep_samples_apart
-from .utils import add_auto_classes, slice_for_logits
+from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
 
 
 # The decorator must be in the file of the PreTrainedModel: see RoutedExperts.
@@ -231,7 +231,7 @@ class MoGEModel(MoGEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> MoeModelOutputWithPast:
         """Encode tokens with causal attention.
 
@@ -334,7 +334,7 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Compute logits and, with `labels`, the loss.
 

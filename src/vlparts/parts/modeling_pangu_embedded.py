@@ -25,7 +25,7 @@ from .decoders import prepare_decoder_inputs
 from .ops_rms_norm import RMSNorm
 from .packed_samples import keep_samples_apart
 from .rope_multimodal import AXES, MultiAxisGenerationMixin, multimodal_rotary, rotary_axes
-from .utils import add_auto_classes, slice_for_logits
+from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
 
 
 class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -110,7 +110,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPast:
         """Encode tokens with causal attention.
 
@@ -215,7 +215,7 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, MultiAxisGeneration
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with `labels`, the loss.
 

@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
     MoeCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
@@ -21,9 +20,9 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
-from .part_models import model_from_config, vision_tower_from_config
+from .part_models import SubmodelInitializationMixin, model_from_config, vision_tower_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
-from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
+from .utils import ForwardKwargs, add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
@@ -42,7 +41,7 @@ _ENCODED_ONCE = (
 )
 
 
-class VisionLanguagePreTrainedModel(PreTrainedModel):
+class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: VisionLanguageConfig
@@ -53,6 +52,7 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @classmethod
     def maybe_distribute_model(
@@ -106,7 +106,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPast:
         """Replace placeholders by the features of images and videos and run the text model.
 
@@ -219,7 +219,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images; see [`VisionLanguageModel.get_image_features`]."""
         return self.model.get_image_features(
@@ -227,7 +227,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         )
 
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: ForwardKwargs
     ) -> BaseModelOutputWithPooling:
         """Encode and project videos; see [`VisionLanguageModel.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
@@ -257,8 +257,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_weights: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+        **kwargs: ForwardKwargs,
+    ) -> MoeCausalLMOutputWithPast:
         """Compute logits and, with `labels`, the loss.
 
         Args:
@@ -332,19 +332,20 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_kwargs
             )
-        fields = {
-            "logits": logits,
-            "past_key_values": outputs.past_key_values,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-        if balance_loss is None:
-            return CausalLMOutputWithPast(loss=loss, **fields)
-        aux_loss = balance_loss(outputs.router_logits, attention_mask)
-        if loss is not None:
-            loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        router_logits = outputs.router_logits if output_router_logits else None
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, router_logits=router_logits, **fields)
+        aux_loss = None
+        if balance_loss is not None:
+            aux_loss = balance_loss(outputs.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
 
     def prepare_inputs_for_generation(
         self,

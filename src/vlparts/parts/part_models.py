@@ -1,5 +1,9 @@
-"""Table of the models that composed models can hold, by model type; its rows are those of `part_configs`."""
+"""The models that composed models can hold: a table by model type, and the initialization of their weights.
 
+The rows of the table are those of `part_configs`.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoModel
@@ -34,3 +38,27 @@ def vision_tower_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the vision encoder of a composed model with new weights, without modules that it does not use."""
     tower = VISION_TOWERS.get(config.model_type)
     return model_from_config(config, **({} if tower is None else tower.arguments))
+
+
+class SubmodelInitializationMixin:
+    """Initialize the models that a composed model holds as they initialize themselves.
+
+    transformers initializes all modules of a model by the rules of the outermost class. Under a class from outside
+    transformers it skips modules without weights of their own, although the rule of a native model may compute weights
+    and buffers of their children there: these would stay uninitialized where a file does not hold them.
+    """
+
+    def initialize_weights(self) -> None:
+        """Initialize all weights and buffers that were not loaded."""
+        for submodel in _submodels(self):
+            submodel.initialize_weights()
+        super().initialize_weights()  # type: ignore[misc]
+
+
+def _submodels(module: Any) -> Iterator[PreTrainedModel]:
+    """Return the outermost models inside of a module."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
+        else:
+            yield from _submodels(child)

@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,12 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import TransformersKwargs
+
+if TYPE_CHECKING:
+    ForwardKwargs = Any  # mypy does not read transformers
+else:
+    ForwardKwargs = Unpack[TransformersKwargs]
+    """Options of a forward pass; tools read from the annotation that `output_attentions` is among them."""
 
 IGNORE_INDEX = -100
 """Label of a token or an image that losses ignore, as in PyTorch and transformers."""
@@ -52,6 +58,19 @@ def mark_initialized(model: nn.Module) -> None:
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if not any(tensor.is_meta for tensor in tensors):
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a module's activations: that of its first floating-point parameter of 16 bits or more.
+
+    Quantized layers hold integers, float8, or no parameter.
+
+    Args:
+        module: The module.
+        default: Dtype if the module has no such parameter.
+    """
+    dtypes = (parameter.dtype for parameter in module.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
 
 
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
 from .packed_index import merge_order, validate_grid
-from .utils import check_shape
+from .utils import activation_dtype, check_shape
 from .vlm_towers import VISION_TOWERS, VisionTower, patch_width
 
 # Encoders that are not native, by the argument of `forward` that tells their layout.
@@ -252,7 +252,7 @@ def _as_pooling_output(outputs: Any) -> BaseModelOutputWithPooling:
 
 def _cast_pixels(pixel_values: Tensor, encoder: PreTrainedModel) -> Tensor:
     if pixel_values.is_floating_point():
-        return pixel_values.to(encoder.dtype)
+        return pixel_values.to(activation_dtype(encoder, pixel_values.dtype))
     # A cast would turn raw pixels into wrong normalised ones without an error.
     if not hasattr(encoder.config, "image_mean"):
         raise ValueError(

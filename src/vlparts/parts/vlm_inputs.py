@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .packed_samples import positions_in_samples, run_text_model
-from .utils import check_token_inputs
+from .utils import ForwardKwargs, check_token_inputs
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
@@ -38,7 +38,7 @@ class MultimodalInputsMixin:
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
@@ -64,7 +64,7 @@ class MultimodalInputsMixin:
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: ForwardKwargs
     ) -> BaseModelOutputWithPooling:
         """Encode and project videos, frame by frame.
 
