@@ -191,7 +191,8 @@ def _documents() -> Iterator[str]:
         spec = importlib.util.find_spec(name)
         assert spec
         assert spec.origin
-        found = sorted(path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts)
+        package = Path(spec.origin).parent
+        found = sorted(path for path in package.rglob("*.py") if "tests" not in path.relative_to(package).parts)
         files += random.Random(0).sample(found, min(len(found), 40))
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
