@@ -54,4 +54,6 @@ def test_gradients(attention: str) -> None:
             parameter.copy_(gradients[name])
     expected = ours_of(native, config)
     for (name, parameter), (_, gradient) in zip(ours.named_parameters(), expected.named_parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, gradient.data, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, gradient.data, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )

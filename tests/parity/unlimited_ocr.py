@@ -1,9 +1,8 @@
 """The weights of transformers' `UnlimitedOcrVisionModel`, which is DeepSeek-OCR's encoder, in a `DeepEncoderModel`."""
 
+import torch
 from transformers.models.unlimited_ocr.configuration_unlimited_ocr import UnlimitedOcrVisionConfig
 from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
-
-import torch
 
 from vlparts.parts.configuration_deepencoder import DeepEncoderConfig
 from vlparts.parts.modeling_deepencoder import DeepEncoderModel

@@ -119,7 +119,9 @@ class DeepEncoderConfig(NamedPresets, PreTrainedConfig):
             ValueError: If a size is not positive, heads do not divide a width, the compressor does not end with the
                 width of the CLIP encoder, or a layer does not exist.
         """
-        names = [name for name in vars(self) if name.startswith(("sam_", "clip_")) and isinstance(vars(self)[name], int)]
+        names = [
+            name for name in vars(self) if name.startswith(("sam_", "clip_")) and isinstance(vars(self)[name], int)
+        ]
         check_minimum(self, 1, "num_channels", "patch_size", "neck_channels", *names)
         for part in ("sam", "clip"):
             width, heads = getattr(self, f"{part}_hidden_size"), getattr(self, f"{part}_num_attention_heads")

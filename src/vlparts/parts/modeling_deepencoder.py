@@ -1,7 +1,7 @@
 """DeepSeek-OCR's vision encoder (arXiv 2510.18234, section 3.2): SAM, a convolutional compressor, CLIP.
 
-Shapes: n views, L patches and T = L / 16 tokens of all views, D width of the output; of the views of one size: N views,
-h rows and w columns, c channels of the current layer, H heads, d channels of a head.
+Shapes: n views, L patches and T = L / 16 tokens of all views, D width of the output. For the views of one size: N
+views, h rows and w columns, c channels of the current layer, H heads, d channels of a head.
 """
 
 from collections.abc import Collection, Sequence
@@ -97,13 +97,17 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         qkv = self.qkv(hidden_states)
         if self.window_size is None:
             return self.o_proj(self._attend_to_all(qkv))
-        # The published model pads the input with zeros, and attends to the padding.
-        padding = self.qkv(hidden_states.new_zeros(hidden_states.shape[-1]))
+        # The published model pads its input with zeros, and attends to the padding.
         side = self.window_size
-        qkv = _pad_to_multiple(_pad_to_multiple(qkv, padding, side, 1), padding, side, 2)
-        windows = rearrange(qkv, "n (r y) (q x) c -> (n r q) y x c", y=side, x=side)
+        padding = self.qkv(hidden_states.new_zeros(hidden_states.shape[-1]))
+        padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
+        padded[:, :height, :width] = qkv
+        windows = rearrange(padded, "n (r y) (q x) c -> (n r q) y x c", y=side, x=side)
         attended = rearrange(
-            self._attend_in_windows(windows), "(n r q) y x c -> n (r y) (q x) c", n=len(qkv), r=qkv.shape[1] // side
+            self._attend_in_windows(windows),
+            "(n r q) y x c -> n (r y) (q x) c",
+            n=len(padded),
+            r=padded.shape[1] // side,
         )
         return self.o_proj(attended[:, :height, :width])
 
@@ -140,25 +144,15 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         return rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
 
     def _relative_scores(self, query: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Products of queries `(N, H, h * w, d)` and relative positions of rows, `(N, H, h * w, h)`, and columns."""
+        """Products of queries `(N, H, h * w, d)` with the relative positions of all rows, and of all columns."""
         query = query.unflatten(2, (height, width))
         rows = torch.einsum("nhyxd,ykd->nhyxk", query, _relative_positions(self.rel_pos_h, height))
         columns = torch.einsum("nhyxd,xkd->nhyxk", query, _relative_positions(self.rel_pos_w, width))
         return rows.flatten(2, 3), columns.flatten(2, 3)
 
 
-def _pad_to_multiple(rows: Tensor, padding: Tensor, multiple: int, dim: int) -> Tensor:
-    """Append `padding` `(c,)` along an axis of `(N, h, w, c)` until its length is a multiple."""
-    missing = -rows.shape[dim] % multiple
-    if not missing:
-        return rows
-    shape = list(rows.shape)
-    shape[dim] = missing
-    return torch.cat((rows, padding.expand(shape)), dim=dim)
-
-
 def _relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of a table `(2 * N - 1, d)` for all pairs of `size` positions, `(size, size, d)`, resampled if N differs."""
+    """Rows of a table `(2 * N - 1, d)` for all pairs of positions, `(size, size, d)`, resampled if N is not `size`."""
     if len(table) != 2 * size - 1:
         longer = table.to(torch.promote_types(table.dtype, torch.float32)).T[None]
         table = F.interpolate(longer, size=2 * size - 1, mode="linear")[0].T.to(table.dtype)
@@ -247,7 +241,7 @@ def _resample_grid(table: Tensor, height: int, width: int) -> Tensor:
 
 
 class DeepEncoderCLIP(nn.Module):
-    """The body of a CLIP encoder, which takes features in place of patch embeddings, without its last normalization."""
+    """The body of a CLIP encoder on features in place of patch embeddings, without its last normalization."""
 
     def __init__(self, config: DeepEncoderConfig) -> None:
         super().__init__()
@@ -283,7 +277,7 @@ class DeepEncoderOutput(BaseModelOutputWithPooling):
     Attributes:
         last_hidden_state: `(T, D)`, the tokens of all views, view after view and row after row: the output of the CLIP
             encoder, then that of the compressor.
-        hidden_states: With `output_hidden_states`, the same with the input of each layer of the CLIP encoder, then with
+        hidden_states: With `output_hidden_states`, the same with the input of each layer of the CLIP encoder, and with
             the output of the last.
         feature_maps: The same with the output of each of `config.feature_layers`.
         token_grid: `(n, 2)` int64, rows and columns of tokens of each view.
