@@ -1,0 +1,149 @@
+"""Recognize the text of pages with a vision-language model."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .blocks import PageText, parse_page
+from .pages import DPI, Page
+
+__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "recognize"]
+
+DEEPSEEK_OCR_PROMPTS = {
+    "markdown": "<image>\n<|grounding|>Convert the document to markdown.",
+    "ocr": "<image>\n<|grounding|>OCR this image.",
+    "free": "<image>\nFree OCR.",
+    "figure": "<image>\nParse the figure.",
+    "describe": "<image>\nDescribe this image in detail.",
+    "locate": "<image>\nLocate <|ref|>{text}<|/ref|> in the image.",
+}
+"""The prompts of DeepSeek-OCR's README; in "locate", `{text}` is what to find."""
+
+
+@dataclass(frozen=True)
+class PageResult:
+    """The result for a page.
+
+    Attributes:
+        page: The page, or the image that was given.
+        image: The page as an image; None if it could not be opened.
+        text: Its blocks; None if it could not be opened.
+        finished: Whether the model ended its answer. An unfinished one reached `max_new_tokens`.
+        num_tokens: Number of tokens of the answer.
+        error: Why the page could not be opened; None if it could.
+    """
+
+    page: Page | Image.Image
+    image: Image.Image | None = None
+    text: PageText | None = None
+    finished: bool = False
+    num_tokens: int = 0
+    error: str | None = None
+
+
+def recognize(
+    model: Any,
+    processor: Any,
+    pages: Iterable[Page | Image.Image],
+    *,
+    prompt: str = DEEPSEEK_OCR_PROMPTS["markdown"],
+    batch_size: int = 1,
+    dpi: float = DPI,
+    image_options: dict[str, Any] | None = None,
+    **generation_options: Any,
+) -> Iterator[PageResult]:
+    """Recognize pages, batch by batch.
+
+    Args:
+        model: A composed model.
+        processor: Its processor. With a chat template, the prompt is the text of the user's turn; without one it is
+            given to the model as it is.
+        pages: Pages, or images.
+        prompt: The prompt, with the placeholder of the image as "<image>".
+        batch_size: Pages per batch.
+        dpi: Dots per inch at which pages of PDF files are drawn.
+        image_options: Options of the image processor, such as `{"mode": "tiny"}`.
+        **generation_options: Arguments of `generate`, such as `max_new_tokens`.
+
+    Yields:
+        One result per page, in their order; a page that cannot be opened is one with an error.
+
+    Raises:
+        ValueError: If `batch_size` is not positive, or the prompt does not have one placeholder.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if prompt.count("<image>") != 1:
+        raise ValueError(f"`prompt` must have one '<image>', got {prompt!r}.")
+    remaining = iter(pages)
+    while batch := list(islice(remaining, batch_size)):
+        opened = [_open(page, dpi) for page in batch]
+        images = [image for image in opened if isinstance(image, Image.Image)]
+        answers = iter(_answer(model, processor, images, prompt, image_options or {}, generation_options))
+        for page, image in zip(batch, opened, strict=True):
+            if isinstance(image, str):
+                yield PageResult(page, error=image)
+                continue
+            text, finished, num_tokens = next(answers)
+            yield PageResult(page, image, parse_page(text, image.size), finished, num_tokens)
+
+
+def _open(page: Page | Image.Image, dpi: float) -> Image.Image | str:
+    """The image of a page, or why it cannot be opened."""
+    if isinstance(page, Image.Image):
+        return page
+    try:
+        return page.open(dpi)
+    except ValueError as error:
+        return str(error)
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    prompt: str,
+    image_options: dict[str, Any],
+    generation_options: dict[str, Any],
+) -> list[tuple[str, bool, int]]:
+    """Generate an answer for each image; returns text, whether it is finished, and its number of tokens."""
+    if not images:
+        return []
+    inputs = processor(
+        images=[[image] for image in images],
+        text=[_model_prompt(processor, prompt)] * len(images),
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **image_options,
+    ).to(model.device)
+    with torch.inference_mode():
+        generated = model.generate(**inputs, **generation_options)
+    answers = []
+    for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
+        ends = [place for place, token in enumerate(row) if token in _end_ids(model)]
+        tokens = row[: ends[0]] if ends else row
+        text = processor.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        answers.append((text, bool(ends), len(tokens)))
+    return answers
+
+
+def _model_prompt(processor: Any, prompt: str) -> str:
+    """The prompt in the processor's chat template, if it has one, and with its placeholder."""
+    if getattr(processor, "chat_template", None) is None:
+        return prompt.replace("<image>", processor.image_token)
+    before, after = prompt.split("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after.lstrip("\n")}]
+    content = [part for part in parts if part.get("text") != ""]
+    turns = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def _end_ids(model: Any) -> set[int]:
+    """Ids of tokens that end an answer."""
+    given = model.generation_config.eos_token_id
+    return set() if given is None else {given} if isinstance(given, int) else set(given)
