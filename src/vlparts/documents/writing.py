@@ -71,7 +71,7 @@ class OutputFolder:
         first, *rows = (json.loads(line) for line in whole.splitlines())
         if first.get("settings") != settings:
             raise ValueError(
-                f"`output` {self.folder} has results with other settings: {first.get('settings')} instead of {settings}."
+                f"`output` {self.folder} has results with other settings: {first.get('settings')}, not {settings}."
             )
         self._rows = {(row["document"], row["page"]): row for row in rows}
         with path.open("r+b") as file:
