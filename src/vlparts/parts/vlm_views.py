@@ -3,8 +3,8 @@
 The views of an image are its tiles, row after row, and then the whole image. The tokens of all tiles are put together
 as one grid. A newline ends each row of tokens; a separator ends the image. The tiles come before the whole image.
 
-Shapes: n images, T tokens of all views, L tokens of all assembled images, D width of the vision encoder, E width of the
-text model.
+Shapes: n images, T tokens of all views, L tokens of all assembled images, D width of the vision encoder, E width of
+the text model.
 """
 
 from collections.abc import Sequence
