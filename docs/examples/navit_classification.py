@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlparts import NaViTConfig, NaViTForImageClassification, NaViTImageProcessor
 from vlparts.demo.data import Task, write_dataset
-from vlparts.parts.image_transforms import open_image
+from vlparts.parts.image_files import open_image
 from vlparts.training.images.balance import encoder_work
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import PackedImageDataset

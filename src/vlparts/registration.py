@@ -83,6 +83,7 @@ PARTS: tuple[Part, ...] = (
         VisionLanguageConfig,
         {
             "AutoModel": VisionLanguageModel,
+            "AutoModelForMultimodalLM": VisionLanguageForConditionalGeneration,
             "AutoModelForImageTextToText": VisionLanguageForConditionalGeneration,
         },
         image_processor=NaViTImageProcessor,

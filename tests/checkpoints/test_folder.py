@@ -131,7 +131,6 @@ def test_integers_are_numbers_too(tmp_path: Path, family: str, value: float) -> 
     ("family", "field", "value", "message"),
     [
         ("Pangu Pro MoE", "rope_theta", "1e4", "whose rope_theta is a finite number, got '1e4'."),
-        ("openPangu-VL", "rope_theta", [1], "whose rope_theta is a finite number in rope_parameters, got [1]."),
         ("openPangu-VL", "vision_start_token_id", 1.5, "whose vision_start_token_id is an integer, got 1.5."),
         (
             "openPangu-VL",
@@ -155,6 +154,14 @@ def test_messages_of_fields_that_do_not_fit(tmp_path: Path, family: str, field: 
     assert str(caught.value).endswith(message)
 
 
+@pytest.mark.parametrize("value", [[1], -1.0])
+def test_rotary_bases_that_do_not_fit(tmp_path: Path, value: Any) -> None:
+    folder = published_folder("openPangu-VL", tmp_path / "in")
+    write_field(folder, FAMILIES["openPangu-VL"][1].TINY, "rope_theta", value)
+    with pytest.raises(ValueError, match="`folder` has a config.json .* `rope_theta` must be a finite number above 0"):
+        FAMILIES["openPangu-VL"][0](folder)
+
+
 @pytest.mark.parametrize("family", ["openPangu-VL", "openPangu-VL's encoder"])
 @pytest.mark.parametrize("value", [["1"], [[1]], [True], [0.5]])
 def test_indices_of_layers_that_are_no_integers(tmp_path: Path, family: str, value: list[Any]) -> None:
@@ -162,6 +169,17 @@ def test_indices_of_layers_that_are_no_integers(tmp_path: Path, family: str, val
     write_field(folder, openpangu_vl.TINY, "vision_config.fullatt_block_indexes", value)
     with pytest.raises(ValueError, match="a list of integers as fullatt_block_indexes, got "):
         FAMILIES[family][0](folder)
+
+
+@pytest.mark.parametrize("family", ["Pangu Pro MoE", "openPangu-VL"])
+def test_a_byte_order_mark_is_accepted(tmp_path: Path, family: str) -> None:
+    folder = published_folder(family, tmp_path / "in")
+    write_json(folder / "generation_config.json", {"max_new_tokens": 7, "top_p": 0.5})
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    model = FAMILIES[family][0](folder)
+    model = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
+    assert (model.generation_config.max_new_tokens, model.generation_config.top_p) == (7, 0.5)
 
 
 @pytest.mark.parametrize("family", ["Pangu Pro MoE", "openPangu-VL"])
@@ -173,10 +191,17 @@ def test_indices_of_layers_that_are_no_integers(tmp_path: Path, family: str, val
         (DEEP, "`folder` has a generation_config.json whose values are nested too deeply to be read"),
         ('{"max_new_tokens": "many"}', "`folder` has a generation_config.json whose fields do not fit: "),
         ('{"watermarking_config": 5}', "`folder` has a generation_config.json whose fields do not fit: "),
+        (
+            '{"suppress_tokens": "abc"}',
+            "generation_config.json whose suppress_tokens are a list of integers, got 'abc'",
+        ),
+        ('{"suppress_tokens": [1, true]}', "suppress_tokens are a list of integers, got .1, True."),
     ],
 )
 def test_generation_options_that_cannot_be_used(tmp_path: Path, family: str, content: str, message: str) -> None:
     folder = published_folder(family, tmp_path / "in")
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()  # the options are read before the weights
     (folder / "generation_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         FAMILIES[family][0](folder)

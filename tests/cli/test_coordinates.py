@@ -12,8 +12,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.tiny import picture
 from vlparts.cli.coordinates import app
-from vlparts.cli.jsonl import image_size, map_texts
+from vlparts.cli.jsonl import map_texts
 from vlparts.coordinates.formats import published as table
 from vlparts.coordinates.formats import registry as formats
 from vlparts.coordinates.formats.openpangu import padded_format
@@ -57,7 +58,7 @@ def test_convert_from_input_to_output() -> None:
     result = run(*CONVERT, "-", input=lines(ROW, {**ROW, "text": "nothing"}))
     assert result.exit_code == 0
     assert rows(result.stdout) == [{**ROW, "text": "<see cat>(00,05),(10,10)."}, {**ROW, "text": "nothing"}]
-    assert "größe" in result.stdout
+    assert "gr\\u00f6\\u00dfe" in result.stdout  # as it came
     assert result.stderr == "2 lines converted.\n"
 
 
@@ -94,7 +95,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
 
 def test_text_that_a_conversion_would_lose() -> None:
     row = {"width": 10, "height": 10, "text": '[{"bbox_2d":[1,2,3,4],"text_content":"ACME"}]'}
-    command = ("convert", "--from", "qwen3_vl", "--to", "qwen3_vl", "-")
+    command = ("convert", "--from", "qwen3_vl", "--to", "openpangu", "-")
     result = run(*command, input=lines(row))
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -104,10 +105,32 @@ def test_text_that_a_conversion_would_lose() -> None:
     (kept,) = rows(result.stdout)
     assert kept["text"] == row["text"]
     assert "'text_content' would be lost" in kept["convert_error"]
-    result = run("check", "-", "--text-field", "text", "--format", "qwen3_vl", input=lines(row))
+    result = run("convert", "--from", "qwen3_vl", "--to", "gemini", "-", input=lines(row))
+    assert rows(result.stdout)[0]["text"] == '[\n  {"box_2d": [2, 1, 4, 3], "text_content": "ACME"}\n]'
+    other = {**row, "text": '[{"bbox_2d":[1,2,3,4],"width":7}]'}
+    result = run("check", "-", "--text-field", "text", "--format", "qwen3_vl", input=lines(row, other))
     assert result.exit_code == 1
     assert "1 lost: text beside coordinates" in result.stdout
-    assert "'text_content'" in result.stdout
+    assert "'width'" in result.stdout
+
+
+def test_convert_changes_no_other_character_of_a_line() -> None:
+    line = (
+        '{ "width":100,"height" : 200 , "n":1.50, "big": 12345678901234567890.0, "caf\\u00e9": "\\u00e9\\/\u00e9",\t'
+        '"messages" : [{"t\\u0065xt": "\\u00e9:\\n(000,500)", "k": [1,2]}, {"content": [{"text":"none \\/"}]}] }'
+    )
+    command = (*CONVERT, "-", "--text-field", "messages")
+    result = run(*command, input=line + "  \r\n" + line)
+    expected = line.replace("(000,500)", "(00,05)")
+    assert result.stdout_bytes.decode() == expected + "  \r\n" + expected + "\n"
+    broken = line.replace("(000,500)", "(1,2)")
+    result = run(*command, "--on-error", "collect", input=broken)
+    assert result.exit_code == 0
+    head, _, error = result.stdout.rpartition(', "convert_error": ')
+    assert head == broken[:-1]
+    assert "malformed" in error
+    deep = '{"width":100,"height":200,"text":"(000,500)","deep":' + "[" * 60 + "]" * 60 + "}"
+    assert run(*CONVERT, "-", input=deep).stdout == deep.replace("(000,500)", "(00,05)") + "\n"
 
 
 def test_convert_between_published_formats() -> None:
@@ -143,6 +166,19 @@ def test_a_line_that_cannot_be_converted(tmp_path: Path) -> None:
     assert said(result) == "2 lines converted, 1 kept unchanged."
 
 
+def test_text_that_looks_like_coordinates_is_warned_of() -> None:
+    arguments = ("convert", "-", "--from", "qwen2_vl", "--to", "openpangu")
+    row = {"text": "dog(221,423),(569,886)", "width": 1000, "height": 1000}
+    result = run(*arguments, input=lines(*[row] * 5))
+    assert (result.exit_code, rows(result.stdout)) == (0, [row] * 5)
+    assert "warning: standard input, line 1: Position 3: '(221,423),(569,886)' looks like" in said(result)
+    assert "warning: 2 further texts look like coordinates. 5 lines converted." in said(result)
+    assert said(run(*arguments, "--on-error", "skip", input=lines(row))) == "1 line converted."
+    result = run("check", "-", "--format", "qwen2_vl", "--text-field", "text", input=lines(row))
+    assert result.exit_code == 1
+    assert "1 suspicious: text that looks like coordinates of the format" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "message"),
     [
@@ -157,7 +193,7 @@ def test_a_line_that_cannot_be_converted(tmp_path: Path) -> None:
             lines({**ROW, "width": None}),
             "line 1: A line must have the fields 'width' and 'height', or 'image', got id",
         ),
-        ((), lines({**ROW, "width": None, "image": "no.png"}), "line 1: The size of image no.png cannot be read"),
+        ((), lines({**ROW, "width": None, "image": "no.png"}), "line 1: Image no.png does not exist"),
         ((), lines({**ROW, "text": 3}), "line 1: Expected a text or a list of messages, got 3"),
         (("-o", "/no/such/folder/b"), lines(ROW), "The output must be in an existing folder"),
     ],
@@ -184,11 +220,29 @@ def test_sizes_come_from_images(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     (tmp_path / "pictures").mkdir()
     image.save(tmp_path / "pictures" / "a.jpg", exif=exif)
-    assert image_size(tmp_path / "pictures" / "a.jpg") == ((100, 200) if orientation == 1 else (200, 100))
     row = {"image": "a.jpg", "regions": [{"point": [0, 180]}]}
     source = write(tmp_path / "a.jsonl", row)
     result = run("check", source, "--image-root", tmp_path / "pictures")
     assert result.exit_code == (0 if orientation == 1 else 1), result.output
+
+
+def test_the_pixel_limit_is_an_option(tmp_path: Path) -> None:
+    picture(20, 10).save(tmp_path / "a.png")
+    source = write(tmp_path / "a.jsonl", {"image": "a.png", "regions": [], "text": ""})
+    for command in (("check", source), ("show", source, "-o", tmp_path / "b.png"), (*CONVERT, source)):
+        result = run(*command, "--max-image-pixels", "199")
+        assert result.exit_code == 2
+        assert "a.png has more than 199 pixels; pass a larger `max_image_pixels`" in said(result)
+        assert run(*command, "--max-image-pixels", "200").exit_code == 0
+
+
+def test_regions_are_not_drawn_on_an_image_of_another_size(tmp_path: Path) -> None:
+    """As if the size of the line were that before the EXIF orientation."""
+    picture(20, 10).save(tmp_path / "a.png")
+    source = write(tmp_path / "a.jsonl", {"image": "a.png", "width": 10, "height": 20, "regions": []})
+    result = run("show", source, "-o", tmp_path / "b.png")
+    assert result.exit_code == 2
+    assert "a.png has 20 x 10 pixels after its EXIF orientation, but the line has 10 x 20" in said(result)
 
 
 def test_lists_of_sizes_are_those_of_several_images() -> None:

@@ -24,8 +24,11 @@ OPTIONS = {
     "epochs",
     "eval_data",
     "freeze",
+    "gradient_accumulation_steps",
     "learning_rate",
     "loss",
+    "max_image_pixels",
+    "max_items",
     "max_steps",
     "mix",
     "model",
@@ -41,6 +44,7 @@ OPTIONS = {
     "seed",
     "text",
     "tokenizer",
+    "trust_remote_code",
     "vision",
 }
 SETTINGS: dict[str, Any] = {
@@ -147,7 +151,10 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "tokenizer": Path("t"),
         "projector": "linear",
         "freeze": ["vision", "text"],
+        "max_image_pixels": 10**6,
         "capacity": 77,
+        "max_items": 6,
+        "gradient_accumulation_steps": 5,
         "packing": False,
         "epochs": 2.5,
         "max_steps": 9,
@@ -161,6 +168,7 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "resume": True,
         "on_error": "skip",
         "on_outside": "clamp",
+        "trust_remote_code": True,
     }
     assert set(given) == OPTIONS - {"config"}
     arguments: list[str] = []
@@ -176,6 +184,8 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
     assert run("train", *arguments).exit_code == 2
     assert {name: getattr(seen[0], name) for name in given} == given
     assert seen[0].model_fields_set == set(given)
+    assert run("train", "--data", "a.jsonl", "--output", "out", "--batch-size", "8").exit_code == 2
+    assert seen[1].max_items == 8
 
 
 def stop() -> None:

@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vlparts.coordinates.codec import CoordinateError, decode, encode
+from vlparts.coordinates.codec import THINKING_MARKERS, CoordinateError, decode, encode, without_thinking
 from vlparts.coordinates.formats.openpangu import PADDED, padded_format
-from vlparts.coordinates.formats.registry import CoordinateFormat
+from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
 from vlparts.coordinates.frames.rules import PaddedSquare, Resized, SmartResize
-from vlparts.coordinates.grammars.base import Coded, DecodeError, Found
+from vlparts.coordinates.grammars.base import Coded, DecodeError, Found, WritesAttributes
 from vlparts.coordinates.grammars.openpangu import PairGrammar
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import Region
+from vlparts.parts.thinking import THINKING_END, THINKING_START, split_thinking
 
 SIZE = (999, 999)  # one code per pixel
 
@@ -238,3 +241,99 @@ def test_errors_of_a_grammar_are_raised() -> None:
     with pytest.raises(CoordinateError, match="The format writes regions of one image"):
         encode([Region.point(1, 2, identity=3)], SIZE)
     assert isinstance(PADDED.grammar, PairGrammar)
+
+
+KEPT = Region.box(10, 20, 30, 40, "a", attributes={"text": "x"})
+
+
+def test_attributes_are_read_from_json_and_written_again() -> None:
+    text = '[{"box_2d": [20, 10, 40, 30], "label": "a", "score": 0.50, "parts": [{"k": "\\u00e9"}]}]'
+    (region,) = decode(text, (1000, 1000), "gemini").regions
+    assert region.attributes == {"score": 0.5, "parts": [{"k": "\u00e9"}]}
+    assert decode(encode([region], (1000, 1000), "gemini"), (1000, 1000), "gemini").regions == (region,)
+    assert '"score": 0.50, "parts": [{"k": "\\u00e9"}]}' in encode([region], (1000, 1000), "gemini")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, fmt in FORMATS.items() if not isinstance(fmt.grammar, WritesAttributes))
+)
+def test_a_format_without_a_place_for_attributes_names_the_key(name: str) -> None:
+    kind = "box" if "box" in FORMATS[name].kinds else FORMATS[name].kinds[0]
+    points = {"box": KEPT.points, "point": ((10, 20),), "quad": ((1, 2), (5, 2), (5, 9), (1, 9))}[kind]
+    region = Region(kind, points, attributes={"text": "x"})
+    with pytest.raises(CoordinateError, match="^Attribute 'text' cannot be written: the format has no place for attr"):
+        encode([region], (300, 300), name)
+    written = encode([region], (300, 300), name, on_attributes="omit")
+    assert written == encode([dataclasses.replace(region, attributes={})], (300, 300), name)
+
+
+def test_attributes_that_a_json_format_cannot_write_raise() -> None:
+    for name, attributes in (("label", {"label": "b"}), ("bbox_2d", {"bbox_2d": 1})):
+        with pytest.raises(CoordinateError, match=f"^Attribute '{name}' cannot be written: the format uses this name"):
+            encode([Region.point(1, 2, attributes=attributes)], (100, 100), "qwen3_vl")
+    nested = Region.point(1, 2, attributes={"ok": "bbox_2d", "parts": [{"bbox_2d": [1, 2, 3, 4]}]})
+    with pytest.raises(
+        CoordinateError, match="^Attribute 'parts' cannot be written: its objects with the key 'bbox_2d'"
+    ):
+        encode([nested], (100, 100), "qwen3_vl")
+    deep: Any = "x"
+    for _ in range(40):
+        deep = [deep]
+    with pytest.raises(
+        CoordinateError, match=r"^A point would not be read back: malformed object: nested deeper than 32\.$"
+    ):
+        encode([Region.point(1, 2, attributes={"deep": deep})], (100, 100), "qwen3_vl")
+    with pytest.raises(ValueError, match="^`on_attributes` must be one of 'raise', 'omit', got 'skip'"):
+        encode([KEPT], (100, 100), on_attributes="skip")
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ('"t": "\\ud800"', "key 't': A string contains half of a surrogate pair"),
+        ('"t": 1e999', "key 't': Number 1e999 is too large"),
+        ('"t": {"a": 1, "a": 2}', "key 't': Key 'a' occurs twice in one object"),
+        ('"t": 1, "\\u0074": 2', "key 't' occurs twice"),
+        ('"l\\u0061bel": "b"', "key 'label' occurs twice"),
+        ('"\\ud800": 1', "half of a surrogate pair"),
+    ],
+)
+def test_a_malformed_attribute_is_an_error_that_names_it(member: str, reason: str) -> None:
+    result = decode(f'{{"bbox_2d": [1, 2, 3, 4], {member}}}', (100, 100), "qwen3_vl", on_error="collect")
+    assert result.regions == ()
+    assert reason in result.errors[0].reason
+
+
+THOUGHT = "<think>maybe cat (001,002),(003,004)</think>cat (005,006),(007,008)"
+
+
+def test_thinking_is_skipped_and_positions_stay() -> None:
+    assert len(decode(THOUGHT, (999, 999)).regions) == 2
+    result = decode(THOUGHT, (999, 999), skip_thinking=True)
+    assert result.regions == (Region.box(5, 6, 7, 8, "cat"),)
+    ((start, end),) = result.spans
+    assert THOUGHT[start:end] == "(005,006),(007,008)"
+    broken = THOUGHT.replace("(007,008)", "(7,8)")
+    errors = decode(broken, (999, 999), on_error="collect", skip_thinking=True).errors
+    assert [position for position, _ in errors] == [broken.index("(005")]
+    nested = '[{"bbox_2d": [1, 2, 3, 4]}] is wrong</think>\n```json\n[{"bbox_2d": [5, 6, 7, 8]}]\n```'
+    (region,) = decode(nested, (1000, 1000), "qwen3_vl", skip_thinking=True).regions
+    assert region.xyxy == (5, 6, 7, 8)
+    assert decode("<think>(001,002)", (999, 999), skip_thinking=True).regions == ()
+    assert decode("[unused16](001,002)[unused17](003,004)", (999, 999), skip_thinking=True).regions == (
+        Region.point(3, 4),
+    )
+
+
+@pytest.mark.parametrize("markers", THINKING_MARKERS)
+@given(st.lists(st.integers(0, 3), max_size=8))
+def test_thinking_is_that_of_split_thinking(markers: tuple[str, str], choices: list[int]) -> None:
+    start, end = markers
+    text = "".join([start, end, "ab", "c"][choice] for choice in choices)
+    answer = without_thinking(text)
+    assert len(answer) == len(text)
+    assert answer.replace("\n", "") == split_thinking(text, start=start, end=end).answer
+
+
+def test_the_markers_are_those_of_openpangu() -> None:
+    assert (THINKING_START, THINKING_END) in THINKING_MARKERS

@@ -132,13 +132,11 @@ def test_text_between_json_objects_with_a_key_per_number_is_kept() -> None:
 @pytest.mark.parametrize(
     ("source", "text", "position", "message"),
     [
-        ("qwen3_vl", '[{"bbox_2d":[50,117,346,168],"text_content":"ACME"}]', 29, "key 'text_content' would be lost"),
-        ("qwen3_vl", f'[{BOX}, {{"bbox_2d": [1,2,3,4], "score": 0.5}}]', 66, "key 'score' would be lost"),
-        ("qwen3_vl", '{"a": [{"b": 1}], "b": "c", "bbox_2d": [1,2,3,4]}', 1, "key 'a' would be lost"),
+        ("qwen3_vl", '[{"bbox_2d":[50,117,346,168],"width": 12}]', 29, "key 'width' would be lost"),
+        ("qwen3_vl", f'[{BOX}, {{"bbox_2d": [1,2,3,4], "center": [2, 3]}}]', 66, "key 'center' would be lost"),
         ("qwen3_vl", f'{{"bbox_2d": [1,2,3,4], "part": {BOX}}}', 23, "key 'part' would be lost"),
         ("qwen3_vl", f'[{BOX}, "note", {BOX}]', 41, "a list with other items than regions would be lost"),
         ("qwen3_vl", f'[{{"page": 1}}, {BOX}]', 14, "a list with other items than regions would be lost"),
-        ("moondream", '[{"x": 0.5, "y": 0.5, "note": "a"}]', 22, "key 'note' would be lost"),
         ("molmo", '<point x="1.0" y="2.0" alt="a" id="7">a</point>', 31, "attribute 'id' would be lost"),
         ("molmo", '<point x="1.0" y="2.0" alt="b">a</point>', 23, "attribute 'alt' would be lost"),
         ("molmo2", '<points coords="1 1 100 200" alt="b">b</points>', 29, "attribute 'alt' would be lost"),
@@ -155,6 +153,42 @@ def test_text_that_would_be_lost_is_an_error(source: str, text: str, position: i
     (problem, *_) = check_text(text, (1000, 1000), source)
     assert problem.name == "lost"
     assert problem.detail.startswith(f"position {position}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "position", "message"),
+    [
+        ('[{"bbox_2d":[50,117,346,168],"text_content":"ACME"}]', "openpangu", 29, "key 'text_content' would be lost"),
+        (f'[{BOX}, {{"bbox_2d": [1,2,3,4], "score": 0.5}}]', "qwen2_vl", 66, "key 'score' would be lost"),
+        ('{"a": [{"b": 1}], "b": "c", "bbox_2d": [1,2,3,4]}', "molmo2", 1, "key 'a' would be lost"),
+        ('[{"bbox_2d": [1,2,3,4], "w": [5]}]', "gemini", 24, "'w' would be lost: its numbers would not be converted"),
+        ('[{"bbox_2d": [1,2,3,4], "box_2d": "x"}]', "gemini", 24, "'box_2d' would be lost: the format to write uses"),
+    ],
+)
+def test_keys_without_a_place_in_the_target_are_an_error(text: str, target: str, position: int, message: str) -> None:
+    with pytest.raises(CoordinateError, match=f"^Position {position}: .*{message}") as caught:
+        convert(text, "qwen3_vl", target, (1000, 1000))
+    assert caught.value.position == position
+    assert convert(text, "qwen3_vl", target, (1000, 1000), on_error="keep") == text
+    assert (check_text(text, (1000, 1000), "qwen3_vl") == []) == ("'w'" not in message)
+
+
+def test_further_keys_come_along_character_for_character() -> None:
+    further = (
+        '"score": 0.50, "n": 12345678901234567890.10, "k\\u00e9y": "caf\\u00e9\\/", "mask" :{ "rle":[1,  2] }, '
+        '"colour": [255, 0, 0], "children": [{"text": "a"}], "none": null, "ok": true, "e": 1E5'
+    )
+    text = f'See [{{"score": 7, "bbox_2d": [50,117,346,168], "label": "a"}}, {{"bbox_2d": [1,2,3,4], {further}}}].'
+    expected = (
+        'See [\n  {"box_2d": [117, 50, 168, 346], "label": "a", "score": 7},\n  {"box_2d": [2, 1, 4, 3], '
+        + further.replace('"mask" :', '"mask": ')
+        + "}\n]."
+    )
+    there = convert(text, "qwen3_vl", "gemini", (1000, 1000))
+    assert there == expected
+    assert convert(there, "gemini", "gemini", (1000, 1000)) == there
+    points = convert('{"x": 0.5, "y": 0.25, "seen": 0.90}', "moondream", "qwen3_vl", (1000, 1000))
+    assert points == '```json\n[\n\t{"point_2d": [500, 250], "seen": 0.90}\n]\n```'
 
 
 def test_a_json_list_with_an_error_stays_whole() -> None:

@@ -142,6 +142,48 @@ GOLDEN: list[tuple[str, str, tuple[int, int], list[Region], bool]] = [
         [Region.point(197, 525)],
         False,
     ),
+    # prompt of @ui-tars/sdk 1.2.3: the form
+    ("ui_tars", "click(start_box='[100, 200, 300, 400]')", SQUARE, [box((100, 200, 300, 400))], False),
+    # bytedance/UI-TARS codes/ui_tars/action_parser.py: the form
+    (
+        "ui_tars_1_5_tags",
+        "click(start_box='<bbox>100 200 300 400</bbox>')",
+        (1120, 1120),
+        [box((100, 200, 300, 400))],
+        False,
+    ),
+    # rednote-hilab/dots.ocr prompts: the form, on an image whose sides smart_resize keeps
+    (
+        "dots_ocr",
+        '[{"bbox": [84, 56, 560, 112], "category": "Title"}]',
+        (1120, 1120),
+        [box((84, 56, 560, 112), "Title")],
+        True,
+    ),
+    # QwenLM/Qwen3-VL cookbooks/ocr.ipynb: the form, on an image whose sides smart_resize keeps
+    (
+        "qwen2_5_vl_ocr",
+        '```json\n[\n\t{"bbox_2d": [84, 56, 560, 112], "text_content": "EXIT"}\n]\n```',
+        (1120, 560),
+        [box((84, 56, 560, 112), "EXIT")],
+        True,
+    ),
+    (
+        "qwen3_vl_ocr",
+        '```json\n[\n\t{"bbox_2d": [84, 56, 560, 112], "text_content": "EXIT"}\n]\n```',
+        SQUARE,
+        [box((84, 56, 560, 112), "EXIT")],
+        True,
+    ),
+    # VGG Image Annotator 2, shape_attributes of a rectangle: the form
+    ("xywh", '{"x": 84, "y": 56, "width": 476, "height": 56}', SQUARE, [box((84, 56, 560, 112))], False),
+    (
+        "xywh_relative",
+        '{"x": 0.25, "y": 0.5, "width": 0.5, "height": 0.125}',
+        (100, 80),
+        [box((25, 40, 75, 50))],
+        False,
+    ),
     # bytedance/UI-TARS codes/README.md
     ("ui_tars_1_5_tags", "click(point='<point>200 300</point>')", (1120, 1120), [Region.point(200, 300)], False),
     # showlab/ShowUI QUICK_START.md

@@ -1,7 +1,9 @@
 """Regions: values and errors."""
 
+import copy
 import dataclasses
 import math
+import pickle
 from decimal import Decimal
 from typing import Any
 
@@ -112,3 +114,46 @@ def test_an_unchecked_region_is_the_same() -> None:
     assert made == Region.track([(1, 2)], [3], "x", image=1, identity=2)
     assert hash(made) == hash(Region.track([(1, 2)], [3], "x", image=1, identity=2))
     assert repr(made).startswith("Region(kind='track'")
+
+
+def test_attributes_are_immutable_json_values() -> None:
+    given = {"text": "caf\u00e9", "colour": [255, 0, 0], "mask": {"a": None}, "n": 10**30}
+    region = Region.box(1, 2, 3, 4, "a", attributes=given)
+    given["text"] = "changed"
+    region.attributes["colour"].append(7)
+    assert region.attributes == {"text": "caf\u00e9", "colour": [255, 0, 0], "mask": {"a": None}, "n": 10**30}
+    assert list(region.attributes) == ["text", "colour", "mask", "n"]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        region.attributes["text"] = "b"  # type: ignore[index]
+    assert Region.box(1, 2, 3, 4).attributes == {}
+    for copied in (
+        pickle.loads(pickle.dumps(region)),  # noqa: S301
+        copy.deepcopy(region),
+        dataclasses.replace(region),
+    ):
+        assert copied == region
+        assert hash(copied) == hash(region)
+    assert Region.box(1, 2, 3, 4, "a") != region
+    assert Region.point(0, 0, attributes={"a": 1}) == Region.point(0, 0, attributes={"a": 1.0})
+    assert hash(Region.point(0, 0, attributes={"a": 1})) == hash(Region.point(0, 0, attributes={"a": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        (["a"], r"^`attributes` must be a mapping of str to JSON values, got \['a'\]\.$"),
+        ({1: 2}, r"^The keys of `attributes` must be str, got 1\.$"),
+        (
+            {"a": (1, 2)},
+            r"^`attributes\['a'\]` must be a JSON value, got \(1, 2\), which would be read back as \[1, 2\]",
+        ),
+        ({"a": {1: 2}}, r"^`attributes\['a'\]` must be a JSON value, got \{1: 2\}, which would be read back as"),
+        ({"a": math.nan}, r"^`attributes\['a'\]` must be a JSON value, got nan: "),
+        ({"a": [object]}, r"^`attributes\['a'\]` must be a JSON value, got "),
+        ({"a": "\ud800"}, r"^`attributes\['a'\]` must be a JSON value, got "),
+        ({"\ud800": 1}, r"^`attributes\['\\ud800'\]` must be a JSON value, got 1: "),
+    ],
+)
+def test_attributes_that_are_not_json_raise(attributes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Region.point(0, 0, attributes=attributes)

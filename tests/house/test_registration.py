@@ -1,15 +1,28 @@
 """One table registers every part, and the Auto classes then find it."""
 
 import ast
+import inspect
+import json
 from pathlib import Path
 
 import pytest
 import transformers
-from transformers import AutoConfig
+from tests.tiny import SIZES, navit, navit_config
+from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import vlparts
+from vlparts import (
+    MoGEConfig,
+    MoGEForCausalLM,
+    NaViTDualEncoder,
+    NaViTForImageClassification,
+    PanguEmbeddedConfig,
+    PanguEmbeddedForCausalLM,
+    WindowFreeViTConfig,
+    WindowFreeViTModel,
+)
 from vlparts.parts.part_configs import PART_CONFIGS
 from vlparts.parts.part_models import PART_MODELS
 from vlparts.registration import PARTS, Part
@@ -35,6 +48,15 @@ def registers(call: str) -> bool:
     if method == "register_for_auto_class":
         return True
     return method == "register" and owner.rpartition(".")[2].startswith(("Auto", "CONFIG_MAPPING", "MODEL_"))
+
+
+@each_part
+def test_forward_tells_tools_its_main_input_and_its_options(part: Part) -> None:
+    for model in part.models.values():
+        parameters = inspect.signature(model.forward).parameters
+        assert list(parameters)[1] == model.main_input_name
+        options, *_ = parameters["kwargs"].annotation.__args__
+        assert {"output_attentions", "output_hidden_states"} <= set(options.__annotations__)
 
 
 def test_every_part_has_a_row() -> None:
@@ -71,6 +93,29 @@ def test_a_saved_part_carries_its_code(part: Part) -> None:
     classes = [part.config, *part.models.values(), part.image_processor, part.processor]
     without = [cls.__name__ for cls in classes if cls is not None and cls._auto_class is None]
     assert without == []
+
+
+def small_models() -> list[PreTrainedModel]:
+    """A model of every class that the table names."""
+    dual = NaViTDualEncoder.from_towers(navit_config(), BertConfig(**SIZES, vocab_size=20))
+    text = PanguEmbeddedForCausalLM(PanguEmbeddedConfig.from_preset("tiny"))
+    composed = vlparts.compose(vision=navit_config(), text=text)
+    decoders = [text, text.model, mixture := MoGEForCausalLM(MoGEConfig.from_preset("tiny")), mixture.model]
+    windows = WindowFreeViTModel(WindowFreeViTConfig.from_preset("hybrid_tiny"))
+    classifier = NaViTForImageClassification(navit_config(num_labels=2))
+    return [dual, composed, composed.model, *decoders, windows, classifier, navit()]
+
+
+def test_saved_folders_name_the_class_of_every_auto_class(tmp_path: Path) -> None:
+    rows = {(name, model.__name__) for part in PARTS for name, model in part.models.items()}
+    found = set()
+    for model in small_models():
+        model.save_pretrained(tmp_path)
+        auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+        wanted = {row for row in rows if row[1] == type(model).__name__}
+        assert wanted <= {(name, path.rpartition(".")[2]) for name, path in auto_map.items()}
+        found |= wanted
+    assert found == rows
 
 
 def test_the_tables_of_composed_models_agree() -> None:

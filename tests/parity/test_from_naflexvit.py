@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +23,18 @@ IN_FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the outputs of all cases."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.fail("timm is missing; install it with `pip install --no-deps -c constraints.txt timm`")
+    timm = os.environ.get("VLPARTS_TIMM", "")  # a folder, so that nothing else imports it
+    if not (Path(timm, "timm").is_dir() if timm else importlib.util.find_spec("timm")):
+        pytest.fail(
+            "timm is missing; install it with `pip install --no-deps -c constraints.txt --target FOLDER timm`, and "
+            "set the environment variable VLPARTS_TIMM to the folder"
+        )
     folder = tmp_path_factory.mktemp("naflexvit")
     command = [sys.executable, "-m", "tests.parity.naflexvit_cases", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    paths = [os.path.abspath(timm)] if timm else []
+    path = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    environment = {**os.environ, **({"PYTHONPATH": path} if path else {})}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     assert run.returncode == 0, run.stderr
     return folder
 
@@ -55,3 +64,12 @@ def test_equals_naflexvit(results: Path, name: str) -> None:
 def test_refused_options_are_named(results: Path, option: str) -> None:
     messages = json.loads((results / "refused.json").read_text(encoding="utf-8"))
     assert f"`{option}`" in messages[option]
+
+
+@pytest.mark.parametrize("file", ["noxfile.py", "CONTRIBUTING.md"])
+def test_timm_is_not_installed_beside_accelerate(file: str) -> None:
+    """The command `accelerate` imports an installed timm, which imports torchvision."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if "install" in line and re.search(r"\btimm\b\W*( #.*)?$", line)]
+    assert found
+    assert all("--target" in line for line in found)

@@ -132,14 +132,12 @@ def test_arrays_and_tensors_are_taken_like_pictures() -> None:
 @pytest.mark.parametrize(
     ("image", "options", "message"),
     [
-        (np.zeros((8, 8, 3), dtype=np.float32), {}, "array of float32; expected a Pillow image, or raw pixels"),
-        (np.zeros((8, 8, 3), dtype=np.float64), NORMALIZED, "array of float64"),
-        (torch.zeros(3, 8, 8), {}, "array of float32"),
-        (np.zeros((8, 8, 3), dtype=np.int64), {}, "array of int64"),
+        (np.full((8, 8, 3), 255.0), NORMALIZED, "values of 255..255 in float64; expected floats from 0 to 1"),
+        (torch.full((3, 8, 8), -0.1), {}, "values of -0.1..-0.1 in float32"),
+        (np.full((8, 8, 3), 256), {}, "values of 256..256 in int64; expected levels from 0 to 255"),
         (np.zeros((0, 5, 3), dtype=np.uint8), {}, "5 x 0 pixels"),
         (Image.new("RGB", (2000, 4)), {}, "2000 x 4 pixels has an aspect ratio of 500.0; expected at most 200"),
-        (Image.new("F", (4, 4)), {}, "mode 'F'"),
-        (Image.new("I;16", (28, 28)), {"do_convert_rgb": False}, "1 channels of uint16; expected 3 of uint8"),
+        (Image.new("I;16", (28, 28)), {"do_convert_rgb": False}, "1 channels; expected 3"),
         (picture(57, 56), {"do_resize": False}, "57 x 56 pixels.*multiples of 28"),
         (picture(56, 56), {"do_rescale": True}, "`do_rescale` and `do_normalize` must be equal, got True and False"),
         (picture(56, 56), {"do_normalize": True}, "`do_rescale` and `do_normalize` must be equal, got False and True"),
@@ -209,7 +207,7 @@ def test_video_options_of_a_call_come_before_those_of_the_processor() -> None:
             {},
             "frames of one size",
         ),
-        (np.zeros((2, 56, 56, 3), dtype=np.float32), {}, "array of float32"),
+        (np.full((2, 56, 56, 3), 2.0), {}, "values of 2..2 in float64"),
         ([Image.new("RGB", (2000, 4))], {}, "aspect ratio of 500"),
         (np.zeros((0, 56, 56, 3), dtype=np.uint8), {}, r"`videos\[0\]` has no frames"),
         (
@@ -238,3 +236,13 @@ def test_it_is_saved_with_all_its_fields(tmp_path: Path) -> None:
     assert again.to_dict() == processor.to_dict()
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert {name: saved[name] for name in changes} == changes
+
+
+@pytest.mark.parametrize("options", [{"do_sample_frames": True}, {"num_frames": 2}, {"fps": 1.0}])
+def test_frames_of_videos_are_sampled_beforehand(options: dict) -> None:
+    processor, video = WindowFreeViTImageProcessor(), np.zeros((2, 56, 56, 3), dtype=np.uint8)
+    expected = processor.preprocess_videos(video)
+    found = processor.preprocess_videos(video, do_sample_frames=False)
+    np.testing.assert_array_equal(found["pixel_values_videos"], expected["pixel_values_videos"])
+    with pytest.raises(ValueError, match="`do_sample_frames`, `num_frames` and `fps` must not be set"):
+        processor.preprocess_videos(video, **options)

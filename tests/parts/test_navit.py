@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from tests.parts.navit_oracle import oracle
 from tests.tiny import navit, navit_config, packed_images
-from vlparts import NaViTConfig, NaViTModel
+from vlparts import NaViTConfig, NaViTForImageClassification, NaViTModel
 
 GRIDS = [(3, 5), (1, 1), (2, 7), (4, 4)]
 
@@ -125,10 +125,13 @@ def test_bad_input(patches: torch.Tensor, grids: list, message: str) -> None:
             {"position_kind": "sinusoidal", "position_combination": "flat"},
             "`position_combination` must be one of .*'flat'",
         ),
-        ({"rotary_theta": 0.0}, "`rotary_theta` must be positive .*, got 0.0 and 16 channels"),
+        ({"rotary_theta": 0.0}, "`rotary_theta` must be a finite number above 0, got 0.0"),
+        ({"rotary_theta": float("nan")}, "`rotary_theta` must be a finite number above 0, got nan"),
+        ({"layer_norm_eps": -1.0}, "`layer_norm_eps` must be a finite number of at least 0, got -1.0"),
+        ({"position_fourier_std": float("inf")}, "`position_fourier_std` must be a finite number of at least 0"),
         (
             {"rotary_theta": 10.0, "hidden_size": 36, "num_attention_heads": 6},
-            "`rotary_theta` must .*, got 10.0 and 6 channels",
+            "must be a multiple of 4 with `rotary_theta`, got 6",
         ),
         ({"max_frames": 0}, "`max_frames` must be at least 1 or None, got 0"),
         ({"num_register_tokens": -1}, "`num_register_tokens` must not be negative, got -1"),
@@ -196,3 +199,12 @@ def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path: object) -> No
         assert 0 < loaded[name].std() < 1, name
     for name, value in kept.items():
         assert torch.equal(loaded[name], value), name
+
+
+def test_unknown_arguments_are_refused_and_those_of_every_model_taken() -> None:
+    pixels, grid = packed_images([(2, 3)])
+    for model in (navit(), NaViTForImageClassification(navit_config())):
+        with pytest.raises(ValueError, match=r"`kwargs` must be among .*output_hidden_states.*, got max_seqlens, x;"):
+            model(pixels, grid, max_seqlens=6, x=None)
+        outputs = model(pixels, grid, output_hidden_states=True, return_dict=True, num_items_in_batch=1)
+        assert len(outputs.hidden_states) > 1

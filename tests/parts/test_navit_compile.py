@@ -20,14 +20,27 @@ BATCHES = [[(3, 5), (1, 1), (2, 7), (4, 4)], [(2, 3), (5, 4)], [(6, 6), (2, 2), 
 
 def inputs(grids: list[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
     patches, grid_thw = packed_images(grids, seed=seed)
-    cu_seqlens = get_cu_seqlens(grid_thw)
-    return {
-        "pixel_values": patches,
-        "image_grid_thw": grid_thw,
+    return {"pixel_values": patches, "image_grid_thw": grid_thw, **navit().precompute(grid_thw)}
+
+
+@pytest.mark.parametrize("video_attention", ["frame", "clip"])
+def test_precomputed_inputs(video_attention: str) -> None:
+    patches, grid_thw = packed_images([*BATCHES[0], (3, 2, 5)])
+    model = navit(video_attention=video_attention)
+    cu_seqlens = get_cu_seqlens(grid_thw, video_attention == "clip")
+    expected = {
         "cu_seqlens": cu_seqlens,
         "max_seqlen": get_max_seqlen(cu_seqlens),
         "position_ids": get_position_ids(grid_thw),
     }
+    torch.testing.assert_close(model.precompute(grid_thw), expected)
+    pooled = model(patches, grid_thw, **expected).pooler_output
+    torch.testing.assert_close(pooled, model(patches, grid_thw).pooler_output)
+    kept = torch.tensor([0, 14, 15, 16, 29, 30, 50, 75, -1])
+    outputs = model(patches[kept], grid_thw, keep_index=kept, **model.precompute(grid_thw, kept))
+    torch.testing.assert_close(outputs.pooler_output, model(patches[kept], grid_thw, keep_index=kept).pooler_output)
+    with pytest.raises(ValueError, match="must hold positive frames"):
+        model.precompute(torch.tensor([[1, 0, 4]]))
 
 
 def fixed(grids: list[tuple[int, int]], capacity: int = 48, items: int = 5, seed: int = 0) -> dict[str, Any]:

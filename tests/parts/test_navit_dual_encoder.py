@@ -278,6 +278,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         ({"negatives": "few"}, "Field 'negatives' expected one of .*, got few"),
         ({"text_pooling": "max"}, "Field 'text_pooling' expected one of .*, got max"),
         ({"logit_bias_init_value": -1.0}, "`logit_bias_init_value` must be None for `loss` 'softmax', got -1.0"),
+        ({"logit_scale_init_value": float("inf")}, "`logit_scale_init_value` must be a finite number, got inf"),
+        ({"initializer_range": -0.1}, "`initializer_range` must be a finite number of at least 0, got -0.1"),
         ({"vision_config": navit_config(pooling="none")}, "`vision_config` must pool"),
         ({"vision_config": {"hidden_size": 8}}, "`vision_config` must have a 'model_type' .* got None"),
         ({"text_config": {"model_type": "no_such_model"}}, "`text_config` must .* got 'no_such_model'"),

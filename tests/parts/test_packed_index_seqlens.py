@@ -68,24 +68,24 @@ def test_host_lengths_must_cover_the_tokens(side: str) -> None:
 
 def test_the_longest_segment_follows_from_host_lengths() -> None:
     bounds = boundaries([2, 5, 3])
-    assert resolve_seqlens(bounds.to(META), None, [0, 2, 7, 10]) == (5, [0, 2, 7, 10])
-    assert resolve_seqlens(bounds, None, None) == (5, [0, 2, 7, 10])
+    assert resolve_seqlens(bounds.to(META), None, [0, 2, 7, 10], 10) == (5, [0, 2, 7, 10])
+    assert resolve_seqlens(bounds, None, None, 10) == (5, [0, 2, 7, 10])
 
 
 def test_a_bound_on_the_longest_segment_is_kept_and_nothing_is_read() -> None:
     bounds = boundaries([2, 5, 3]).to(META)
-    assert resolve_seqlens(bounds, 9, None) == (9, None)
-    assert resolve_seqlens(bounds, 9, [0, 2, 7, 10]) == (9, [0, 2, 7, 10])
+    assert resolve_seqlens(bounds, 9, None, 10) == (9, None)
+    assert resolve_seqlens(bounds, 9, [0, 2, 7, 10], 10) == (9, [0, 2, 7, 10])
 
 
 def test_no_segments() -> None:
-    assert resolve_seqlens(boundaries([]), None, None) == (0, [0])
+    assert resolve_seqlens(boundaries([]), None, None, 0) == (0, [0])
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [0, 1, 2, 3]])
 def test_another_number_of_boundaries_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match=rf"`cu_seqlens_cpu` must hold one integer .* \(3,\), got {len(lengths)}"):
-        resolve_seqlens(boundaries([1, 2]), 2, lengths)
+        resolve_seqlens(boundaries([1, 2]), 2, lengths, 3)
 
 
 # --- models

@@ -223,7 +223,7 @@ IMAGES = torch.tensor([[TEXT_ID] * 6, [TEXT_ID, IMAGE_ID, IMAGE_ID, TEXT_ID, IMA
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "Sample 1 has 2 placeholders more than `image_grid_thw` describes with 0 grids"),
+        ({}, "`image_grid_thw` must be given, got None: sample 1 has 2 placeholders"),
         (grid(1, 1, 2), "Sample 1 has 1 placeholders more than `image_grid_thw` describes with 1 grids"),
         (grid(1, 2, 2), r"Sample 1 has 2 placeholders in a row where a frame of `image_grid_thw\[0\]` takes 4"),
         (grid(1, 1, 2, 1, 1, 2), r"Sample 1 has 1 placeholders in a row where .* `image_grid_thw\[1\]` takes 2"),

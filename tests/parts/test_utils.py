@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache
 
-from vlparts.parts.utils import check_minimum, check_token_inputs, positive_integer, slice_for_logits
+from vlparts.parts.utils import activation_dtype, check_minimum, check_token_inputs, positive_integer, slice_for_logits
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,14 @@ from vlparts.parts.utils import check_minimum, check_token_inputs, positive_inte
 def test_the_states_of_the_logits_to_keep(logits_to_keep: Any, positions: list[int]) -> None:
     hidden = torch.randn(2, 4, 3)
     assert torch.equal(slice_for_logits(hidden, logits_to_keep), hidden[:, positions])
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_eight_bits_do_not_tell_the_dtype_of_activations(stored: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.LayerNorm(3)).to(torch.bfloat16)
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(stored), requires_grad=False)
+    assert activation_dtype(model, torch.float64) == torch.bfloat16
+    assert activation_dtype(model[0], torch.float64) == torch.float64
 
 
 def test_exactly_one_of_ids_and_embeddings() -> None:

@@ -67,6 +67,15 @@ def test_generation_with_and_without_a_cache_agrees() -> None:
     assert with_cache.tolist() == model.generate(**inputs, **options, use_cache=False).tolist()
 
 
+@pytest.mark.parametrize("vision", ["navit", "clip"])
+def test_a_static_cache_changes_nothing(vision: str) -> None:
+    model, processor = composed(vision)
+    inputs, options = batch(processor, GROUPS), {"max_new_tokens": 5, "do_sample": False}
+    static = model.generate(**inputs, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(**inputs, **options))
+    assert model._can_compile_fullgraph
+
+
 def test_packed_patches_are_never_repeated_one_by_one() -> None:
     """What older versions of transformers would do, which do not encode images before they repeat the inputs."""
     model, processor = composed()

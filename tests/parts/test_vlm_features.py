@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from tests.tiny import vision_config
 from vlparts.parts.part_models import model_from_config
@@ -17,8 +18,12 @@ def test_the_layout_follows_from_the_arguments_of_forward(kind: str, layout: str
 
 def test_an_encoder_without_pixels_is_refused() -> None:
     class Deaf(nn.Module):
+        config = PreTrainedConfig()
+
         def forward(self, sound: torch.Tensor) -> torch.Tensor:
             return sound
 
-    with pytest.raises(ValueError, match="`vision` Deaf takes sound; expected a forward with `pixel_values`"):
+    with pytest.raises(
+        ValueError, match="`vision` Deaf of type '' takes sound; expected .* a forward with `pixel_values`"
+    ):
         pixel_layout(Deaf())

@@ -142,7 +142,9 @@ def test_a_native_configuration_can_ask_for_router_logits(kind: str) -> None:
     torch.testing.assert_close(outputs.loss, expected)
     assert float(outputs.aux_loss.detach()) > 0
     assert len(outputs.router_logits) == 2
-    assert "aux_loss" not in model(**inputs, output_router_logits=False)
+    silent = model(**inputs, output_router_logits=False)
+    assert "aux_loss" not in silent
+    assert type(silent) is type(outputs)
 
 
 def test_router_logits_of_a_text_model_without_a_balance_loss_are_refused() -> None:

@@ -122,6 +122,17 @@ def test_several_sequences_are_drawn_for_each_prompt() -> None:
     assert torch.equal(drawn, expected.repeat_interleave(2, dim=0))
 
 
+def test_generation_takes_positions_on_all_axes_or_none() -> None:
+    model, processor = openpangu()
+    inputs = encode(processor, CHATS)
+    names = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw")
+    positions = model.model.get_multimodal_position_ids(**{name: inputs[name] for name in names})
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, position_ids=positions), expected)
+    with pytest.raises(ValueError, match=r"`image_grid_thw` must be given.* takes .* \(4, samples"):
+        model.generate(**inputs, **GREEDY, position_ids=positions[0])
+
+
 def test_embeddings_generate_what_ids_generate() -> None:
     model, processor = openpangu()
     inputs = encode(processor, CHATS)
@@ -267,7 +278,7 @@ def test_images_without_grids_are_refused() -> None:
     model, processor = openpangu()
     inputs = encode(processor, [CHATS[0]])
     images = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_grid_thw"))
-    with pytest.raises(ValueError, match="more than `image_grid_thw` describes"):
+    with pytest.raises(ValueError, match="`image_grid_thw` must be given, got None"):
         model(**inputs, mm_encoder_outputs={"image": images})
 
 
@@ -321,7 +332,7 @@ def test_going_on_with_the_new_ids_alone_is_refused() -> None:
 def test_going_on_without_the_grids_is_refused() -> None:
     model, processor = openpangu()
     cache, text = continued(model, encode(processor, [CHATS[0]]))
-    with pytest.raises(ValueError, match="more than `image_grid_thw` describes"):
+    with pytest.raises(ValueError, match="`image_grid_thw` must be given, got None"):
         model.generate(**text, past_key_values=cache, **GREEDY)
 
 

@@ -233,9 +233,12 @@ def test_bad_input(pixels: Tensor, grids: list[list[int]], message: str, pattern
         ({"num_attention_heads": 16}, "heads of a multiple of 4 channels, got 16 and 32"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0"),
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0, got 0.1"),
-        ({"rotary_theta": 0.0}, "`rotary_theta` must be positive, got 0.0"),
+        ({"rotary_theta": 0.0}, "`rotary_theta` must be a finite number above 0, got 0.0"),
+        ({"rotary_theta": float("inf")}, "`rotary_theta` must be a finite number above 0, got inf"),
+        ({"rms_norm_eps": -1e-6}, "`rms_norm_eps` must be a finite number of at least 0, got -1e-06"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "`image_mean` must be a finite number, got nan"),
         ({"image_mean": [0.5]}, "`image_mean` must have one value per channel, 3, got"),
-        ({"image_std": [0.5, 0.0, 0.5]}, "`image_std` must be positive"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "`image_std` must be a finite number above 0, got 0.0"),
     ],
 )
 def test_bad_configuration(changes: dict[str, Any], message: str) -> None:
@@ -270,3 +273,10 @@ def test_every_weight_is_initialised(tmp_path: Any) -> None:
     model.init_weights()
     assert not any(parameter.isnan().any() for parameter in model.parameters())
     assert all(bool((layer.norm1.weight == 1).all()) for layer in model.layers)
+
+
+def test_unknown_arguments_are_refused_and_those_of_every_model_taken() -> None:
+    pixels, grid = packed_images([(2, 4)])
+    with pytest.raises(ValueError, match=r"`kwargs` must be among .*output_hidden_states.*, got keep_index;"):
+        windowfree()(pixels, grid, keep_index=None)
+    assert len(windowfree()(pixels, grid, output_hidden_states=True, return_dict=True).hidden_states) > 1

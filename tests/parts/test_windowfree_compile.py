@@ -22,18 +22,28 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 def inputs(grids: list[tuple[int, int]], pattern: str, seed: int = 0) -> dict[str, Any]:
     pixels, grid_thw = packed_images(grids, seed=seed)
-    cu_seqlens = get_cu_seqlens(grid_thw)
-    found = {
-        "pixel_values": pixels,
-        "image_grid_thw": grid_thw,
+    precomputed = windowfree(**PATTERNS[pattern]).precompute(grid_thw)
+    return {"pixel_values": pixels, "image_grid_thw": grid_thw, **precomputed}
+
+
+@every_pattern
+def test_precomputed_inputs(pattern: str) -> None:
+    pixels, grid_thw = packed_images([*BATCHES[0], (3, 4, 4)])
+    model, cu_seqlens = windowfree(**PATTERNS[pattern]), get_cu_seqlens(grid_thw)
+    found = model.precompute(grid_thw)
+    expected = {
         "cu_seqlens": cu_seqlens,
         "max_seqlen": get_max_seqlen(cu_seqlens),
         "position_ids": get_position_ids(grid_thw, 2),
     }
     if pattern == "hybrid":
         windows = get_windows(grid_thw, 2, 2)
-        found |= {"window_index": windows.order, "cu_window_seqlens": windows.cu_seqlens}
-    return found
+        expected |= {"window_index": windows.order, "cu_window_seqlens": windows.cu_seqlens}
+    torch.testing.assert_close(found, expected)
+    outputs = model(pixels, grid_thw, **found)
+    torch.testing.assert_close(outputs.last_hidden_state, model(pixels, grid_thw).last_hidden_state)
+    with pytest.raises(ValueError, match="spatial_merge_size=2 does not divide"):
+        model.precompute(torch.tensor([[1, 3, 4]]))
 
 
 @every_pattern

@@ -10,10 +10,20 @@ import argparse
 import random
 import sys
 import time
+import warnings
 
 from rich.progress import track
 
-from vlparts.coordinates import FORMATS, CoordinateError, Region, decode, encode, guess_format
+from vlparts.coordinates import (
+    FORMATS,
+    CoordinateError,
+    CoordinateWarning,
+    Region,
+    Suspicion,
+    decode,
+    encode,
+    guess_format,
+)
 
 SIZES = [(1, 1), (7, 6), (640, 427), (1920, 1080), (99_999, 600)]
 SIGNS = [
@@ -114,7 +124,7 @@ def try_one(text: str, name: str, size: tuple[int, int]) -> tuple[int, int]:
         raise AssertionError(f"errors {result.errors}")
     try:
         decode(text, size, name)
-        if result.errors:
+        if not all(isinstance(error, Suspicion) for error in result.errors):
             raise AssertionError("an error was collected but not raised")
     except CoordinateError:
         if not result.errors:
@@ -128,6 +138,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    warnings.simplefilter("ignore", CoordinateWarning)
     draw, pieces, names = random.Random(options.seed), valid_pieces(), list(FORMATS)
     regions = errors = characters = 0
     begin = time.perf_counter()

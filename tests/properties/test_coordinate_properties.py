@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from functools import cache
 from typing import Any
 
@@ -17,9 +18,12 @@ from vlparts.coordinates.codec import CoordinateError, decode, encode
 from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats.openpangu import padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
+from vlparts.coordinates.grammars.base import Suspicion, WritesAttributes
+from vlparts.coordinates.io.annotations import region_from_dict, region_to_dict
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import KINDS, Region
 from vlparts.coordinates.streaming import StreamDecoder
+from vlparts.coordinates.suspicion import CoordinateWarning
 
 PAIRS = [
     padded_format("bins", denominator=1000, rounding="bins", separator=" | "),
@@ -135,6 +139,46 @@ def test_regions_come_back_close_and_their_codes_exactly(fmt: CoordinateFormat, 
     assert written(list(result.regions), size, fmt) == text
 
 
+JSON_FORMATS = [fmt for fmt in ALL if isinstance(fmt.grammar, WritesAttributes)]
+words = st.sampled_from(["text", "score", "colour", "caf\u00e9", "a b", 'q"', ""]) | st.text(max_size=5)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5).map("k".__add__), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+spellings = st.sampled_from(
+    ["0.50", "1E5", "-0", "12345678901234567890.10", '"\\u00e9\\/"', "[ 1,\n 2 ]", '{ "a" :{}}']
+)
+
+
+@pytest.mark.parametrize("fmt", JSON_FORMATS, ids=lambda fmt: fmt.name)
+@given(given_attributes=st.dictionaries(words, json_values, max_size=4), spelled=spellings)
+@few
+def test_attributes_come_back_from_json(fmt: CoordinateFormat, given_attributes: Any, spelled: str) -> None:
+    size = (1000, 1000)
+    assume(not {*fmt.grammar.own_keys} & given_attributes.keys())
+    try:
+        region = Region.box(100, 120, 300, 420, attributes=given_attributes)
+    except ValueError:  # half of a surrogate pair
+        assume(False)
+    try:
+        text = encode([region], size, fmt)
+    except CoordinateError as error:
+        if "its numbers would make the object another shape" not in str(error):
+            raise
+        assume(False)
+    (read,) = decode(text, size, fmt).regions
+    assert read.attributes == given_attributes
+    assert list(read.attributes) == list(given_attributes)
+    assert encode([read], size, fmt) == text
+    assert region_from_dict(json.loads(json.dumps(region_to_dict(read)))) == read
+    empty = encode([Region.box(100, 120, 300, 420)], size, fmt)
+    text = empty.replace("}", f', "kept" :{spelled}}}', 1)  # the first object is the region
+    assert convert(text, fmt, fmt, size) == empty.replace("}", f', "kept": {spelled}}}', 1)
+
+
 rules = pytest.mark.parametrize(
     "fmt", [fmt for fmt in ALL if isinstance(fmt.numbers, NumberRule)], ids=lambda fmt: fmt.name
 )
@@ -200,6 +244,7 @@ def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -
     assert decode(text, size, fmt, on_error="skip").regions == collected.regions
     positions = [error.position for error in collected.errors]
     assert positions == sorted(positions)
+    raised = [error.position for error in collected.errors if not isinstance(error, Suspicion)]
     assert all(0 <= position <= len(text) for position in positions)
     assert list(collected.spans) == sorted(collected.spans)
     for region, (start, end) in zip(collected.regions, collected.spans, strict=True):
@@ -208,10 +253,13 @@ def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -
             Region(region.kind, region.points, region.label, None, region.image, region.identity, region.times)
             == region
         )
-    if positions:
+    if raised:
         with pytest.raises(CoordinateError) as caught:
             decode(text, size, fmt)
-        assert caught.value.position == positions[0]
+        assert caught.value.position == raised[0]
+    elif positions:
+        with pytest.warns(CoordinateWarning, match=rf"^Position {positions[0]}: "):
+            assert decode(text, size, fmt) == dataclasses.replace(collected, errors=())
     else:
         assert decode(text, size, fmt) == collected
     clamped = decode(text, size, fmt, on_error="collect", on_outside="clamp")

@@ -27,7 +27,7 @@ folder, work = Path(sys.argv[1]), Path(sys.argv[2])
 ENCODER = (
     PREAMBLE
     + """
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, pipeline
 from PIL import Image
 inputs = load_file(work / "inputs.safetensors")
 def outputs(folder):
@@ -40,8 +40,12 @@ def outputs(folder):
 model, images, first = outputs(folder)
 assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
 model.save_pretrained(work / "again"); images.save_pretrained(work / "again")
-_, _, second = outputs(work / "again")
+again, _, second = outputs(work / "again")
 assert all(torch.equal(first[name], second[name]) for name in first)
+features = pipeline("image-feature-extraction", model=str(work / "again"), trust_remote_code=True)
+with torch.no_grad():
+    expected = again(first["pixel_values"], first["image_grid_thw"]).last_hidden_state
+torch.testing.assert_close(features(Image.open(work / "picture.png"), return_tensors=True), expected)
 save_file(first, work / "outputs.safetensors")
 """
 )
@@ -49,13 +53,13 @@ save_file(first, work / "outputs.safetensors")
 COMPOSED = (
     PREAMBLE
     + """
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 from PIL import Image
 image = Image.open(work / "picture.png")
 blocks = [{"type": "image", "image": image}, {"type": "text", "text": "Where is the cat?"}]
 chat = [{"role": "user", "content": blocks}]
-def outputs(folder):
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+def outputs(folder, auto=AutoModelForImageTextToText):
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
@@ -68,7 +72,7 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)._
 headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(headless).__name__ == "VisionLanguageModel"
 model.save_pretrained(work / "again"); processor.save_pretrained(work / "again")
-_, _, second = outputs(work / "again")
+_, _, second = outputs(work / "again", AutoModelForMultimodalLM)
 assert all(torch.equal(first[name], second[name]) for name in first)
 ask = pipeline("image-text-to-text", model=str(work / "again"), trust_remote_code=True)
 answer = ask(text=chat, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
@@ -124,7 +128,8 @@ def test_a_saved_folder_holds_all_code_and_no_pickle(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    heads = {"AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *heads}
     for reference in config["auto_map"].values():
         assert (tmp_path / f"{reference.split('.')[0]}.py").is_file()
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors", ".jinja"}

@@ -8,12 +8,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.parts.test_moge import moge, tokens
 from tests.remote.test_life import PREAMBLE
+from tests.tiny import tokenizer
 from vlparts.demo.isolation import run_without
 
 MIXTURE = (
     PREAMBLE
     + """
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 inputs = load_file(work / "inputs.safetensors")
 def outputs(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -31,13 +32,21 @@ assert type(headless).__name__ == "MoGEModel"
 model.save_pretrained(work / "again")
 _, second = outputs(work / "again")
 assert all(torch.equal(first[name], second[name]) for name in first)
+write = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+tokens = write.tokenizer("Where is", return_tensors="pt").input_ids
+row = model.generate(tokens, max_new_tokens=4, do_sample=False)[0]
+expected = write.tokenizer.decode(row, skip_special_tokens=True)
+answer = write("Where is", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+assert answer == expected, (answer, expected)
 save_file(first, work / "outputs.safetensors")
 """
 )
 
 
 def test_a_mixture_of_experts(bare_python: Path, tmp_path: Path) -> None:
-    moge(mlp_only_layers=[0]).save_pretrained(tmp_path / "model")
+    words = tokenizer()
+    moge(mlp_only_layers=[0], vocab_size=len(words)).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
     inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     inputs["attention_mask"][0, :3] = 0
     save_file(inputs, tmp_path / "inputs.safetensors")

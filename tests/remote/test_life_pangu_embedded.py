@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.parts.test_pangu_embedded import LAYOUT, OTHER, multimodal, pangu, with_places
 from tests.remote.test_life import PREAMBLE
+from tests.tiny import tokenizer
 from vlparts.demo.isolation import run_without
 
 LANGUAGE_MODEL = (
     PREAMBLE
     + """
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 inputs = load_file(work / "inputs.safetensors")
 def outputs(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -28,6 +29,12 @@ assert type(headless).__name__ == "PanguEmbeddedModel"
 model.save_pretrained(work / "again")
 _, second = outputs(work / "again")
 assert all(torch.equal(first[name], second[name]) for name in first)
+write = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+tokens = write.tokenizer("Where is", return_tensors="pt").input_ids
+row = model.generate(tokens, max_new_tokens=4, do_sample=False)[0]
+expected = write.tokenizer.decode(row, skip_special_tokens=True)
+answer = write("Where is", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+assert answer == expected, (answer, expected)
 save_file(first, work / "outputs.safetensors")
 """
 )
@@ -35,7 +42,9 @@ save_file(first, work / "outputs.safetensors")
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny_mrope"])
 def test_a_language_model(bare_python: Path, tmp_path: Path, preset: str) -> None:
-    pangu(preset).save_pretrained(tmp_path / "model")
+    words = tokenizer()
+    pangu(preset, vocab_size=len(words)).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
     inputs, positions = multimodal(LAYOUT, OTHER, padding=[(0, 0), (10, 0)])
     rows = with_places(positions, inputs["attention_mask"])
     inputs["position_ids"] = (rows[0] if preset == "tiny" else rows).contiguous()

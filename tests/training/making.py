@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokeni
 
 from tests.tiny import SIZES, order_one, picture, text_config, tokenizer, vision_config
 from vlparts import NaViTModel, compose, compose_processor
+from vlparts.coordinates import Region
 from vlparts.training.config import TrainConfig
+from vlparts.training.records import Record
 from vlparts.training.train import TrainResult
 
 WORDS = ["Where is the cat?", "It is here: cat(001,234),(567,899)", "user\n", "assistant\n", "You see.", "system"]
@@ -126,3 +128,10 @@ def losses(result: TrainResult, key: str = "loss") -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a saved model."""
     return load_file(folder / "model.safetensors")
+
+
+def about_image(path: str, region: Region) -> Record:
+    """A record whose answer is one region of an image."""
+    answer = {"label": region.label, region.kind: [value for point in region.points for value in point]}
+    question = {"role": "user", "content": "Where is the cat?"}
+    return Record.model_validate({"image": path, "messages": [question, {"role": "assistant", "content": answer}]})

@@ -1,16 +1,19 @@
 """What the settings of a run can name: parts, folders, files, tokenizers; and what is refused."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from tests.tiny import WINDOWED, picture, tokenizer
+from tests.chat_styles import STYLES, styled_tokenizer
+from tests.tiny import WINDOWED, order_one, picture, text_config, tokenizer
 from tests.training.making import TEXT, VISION, losses, saved_parts, settings, weights
 from vlparts import WindowFreeViTImageProcessor
+from vlparts.parts.chat_placeholders import with_placeholders
 from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
 from vlparts.training.train import train
@@ -32,7 +35,7 @@ def test_folders_of_checkpoints_keep_their_weights(tmp_path: Path, kind: str) ->
 
 def test_json_files_and_mappings_of_configurations(tmp_path: Path) -> None:
     (tmp_path / "vision.json").write_text(json.dumps(VISION), encoding="utf-8")
-    (tmp_path / "text.json").write_text(json.dumps(TEXT), encoding="utf-8")
+    (tmp_path / "text.json").write_text(json.dumps(TEXT), encoding="utf-8-sig")  # with a byte order mark
     files = {"vision": str(tmp_path / "vision.json"), "text": str(tmp_path / "text.json")}
     from_files = train(settings(tmp_path, max_steps=1, **files))
     from_mappings = train(settings(tmp_path, max_steps=1, output=tmp_path / "other"))
@@ -172,7 +175,7 @@ def test_a_text_model_without_packed_attention_is_refused_by_name(tmp_path: Path
 
 
 def test_a_tokenizer_without_padding_can_be_padded(tmp_path: Path) -> None:
-    """Llama's tokenizers have no padding token; the padding is masked, so any id does."""
+    """Llama's tokenizers have no padding token; it gets one."""
     vision, text = saved_parts(tmp_path, "navit")
     words = tokenizer()
     words.pad_token = None
@@ -181,3 +184,40 @@ def test_a_tokenizer_without_padding_can_be_padded(tmp_path: Path) -> None:
     padded = train(settings(tmp_path, packing=False, **options))
     packed = train(settings(tmp_path, output=tmp_path / "packed", **options))
     torch.testing.assert_close(losses(padded), losses(packed), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("style", [None, "llama3", "mistral"])
+def test_the_trainer_has_no_special_tokens_to_align(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, style: str | None
+) -> None:
+    vision, text = saved_parts(tmp_path, "navit")
+    words = tokenizer() if style is None else styled_tokenizer(STYLES[style])
+    words.save_pretrained(text)
+    order_one(AutoModelForCausalLM.from_config(text_config("llama", words))).save_pretrained(text)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        result = train(settings(tmp_path, vision=str(vision), text=str(text), capacity=2000, max_steps=1))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [one for one in caplog.messages if "PAD/BOS/EOS" in one]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "output")
+    assert saved.pad_token_id == result.model.generation_config.pad_token_id
+    assert saved.pad_token_id == result.model.config.text_config.pad_token_id
+
+
+def test_a_tokenizer_without_template_needs_one(tmp_path: Path) -> None:
+    vision, text = saved_parts(tmp_path, "navit")
+    words = styled_tokenizer(STYLES["gemma"])
+    template, words.chat_template, words.eos_token = words.chat_template, None, None
+    words.save_pretrained(text)
+    order_one(AutoModelForCausalLM.from_config(text_config("llama", words))).save_pretrained(text)
+    options = {"vision": str(vision), "text": str(text), "capacity": 2000, "max_steps": 1}
+    with pytest.raises(ValueError, match="`chat_template` must be given: the tokenizer has none"):
+        train(settings(tmp_path, **options))
+    file = tmp_path / "chat.jinja"
+    with pytest.raises(ValueError, match="`chat_template` must be a file with a Jinja template, got .*chat.jinja"):
+        train(settings(tmp_path, chat_template=file, **options))
+    file.write_text(with_placeholders(template, {"image": "<image>"}), encoding="utf-8")
+    result = train(settings(tmp_path, chat_template=file, **options))
+    assert result.processor.chat_template == file.read_text(encoding="utf-8")

@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.tiny import picture
+from tests.chat_styles import STYLES, styled_tokenizer
+from tests.tiny import picture, save_turned
 from tests.training.making import TOKENIZERS, processor_for, save
 from vlparts.coordinates.codec import decode
 from vlparts.parts.utils import IGNORE_INDEX
-from vlparts.training.encoding import Sample, SampleEncoder
+from vlparts.training.encoding import Sample, SampleEncoder, join_images
 from vlparts.training.records import Record
 
 PROCESSOR = processor_for()
 IMAGE = {"type": "image"}
+BOX = {"label": "cat", "box": [2, 3, 20, 15]}
 USER = {"role": "user", "content": "Where is the cat?"}
 CONVERSATIONS: dict[str, dict[str, Any]] = {
     "text alone": {"messages": [USER, {"role": "assistant", "content": "It is here."}]},
@@ -161,7 +163,56 @@ def test_image_placeholders_in_an_answer_have_no_loss(folder: Path) -> None:
     places = sample.input_ids == PROCESSOR.image_token_id
     assert places.sum() == 6 * 3
     assert (sample.labels[places] == IGNORE_INDEX).all()
-    assert answers_of(sample) == ["Here: ", "\n is it<|im_end|>"]
+    assert answers_of(sample) == ["Here: ", " is it<|im_end|>"]
+
+
+STYLED = {name: styled_tokenizer(style) for name, style in STYLES.items()}
+UNMARKED = {f"{name} unmarked": styled_tokenizer(style.without_marks()) for name, style in STYLES.items()}
+DIALOGUE = {
+    "images": ["a.png", "b.png"],
+    "messages": [
+        {"role": "user", "content": ["Where ", IMAGE, " is it?"]},
+        {"role": "assistant", "content": ["It ", "is here."]},
+        {"role": "user", "content": ["And ", IMAGE, "?"]},
+        {"role": "assistant", "content": "here"},
+    ],
+}
+
+
+@pytest.mark.parametrize("style", ["default", *STYLED, *UNMARKED])
+def test_the_loss_covers_the_tokens_that_the_template_marks(folder: Path, style: str) -> None:
+    """Also if the marks are taken out of the template."""
+    name = style.removesuffix(" unmarked")
+    marked = PROCESSOR if style == "default" else processor_for(words=STYLED[name])
+    processor = processor_for(words=UNMARKED[style]) if style in UNMARKED else marked
+    given_record = record(**DIALOGUE)
+    sample = SampleEncoder(processor, folder)(given_record)
+    inputs = processor.apply_chat_template(
+        inference_chat(given_record, folder),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        chat_template=marked.chat_template,
+    )
+    length = len(sample)  # the sample ends with the last answer
+    assert torch.equal(inputs["input_ids"][0, :length], sample.input_ids)
+    assert torch.equal(inputs["assistant_masks"][0, :length].bool(), sample.labels != IGNORE_INDEX)
+    assert not inputs["assistant_masks"][0, length:].any()
+    end = "<|im_end|>" if style == "default" else STYLES[name].end
+    assert answers_of(sample, processor) == [f"It is here.{end}", f"here{end}"]
+
+
+def test_marks_that_leave_out_a_part_of_an_answer_are_followed(folder: Path) -> None:
+    words = styled_tokenizer(STYLES["mistral"])
+    marked = "{% generation %}{{- message['content'].split('#')[-1] + eos_token }}{% endgeneration %}"
+    words.chat_template = words.chat_template.replace(
+        '{% generation %}{{- message["content"] + eos_token }}{% endgeneration %}',
+        "{{- message['content'].split('#')[0] + '#' }}" + marked,
+    )
+    processor = processor_for(words=words)
+    sample = SampleEncoder(processor, folder)(about("It is #here.", "a.png"))
+    assert answers_of(sample, processor) == ["here.</s>"]
 
 
 @pytest.mark.parametrize(("vision", "tokens"), [("navit", [18, 20]), ("clip", [16, 16]), ("siglip2", [3 * 5, 4 * 4])])
@@ -290,13 +341,32 @@ def truncated(path: Path, kind: str, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_regions_refer_to_the_upright_image(tmp_path: Path, orientation: int) -> None:
+    """The trainer and the processor see the same pixels of a file, and its upright size decides the codes."""
+    path = save_turned(picture(24, 16), tmp_path / "a.png", orientation)
+    sample = SampleEncoder(PROCESSOR, tmp_path)(about([BOX], "a.png"))
+    for image in (picture(24, 16), Image.open(path), str(path)):
+        inputs = PROCESSOR(images=[image], text=[PROCESSOR.image_token], return_tensors="pt")
+        assert torch.equal(sample.images["pixel_values"], inputs["pixel_values"])
+    save(tmp_path, "b.png", picture(24, 16))
+    assert torch.equal(sample.input_ids, SampleEncoder(PROCESSOR, tmp_path)(about([BOX], "b.png")).input_ids)
+
+
+def test_the_pixel_limit_is_an_argument(tmp_path: Path) -> None:
+    save(tmp_path, "a.png", picture(24, 16))
+    SampleEncoder(PROCESSOR, tmp_path, max_image_pixels=384)(about("here", "a.png"))
+    with pytest.raises(ValueError, match=r"a\.png has more than 383 pixels; pass a larger `max_image_pixels`"):
+        SampleEncoder(PROCESSOR, tmp_path, max_image_pixels=383)(about("here", "a.png"))
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "missing": (lambda path: None, "does not exist"),
     "a folder": (lambda path: path.mkdir(), "cannot be read"),
     "not an image": (lambda path: path.write_bytes(b"<html>no</html>" * 20), "cannot be read"),
     "JPEG cut at half": (lambda path: truncated(path, "JPEG", 0.5), "cannot be read"),
     "500 times as wide as high": (lambda path: picture(500, 1).save(path, "PNG"), "aspect ratio of 500.0"),
-    "floats": (lambda path: Image.fromarray(np.ones((9, 9), np.float32)).save(path, "TIFF"), "mode 'F'"),
+    "floats": (lambda path: Image.fromarray(np.full((9, 9), 9, np.float32)).save(path, "TIFF"), "values of 9..9"),
 }
 
 
@@ -349,3 +419,14 @@ def test_images_of_every_mode(tmp_path: Path, mode: str, vision: str) -> None:
     assert set(expected) == set(sample.images)
     for key, value in sample.images.items():
         torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_outputs_with_other_names_are_not_joined() -> None:
+    one = {"pixel_values": torch.zeros(2, 3), "image_grid_thw": torch.ones(1, 3)}
+    joined = join_images([one, one])
+    assert {name: tuple(value.shape) for name, value in joined.items()} == {
+        "pixel_values": (4, 3),
+        "image_grid_thw": (2, 3),
+    }
+    with pytest.raises(ValueError, match="must have the same names, got .*'pixel_values'.* and .*'extra'"):
+        join_images([one, {**one, "extra": torch.zeros(1)}])

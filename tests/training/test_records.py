@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.regions import Region
 from vlparts.training.records import ImageBlock, RecordError, RegionBlock, TextBlock, read_records
 
 QUESTION = {"role": "user", "content": "Where is the cat?"}
@@ -253,3 +254,10 @@ def test_no_line_raises_anything_but_a_record_error(
             read_records(path)
     else:
         read_records(path)
+
+
+def test_the_attributes_of_a_region_are_kept() -> None:
+    block = RegionBlock(box=(1, 2, 3, 4), label="a", attributes={"text": "b", "n": [1, None]})
+    assert block.region() == Region.box(1, 2, 3, 4, "a", attributes={"text": "b", "n": [1, None]})
+    with pytest.raises(ValueError, match=r"`attributes\['n'\]` must be a JSON value"):
+        RegionBlock(point=(1, 2), attributes={"n": float("nan")})

@@ -161,7 +161,8 @@ def test_the_saved_folder_holds_weights_code_and_processor_and_no_pickle(tmp_pat
     for name, value in result.model.state_dict().items():
         assert torch.equal(saved[name], value), name
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    heads = {"AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *heads}
     assert config.get("use_cache") is not False
     assert "vlparts_packed" not in json.dumps(config)
 

@@ -73,6 +73,16 @@ def test_padding_at_position_0_is_named() -> None:
     assert samples_of({**batch, "sample_weights": torch.ones(2), "sample_ids": ids}) == [0, 0, 0, 1, 1, 2, 2, 2]
 
 
+def test_weights_of_samples_that_positions_do_not_show_are_an_error() -> None:
+    # The second sample continues the positions of the first.
+    batch = {"labels": torch.arange(5)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 4]])}
+    message = "in which 1 samples start at position 0, got 2.*or not every sample starts there, give `sample_ids`"
+    with pytest.raises(ValueError, match=message):
+        take_weights({**batch, "sample_weights": torch.ones(2)})
+    ids = torch.tensor([[0, 0, 0, 1, 1]])
+    assert samples_of({**batch, "sample_weights": torch.ones(2), "sample_ids": ids}) == [0, 0, 0, 1, 1]
+
+
 def test_the_first_token_after_padding_has_no_loss() -> None:
     batch = {"labels": torch.arange(10, 18).view(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])}
     found = take_weights(batch)[1]

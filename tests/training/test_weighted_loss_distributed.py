@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from tests.training.making import losses, settings, weights
+from tests.training.test_step_balance import COEFFICIENT, balance_of, model_of
 from tests.training.weighted_making import Rows, arguments, expected_loss, llama, one_row, padded
 from vlparts.training.config import TrainConfig
 from vlparts.training.train import train
@@ -59,6 +60,24 @@ def trained(folder: Path, name: str) -> dict[str, Tensor]:
     return {**found, "loss": torch.tensor(loss), "evaluated": torch.tensor(evaluated, dtype=torch.float64)}
 
 
+def trained_experts(folder: Path) -> dict[str, Tensor]:
+    """Loss and gradients of a step with the balance loss of the whole step."""
+    model = model_of("mixtral")
+    before = {key: one.detach().clone() for key, one in model.named_parameters()}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    trainer = WeightedLossTrainer(
+        model=model,
+        args=arguments(folder, ddp_find_unused_parameters=True, **options),
+        train_dataset=Rows(SAMPLES),
+        data_collator=WeightedCollator(padded),
+        preset="square",
+        balance_over="step",
+    )
+    loss = trainer.train().training_loss
+    found = {key: (before[key] - one.detach()) / 0.01 for key, one in trainer.model.named_parameters()}
+    return {**found, "loss": torch.tensor(loss, dtype=torch.float64)}
+
+
 def work(rank: int, folder: Path, port: int) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
@@ -67,6 +86,8 @@ def work(rank: int, folder: Path, port: int) -> None:
     for name in RUNS:
         found = trained(folder / f"{rank}", name)
         save_file({key: one.contiguous() for key, one in found.items()}, folder / f"{name} {rank}.safetensors")
+    found = trained_experts(folder / f"{rank}")
+    save_file({key: one.contiguous() for key, one in found.items()}, folder / f"experts {rank}.safetensors")
     for path in sorted(folder.glob("*.json")):
         result = train(TrainConfig.model_validate_json(path.read_text(encoding="utf-8")))
         found = {"loss": torch.tensor(losses(result)), "evaluated": torch.tensor(losses(result, "eval_loss"))}
@@ -111,6 +132,19 @@ def test_a_step_does_not_depend_on_the_number_of_processes(folder: Path, name: s
         for key, one in model.named_parameters():
             assert one.grad is not None
             torch.testing.assert_close(found[key], one.grad, atol=5e-7, rtol=1e-5)  # norms work in float32
+
+
+def test_the_balance_loss_of_a_step_is_that_of_one_process(folder: Path) -> None:
+    model, samples = model_of("mixtral"), Rows(SAMPLES)
+    loss = expected_loss(model, [samples[index] for index in range(SAMPLES)], "square")
+    loss = loss + COEFFICIENT * balance_of(model, range(SAMPLES))
+    loss.backward()
+    for rank in range(2):
+        found = load_file(folder / f"experts {rank}.safetensors")
+        assert abs(float(found["loss"]) - loss.item()) < 1e-6
+        for key, one in model.named_parameters():
+            assert one.grad is not None
+            torch.testing.assert_close(found[key], one.grad, atol=5e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -14,7 +14,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
-from transformers.modeling_utils import PreTrainedModel
 
 ConfigT = TypeVar("ConfigT")
 
@@ -23,7 +22,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
-    """Read a file with one JSON object.
+    """Read a file with one JSON object, in UTF-8 with or without byte order mark.
 
     Args:
         path: The file.
@@ -33,7 +32,7 @@ def read_json(path: Path, argument: str = "folder") -> dict[str, Any]:
         ValueError: If it holds something else, or if its values are nested too deeply to be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError(f"`{argument}` has a {path.name} whose values are nested too deeply to be read.") from None
     except ValueError as error:
@@ -236,16 +235,22 @@ def write_config(folder: Path, fields: Mapping[str, Any], dtype: torch.dtype) ->
     write_json(folder / CONFIG, {**fields, "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Set a model's generation options from generation_config.json, if there is one.
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Read the generation options of generation_config.json; None if there is no such file.
 
     Raises:
         ValueError: If the file does not hold generation options.
     """
     if not (folder / GENERATION_CONFIG).is_file():
-        return
-    read_json(folder / GENERATION_CONFIG)
+        return None
+    fields = read_json(folder / GENERATION_CONFIG)
+    suppressed = fields.get("suppress_tokens")
+    if suppressed is not None and not (isinstance(suppressed, list) and all(type(one) is int for one in suppressed)):
+        raise ValueError(
+            f"`folder` must have a {GENERATION_CONFIG} whose suppress_tokens are a list of integers, got "
+            f"{reprlib.repr(suppressed)}."
+        )
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"`folder` has a {GENERATION_CONFIG} whose fields do not fit: {error}") from error

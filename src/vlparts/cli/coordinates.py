@@ -1,7 +1,8 @@
 """The coordinate commands: `python -m vlparts coordinates convert | check | show`."""
 
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -17,13 +18,25 @@ from ..coordinates.formats.registry import CoordinateFormat, get_format
 from ..coordinates.io.annotations import region_from_dict
 from ..coordinates.io.json_lines import json_line
 from ..coordinates.regions import KINDS, Region
+from ..coordinates.suspicion import CoordinateWarning
 from .errors import exit_on_value_error
-from .jsonl import STANDARD, SizeFields, map_texts, open_output, read_rows, source_name
+from .jsonl import (
+    STANDARD,
+    SizeFields,
+    changed_line,
+    line_with_error,
+    map_texts,
+    open_output,
+    read_line_texts,
+    read_rows,
+    source_name,
+)
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Convert, check and draw coordinates in text.", no_args_is_help=True)
 POLICIES = ("raise", "skip", "collect")
+EXAMPLES = 3  # warnings that are printed in full
 
 Source = Annotated[str, typer.Argument(help="JSON Lines file, or - for the standard input.")]
 Target = Annotated[str, typer.Option("--output", "-o", help="JSON Lines file to write, or - for the standard output.")]
@@ -32,13 +45,18 @@ Width = Annotated[str, typer.Option(help="Field with the width of the image.")]
 Height = Annotated[str, typer.Option(help="Field with the height of the image.")]
 ImageField = Annotated[str, typer.Option(help="Field with the path of the image.")]
 Root = Annotated[Path | None, typer.Option(help="Folder of the images; by default that of the input file.")]
+MaxImagePixels = Annotated[
+    int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
+]
 TextField = Annotated[str, typer.Option(help="Field with the text, or with messages that contain it.")]
 RegionsField = Annotated[str, typer.Option(help="Field with regions.")]
 
 
-def _sizes(source: str, width: str, height: str, image: str, root: Path | None) -> SizeFields:
+def _sizes(
+    source: str, width: str, height: str, image: str, root: Path | None, max_image_pixels: int | None
+) -> SizeFields:
     folder = Path() if source == STANDARD else Path(source).parent
-    return SizeFields(width, height, image, folder if root is None else root)
+    return SizeFields(width, height, image, folder if root is None else root, max_image_pixels)
 
 
 def _policy(value: str) -> str:
@@ -64,37 +82,57 @@ def convert(
     height_field: Height = "height",
     image_field: ImageField = "image",
     image_root: Root = None,
+    max_image_pixels: MaxImagePixels = None,
     on_error: Annotated[
         str,
         typer.Option(help="If a line cannot be converted: raise, skip it, or collect (keep it with `convert_error`)."),
     ] = "raise",
 ) -> None:
-    """Convert the coordinates in texts to another format; the rest of a line does not change."""
+    """Convert the coordinates in texts to another format; no other character of a line changes."""
     with exit_on_value_error():
         policy, source_format, target_format = _policy(on_error), get_format(from_format), get_format(to_format)
         _check_output(source, output)
-        sizes = _sizes(source, width_field, height_field, image_field, image_root)
+        sizes = _sizes(source, width_field, height_field, image_field, image_root, max_image_pixels)
         counts: Counter[str] = Counter()
+        suspicious: list[str] = []
         with open_output(output) as file:
-            for number, row in read_rows(source):
+            for number, line, row in read_line_texts(source):
                 try:
                     _check_field(row, text_field)
                     change = partial(
                         convert_text, source=source_format, target=target_format, image_size=sizes.size(row)
                     )
-                    value = map_texts(row[text_field], change)
+                    changed, warned = _with_warnings(partial(changed_line, line, row, text_field, change))
                 except ValueError as error:
                     if policy == "raise":
                         raise ValueError(f"{source_name(source)}, line {number}: {error}") from None
                     counts["failed"] += 1
                     if policy == "collect":
-                        file.write(json_line({**row, "convert_error": str(error)}))
+                        file.write(line_with_error(line, row, "convert_error", str(error)))
                     continue
                 counts["converted"] += 1
-                file.write(json_line({**row, text_field: value}))
+                if policy != "skip":
+                    suspicious += [f"{source_name(source)}, line {number}: {message}" for message in warned]
+                file.write(changed)
+    for message in suspicious[:EXAMPLES]:
+        typer.echo(f"warning: {message}", err=True)
+    if len(suspicious) > EXAMPLES:
+        typer.echo(f"warning: {len(suspicious) - EXAMPLES} further texts look like coordinates.", err=True)
     action = "skipped" if policy == "skip" else "kept unchanged"
     failed = f", {counts['failed']} {action}" if counts["failed"] else ""
     typer.echo(f"{_count(counts['converted'], 'line')} converted{failed}.", err=True)
+
+
+def _with_warnings(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return the result of a function, and the messages of the coordinate warnings that it issues."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CoordinateWarning)
+        result = function()
+    messages = [str(one.message) for one in caught if issubclass(one.category, CoordinateWarning)]
+    for one in caught:
+        if not issubclass(one.category, CoordinateWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return result, messages
 
 
 def _count(number: int, name: str) -> str:
@@ -166,6 +204,7 @@ def check(
     height_field: Height = "height",
     image_field: ImageField = "image",
     image_root: Root = None,
+    max_image_pixels: MaxImagePixels = None,
     most: Annotated[
         float, typer.Option(help="Maximum pixels that a coordinate may move when written and read.")
     ] = 1.0,
@@ -176,7 +215,7 @@ def check(
     with exit_on_value_error():
         fmt = get_format(format)
         _check_output(source, output or STANDARD)
-        sizes = _sizes(source, width_field, height_field, image_field, image_root)
+        sizes = _sizes(source, width_field, height_field, image_field, image_root, max_image_pixels)
         with nullcontext() if output is None else open_output(output) as file:
             for number, index, found in _checked(source, sizes, fmt, regions_field, text_field, most):
                 total += 1
@@ -209,9 +248,16 @@ def _picture(
         predicted += [region for region in decode(text, size, fmt, on_error="skip").regions if region.image == 0]
     truth = [region_from_dict(fields) for fields in (_region_fields(row, regions) if has_truth else ())]
     truth = [region for region in truth if region.image == 0]
-    from ..parts.image_transforms import open_image  # imports torch, which the other commands do not need
+    from ..parts.image_files import open_image  # imports torch, which the other commands do not need
 
-    item: dict[str, Any] = {"image": open_image(paths[0]), "title": paths[0].name}
+    image = open_image(paths[0], max_image_pixels=sizes.max_image_pixels)
+    expected = size if isinstance(size, tuple) else size[0]
+    if image.size != expected:
+        raise ValueError(
+            f"Image {paths[0]} has {image.width} x {image.height} pixels after its EXIF orientation, but the line has "
+            f"{expected[0]} x {expected[1]}; regions refer to the upright image."
+        )
+    item: dict[str, Any] = {"image": image, "title": paths[0].name}
     return item | ({"predicted": predicted} if texts in row else {}) | ({"truth": truth} if has_truth else {})
 
 
@@ -226,6 +272,7 @@ def show(
     height_field: Height = "height",
     image_field: ImageField = "image",
     image_root: Root = None,
+    max_image_pixels: MaxImagePixels = None,
     limit: Annotated[int, typer.Option(help="Maximum number of lines to draw.")] = 12,
     columns: Annotated[int, typer.Option(help="Pictures per row.")] = 4,
 ) -> None:
@@ -237,7 +284,7 @@ def show(
             fmt = get_format(format)
             if not output.parent.is_dir():
                 raise ValueError(f"The output must be in an existing folder, got {output}.")
-            sizes = _sizes(source, width_field, height_field, image_field, image_root)
+            sizes = _sizes(source, width_field, height_field, image_field, image_root, max_image_pixels)
             items = []
             for number, row in islice(read_rows(source), limit):
                 try:

@@ -1,6 +1,7 @@
 """JSON Lines for the coordinate commands: input, image sizes and output."""
 
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,19 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from ..coordinates.io.json_lines import read_json_lines
+from ..coordinates.grammars.json_scanner import JsonList, JsonObject, JsonString, objects
+from ..coordinates.io.json_lines import json_line, read_lines
 from ..coordinates.validation import check_size
 
-__all__ = ["STANDARD", "SizeFields", "image_size", "map_texts", "open_output", "read_rows", "source_name"]
+__all__ = [
+    "STANDARD",
+    "SizeFields",
+    "changed_line",
+    "line_with_error",
+    "map_texts",
+    "open_output",
+    "read_line_texts",
+    "read_rows",
+    "source_name",
+]
 
 STANDARD = "-"
 TEXT_KEYS = ("content", "value", "text")
-ORIENTATION = 0x0112  # the EXIF tag
-TRANSPOSED = (5, 6, 7, 8)  # its values that exchange width and height
 
 
 def source_name(source: str) -> str:
@@ -38,8 +47,13 @@ def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ValueError: If the file does not exist, or a line is not a JSON object.
     """
+    return ((number, row) for number, _, row in read_line_texts(source))
+
+
+def read_line_texts(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Read lines like `read_rows`: yields line number, text of the line, and object."""
     if source == STANDARD:
-        yield from read_json_lines(sys.stdin.buffer, source_name(source))
+        yield from read_lines(sys.stdin.buffer, source_name(source))
         return
     path = Path(source)
     if not path.is_file():
@@ -54,7 +68,7 @@ def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 progress.advance(task, len(line))
                 yield line
 
-        yield from read_json_lines(counted(), source)
+        yield from read_lines(counted(), source)
 
 
 @contextmanager
@@ -86,15 +100,17 @@ class SizeFields:
     Args:
         width: Field with the width, or with a list of widths for several images.
         height: Field with the height, or with a list of heights.
-        image: Field with the path of the image, or with several. The size is read from the file if a line has no width
-            or height.
+        image: Field with the path of the image, or with several. The size is that of the upright image in the
+            file, after its EXIF orientation, if a line has no width or height.
         root: Folder that image paths are relative to.
+        max_image_pixels: Largest number of pixels of an image file; None for Pillow's limit.
     """
 
     width: str
     height: str
     image: str
     root: Path
+    max_image_pixels: int | None = None
 
     def paths(self, row: dict[str, Any]) -> list[Path]:
         """Return the paths of the images of a line."""
@@ -115,27 +131,14 @@ class SizeFields:
             if not {self.image, "images"} & row.keys():
                 fields = f"{self.width!r} and {self.height!r}, or {self.image!r}"
                 raise ValueError(f"A line must have the fields {fields}, got {', '.join(row)}.")
-            sizes = [image_size(path) for path in self.paths(row)]
+            from ..parts.image_files import image_size  # imports transformers, which other lines do not need
+
+            sizes = [image_size(path, self.max_image_pixels) for path in self.paths(row)]
             return sizes[0] if len(sizes) == 1 else sizes
         name = f"({self.width}, {self.height})"
         if isinstance(width, list) and isinstance(height, list) and len(width) == len(height) and width:
             return [check_size(size, name) for size in zip(width, height, strict=True)]
         return check_size((width, height), name)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image file after applying its EXIF orientation.
-
-    Raises:
-        ValueError: If the file is not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            is_transposed = image.getexif().get(ORIENTATION) in TRANSPOSED
-            return (image.height, image.width) if is_transposed else image.size
-    except Exception as error:  # Pillow raises many types, as for `open_image`
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"The size of image {path} cannot be read: {reason}.") from None
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -152,3 +155,57 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
         keys = [key for key in TEXT_KEYS if isinstance(value.get(key), (str, list))]
         return {**value, **{key: map_texts(value[key], change) for key in keys}}
     raise ValueError(f"Expected a text or a list of messages, got {value!r}.")
+
+
+def changed_line(line: str, row: dict[str, Any], field: str, change: Callable[[str], str]) -> str:
+    """Return a line with `change` applied to the texts of a field, see `map_texts`; no other character changes.
+
+    Args:
+        line: The text of the line.
+        row: Its object.
+        field: A field of the object.
+        change: Function of a text.
+    """
+    map_texts(row[field], str)  # checks the value
+    (value,) = (value for key, value in _outer(line).members if json.loads(f'"{key}"') == field)
+    pieces, end = [], 0
+    for token in _text_tokens(value):
+        old = json.loads(token.token)
+        new = change(old)
+        if new != old:
+            written = json.dumps(new, ensure_ascii=token.token.isascii())
+            pieces += [line[end : token.start], written]
+            end = token.start + len(token.token)
+    return _ended("".join([*pieces, line[end:]]))
+
+
+def line_with_error(line: str, row: dict[str, Any], name: str, error: str) -> str:
+    """Return a line with one more field, the last; no other character changes."""
+    if name in row:
+        return json_line({**row, name: error})
+    end = _outer(line).end - 1
+    separator = ", " if row else ""
+    return _ended(f"{line[:end]}{separator}{json.dumps(name)}: {json.dumps(error, ensure_ascii=False)}{line[end:]}")
+
+
+def _outer(line: str) -> JsonObject:
+    """Return the object of a line, which is known to be JSON, with the positions of its values."""
+    *_, outer = objects(line, depth=len(line))
+    return outer
+
+
+def _ended(line: str) -> str:
+    return line if line.endswith("\n") else line + "\n"
+
+
+def _text_tokens(value: object) -> Iterator[JsonString]:
+    """Yield the tokens of the texts that `map_texts` changes, in the order of the line."""
+    if isinstance(value, JsonString):
+        yield value
+    elif isinstance(value, JsonList):
+        for item in value.items:
+            yield from _text_tokens(item)
+    elif isinstance(value, JsonObject):
+        for key, member in value.members:
+            if json.loads(f'"{key}"') in TEXT_KEYS and isinstance(member, (JsonString, JsonList)):
+                yield from _text_tokens(member)

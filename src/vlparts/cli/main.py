@@ -65,7 +65,19 @@ def train(
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
     freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
+    ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
+    max_items: Annotated[
+        int | None,
+        typer.Option(
+            "--max-items", "--batch-size", help="Maximum number of samples in a pack or, with --no-packing, a batch."
+        ),
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Packs or batches per optimizer step on each process.")
+    ] = None,
     packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --epochs.")] = None,
@@ -82,6 +94,9 @@ def train(
     on_error: Annotated[str | None, typer.Option(help="Policy for invalid records: raise or skip.")] = None,
     on_outside: Annotated[
         str | None, typer.Option(help="Policy for regions outside their image: raise, clamp or skip.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option(help="Run code that comes with the folders that are loaded.")
     ] = None,
 ) -> None:
     """Fine-tune a composed model on conversations about images."""

@@ -7,10 +7,11 @@ from .conversion import convert
 from .formats.detection import Guess, guess_format
 from .formats.openpangu import PADDED, padded_format
 from .formats.published import ABSENT
-from .formats.registry import FORMATS, CoordinateFormat, get_format, register_format
+from .formats.registry import FORMATS, CoordinateFormat, as_seen, get_format, register_format
 from .frames.maps import Frame, clip_points
+from .frames.processed import Processed
 from .frames.rules import FitWithin, FrameRule, Original, PaddedSquare, Resized, SmartResize
-from .grammars.base import Coded, DecodeError, Found, Grammar
+from .grammars.base import Coded, DecodeError, Found, Grammar, Suspicion
 from .grammars.json_fields import NamedJsonGrammar
 from .grammars.json_objects import JsonGrammar
 from .grammars.kosmos2 import CellNumbers, KosmosGrammar
@@ -19,13 +20,16 @@ from .grammars.molmo2 import Molmo2Grammar
 from .grammars.openpangu import PairGrammar
 from .grammars.tagged import Shape, TaggedGrammar
 from .io.annotations import ImageRegions, read_annotations, record_regions, training_record, write_annotations
-from .io.coco import read_coco, write_coco
+from .io.coco import CocoImages, read_coco, write_coco
+from .io.label_studio import read_label_studio
+from .io.via import read_via
 from .metrics.iou import box_area, box_giou, box_iou, contains, inside_polygon, paired_box_iou
 from .metrics.matching import Match, assign, match, match_regions, similarity
 from .metrics.report import Detection, Report, report
 from .quantization import NumberRule, Numbers
 from .regions import KINDS, Region
 from .streaming import StreamDecoder
+from .suspicion import CoordinateWarning
 from .validation import check_boxes
 
 __all__ = [
@@ -35,9 +39,11 @@ __all__ = [
     "PADDED",
     "PROBLEMS",
     "CellNumbers",
+    "CocoImages",
     "Coded",
     "CoordinateError",
     "CoordinateFormat",
+    "CoordinateWarning",
     "DecodeError",
     "DecodeResult",
     "Detection",
@@ -60,13 +66,16 @@ __all__ = [
     "PaddedSquare",
     "PairGrammar",
     "Problem",
+    "Processed",
     "Region",
     "Report",
     "Resized",
     "Shape",
     "SmartResize",
     "StreamDecoder",
+    "Suspicion",
     "TaggedGrammar",
+    "as_seen",
     "assign",
     "box_area",
     "box_giou",
@@ -92,6 +101,8 @@ __all__ = [
     "quantize",
     "read_annotations",
     "read_coco",
+    "read_label_studio",
+    "read_via",
     "record_regions",
     "register_format",
     "report",

@@ -13,7 +13,7 @@ from .formats.registry import CoordinateFormat, get_format
 from .grammars.base import QUOTE_LENGTH, Coded
 from .quantization import NumberRule
 from .resolving import CoordinateError, check_sizes, frame_of, resolve, swapped
-from .validation import as_boxes, check_boxes
+from .validation import as_boxes, check_boxes, shown
 
 __all__ = ["decode_array", "dequantize", "encode_array", "quantize"]
 
@@ -106,7 +106,7 @@ def _sides(size: ArrayLike) -> NDArray[np.float64]:
     """Return `size` as float64, after checking that it contains positive integers."""
     sides = np.asarray(size)
     if sides.dtype.kind not in "iu" or (sides < 1).any():
-        raise ValueError(f"`size` must contain positive integers (pixels), got {size!r}.")
+        raise ValueError(f"`size` must contain positive integers (pixels), got {shown(size)}.")
     return sides.astype(np.float64)
 
 

@@ -9,6 +9,7 @@ from .codec import CoordinateError, ImageSizes, decode, encode
 from .conversion import lost_parts
 from .formats.registry import CoordinateFormat, get_format
 from .frames.maps import clip_points
+from .grammars.base import DecodeError, Suspicion
 from .io.annotations import region_from_dict
 from .resolving import check_sizes
 
@@ -21,6 +22,7 @@ PROBLEMS = {
     "unwritable": "cannot be written in the format",
     "moved": "moves too far when it is written and read",
     "unreadable": "text that cannot be read in the format",
+    "suspicious": "text that looks like coordinates of the format but is not a region",
     "lost": "text beside coordinates that a conversion cannot keep",
 }
 """The names of problems with their descriptions."""
@@ -79,10 +81,12 @@ def check_region(
 
 
 def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str | None = None) -> list[Problem]:
-    """Return the malformed and unfinished regions of a text as problems named "unreadable".
+    """Return the problems of a text in a format.
 
-    A text without such regions is checked for what `convert` cannot keep, such as further keys of JSON objects; these
-    are problems named "lost".
+    Malformed and unfinished regions are "unreadable". Text that looks like coordinates but is not a region, such as
+    numbers whose marks `skip_special_tokens=True` removed, is "suspicious". A text without unreadable regions is
+    checked for what `convert` cannot keep even in the same format, such as other items in a JSON list of regions;
+    these problems are named "lost".
 
     Args:
         text: Any text.
@@ -93,10 +97,16 @@ def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str
         ValueError: If the format is unknown or `image_size` is invalid.
     """
     errors = decode(text, image_size, format, on_error="collect").errors
-    if errors:
-        return [Problem("unreadable", f"position {position}: {reason}") for position, reason in errors]
-    lost = lost_parts(text, get_format(format))
-    return [Problem("lost", f"position {position}: {reason}") for position, reason in lost]
+    names = ["suspicious" if isinstance(error, Suspicion) else "unreadable" for error in errors]
+    problems = [_text_problem(name, error) for name, error in zip(names, errors, strict=True)]
+    if "unreadable" not in names:
+        fmt = get_format(format)
+        problems += [_text_problem("lost", part) for part in lost_parts(text, fmt, fmt)]
+    return problems
+
+
+def _text_problem(name: str, error: DecodeError) -> Problem:
+    return Problem(name, f"position {error.position}: {error.reason}")
 
 
 def _ordered_corners(fields: Any) -> tuple[Any, list[Problem]]:

@@ -1,6 +1,7 @@
 """Regions as text and back: `encode` writes and `decode` reads any format."""
 
 import gc
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from .formats.openpangu import read_plain_boxes
 from .formats.registry import CoordinateFormat, get_format
 from .grammars.base import Coded, DecodeError, Found
 from .grammars.openpangu import PairGrammar
+from .json_values import NO_ATTRIBUTES, as_attributes
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, position_error, resolve, swapped
+from .suspicion import find_suspicions, warn_of_suspicions
 from .validation import check_choice
 
-__all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode"]
+__all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode", "without_thinking"]
 
 ImageSizes = tuple[int, int] | Sequence[tuple[int, int]]
+# As in `vlparts.parts.thinking`, whose room imports transformers; a test holds both to the same rules.
+THINKING_MARKERS = (("<think>", "</think>"), ("[unused16]", "[unused17]"))
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class DecodeResult:
     Args:
         regions: The regions, in pixels of the original image.
         spans: Per region, start and end of its coordinates in the text, without its label.
-        errors: What cannot be read; only with `on_error="collect"`.
+        errors: What cannot be read, and suspicions ([`Suspicion`]); only with `on_error="collect"`.
     """
 
     regions: tuple[Region, ...]
@@ -42,6 +47,7 @@ def encode(
     format: CoordinateFormat | str | None = None,
     *,
     on_outside: str = "raise",
+    on_attributes: str = "raise",
 ) -> str:
     """Write regions as text.
 
@@ -50,9 +56,11 @@ def encode(
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images; a
             region's `image` is the index of its own.
         format: A format or its name; None for openPangu's.
-        on_outside: What to do with a region that leaves [0, width] x [0, height]: "raise"; "clamp" moves its points
-            to the nearest edge (a box entirely outside becomes one of zero area); "skip" omits the region, so the
-            text has fewer regions than were given.
+        on_outside: What to do with a region that leaves [0, width] x [0, height], or what the format's frame shows of
+            it: "raise"; "clamp" moves its points to the nearest edge (a box entirely outside becomes one of zero
+            area); "skip" omits the region, so the text has fewer regions than were given.
+        on_attributes: What to do with attributes that the format has no place for, which is any in a format that is
+            not JSON: "raise", or "omit", which writes no attributes at all, in no format.
 
     Returns:
         The regions in the order given, with the format's labels, marks and separators.
@@ -61,12 +69,15 @@ def encode(
         CoordinateError: If a region leaves the image under "raise", is not a Region or has a kind that the format
             does not have, if a label or another attribute cannot be read back, or if the format has no frame for an
             image of this size.
-        ValueError: If the format or `on_outside` is unknown.
+        ValueError: If the format, `on_outside` or `on_attributes` is unknown.
     """
     fmt, sizes = get_format(format), check_sizes(image_size)
     check_choice(on_outside, "on_outside", ("raise", "clamp", "skip"))
+    check_choice(on_attributes, "on_attributes", ("raise", "omit"))
     given = _check_regions(regions, fmt, len(sizes))
     coded = _coded(given, sizes, fmt, on_outside)
+    if on_attributes == "omit":
+        coded = [region._replace(attributes=NO_ATTRIBUTES) for region in coded]
     try:
         text = fmt.grammar.write(coded)
     except ValueError as error:
@@ -83,6 +94,7 @@ def decode(
     *,
     on_error: str = "raise",
     on_outside: str = "error",
+    skip_thinking: bool = False,
 ) -> DecodeResult:
     """Read the regions in a text, such as the output of a model.
 
@@ -94,9 +106,14 @@ def decode(
         text: Any text.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         format: A format or its name; None for openPangu's.
-        on_error: "raise" stops at the first error, "skip" omits errors, "collect" lists them in the result.
+        on_error: "raise" stops at the first error, and warns of suspicions (`CoordinateWarning`) if there is none;
+            "skip" omits both; "collect" lists both in the result.
         on_outside: What to do with a code out of range or a point outside the image: "error", or "clamp", which
             moves it to the nearest valid one.
+        skip_thinking: Whether to read only the answer, without reasoning between `<think>` and `</think>` or
+            openPangu's `[unused16]` and `[unused17]`, by the rules of `split_thinking`: blocks do not nest, text
+            before a first `</think>` is reasoning, and so is all text after a `<think>` that is never closed. A block
+            separates the text around it like a line break. Spans and positions still refer to the whole text.
 
     Returns:
         Regions in pixels of the original image, in the order of the text, with their spans, and the errors.
@@ -111,15 +128,46 @@ def decode(
     check_choice(on_outside, "on_outside", ("error", "clamp"))
     if not isinstance(text, str):
         raise CoordinateError(f"`text` must be a str, got {type(text).__name__}.")
+    text = without_thinking(text) if skip_thinking else text
     with _gc_paused():
         if len(sizes) == 1 and (plain := read_plain_boxes(text, sizes[0], fmt)) is not None:
             return DecodeResult(*plain)
-        found, errors = fmt.grammar.scan(text)
-        kept, regions, errors = resolve(text, found, errors, sizes, fmt, on_outside == "clamp")
+        found, malformed = fmt.grammar.scan(text)
+        kept, regions, errors = resolve(text, found, malformed, sizes, fmt, on_outside == "clamp")
     if errors and on_error == "raise":
         raise position_error(errors[0])
+    if on_error != "skip":
+        suspicions = find_suspicions(text, found, malformed, sizes, fmt)
+        errors = sorted([*errors, *suspicions], key=lambda error: error.position) if suspicions else errors
+        if on_error == "raise":
+            warn_of_suspicions(suspicions, 2)
     spans = tuple([item[:2] for item in kept])
     return DecodeResult(tuple(regions), spans, tuple(errors) if on_error == "collect" else ())
+
+
+def without_thinking(text: str) -> str:
+    """Return a text of the same length with line breaks in place of reasoning and its markers."""
+    for start, end in THINKING_MARKERS:
+        if start in text or end in text:
+            text = _without_blocks(text, start, end)
+    return text
+
+
+def _without_blocks(text: str, start: str, end: str) -> str:
+    """Replace the text between two markers, and the markers, by line breaks."""
+    pieces: list[str] = []
+    position, is_open, is_first = 0, False, True
+    for match in re.finditer(f"{re.escape(start)}|{re.escape(end)}", text):
+        is_reasoning = is_open or (is_first and match[0] == end)
+        pieces.append(_blank(text[position : match.start()]) if is_reasoning else text[position : match.start()])
+        pieces.append(_blank(match[0]))
+        position, is_open, is_first = match.end(), match[0] == start, False
+    rest = text[position:]
+    return "".join([*pieces, _blank(rest) if is_open else rest])
+
+
+def _blank(text: str) -> str:
+    return "\n" * len(text)
 
 
 @contextmanager
@@ -186,11 +234,13 @@ def _codes(
         tolerance = 1e-9 * max(frame.size)  # rounding errors of the map
         near = (points > -tolerance) & (points < np.add(frame.size, tolerance))
         lost = _outside(np.where(near, 0.0, points), counts, frame.size)
-        if len(lost):
+        if len(lost) and on_outside == "raise":
             index = chosen[int(lost[0])]
             raise CoordinateError(
-                f"`regions[{index}]` {regions[index].points} is outside the frame of format {fmt.name!r}."
+                f"`regions[{index}]` {regions[index].points} is outside the frame of format {fmt.name!r}; "
+                "on_outside='clamp' moves it to the edge, 'skip' omits it."
             )
+        skipped |= set(lost.tolist()) if on_outside == "skip" else set()
         points = np.clip(points, 0.0, frame.size)
     codes: list[Sequence[int] | None] = list(fmt.numbers.to_codes(points, counts, frame.size))
     for position in skipped:
@@ -211,7 +261,15 @@ def _coded(
         for index, values in zip(chosen, _codes(chosen, regions, sizes[image], fmt, on_outside), strict=True):
             codes[index] = values
     return [
-        Coded(region.kind, values, region.label, region.image, region.identity, region.times)
+        Coded(
+            region.kind,
+            values,
+            region.label,
+            region.image,
+            region.identity,
+            region.times,
+            as_attributes(region.attributes),
+        )
         for region, values in zip(regions, codes, strict=True)
         if values is not None
     ]
@@ -223,6 +281,8 @@ def _check_read_back(text: str, coded: Sequence[Coded], fmt: CoordinateFormat) -
     found, errors = fmt.grammar.scan(text)
     for index, region in enumerate(coded):
         got = found[index] if index < len(found) else None
+        if got is None and region.label is None and errors:
+            raise CoordinateError(f"A {region.kind} would not be read back: {errors[0].reason}.")
         if got is None or got.label != region.label:
             raise CoordinateError(
                 f"Label {region.label!r} of a {region.kind} would be read back as {got and got.label!r}: a label must "
@@ -236,6 +296,10 @@ def _check_read_back(text: str, coded: Sequence[Coded], fmt: CoordinateFormat) -
             raise CoordinateError(
                 f"A {region.kind} would be read back differently in format {fmt.name!r}: {region} as {got}."
             )
+        if got.attributes.texts != region.attributes.texts:
+            names = [*region.attributes, *got.attributes]
+            name = next(name for name in names if got.attributes.texts.get(name) != region.attributes.texts.get(name))
+            raise CoordinateError(f"Attribute {name!r} of a {region.kind} would not be read back.")
     if errors:
         raise CoordinateError(f"The text with its labels would be read back with an error: {errors[0].reason}.")
     if len(found) > len(coded):

@@ -13,6 +13,7 @@ from .grammars.openpangu import PairGrammar
 from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, position_error, resolve
+from .suspicion import find_suspicions, warn_of_suspicions
 from .validation import check_choice
 
 __all__ = ["convert", "lost_parts"]
@@ -29,9 +30,13 @@ def convert(
     """Write the regions of a text in another format. The text around them does not change.
 
     Consecutive regions with no more than the source's separator in between are written together, with the target's
-    separator. Identities of objects are omitted if the target cannot express them; anything else that it cannot
-    express is an error, and so is anything besides coordinates, label and image index in the text of a region: a
-    further key of a JSON object, an attribute of a tag, or other items in the list of the regions.
+    separator. From JSON to JSON, the further keys of an object come along, in order, and their values character for
+    character. Identities of objects are omitted if the target cannot express them; anything else that it cannot
+    express is an error, and so is text of a region that would be lost: a key of a JSON object if the target has no
+    place for it, if its value contains further regions, or if it has numbers under a name for coordinates, such as
+    "width", which would not be converted; an attribute of a tag; other items in the list of the regions. Text that
+    only looks like coordinates of the source's format (see [`decode`]) does not change; under "raise", a
+    `CoordinateWarning` names it.
 
     Args:
         text: Any text in the source's format.
@@ -53,13 +58,15 @@ def convert(
     check_choice(on_error, "on_error", ("raise", "keep"))
     if not isinstance(text, str):
         raise CoordinateError(f"`text` must be a str, got {type(text).__name__}.")
-    found, errors = source_format.grammar.scan(text)
-    kept, regions, errors = resolve(text, found, errors, sizes, source_format)
+    found, malformed = source_format.grammar.scan(text)
+    kept, regions, errors = resolve(text, found, malformed, sizes, source_format)
     if errors and on_error == "raise":
         raise position_error(errors[0])
-    lost = lost_parts(text, source_format)
+    lost = lost_parts(text, source_format, target_format)
     if lost and on_error == "raise":
         raise position_error(lost[0])
+    if on_error == "raise":
+        warn_of_suspicions(find_suspicions(text, found, malformed, sizes, source_format), 2)
     is_json = isinstance(source_format.grammar, (JsonGrammar, NamedJsonGrammar))
     read = dict(zip((item.start for item in kept), regions, strict=True))
     positions = [part.position for part in lost]
@@ -77,9 +84,9 @@ def convert(
     return "".join([*pieces, text[end:]])
 
 
-def lost_parts(text: str, fmt: CoordinateFormat) -> list[DecodeError]:
-    """Return the parts of regions in a text that are lost when the regions are written again, in order."""
-    return fmt.grammar.lost(text) if isinstance(fmt.grammar, ReportsLoss) else []
+def lost_parts(text: str, fmt: CoordinateFormat, target: CoordinateFormat) -> list[DecodeError]:
+    """Return the parts of regions in a text that are lost when the regions are written in another format, in order."""
+    return fmt.grammar.lost(text, target.grammar) if isinstance(fmt.grammar, ReportsLoss) else []
 
 
 def _encode_run(run: list[Region], image_size: ImageSizes, fmt: CoordinateFormat) -> str:

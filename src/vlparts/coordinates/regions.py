@@ -5,12 +5,14 @@ The canonical form is float pixels of the original image, x then y, with half-op
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
+
+from .json_values import NO_ATTRIBUTES, Attributes, as_attributes
 
 __all__ = ["KINDS", "Region"]
 
@@ -23,6 +25,7 @@ class _Options(TypedDict, total=False):
 
     image: int
     identity: int | None
+    attributes: Mapping[str, Any]
 
 
 KINDS: dict[str, tuple[int, int | None]] = {
@@ -119,11 +122,14 @@ class Region:
         image: Index of the region's image, if there are several.
         identity: Number of the object shown, at least 0, or None.
         times: Seconds, for a track only: one per point, not decreasing.
+        attributes: What else is known of the region, such as its text or colour: names with JSON values, in order. A
+            region that was read from JSON has the further keys of its object, and a value is written again as it was
+            read, character for character (0.50 stays 0.50). The mapping cannot be changed; a lookup returns a copy.
 
     Raises:
         ValueError: If the kind is unknown, the number of points or times is wrong, a coordinate, time or score is not
-            a finite real number (bool is not a number), corners or times are out of order, the label is not a str, or
-            the image or identity is not an integer of at least 0.
+            a finite real number (bool is not a number), corners or times are out of order, the label is not a str, the
+            image or identity is not an integer of at least 0, or an attribute is not a JSON value.
     """
 
     kind: str
@@ -133,6 +139,7 @@ class Region:
     image: int = 0
     identity: int | None = None
     times: tuple[float, ...] = ()
+    attributes: Mapping[str, Any] = NO_ATTRIBUTES
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in KINDS:
@@ -147,6 +154,7 @@ class Region:
         if self.identity is not None:
             object.__setattr__(self, "identity", _index(self.identity, "identity"))
         object.__setattr__(self, "times", _checked_times(self.kind, self.times, len(points)))
+        object.__setattr__(self, "attributes", as_attributes(self.attributes))
 
     @classmethod
     def _unchecked(
@@ -157,12 +165,13 @@ class Region:
         image: int = 0,
         identity: int | None = None,
         times: tuple[float, ...] = (),
+        attributes: Attributes = NO_ATTRIBUTES,
     ) -> "Region":
         """Make a region without checking its values, which a decoder has checked."""
         region = object.__new__(cls)
         fields = region.__dict__
         fields["kind"], fields["points"], fields["label"], fields["score"] = kind, points, label, None
-        fields["image"], fields["identity"], fields["times"] = image, identity, times
+        fields["image"], fields["identity"], fields["times"], fields["attributes"] = image, identity, times, attributes
         return region
 
     @classmethod
@@ -173,7 +182,7 @@ class Region:
             region = new(cls)
             fields = region.__dict__
             fields["kind"], fields["points"], fields["label"], fields["score"] = "box", points, label, None
-            fields["image"], fields["identity"], fields["times"] = 0, None, ()
+            fields["image"], fields["identity"], fields["times"], fields["attributes"] = 0, None, (), NO_ATTRIBUTES
             result.append(region)
         return result
 

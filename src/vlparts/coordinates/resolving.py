@@ -38,10 +38,13 @@ def position_error(error: DecodeError) -> CoordinateError:
 
 def check_sizes(image_size: object) -> list[tuple[int, int]]:
     """Return the (width, height) of each image, or raise CoordinateError."""
-    if is_size(image_size):
-        return [check_size(image_size)]
-    if isinstance(image_size, (tuple, list, np.ndarray)) and len(image_size) and all(map(is_size, image_size)):
-        return [check_size(size) for size in image_size]
+    try:
+        if is_size(image_size):
+            return [check_size(image_size)]
+        if isinstance(image_size, (tuple, list, np.ndarray)) and len(image_size) and all(map(is_size, image_size)):
+            return [check_size(size) for size in image_size]
+    except ValueError as error:  # too large
+        raise CoordinateError(str(error)) from None
     raise CoordinateError(
         f"`image_size` must be (width, height), two positive integers, or a sequence of these, got {image_size!r}."
     )
@@ -134,13 +137,13 @@ def _regions_of_image(
     make = Region._unchecked
     result: list[Region | DecodeError] = []
     for index, (item, row) in enumerate(zip(items, image_points, strict=True)):
-        start, _, _, kind, _, label, image, identity, times = item
+        start, _, _, kind, _, label, image, identity, times, attributes = item
         if index not in reasons and row is not None:
             if kind == "box" or kind == "point":
-                result.append(make(kind, tuple(row), label, image, identity))
+                result.append(make(kind, tuple(row), label, image, identity, (), attributes))
                 continue
             try:  # kinds with further rules, such as the number of points
-                result.append(Region(kind, tuple(row), label, None, image, identity, tuple(times)))
+                result.append(Region(kind, tuple(row), label, None, image, identity, tuple(times), attributes))
                 continue
             except ValueError as error:
                 reasons[index] = f"{_phrase(error)} in {_quoted(text, item)}"

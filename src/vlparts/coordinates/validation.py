@@ -1,5 +1,6 @@
 """Validation of arguments: image sizes, choices, and arrays of coordinates."""
 
+import math
 import operator
 from typing import SupportsIndex, TypeGuard
 
@@ -15,7 +16,11 @@ __all__ = [
     "integer",
     "is_size",
     "positive_integer",
+    "shown",
 ]
+
+MAX_SIDE = 10**9
+"""Maximum side of an image in pixels: the largest number of a format has 9 digits."""
 
 
 def is_size(value: object) -> TypeGuard[tuple[int, int]]:
@@ -29,7 +34,7 @@ def check_size(size: object, name: str = "image_size") -> tuple[int, int]:
     """Return (width, height) as two ints.
 
     Args:
-        size: A tuple, list or array of two positive integers.
+        size: A tuple, list or array of two positive integers of at most `MAX_SIDE`.
         name: Name of the argument, for the error message.
 
     Raises:
@@ -37,6 +42,9 @@ def check_size(size: object, name: str = "image_size") -> tuple[int, int]:
     """
     if not is_size(size):
         raise ValueError(f"`{name}` must be (width, height), two positive integers, got {size!r}.")
+    if max(size) > MAX_SIDE:
+        magnitude = int(math.log10(max(size)))  # the number may have more digits than Python writes
+        raise ValueError(f"`{name}` must have sides of at most {MAX_SIDE}, got one of about 10**{magnitude}.")
     return int(size[0]), int(size[1])
 
 
@@ -139,3 +147,12 @@ def _check_finite(array: NDArray[np.float64], name: str, first: int = 0) -> None
     if not finite.all():
         row = int(np.argmin(finite))
         raise ValueError(f"`{name}[{first + row}]` must be finite, got {array[row].tolist()}.")
+
+
+def shown(value: object) -> str:
+    """Return the text of a value for an error message, shortened if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "integers that are too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 _BATCH = 50
@@ -43,7 +42,7 @@ def main(folder: str, questions: str, answers: str, tokens: str = "40") -> None:
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            processor_kwargs={"padding": True},
         )
         with torch.inference_mode():
             generated = model.generate(**inputs, max_new_tokens=int(tokens), do_sample=False)
@@ -53,8 +52,8 @@ def main(folder: str, questions: str, answers: str, tokens: str = "40") -> None:
 
 def _chat(root: Path, record: dict) -> list[dict]:
     question = next(message["content"] for message in record["messages"] if message["role"] == "user")
-    image = Image.open(root / record["image"]).convert("RGB")
-    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+    image = {"type": "image", "path": str(root / record["image"])}
+    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from ..coordinates.codec import decode, encode
 from ..coordinates.metrics.iou import box_iou
 from ..coordinates.regions import Region
-from ..parts.image_transforms import open_image
+from ..parts.image_files import open_image
 
 
 @dataclass(frozen=True)

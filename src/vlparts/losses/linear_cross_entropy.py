@@ -20,9 +20,6 @@ from .weights import weigh_tokens
 
 __all__ = ["linear_weighted_cross_entropy", "linear_weighted_cross_entropy_with_parts"]
 
-# Sum of the weights with which float16 gradients are computed. float16 ranges from 6e-8 to 65504.
-FLOAT16_TOTAL = 1024
-
 
 def linear_weighted_cross_entropy(
     hidden: Tensor,
@@ -132,8 +129,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_grad = NeedsGrad(*(grad_enabled and needed for needed in ctx.needs_input_grad[:3]))
         head = head._replace(weight=weight, bias=bias)
-        ctx.unit = _gradient_unit(hidden, token_weights)
-        losses, ctx.gradients = head_losses(hidden, labels, token_weights / ctx.unit, head, needs_grad)
+        losses, ctx.gradients = head_losses(hidden, labels, token_weights, head, needs_grad)
         ctx.save_for_backward(hidden, weight, bias, token_weights, labels, losses)
         ctx.options, ctx.needs_grad = head[2:], needs_grad
         ctx.mark_non_differentiable(losses)
@@ -149,19 +145,11 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = None
         if gradients is None and any(ctx.needs_grad):
             head = Head(weight, bias, *ctx.options)
-            _, gradients = head_losses(hidden, labels, token_weights / ctx.unit, head, ctx.needs_grad)
-        found = (None, None, None) if gradients is None else (gradients.hidden, gradients.weight, gradients.bias)
-        scaled = (None if tensor is None else _scaled(tensor, grad * ctx.unit) for tensor in found)
+            _, gradients = head_losses(hidden, labels, token_weights, head, ctx.needs_grad)
+        found = HeadGradients(None, None, None) if gradients is None else gradients
+        scaled = (None if one is None else _scaled(one.tensor, grad * one.factor) for one in found)
         grad_weights = losses * grad if ctx.needs_input_grad[3] else None
         return *scaled, grad_weights, None, None, None
-
-
-def _gradient_unit(hidden: Tensor, token_weights: Tensor) -> Tensor | float:
-    """Return the factor taken out of the gradients. In float16 gradients of weights that sum to 1 would underflow."""
-    if hidden.dtype != torch.float16:
-        return 1.0
-    total = token_weights.sum() / FLOAT16_TOTAL
-    return torch.where(total > 0, total, 1)
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

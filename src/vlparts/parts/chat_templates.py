@@ -2,31 +2,41 @@
 
 A template is Jinja text, which transformers saves with a processor. Its variables are `messages`,
 `add_generation_prompt`, the tokenizer's special tokens, and keyword arguments of `apply_chat_template`; it can call
-`raise_exception`.
+`raise_exception`. The tokens that an assistant generates, up to the end of its turn, are marked by
+`{% generation %}`; images in its turns are not.
 """
 
 from .thinking import THINKING_SWITCHES
 
 __all__ = [
+    "CHATML_START",
     "DEFAULT_CHAT_TEMPLATE",
     "OPENPANGU_CHAT_TEMPLATE",
     "OPENPANGU_VISION_TOKENS",
     "default_chat_template",
 ]
 
+CHATML_START = "<|im_start|>"
+
 # ChatML with the tokenizer's own end-of-sequence token, at which generation stops.
 DEFAULT_CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}"
+    f"{{{{ '{CHATML_START}' + message['role'] + '\\n' }}}}"
+    "{%- if message['content'] is string and message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ message['content'] }}{%- endgeneration -%}"
+    "{%- elif message['content'] is string -%}{{ message['content'] }}"
     "{%- else -%}{%- for block in message['content'] -%}"
     "{%- if block['type'] == 'image' -%}{{ '<image>\\n' }}"
-    "{%- elif block['type'] == 'text' -%}{{ block['text'] }}"
+    "{%- elif block['type'] == 'text' -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
+    "{%- else -%}{{ block['text'] }}{%- endif -%}"
     "{%- else -%}{{ raise_exception('A content block must have the type image or text, got ' + block['type']) }}"
     "{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{ eos_token + '\\n' }}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ eos_token }}{%- endgeneration -%}"
+    "{%- else -%}{{ eos_token }}{%- endif -%}"
+    "{{ '\\n' }}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    f"{{%- if add_generation_prompt -%}}{{{{ '{CHATML_START}assistant\\n' }}}}{{%- endif -%}}"
 )
 
 # Arguments of `VisionLanguageProcessor` for openPangu's template.
@@ -77,8 +87,17 @@ OPENPANGU_CHAT_TEMPLATE = (
     "{%- if message['role'] not in names -%}"
     "{{ raise_exception('A role must be one of ' + names | join(', ') + ', got ' + message['role']) }}"
     "{%- endif -%}"
+    "{{ '[unused9]' + names[message['role']] + '：' }}"
+    "{%- if message['role'] == 'assistant' and message['content'] is defined -%}"
+    "{%- set blocks = message['content'] -%}"
+    "{%- for block in ([{'type': 'text', 'text': blocks}] if blocks is string else blocks) -%}"
+    "{%- if block['type'] == 'text' -%}{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
+    "{%- else -%}{{ piece(block) }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- generation -%}{{ '[unused10]' }}{%- endgeneration -%}"
+    "{%- else -%}"
     "{%- set text = body(message) -%}"
-    "{{ '[unused9]' + names[message['role']] + '：' + text }}"
+    "{{ text }}"
     "{%- if message['role'] == 'user' -%}"
     "{%- set count.user = count.user + 1 -%}"
     "{%- if mode is not none and count.user == users | length -%}"
@@ -90,6 +109,7 @@ OPENPANGU_CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- endif -%}"
     "{{ '[unused10]' }}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '[unused9]助手：' }}{%- endif -%}"
 )

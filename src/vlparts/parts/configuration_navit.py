@@ -12,7 +12,7 @@ from .pos_embed_options import (
     PositionOverflow,
     check_position_options,
 )
-from .utils import NamedPresets
+from .utils import NamedPresets, check_finite
 
 # "b32", "b16" and "l16" are the encoders of the paper (Table 2), with 94.5, 92.8 and 315.7 million parameters;
 # attention pooling has 7.1 (width 768) or 12.6 million of them.
@@ -142,14 +142,15 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
             raise ValueError(f"`max_frames` must be at least 1 or None, got {self.max_frames}.")
         if self.num_register_tokens < 0:
             raise ValueError(f"`num_register_tokens` must not be negative, got {self.num_register_tokens}.")
+        check_finite(self, "layer_norm_eps", "initializer_range", "position_initializer_range", "position_fourier_std")
         self._validate_positions()
 
     def _validate_positions(self) -> None:
         head_dim = self.hidden_size // self.num_attention_heads
-        if self.rotary_theta is not None and (head_dim % 4 or self.rotary_theta <= 0):
+        check_finite(self, "rotary_theta", positive=True)
+        if self.rotary_theta is not None and head_dim % 4:
             raise ValueError(
-                f"`rotary_theta` must be positive and heads must have a multiple of 4 channels, got "
-                f"{self.rotary_theta} and {head_dim} channels."
+                f"`hidden_size` / `num_attention_heads` must be a multiple of 4 with `rotary_theta`, got {head_dim}."
             )
         if self.position_kind != "none":
             check_position_options(

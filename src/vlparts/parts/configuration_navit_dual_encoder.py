@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .dual_encoder_loss import DEFAULT_CHUNK_SIZE
 from .part_configs import resolve_config
-from .utils import check_minimum
+from .utils import check_finite, check_finite_number, check_minimum
 
 # Initial values of the papers: CLIP (arXiv 2103.00020, section 2.5), SigLIP (arXiv 2303.15343, section 3.2).
 _LOGIT_SCALES = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
@@ -69,6 +69,9 @@ class NaViTDualEncoderConfig(PreTrainedConfig):
                 or the text tower is an encoder-decoder.
         """
         check_minimum(self, 1, "projection_dim", "chunk_size")
+        check_finite(self, "initializer_range")
+        for name in ("logit_scale_init_value", "logit_bias_init_value"):
+            check_finite_number(name, getattr(self, name), signed=True)
         if self.loss == "softmax" and self.logit_bias_init_value is not None:
             raise ValueError(
                 f"`logit_bias_init_value` must be None for `loss` 'softmax', got {self.logit_bias_init_value}."

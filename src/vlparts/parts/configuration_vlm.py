@@ -1,13 +1,68 @@
 """Configuration of the composed vision-language model."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
+from .utils import check_finite
 from .vlm_projectors import check_projector, projector_names
+from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
+
+
+class HeadRule(NamedTuple):
+    """What a text model's own class does beside the product with the head's weight, in this order.
+
+    Each field but `bias` is the name of the configuration's field with the number; "" or a number of None for none.
+
+    Attributes:
+        embedding_multiplier: Factor on the embeddings of `input_ids`, but not on `inputs_embeds`.
+        hidden_divisor: Divisor of the hidden states.
+        bias: Whether the head has a bias.
+        multiplier: Factor on the logits.
+        divisor: Divisor of the logits.
+        softcap: Logits z become `softcap * tanh(z / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
+    """
+
+    embedding_multiplier: str = ""
+    hidden_divisor: str = ""
+    bias: bool = False
+    multiplier: str = ""
+    divisor: str = ""
+    softcap: str = ""
+
+
+_BIAS = HeadRule(bias=True)
+_SCALED = HeadRule(multiplier="logit_scale")
+_DIVIDED = HeadRule(divisor="logits_scaling")
+_CAPPED = HeadRule(softcap="final_logit_softcapping")
+
+# By model type. `vlparts.compose` compares every text model with its own class, and refuses those of another rule.
+HEAD_RULES: dict[str, HeadRule] = {
+    **dict.fromkeys(("codegen", "ctrl", "gptj", "phi"), _BIAS),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), _SCALED),
+    **dict.fromkeys(
+        ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), _DIVIDED
+    ),
+    **dict.fromkeys(
+        (
+            "beam",
+            "gemma2",
+            "gemma3_text",
+            "gemma3n_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+            "nanochat",
+            "vaultgemma",
+        ),
+        _CAPPED,
+    ),
+    "falcon_h1": HeadRule(embedding_multiplier="embedding_multiplier", multiplier="lm_head_multiplier"),
+    "hyperclovax": HeadRule(multiplier="logits_scaling"),
+    "minicpm3": HeadRule(hidden_divisor="logits_scaling"),
+}
 
 
 @strict
@@ -16,7 +71,8 @@ class VisionLanguageConfig(PreTrainedConfig):
 
     Args:
         vision_config: Configuration of the vision encoder, ours or native; a dictionary needs a "model_type". The
-            default is a NaViT without pooling.
+            default is a NaViT without pooling. Options of native encoders that build modules which a composed model
+            does not use, such as SigLIP's `vision_use_head`, are switched off in a copy.
         text_config: Configuration of the text model (native or ours, decoder only). The default is transformers'
             Qwen3.
         projector_type: Name of a registered projector.
@@ -30,6 +86,8 @@ class VisionLanguageConfig(PreTrainedConfig):
         tie_word_embeddings: Whether the language head shares the input embeddings. Taken from the text configuration
             if absent.
         initializer_range: Standard deviation of the initial weights of the projector and of a new head.
+        image_processor: Settings of the image processor that the vision encoder's folder came with
+            (preprocessor_config.json), from which `compose_processor` builds it; None for a new encoder.
     """
 
     model_type = "vlparts_vlm"
@@ -48,13 +106,14 @@ class VisionLanguageConfig(PreTrainedConfig):
     vision_feature_layer: int = -1
     tie_word_embeddings: bool | None = None
     initializer_range: float = 0.02
+    image_processor: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         default_vision = {"model_type": "vlparts_navit", "pooling": "none"}
-        self.vision_config = resolve_config(self.vision_config, "vision_config", default_vision)
+        self.vision_config = leave_out_unused(resolve_config(self.vision_config, "vision_config", default_vision))
         self.text_config = resolve_config(self.text_config, "text_config", {"model_type": "qwen3"})
         if self.spatial_merge_size is None:
-            self.spatial_merge_size = getattr(self.vision_config, "spatial_merge_size", 1)
+            self.spatial_merge_size = vision_merge_size(self.vision_config) or 1
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
@@ -63,6 +122,16 @@ class VisionLanguageConfig(PreTrainedConfig):
     def merge_size(self) -> int:
         """`spatial_merge_size`, which is never None in a built configuration."""
         return self.spatial_merge_size or 1
+
+    @property
+    def projector_merge_size(self) -> int:
+        """Side of the block that the projector merges: `merge_size`, or 1 if the vision encoder merges patches."""
+        return 1 if merges_patches(self.vision_config) else self.merge_size
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the features that the projector takes."""
+        return vision_width(self.vision_config, self.vision_feature_layer)
 
     @property
     def num_feature_layers(self) -> int:
@@ -74,25 +143,32 @@ class VisionLanguageConfig(PreTrainedConfig):
         """Whether the text model's rotary positions have three axes: `rope_parameters` has an "mrope_section"."""
         return bool((getattr(self.text_config, "rope_parameters", None) or {}).get("mrope_section"))
 
+    @property
+    def head_rule(self) -> HeadRule:
+        """What the text model's own class does beside the product with its head's weight."""
+        return HEAD_RULES.get(self.text_config.model_type, HeadRule())
+
     def validate_composition(self) -> None:
         """Check that the parts fit together.
 
         Raises:
             ValueError: If the projector is unknown or does not take the encoder's feature layers or the options, the
-                merge sizes disagree, or a placeholder is not in the vocabulary or is the same for images and videos.
+                merge sizes disagree, the encoder has no such feature layer, or a placeholder is not in the vocabulary
+                or is the same for images and videos.
         """
+        vision_width(self.vision_config, self.vision_feature_layer)
         if self.projector_type not in projector_names():
             raise ValueError(
                 f"`projector_type` must be one of {', '.join(projector_names())}, got {self.projector_type!r}."
             )
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
+        check_finite(self, "initializer_range")
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
-        vision_merge_size = getattr(self.vision_config, "spatial_merge_size", self.spatial_merge_size)
-        if vision_merge_size != self.spatial_merge_size:
+        expected = vision_merge_size(self.vision_config)
+        if expected is not None and expected != self.spatial_merge_size:
             raise ValueError(
-                f"`spatial_merge_size` must be that of `vision_config`, {vision_merge_size}, got "
-                f"{self.spatial_merge_size}."
+                f"`spatial_merge_size` must be that of `vision_config`, {expected}, got {self.spatial_merge_size}."
             )
         vocab_size = getattr(self.text_config, "vocab_size", None)
         for name in ("image_token_id", "video_token_id"):

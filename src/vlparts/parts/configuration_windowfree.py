@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .utils import NamedPresets
+from .utils import NamedPresets, check_finite, check_finite_number
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 128,
@@ -136,8 +136,8 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
                 f"`num_attention_heads` must divide `hidden_size` into heads of a multiple of 4 channels, got "
                 f"{self.num_attention_heads} and {self.hidden_size}."
             )
-        if self.rotary_theta <= 0:
-            raise ValueError(f"`rotary_theta` must be positive, got {self.rotary_theta}.")
+        check_finite(self, "rotary_theta", positive=True)
+        check_finite(self, "rms_norm_eps", "initializer_range")
         if self.attention_dropout != 0.0:
             raise ValueError(f"`attention_dropout` must be 0.0, got {self.attention_dropout}.")
         for name in ("image_mean", "image_std"):
@@ -145,8 +145,9 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must have one value per channel, {self.num_channels}, got {getattr(self, name)}."
                 )
-        if min(self.image_std) <= 0:
-            raise ValueError(f"`image_std` must be positive, got {self.image_std}.")
+        for mean, deviation in zip(self.image_mean, self.image_std, strict=True):
+            check_finite_number("image_mean", mean, signed=True)
+            check_finite_number("image_std", deviation, positive=True)
 
     def validate_layers(self) -> None:
         """Check `feature_layers` and `attention_pattern`.

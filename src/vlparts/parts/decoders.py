@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .utils import check_minimum, check_token_inputs
+from .utils import check_finite, check_finite_number, check_minimum, check_token_inputs
 
 
 def merge_rope_parameters(rope_parameters: dict[str, Any] | None, fields: dict[str, Any]) -> dict[str, Any]:
@@ -41,10 +41,13 @@ def check_decoder_sizes(config: PreTrainedConfig) -> None:
     """Check the sizes that all decoders have.
 
     Raises:
-        ValueError: If a size is not positive, `num_key_value_heads` does not divide `num_attention_heads`, or
-            `head_dim` is odd.
+        ValueError: If a size or `rope_theta` is not positive, `num_key_value_heads` does not divide
+            `num_attention_heads`, `head_dim` is odd, or `rms_norm_eps` is negative.
     """
     check_minimum(config, 1, "vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")
+    check_minimum(config, 1, "max_position_embeddings")
+    check_finite(config, "rms_norm_eps")
+    check_finite_number("rope_theta", (config.rope_parameters or {}).get("rope_theta"), positive=True)
     check_minimum(config, 0, "num_hidden_layers")
     if config.num_attention_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(

@@ -4,16 +4,43 @@ from typing import Any
 
 import numpy as np
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import SizeDict
+from transformers.image_utils import ChannelDimension, SizeDict
+
+from .image_arrays import fetch_images, flat_list_of_images, image_to_array
 
 
 class PackedImageProcessor(PilBackend):
-    """Image processor with options `patch_size` and `merge_size`, whose subclasses define `_target_size`."""
+    """Image processor with options `patch_size` and `merge_size`, whose subclasses define `_target_size`.
+
+    It takes Pillow images, arrays, tensors, paths and URLs, batches and lists of them, and converts each to 8-bit
+    levels first, see [`image_to_array`].
+    """
 
     patch_size: int
     merge_size: int
     grid_options: tuple[str, ...] = ("size", "patch_size", "merge_size", "max_aspect_ratio")
     """Options that decide the size of an image."""
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open the images that are given as paths, URLs or base64 text; others are returned unchanged."""
+        return fetch_images(image_url_or_urls)
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        return flat_list_of_images(self.fetch_images(images))
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Convert one image to `(C, H, W)` uint8, see [`image_to_array`].
+
+        Raises:
+            ValueError: If the image cannot be read, is empty, or has levels or axes of unknown meaning.
+        """
+        return image_to_array(image, bool(do_convert_rgb), input_data_format)
 
     def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
         """Height and width in pixels that an image is resized to; `options` holds `grid_options`."""

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
@@ -15,7 +14,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .image_packing import PackedImageProcessor
 from .image_pixels import patchify
-from .image_transforms import check_image_size, fit_to_grid, get_area_limits, read_image
+from .image_transforms import fit_to_grid, get_area_limits
 
 
 class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -33,6 +32,9 @@ class NaViTImageProcessor(PackedImageProcessor):
     An image is resized, keeping its aspect ratio, only so that its sides are multiples of `patch_size * merge_size`
     and its area is between `size["shortest_edge"]` and `size["longest_edge"]` (areas in pixels, as in the Qwen-VL
     processors). Patches are in reading order of blocks of `merge_size` x `merge_size` patches.
+
+    Images are Pillow images, arrays, tensors, paths or URLs, and are converted to 8 bits first, see
+    [`image_to_array`]: the same picture gives the same pixels whatever its type.
 
     Args:
         patch_size: Side P of a patch in pixels.
@@ -62,19 +64,17 @@ class NaViTImageProcessor(PackedImageProcessor):
     valid_kwargs = NaViTImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """Convert one image to `(C, H, W)`; Pillow images of any mode become 8-bit RGB, see [`to_rgb`].
-
-        Raises:
-            ValueError: If an image cannot be read, is empty, or holds values that are not finite.
-        """
-        if isinstance(image, Image.Image):
-            image = read_image(image, bool(do_convert_rgb))
-        array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        check_image_size(*array.shape[-2:])
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            raise ValueError("The image holds values that are not finite (NaN or infinity).")
-        return array
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        if not kwargs["do_normalize"] or kwargs["do_rescale"]:
+            return
+        mean, std = (np.max(kwargs[name]) for name in ("image_mean", "image_std"))
+        if mean <= 1 and std < 1:
+            raise ValueError(
+                f"`do_rescale` is False, so the levels are from 0 to 255, but `image_mean` {kwargs['image_mean']} and "
+                f"`image_std` {kwargs['image_std']} are for levels from 0 to 1. Images of any type, "
+                "also floats from 0 to 1, are rescaled with do_rescale=True."
+            )
 
     def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
         shortest, longest = get_area_limits(options["size"])

@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
 from .image_packing import PackedImageProcessor
 from .image_pixels import normalize_raw_pixels, patchify
 from .image_transforms import (
+    check_frame_sizes,
     check_image_size,
     flat_list_of_videos,
     get_area_limits,
     get_frame_area_limits,
-    read_image,
     smart_resize,
 )
 
@@ -49,7 +48,8 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
 
     By default images stay raw uint8 pixels, a quarter of the size of float32, which the model normalizes. With
     `do_rescale` and `do_normalize` they are normalized here, in float32. The model distinguishes them by dtype (see
-    `image_pixels.py`). Videos are always normalized here.
+    `image_pixels.py`). Videos are always normalized here. Images and frames are Pillow images, arrays or tensors (and
+    images also paths or URLs), and are converted to 8 bits first, see [`image_to_array`].
 
     An image with a side of at most 28 pixels is first enlarged to a shorter side of 56. Then its size is chosen as in
     Qwen2-VL, see [`smart_resize`]. Patches are in reading order of blocks of `merge_size` x `merge_size` patches.
@@ -116,23 +116,22 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
             if not isinstance(kwargs[name], Sequence) or len(kwargs[name]) != CHANNELS:
                 raise ValueError(f"`{name}` must have {CHANNELS} values, got {kwargs[name]}.")
 
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """Convert one 8-bit image to `(3, H, W)` uint8; Pillow images of any mode become RGB, see [`to_rgb`].
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Convert one image to `(3, H, W)` uint8, see [`image_to_array`].
 
         Raises:
-            ValueError: If an array or tensor is not uint8, so that its range is unknown, or an image cannot be read or
-                is not RGB.
+            ValueError: If an image cannot be read, is not RGB, or has levels or axes of unknown meaning.
         """
-        if isinstance(image, Image.Image):
-            image = read_image(image, bool(do_convert_rgb))
-        else:
-            _check_eight_bits(image)
-        array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        check_image_size(*array.shape[-2:])
-        if array.shape[0] != CHANNELS or array.dtype != np.uint8:
+        array = super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
+        if array.shape[0] != CHANNELS:
             raise ValueError(
-                f"The image has {array.shape[0]} channels of {array.dtype}; expected {CHANNELS} of uint8. "
-                "Pass do_convert_rgb=True to convert it."
+                f"The image has {array.shape[0]} channels; expected {CHANNELS}. Pass do_convert_rgb=True."
             )
         return array
 
@@ -175,16 +174,19 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         data = {"pixel_values": pixel_values, "image_grid_thw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def preprocess_videos(self, videos: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+    def preprocess_videos(
+        self, videos: Any, return_tensors: Any = None, do_sample_frames: bool | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Cut videos into patches, normalized in float32. No frames are dropped or merged.
 
         The frames of all videos of a call share one budget of pixels, see [`get_frame_area_limits`], so that a long
         video gets smaller frames. The option `size` applies to images only.
 
         Args:
-            videos: One video or a list of videos, see [`flat_list_of_videos`]. A video is a list of frames (Pillow
-                images or uint8 arrays), or a uint8 array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`.
+            videos: One video or a list of videos, see [`flat_list_of_videos`]. A video is a list of frames, each a
+                Pillow image, array or tensor as for images, or an array or tensor `(T, H, W, C)` or `(T, C, H, W)`.
             return_tensors: "pt" or "np".
+            do_sample_frames: False or None; frames are sampled beforehand.
             **kwargs: Options that replace the processor's own.
 
         Returns:
@@ -194,6 +196,11 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         Raises:
             ValueError: If there is no frame, the frames of a video differ in size, or a frame or option is invalid.
         """
+        if do_sample_frames or any(kwargs.pop(name, None) is not None for name in ("num_frames", "fps")):
+            raise ValueError(
+                "`do_sample_frames`, `num_frames` and `fps` must not be set: videos are given as frames, which are "
+                f"sampled beforehand, got do_sample_frames={do_sample_frames}."
+            )
         options = self._get_video_options(kwargs)
         videos = flat_list_of_videos(videos)
         if not videos:
@@ -215,6 +222,7 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
                 self.process_image(frame, options["do_convert_rgb"], input_data_format=options["input_data_format"])
                 for frame in video
             ]
+            check_frame_sizes({frame.shape[-2:] for frame in frames})
             if options["do_resize"]:
                 height, width = frames[0].shape[-2:]
                 factor = options["patch_size"] * options["merge_size"]
@@ -261,15 +269,6 @@ def enlarge_tiny(height: int, width: int) -> tuple[int, int]:
     if width >= height:
         return TINY_SIDE_TARGET, int(scale * width)
     return int(scale * height), TINY_SIDE_TARGET
-
-
-def _check_eight_bits(image: Any) -> None:
-    dtype = str(getattr(image, "dtype", type(image).__name__)).removeprefix("torch.")
-    if dtype != "uint8":
-        raise ValueError(
-            f"The image is an array of {dtype}; expected a Pillow image, or raw pixels as uint8 (0 to 255). The range "
-            "of other dtypes is unknown."
-        )
 
 
 def _normalize(patches: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

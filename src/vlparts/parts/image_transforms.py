@@ -1,85 +1,19 @@
-"""Images and videos before they are cut into patches: files, colour modes, sizes, and nested lists."""
+"""Images and videos before they are cut into patches: sizes, and nested lists."""
 
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-from transformers.image_utils import SizeDict, get_image_size, make_flat_list_of_images
-from transformers.video_utils import is_valid_video
+import torch
+from PIL import Image
+from transformers.image_utils import SizeDict
+
+from .image_arrays import flat_list_of_images
+from .image_files import check_image_size, upright_size
 
 # Error of a number of blocks in float64, so that sides that fit a limit exactly are not rounded past it.
 ROUNDING = 1e-9
-
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-
-
-def open_image(path: str | os.PathLike[str], convert_rgb: bool = True) -> Image.Image:
-    """Open an image file, decode all of it, and apply its EXIF orientation.
-
-    Args:
-        path: A file in any format that Pillow reads.
-        convert_rgb: Convert the image to RGB, see [`to_rgb`].
-
-    Returns:
-        The upright image, in memory; the file is closed.
-
-    Raises:
-        ValueError: If the file does not exist, is not an image, is truncated or damaged, has more pixels than Pillow
-            accepts (twice `PIL.Image.MAX_IMAGE_PIXELS`), or has a mode of unknown range. The message names the path.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return to_rgb(upright) if convert_rgb else upright
-    except FileNotFoundError:
-        raise ValueError(f"Image {path} does not exist.") from None
-    except Exception as error:  # Pillow's decoders raise many types, such as SyntaxError and struct.error
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"Image {path} cannot be read: {reason}") from None
-
-
-def read_image(image: Image.Image, convert_rgb: bool = True) -> Image.Image:
-    """Decode a Pillow image that may not be loaded from its file yet, and convert it to 8-bit RGB.
-
-    Args:
-        image: A Pillow image.
-        convert_rgb: Whether to convert it, see [`to_rgb`].
-
-    Raises:
-        ValueError: If the file is truncated or corrupt, or the range of the mode is unknown.
-    """
-    try:
-        image.load()
-    except Exception as error:  # as in `open_image`
-        raise ValueError(f"The image cannot be read: {str(error) or type(error).__name__}.") from None
-    return to_rgb(image) if convert_rgb else image
-
-
-def check_image_size(height: int, width: int, max_aspect_ratio: float = math.inf) -> None:
-    """Check that an image has pixels and is not too elongated.
-
-    Args:
-        height: Height in pixels.
-        width: Width in pixels.
-        max_aspect_ratio: Largest ratio of the longer to the shorter side.
-
-    Raises:
-        ValueError: If a side is not positive, or the aspect ratio is too large.
-    """
-    if height < 1 or width < 1:
-        raise ValueError(
-            f"The image has a size of {width} x {height} pixels (width x height); expected at least 1 x 1."
-        )
-    ratio = max(height, width) / min(height, width)
-    if ratio > max_aspect_ratio:
-        raise ValueError(
-            f"The image of {width} x {height} pixels has an aspect ratio of {ratio:.1f}; expected at most "
-            f"{max_aspect_ratio:g}."
-        )
 
 
 def get_area_limits(size: SizeDict | Mapping[str, int]) -> tuple[int, int]:
@@ -95,39 +29,6 @@ def get_area_limits(size: SizeDict | Mapping[str, int]) -> tuple[int, int]:
     if not shortest or not longest:
         raise ValueError(f"`size` must have the keys 'shortest_edge' and 'longest_edge' (areas), got {size}.")
     return shortest, longest
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB.
-
-    Transparency (alpha channels, transparent palette entries) is composited onto white. 16-bit grey is scaled by
-    255 / 65535, whereas `Image.convert` clips it at 255. CMYK, palette, grey, 1-bit, YCbCr, LAB and HSV are converted
-    by Pillow.
-
-    Args:
-        image: A Pillow image.
-
-    Returns:
-        The image in mode "RGB".
-
-    Raises:
-        ValueError: If the image is float or has integers beyond 16 bits, so that its range is unknown.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "F":
-        raise ValueError("`image` has mode 'F' (float), whose range is unknown; convert it to 8 bits first.")
-    if image.mode in _SIXTEEN_BIT_MODES:
-        levels = np.asarray(image).astype(np.int64)
-        if levels.size and (levels.min() < 0 or levels.max() > 65535):
-            raise ValueError(
-                f"`image` has mode {image.mode!r} with levels {levels.min()}..{levels.max()}; expected 0..65535."
-            )
-        image = Image.fromarray(np.rint(levels * (255 / 65535)).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
 
 
 def fit_to_grid(
@@ -276,14 +177,14 @@ def images_by_sample(images: Any) -> list[list[Any]] | None:
     """Lists of the images of each sample if they are nested, otherwise None (one image, or a flat list)."""
     if not isinstance(images, (list, tuple)) or not any(isinstance(item, (list, tuple)) for item in images):
         return None
-    return [make_flat_list_of_images(item) if item else [] for item in images]
+    return [flat_list_of_images(item) for item in images]
 
 
 def videos_by_sample(videos: Any) -> list[list[Any]] | None:
     """Lists of the videos of each sample if they are nested, otherwise None (one video, or a flat list)."""
     if not isinstance(videos, (list, tuple)):
         return None
-    if any(not isinstance(item, (list, tuple)) or is_valid_video(item) for item in videos):
+    if any(not isinstance(item, (list, tuple)) or _is_video(item) for item in videos):
         return None
     return [flat_list_of_videos(item) for item in videos]
 
@@ -299,12 +200,13 @@ def flat_list_of_videos(videos: Any) -> list[Any]:
         The videos, unchanged.
 
     Raises:
-        ValueError: If an element is not a video (for example a path: files are not decoded), or frames of a video
-            differ in size.
+        ValueError: If an element is not a video (for example a path: files are not decoded), or Pillow images of a
+            video differ in size.
     """
-    if is_valid_video(videos):
+    if _is_video(videos):
         if isinstance(videos, (list, tuple)):
-            _check_sizes(videos)
+            sizes = {upright_size(frame)[::-1] for frame in videos if isinstance(frame, Image.Image)}
+            check_frame_sizes(sizes)
         return [videos]
     if isinstance(videos, (list, tuple)):
         return [video for item in videos for video in flat_list_of_videos(item)]
@@ -316,7 +218,17 @@ def flat_list_of_videos(videos: Any) -> list[Any]:
     )
 
 
-def _check_sizes(frames: Any) -> None:
-    sizes = {frame.size[::-1] if hasattr(frame, "getbands") else get_image_size(frame) for frame in frames}
+def check_frame_sizes(sizes: Collection[tuple[int, ...]]) -> None:
+    """Raise ValueError if the distinct (height, width) of the frames of a video are more than one."""
     if len(sizes) > 1:
         raise ValueError(f"`videos` must hold frames of one size in each video, got (height, width) {sorted(sizes)}.")
+
+
+def _is_video(video: Any) -> bool:
+    if isinstance(video, (list, tuple)):
+        return bool(video) and all(_is_image(frame) for frame in video)
+    return isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4
+
+
+def _is_image(image: Any) -> bool:
+    return isinstance(image, Image.Image) or (isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim in (2, 3))

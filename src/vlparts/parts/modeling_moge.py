@@ -29,7 +29,8 @@ from .moe_router import GroupedTopKRouter
 from .moe_routing import RoutingOptions, choose_experts, router_scores
 from .ops_activations import get_activation
 from .ops_rms_norm import RMSNorm
-from .utils import add_auto_classes, slice_for_logits
+from .packed_samples import keep_samples_apart
+from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
 
 
 # The decorator must be in the file of the PreTrainedModel: see RoutedExperts.
@@ -178,10 +179,12 @@ class MoGEPreTrainedModel(PreTrainedModel):
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             mask = get_token_mask(attention_mask, len(router_logits[0]) // len(attention_mask))
         losses = []
+        # Processes may evaluate different numbers of batches, so they are joined in training only.
+        form = self.config.router_aux_loss_form if self.training else "batch"
         for logits in router_logits:
             token_mask = None if mask is None else mask.to(logits.device)
             indices = self.get_chosen_experts(logits)
-            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, token_mask=token_mask))
+            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, form=form, token_mask=token_mask))
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @classmethod
@@ -217,6 +220,7 @@ class MoGEModel(MoGEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @keep_samples_apart
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -227,20 +231,20 @@ class MoGEModel(MoGEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> MoeModelOutputWithPast:
         """Encode tokens with causal attention.
 
         Args:
             input_ids: `(B, S)` int64, or None with `inputs_embeds`.
             attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
-            position_ids: `(B, S)`. A row in which positions restart at 0 holds several texts, which do not attend to
-                one another, if there is neither a cache nor a mask. The positions after the cache if absent.
+            position_ids: `(B, S)`. A row in which positions restart at 0 holds several texts, each computed as if
+                alone. The positions after the cache if absent.
             past_key_values: Cache with the keys and values of previous tokens.
             inputs_embeds: `(B, S, H)` instead of `input_ids`.
-            use_cache: Whether to return a cache.
-            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `return_dict`, and options
-                of the attention function.
+            use_cache: Whether to return a cache; it must not be True for rows of several texts, which have none.
+            **kwargs: `cu_seq_lens_q`, the boundaries `(n + 1,)` of the texts of one row; `output_hidden_states`,
+                `output_attentions`, `output_router_logits`, `return_dict`, and options of the attention function.
 
         Returns:
             `last_hidden_state` `(B, S, H)`, `past_key_values`, and with `output_router_logits` `router_logits`,
@@ -248,7 +252,7 @@ class MoGEModel(MoGEPreTrainedModel):
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or an input has another shape
-                or range.
+                or range; and as [`run_text_model`].
         """
         inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
             self.embed_tokens,
@@ -330,7 +334,7 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Compute logits and, with `labels`, the loss.
 

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_navit import NaViTConfig
 from .ops_activations import get_activation
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 from .ops_rotary import axial_rotary
 from .packed_index import (
     PatchLayout,
@@ -41,9 +41,9 @@ from .packed_layers import (
     plan_passes,
 )
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
-from .packed_segments import Segments
+from .packed_segments import Segments, precompute_inputs
 from .pos_embed import PositionEmbedding
-from .utils import IGNORE_INDEX, add_auto_classes
+from .utils import IGNORE_INDEX, ForwardKwargs, activation_dtype, add_auto_classes, check_encoder_kwargs
 
 __all__ = ["NaViTForImageClassification", "NaViTModel", "NaViTPreTrainedModel"]
 
@@ -53,7 +53,7 @@ class NaViTEmbeddings(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = None
         if config.position_kind != "none":
             self.position_embedding = PositionEmbedding(
@@ -73,7 +73,8 @@ class NaViTEmbeddings(nn.Module):
         Raises:
             ValueError: If a video has more frames than `max_frames`.
         """
-        hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        dtype = activation_dtype(self, pixel_values.dtype)
+        hidden_states = apply_linear(self.patch_embedding, pixel_values.to(dtype))
         if self.position_embedding is not None:
             hidden_states = hidden_states + self.position_embedding(
                 layout.position_ids, layout.grid_sizes, hidden_states.dtype
@@ -110,13 +111,13 @@ class NaViTMLP(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = get_activation(config.hidden_act)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(L, D)` to `(L, D)`."""
-        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, hidden_states)))
 
 
 class NaViTLayer(PackedLayer):
@@ -197,6 +198,20 @@ class NaViTModel(NaViTPreTrainedModel):
         """The patch embedding."""
         return self.embeddings.patch_embedding
 
+    def precompute(self, image_grid_thw: Tensor, keep_index: Tensor | None = None) -> dict[str, Any]:
+        """Compute the arguments of `forward` that follow from grids, so that it compiles to one graph.
+
+        Args:
+            image_grid_thw: `(n, 3)` int64, as for `forward`.
+            keep_index: `(L,)` int64, as for `forward`.
+
+        Returns:
+            `cu_seqlens`, `max_seqlen` and `position_ids`; see [`precompute_inputs`].
+        """
+        config = self.config
+        is_clip = config.video_attention == "clip"
+        return precompute_inputs(image_grid_thw, config.spatial_merge_size, is_clip, keep_index)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -208,7 +223,7 @@ class NaViTModel(NaViTPreTrainedModel):
         position_ids: Tensor | None = None,
         keep_index: Tensor | None = None,
         cu_seqlens_cpu: Sequence[int] | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> NaViTOutput:
         """Encode packed images.
 
@@ -225,12 +240,15 @@ class NaViTModel(NaViTPreTrainedModel):
             keep_index: `(L,)` int64 index of each row in the sequence of all patches, increasing, then -1 for each
                 padding row; None if no patches were dropped and no padding rows added.
             cu_seqlens_cpu: `cu_seqlens` as host integers, so that kernels that need them do not copy from the device.
-            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
+            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`. Others that
+                transformers passes to every model have no effect, nor have `image_mask`, `indices` and `labels` of a
+                batch.
 
         Raises:
             ValueError: If patches do not have C*P*P values, grids are malformed or do not sum to L patches, or
-                `keep_index` does not match them.
+                `keep_index` does not match them, or a further keyword argument is unknown.
         """
+        check_encoder_kwargs(kwargs)
         features, patches = self.embeddings.patch_embedding.in_features, pixel_values.shape[0]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != features:
             raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")
@@ -244,7 +262,7 @@ class NaViTModel(NaViTPreTrainedModel):
                 if keep_index is None
                 else get_kept_cu_seqlens(image_grid_thw, layout, patches, is_clip)
             )
-        max_seqlen, cu_seqlens_cpu = resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu)
+        max_seqlen, cu_seqlens_cpu = resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu, patches)
         segments = Segments(cu_seqlens, max_seqlen, cu_seqlens_cpu)
 
         hidden_states, prefix, patch_index = self._encode(
@@ -290,8 +308,9 @@ class NaViTModel(NaViTPreTrainedModel):
         """Pool to one vector per image, `(n, D)`; those of padding examples are undefined."""
         images, kind = frames.shape[0], self.config.pooling
         if self.pooling is not None:
-            one_segment_per_image = layout.cu_images.shape == segments.cu_seqlens.shape
-            cu_images_cpu = segments.cu_seqlens_cpu if one_segment_per_image else None
+            cu_images_cpu = segments.cu_seqlens_cpu
+            if cu_images_cpu is not None and len(cu_images_cpu) != layout.cu_images.shape[0]:
+                cu_images_cpu = None  # several frames per image
             return self.pooling(hidden_states, layout.cu_images, hidden_states.shape[0], cu_images_cpu)[:images]
         if kind == "mean":
             return mean_pooling(hidden_states, layout.image_ids, images)
@@ -330,7 +349,7 @@ class NaViTForImageClassification(NaViTPreTrainedModel):
         image_grid_thw: Tensor,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> ImageClassifierOutput:
         """Classify packed images.
 

@@ -29,8 +29,8 @@ from .dual_encoder_towers import (
     input_names,
     pool_tokens,
 )
-from .part_models import model_from_config
-from .utils import add_auto_classes, mark_initialized
+from .part_models import SubmodelInitializationMixin, model_from_config
+from .utils import ForwardKwargs, activation_dtype, add_auto_classes, mark_initialized
 
 # Inputs that only some towers take.
 _VISION_INPUTS = {
@@ -70,7 +70,7 @@ class NaViTDualEncoderOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
 
-class NaViTDualEncoder(PreTrainedModel):
+class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
     """A vision tower and a text tower, each with a projection, trained contrastively.
 
     The loss is exact but never materialises the logits of all pairs ([`softmax_contrastive_loss`],
@@ -79,7 +79,6 @@ class NaViTDualEncoder(PreTrainedModel):
 
     config: NaViTDualEncoderConfig
     base_model_prefix = "navit_dual_encoder"
-    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
@@ -181,7 +180,7 @@ class NaViTDualEncoder(PreTrainedModel):
         pixel_values: Tensor,
         image_grid_thw: Tensor | None = None,
         image_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
@@ -199,7 +198,8 @@ class NaViTDualEncoder(PreTrainedModel):
         Raises:
             ValueError: If an input that the tower needs is missing, or the tower does not pool.
         """
-        inputs = {"pixel_values": pixel_values.to(self.vision_model.dtype), "image_grid_thw": image_grid_thw, **kwargs}
+        pixel_values = pixel_values.to(activation_dtype(self.vision_model, pixel_values.dtype))
+        inputs = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw, **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_inputs(self.vision_model, self._vision_inputs, inputs, _VISION_INPUTS)
         outputs = self.vision_model(**inputs, return_dict=True)
@@ -218,7 +218,7 @@ class NaViTDualEncoder(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         text_position_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project texts.
 
@@ -270,7 +270,7 @@ class NaViTDualEncoder(PreTrainedModel):
             raise ValueError(
                 f"The tower pools to {pooled.shape[-1]} channels; expected `hidden_size`, {projection.in_features}."
             )
-        return projection(blank_padding(pooled, mask).to(projection.weight.dtype))
+        return projection(blank_padding(pooled, mask).to(activation_dtype(projection, pooled.dtype)))
 
     @can_return_tuple
     def forward(
@@ -291,7 +291,7 @@ class NaViTDualEncoder(PreTrainedModel):
         cu_seqlens_cpu: Sequence[int] | None = None,
         token_type_ids: Tensor | None = None,
         text_position_ids: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> NaViTDualEncoderOutput:
         """Encode images and texts, and compute the loss or the logits.
 

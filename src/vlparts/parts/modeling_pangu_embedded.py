@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .decoders import prepare_decoder_inputs
 from .ops_rms_norm import RMSNorm
+from .packed_samples import keep_samples_apart
 from .rope_multimodal import AXES, MultiAxisGenerationMixin, multimodal_rotary, rotary_axes
-from .utils import add_auto_classes, slice_for_logits
+from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
 
 
 class PanguEmbeddedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -98,6 +99,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @keep_samples_apart
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -108,7 +110,7 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPast:
         """Encode tokens with causal attention.
 
@@ -116,18 +118,18 @@ class PanguEmbeddedModel(PanguEmbeddedPreTrainedModel):
             input_ids: `(B, S)` int64, or None with `inputs_embeds`.
             attention_mask: `(B, past + S)`, 0 at padding; or a prepared mask.
             position_ids: `(B, S)`; or `(3, B, S)` T, H and W; or `(4, B, S)` position in the text, then T, H and W, as
-                in Qwen2-VL. A row in which the position in the text restarts at 0 holds several texts, which do not
-                attend to one another, if there is neither a cache nor a mask; `(3, B, S)` cannot express this. The
-                positions after the cache if absent.
+                in Qwen2-VL. A row in which the position in the text restarts at 0 holds several texts, each computed
+                as if alone; `(3, B, S)` cannot express this. The positions after the cache if absent.
             past_key_values: Cache with the keys and values of previous tokens.
             inputs_embeds: `(B, S, E)` instead of `input_ids`.
-            use_cache: Whether to return a cache.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention
-                function.
+            use_cache: Whether to return a cache; it must not be True for rows of several texts, which have none.
+            **kwargs: `cu_seq_lens_q`, the boundaries `(n + 1,)` of the texts of one row; `output_hidden_states`,
+                `output_attentions`, `return_dict`, and options of the attention function.
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, `position_ids` have another
-                shape, or they have three axes and the configuration has no "mrope_section".
+                shape, or they have three axes and the configuration has no "mrope_section"; and as
+                [`run_text_model`].
         """
         inputs_embeds, position_ids, past_key_values = prepare_decoder_inputs(
             self.embed_tokens,
@@ -213,7 +215,7 @@ class PanguEmbeddedForCausalLM(PanguEmbeddedPreTrainedModel, MultiAxisGeneration
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with `labels`, the loss.
 

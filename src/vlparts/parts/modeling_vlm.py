@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
     MoeCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
@@ -21,13 +20,14 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
-from .part_models import model_from_config
+from .part_models import SubmodelInitializationMixin, model_from_config, vision_tower_from_config
 from .rope_multimodal import MultiAxisGenerationMixin
-from .utils import add_auto_classes, check_shape, check_token_inputs, slice_for_logits
+from .utils import ForwardKwargs, add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
-from .vlm_inputs import MultimodalInputsMixin, fill_placeholders
+from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
+from .vlm_towers import LEFT_OUT_KEYS
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _ENCODED_ONCE = (
@@ -41,7 +41,7 @@ _ENCODED_ONCE = (
 )
 
 
-class VisionLanguagePreTrainedModel(PreTrainedModel):
+class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: VisionLanguageConfig
@@ -52,6 +52,7 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @classmethod
     def maybe_distribute_model(
@@ -65,16 +66,16 @@ class VisionLanguagePreTrainedModel(PreTrainedModel):
 class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
     """A vision encoder and a text model joined by a projector, without a language head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", *LEFT_OUT_KEYS]
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
-        self.vision_tower = model_from_config(config.vision_config)
+        self.vision_tower = vision_tower_from_config(config.vision_config)
         self.projector = Projector(
             config.projector_type,
-            config.vision_config.hidden_size,
+            config.vision_width,
             config.text_config.hidden_size,
-            config.merge_size,
+            config.projector_merge_size,
             config.num_feature_layers,
             **(config.projector_options or {}),
         )
@@ -105,7 +106,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPast:
         """Replace placeholders by the features of images and videos and run the text model.
 
@@ -124,7 +125,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Outputs of [`get_image_features`] under "image", instead of `pixel_values`, and of
                 [`get_video_features`] under "video".
-            use_cache: Whether to return a cache.
+            use_cache: Whether to return a cache; it must not be True for rows of several samples, which have none.
             **kwargs: Passed to the text model (`cu_seq_lens_q` of packed samples, `output_hidden_states`, ...).
 
         Raises:
@@ -169,18 +170,18 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
                     inputs_embeds,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
+                    cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
                     image_grid_thw=image_grid_thw,
                     video_grid_thw=video_grid_thw,
                     pixel_values=pixel_values,
                     spatial_shapes=spatial_shapes,
                 )
         masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
 
-        return self.language_model(
+        return self.run_language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -198,7 +199,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
         self.model = VisionLanguageModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -218,7 +219,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images; see [`VisionLanguageModel.get_image_features`]."""
         return self.model.get_image_features(
@@ -226,14 +227,14 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         )
 
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: ForwardKwargs
     ) -> BaseModelOutputWithPooling:
         """Encode and project videos; see [`VisionLanguageModel.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
-        add_auto_classes(self, AutoModel=VisionLanguageModel)
+        add_auto_classes(self, AutoModel=VisionLanguageModel, AutoModelForMultimodalLM=type(self))
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
@@ -256,8 +257,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_weights: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+        **kwargs: ForwardKwargs,
+    ) -> MoeCausalLMOutputWithPast:
         """Compute logits and, with `labels`, the loss.
 
         Args:
@@ -321,7 +322,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
+        logits = compute_logits(self.lm_head, slice_for_logits(outputs.last_hidden_state, logits_to_keep), self.config)
         loss = None
         if labels is not None:
             if not torch.compiler.is_compiling():
@@ -331,19 +332,20 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_kwargs
             )
-        fields = {
-            "logits": logits,
-            "past_key_values": outputs.past_key_values,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-        if balance_loss is None:
-            return CausalLMOutputWithPast(loss=loss, **fields)
-        aux_loss = balance_loss(outputs.router_logits, attention_mask)
-        if loss is not None:
-            loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        router_logits = outputs.router_logits if output_router_logits else None
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, router_logits=router_logits, **fields)
+        aux_loss = None
+        if balance_loss is not None:
+            aux_loss = balance_loss(outputs.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
 
     def prepare_inputs_for_generation(
         self,

@@ -22,14 +22,21 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_windowfree import WindowFreeViTConfig
 from .image_pixels import check_normalized, normalize_raw_pixels
 from .ops_activations import get_activation
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 from .ops_rotary import axial_rotary
-from .packed_index import get_cu_seqlens, get_position_ids, resolve_seqlens, segment_ids, validate_grid
+from .packed_index import (
+    get_cu_seqlens,
+    get_position_ids,
+    repeat_indices,
+    resolve_seqlens,
+    segment_ids,
+    validate_grid,
+)
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
-from .packed_segments import Segments
-from .utils import positive_integer
+from .packed_segments import Segments, precompute_inputs
+from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, positive_integer
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
 
@@ -48,7 +55,9 @@ class Windows(NamedTuple):
     cu_seqlens: Tensor
 
 
-def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: int = 1) -> Windows:
+def get_windows(
+    image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: int = 1, num_patches: int | None = None
+) -> Windows:
     """Divide each frame into windows of w x w merge blocks, in reading order; those at the edges may be smaller.
 
     The order is that of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), in closed form: without padding, sorting, or
@@ -58,6 +67,7 @@ def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: 
         image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches.
         window_blocks: Side w of a window in merge blocks.
         spatial_merge_size: Side m of a merge block in patches; it divides rows and columns.
+        num_patches: L if known; exporting a program needs it.
 
     Raises:
         ValueError: If a size is not positive.
@@ -67,16 +77,17 @@ def get_windows(image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: 
     frames, height, width = image_grid_thw.long().unbind(1)
     frame_height = (height // merge_size).repeat_interleave(frames)
     frame_width = (width // merge_size).repeat_interleave(frames)
-    inverse = _window_order(frame_height, frame_width, window)
+    num_blocks = None if num_patches is None else num_patches // merge_size**2
+    inverse = _window_order(frame_height, frame_width, window, num_blocks)
     lengths = _window_lengths(frame_height, frame_width, window) * merge_size**2
     cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return Windows(_invert(inverse), inverse, cu_seqlens)
 
 
-def _window_order(height: Tensor, width: Tensor, window: int) -> Tensor:
+def _window_order(height: Tensor, width: Tensor, window: int, num_blocks: int | None) -> Tensor:
     """Position in window order, `(B,)`, of each block of frames with `height` and `width` `(frames,)` in blocks."""
     blocks = height * width
-    frame = torch.repeat_interleave(blocks)
+    frame = repeat_indices(blocks, num_blocks)
     start = (blocks.cumsum(0) - blocks)[frame]
     offset = torch.arange(frame.shape[0], device=blocks.device) - start
     height, width = height[frame], width[frame]
@@ -116,7 +127,7 @@ class WindowFreeViTPatchEmbedding(nn.Module):
         super().__init__()
         self.channels, self.frames = config.num_channels, config.temporal_patch_size
         self.features = config.num_channels * config.patch_size**2
-        self.projection = Linear(self.features * self.frames, config.hidden_size, bias=False)
+        self.projection = nn.Linear(self.features * self.frames, config.hidden_size, bias=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed `(L, C*P*P)` patches of one frame, or `(L, C*T*P*P)` of T frames, as `(L, D)`.
@@ -132,7 +143,7 @@ class WindowFreeViTPatchEmbedding(nn.Module):
             )
         if pixel_values.shape[1] != all_frames:
             pixel_values = repeat(pixel_values, "l (c p) -> l (c t p)", c=self.channels, t=self.frames)
-        return self.projection(pixel_values)
+        return apply_linear(self.projection, pixel_values)
 
 
 class WindowFreeViTMLP(nn.Module):
@@ -141,16 +152,17 @@ class WindowFreeViTMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = Linear(width, inner, bias=bias)
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
         self.act_fn = get_activation(config.hidden_act)
-        self.down_proj = Linear(inner, width, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(L, D)` to `(L, D)`."""
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+            return apply_linear(self.down_proj, self.act_fn(apply_linear(self.up_proj, hidden_states)))
+        gate = self.act_fn(apply_linear(self.gate_proj, hidden_states))
+        return apply_linear(self.down_proj, gate * apply_linear(self.up_proj, hidden_states))
 
 
 class WindowFreeViTAttention(PackedSelfAttention):
@@ -223,6 +235,23 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         """The patch embedding."""
         return self.patch_embedding
 
+    def precompute(self, image_grid_thw: Tensor) -> dict[str, Any]:
+        """Compute the arguments of `forward` that follow from grids, so that it compiles to one graph.
+
+        Args:
+            image_grid_thw: `(n, 3)` int64, as for `forward`.
+
+        Returns:
+            `cu_seqlens`, `max_seqlen` and `position_ids` ([`precompute_inputs`]); with windows also `window_index` and
+            `cu_window_seqlens` ([`get_windows`]).
+        """
+        merge_size, window_blocks = self.config.spatial_merge_size, self.config.window_blocks
+        inputs = precompute_inputs(image_grid_thw, merge_size)
+        if window_blocks is not None:
+            windows = get_windows(image_grid_thw, window_blocks, merge_size)
+            inputs |= {"window_index": windows.order, "cu_window_seqlens": windows.cu_seqlens}
+        return inputs
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -235,7 +264,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         window_index: Tensor | None = None,
         cu_window_seqlens: Tensor | None = None,
         cu_seqlens_cpu: Sequence[int] | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> WindowFreeViTOutput:
         """Encode packed images.
 
@@ -251,27 +280,32 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             window_index: `(B,)` int64, `order` of [`get_windows`]; computed if it or `cu_window_seqlens` is absent.
             cu_window_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
             cu_seqlens_cpu: `cu_seqlens` as host integers, so that kernels that need them do not copy from the device.
-            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
+            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`. Others that
+                transformers passes to every model have no effect, nor have `image_mask`, `indices` and `labels` of a
+                batch.
 
         Raises:
             ValueError: If patches have the wrong size, grids are malformed, not divisible into merge blocks or do not
-                sum to L patches, or floating-point pixels are out of the range of normalized ones.
+                sum to L patches, floating-point pixels are out of the range of normalized ones, or a further keyword
+                argument is unknown.
         """
+        check_encoder_kwargs(kwargs)
         patches, merge_size = pixel_values.shape[0], self.config.spatial_merge_size
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
             validate_grid(image_grid_thw, patches, merge_size)
             check_normalized(pixel_values)
         if cu_seqlens is None:
             cu_seqlens = get_cu_seqlens(image_grid_thw)
-        segments = Segments(cu_seqlens, *resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu))
+        segments = Segments(cu_seqlens, *resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu, patches))
+        known = patches if torch.compiler.is_exporting() else None  # elsewhere the grids are checked against it
         if position_ids is None:
-            position_ids = get_position_ids(image_grid_thw, merge_size)
+            position_ids = get_position_ids(image_grid_thw, merge_size, known)
 
         inverse = None
         if self.config.window_blocks is not None:
             if window_index is None or cu_window_seqlens is None:
                 window_index, inverse, cu_window_seqlens = get_windows(
-                    image_grid_thw, self.config.window_blocks, merge_size
+                    image_grid_thw, self.config.window_blocks, merge_size, known
                 )
             else:
                 inverse = _invert(window_index)
@@ -290,7 +324,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         """Embed raw or normalized patches `(L, C*P*P)` as `(L, D)`."""
-        dtype = self.patch_embedding.projection.weight.dtype
+        dtype = activation_dtype(self, torch.float32)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(dtype)
         else:

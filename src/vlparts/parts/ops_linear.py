@@ -1,19 +1,48 @@
 """Linear layers: the torch operation `vlparts::linear`."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .ops_library import define_operation
 
 linear = define_operation("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", F.linear)
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear` through `vlparts::linear`.
+class _LinearOperation(TorchFunctionMode):
+    """Replaces `torch.nn.functional.linear` of plain tensors by `vlparts::linear`."""
 
-    Kernels may differ from PyTorch's by rounding. Compiled and exported programs hold PyTorch's own linear layer.
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and all(type(one) in _PLAIN for one in args):
+            return linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_linear_operation = _LinearOperation()
+
+
+def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
+    """Apply a `torch.nn.Linear`, or what replaced it, by `vlparts::linear`.
+
+    The layer is called, so its hooks run, and adapters and quantized layers in its place work. Only the product of
+    plain tensors is computed by the operation, whose kernels may differ from PyTorch's by rounding; tensor subclasses,
+    such as quantized weights, get `torch.nn.functional.linear`. Compiled and exported programs hold PyTorch's own
+    linear layer.
+
+    Args:
+        layer: Maps `(..., in_features)` to `(..., out_features)`.
+        input: `(..., in_features)`.
+
+    Returns:
+        `(..., out_features)`.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(..., in_features)` to `(..., out_features)`."""
-        return linear(input, self.weight, self.bias)
+    if torch.compiler.is_compiling():
+        return layer(input)
+    with _linear_operation:
+        return layer(input)

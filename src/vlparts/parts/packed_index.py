@@ -55,6 +55,8 @@ def validate_grid(
     """
     check_grid_layout(image_grid_thw)
     merge_size = positive_integer(spatial_merge_size, "spatial_merge_size")
+    if torch.compiler.is_exporting():
+        return
     ends = [0]
     for index, (frames, height, width) in enumerate(image_grid_thw.tolist()):
         is_padding = keep_index is not None and frames == height == width == 0
@@ -147,7 +149,7 @@ def get_max_seqlen(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
-def get_position_ids(image_grid_thw: Tensor, spatial_merge_size: int = 1) -> Tensor:
+def get_position_ids(image_grid_thw: Tensor, spatial_merge_size: int = 1, num_patches: int | None = None) -> Tensor:
     """Row and column of each patch in its own frame, in packed order.
 
     Packed order is raster order for `spatial_merge_size=1`. Otherwise the patches of an `m x m` block are consecutive
@@ -156,6 +158,7 @@ def get_position_ids(image_grid_thw: Tensor, spatial_merge_size: int = 1) -> Ten
     Args:
         image_grid_thw: `(n, 3)` integers.
         spatial_merge_size: Side `m` of a merge block.
+        num_patches: L if known; exporting a program needs it.
 
     Returns:
         `(L, 2)` int64 on the device of the grid.
@@ -166,13 +169,13 @@ def get_position_ids(image_grid_thw: Tensor, spatial_merge_size: int = 1) -> Ten
     check_grid_layout(image_grid_thw)
     merge_size = positive_integer(spatial_merge_size, "spatial_merge_size")
     grid = image_grid_thw.long()
-    if merge_size > 1 and bool((grid[:, 1:] % merge_size).any()):
+    if merge_size > 1 and not torch.compiler.is_exporting() and bool((grid[:, 1:] % merge_size).any()):
         raise ValueError(
             f"`image_grid_thw` must have rows and columns that spatial_merge_size={merge_size} divides, "
             f"got {image_grid_thw[:, 1:].tolist()}."
         )
     patches = grid.prod(1)
-    image = torch.repeat_interleave(patches)
+    image = repeat_indices(patches, num_patches)
     offset = torch.arange(image.shape[0], device=grid.device) - (patches.cumsum(0) - patches)[image]
     _, height, width = grid[image].unbind(1)
     return _rows_and_columns(offset % (height * width), width, merge_size)
@@ -222,7 +225,29 @@ def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
         `(total,)` int64 on the device of `cu_seqlens`.
     """
     tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    return _count_up_to(cu_seqlens[1:].contiguous(), tokens)
+
+
+def _count_up_to(bounds: Tensor, values: Tensor) -> Tensor:
+    """Number of `bounds` `(n,)`, which do not decrease, that are at most each of `values` `(L,)`: `(L,)` int64."""
+    if torch.compiler.is_exporting():  # ONNX has no searchsorted
+        return (bounds[:, None] <= values).sum(0)
+    return torch.searchsorted(bounds, values, right=True)
+
+
+def repeat_indices(counts: Tensor, total: int | None = None) -> Tensor:
+    """Repeat each index i `counts[i]` times.
+
+    Args:
+        counts: `(n,)` int64.
+        total: Sum of the counts if known; exporting a program needs it.
+
+    Returns:
+        `(total,)` int64.
+    """
+    if total is None:
+        return torch.repeat_interleave(counts)
+    return _count_up_to(counts.cumsum(0), torch.arange(total, device=counts.device))
 
 
 class PatchLayout(NamedTuple):
@@ -266,11 +291,11 @@ def get_patch_layout(
     ends = image_grid_thw.prod(-1).cumsum(0)
     if keep_index is None:
         index = torch.arange(num_patches, device=image_grid_thw.device)
-        image_ids = torch.searchsorted(ends, index, right=True)
+        image_ids = _count_up_to(ends, index)
         cu_images = pad(ends, (1, 0)).to(torch.int32)
     else:
         index = keep_index
-        image_ids = torch.where(index < 0, images, torch.searchsorted(ends, index, right=True))
+        image_ids = torch.where(index < 0, images, _count_up_to(ends, index))
         cu_images = _boundaries(image_ids, images, num_patches)
     # Padding rows have the index n, so the grid gets one more row.
     _, height, width = pad(image_grid_thw, (0, 0, 0, 1))[image_ids].unbind(1)
@@ -306,7 +331,7 @@ def get_kept_cu_seqlens(
 
 def _boundaries(ids: Tensor, count: int, total: int) -> Tensor:
     """Start of each of `count + 1` ids in a non-decreasing sequence of ids, and `total`: `(count + 2,)` int32."""
-    starts = torch.searchsorted(ids, torch.arange(count + 1, device=ids.device))
+    starts = _count_up_to(ids, torch.arange(-1, count, device=ids.device))
     return pad(starts, (0, 1), value=total).to(torch.int32)
 
 
@@ -329,7 +354,7 @@ def check_cu_seqlens_cpu(cu_seqlens_cpu: Sequence[int] | None, cu_seqlens: Tenso
 
 
 def resolve_seqlens(
-    cu_seqlens: Tensor, max_seqlen: int | None, cu_seqlens_cpu: Sequence[int] | None
+    cu_seqlens: Tensor, max_seqlen: int | None, cu_seqlens_cpu: Sequence[int] | None, total: int
 ) -> tuple[int, Sequence[int] | None]:
     """Longest segment and host copy of the boundaries, for all layers of a model.
 
@@ -337,15 +362,18 @@ def resolve_seqlens(
         cu_seqlens: `(segments + 1,)` cumulative lengths.
         max_seqlen: Longest segment or an upper bound, if known.
         cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
+        total: Number of tokens.
 
     Returns:
-        `max_seqlen`, computed if it was None, and the host integers: those given, or copied where `max_seqlen` was
-        None, so that this synchronizes with the device at most once. None while compiling, which would treat them as
-        constants.
+        `max_seqlen`, computed if it was None (the bound `total` while exporting), and the host integers: those given,
+        or copied where `max_seqlen` was None, so that this synchronizes with the device at most once. None while
+        compiling, which would treat them as constants.
 
     Raises:
         ValueError: If there is not one host integer per boundary.
     """
+    if torch.compiler.is_exporting() and max_seqlen is None:
+        return total, None
     if torch.compiler.is_compiling():
         return get_max_seqlen(cu_seqlens) if max_seqlen is None else max_seqlen, None
     check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens, "cu_seqlens_cpu")

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .ops_attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .ops_attention import dense_attention_forward
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 from .ops_rotary import apply_rotary_pair
 from .packed_index import segment_ids
 from .packed_segments import Pass, Segments, split_passes
@@ -51,8 +51,8 @@ class PackedSelfAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize queries and keys `(L, H, d)` before they are rotated. By default they are returned unchanged."""
@@ -60,7 +60,8 @@ class PackedSelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, segments: Segments, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attend within segments; returns `(L, D)` and the attention weights, if any."""
-        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        projected = apply_linear(self.qkv, hidden_states)
+        query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         query, key = self.normalize(query, key)
         if segments.rotary is not None:
             query, key = apply_rotary_pair(query, key, *segments.rotary)
@@ -81,7 +82,7 @@ class PackedSelfAttention(nn.Module):
             cu_seqlens_cpu=segments.cu_seqlens_cpu,
             **kwargs,
         )
-        return self.o_proj(attended.squeeze(0).flatten(-2)), weights
+        return apply_linear(self.o_proj, attended.squeeze(0).flatten(-2)), weights
 
 
 class PackedLayer(GradientCheckpointingLayer):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .ops_activations import get_activation
-from .ops_attention import packed_attention
-from .ops_linear import Linear
+from .ops_attention import dense_attention_forward, packed_attention
+from .ops_linear import apply_linear
 
 
 class MaskedAttentionPooling(nn.Module):
@@ -21,22 +21,23 @@ class MaskedAttentionPooling(nn.Module):
     patches of one image; a pre-norm residual MLP follows.
 
     Args:
-        config: Fields `hidden_size`, `intermediate_size`, `num_attention_heads`, `layer_norm_eps`, `hidden_act`.
+        config: Fields `hidden_size`, `intermediate_size`, `num_attention_heads`, `layer_norm_eps`, `hidden_act`, and
+            the attention implementation: "eager" is dense, others are packed.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, self.config = config.hidden_size, config
         self.num_heads = config.num_attention_heads
         self.probe = nn.Parameter(torch.zeros(width))
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.o_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = Linear(width, config.intermediate_size)
+        self.fc1 = nn.Linear(width, config.intermediate_size)
         self.act_fn = get_activation(config.hidden_act)
-        self.fc2 = Linear(config.intermediate_size, width)
+        self.fc2 = nn.Linear(config.intermediate_size, width)
 
     def forward(
         self,
@@ -57,25 +58,34 @@ class MaskedAttentionPooling(nn.Module):
             `(n, D)`.
         """
         images = cu_seqlens.shape[0] - 1
-        query = self.q_proj(self.probe).expand(images, -1).unflatten(-1, (self.num_heads, -1))
-        key = self.k_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
-        value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+        query = (
+            apply_linear(self.q_proj, self.probe.unsqueeze(0)).expand(images, -1).unflatten(-1, (self.num_heads, -1))
+        )
+        key = apply_linear(self.k_proj, hidden_states).unflatten(-1, (self.num_heads, -1))
+        value = apply_linear(self.v_proj, hidden_states).unflatten(-1, (self.num_heads, -1))
         cu_probes = torch.arange(images + 1, dtype=torch.int32, device=cu_seqlens.device)
         # While compiling, the number of images is symbolic, and host lengths are ignored.
         cu_probes_cpu = None if torch.compiler.is_compiling() else range(images + 1)
-        pooled = packed_attention(
-            query,
-            key,
-            value,
-            cu_probes,
-            cu_seqlens,
-            max_seqlen_q=1,
-            max_seqlen_k=max_seqlen,
-            cu_seqlens_q_cpu=cu_probes_cpu,
-            cu_seqlens_k_cpu=cu_seqlens_cpu,
-        )
-        pooled = self.o_proj(pooled.flatten(-2))
-        return pooled + self.fc2(self.act_fn(self.fc1(self.norm(pooled))))
+        if self.config._attn_implementation == "eager":
+            query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+            pooled, _ = dense_attention_forward(
+                self, query, key, value, None, cu_seq_lens_q=cu_probes, cu_seq_lens_k=cu_seqlens
+            )
+            pooled = pooled.squeeze(0)
+        else:
+            pooled = packed_attention(
+                query,
+                key,
+                value,
+                cu_probes,
+                cu_seqlens,
+                max_seqlen_q=1,
+                max_seqlen_k=max_seqlen,
+                cu_seqlens_q_cpu=cu_probes_cpu,
+                cu_seqlens_k_cpu=cu_seqlens_cpu,
+            )
+        pooled = apply_linear(self.o_proj, pooled.flatten(-2))
+        return pooled + apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, self.norm(pooled))))
 
 
 def mean_pooling(hidden_states: Tensor, image_ids: Tensor, num_images: int) -> Tensor:

@@ -5,11 +5,12 @@ Shapes: `L` tokens, `S` segments, `d` channels of a head.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .ops_library import define_operation
+from .packed_index import get_cu_seqlens, get_kept_cu_seqlens, get_max_seqlen, get_patch_layout, validate_grid
 
 
 class Segments(NamedTuple):
@@ -26,6 +27,40 @@ class Segments(NamedTuple):
     max_seqlen: int
     cu_seqlens_cpu: Sequence[int] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+
+
+def precompute_inputs(
+    image_grid_thw: Tensor,
+    spatial_merge_size: int = 1,
+    merge_temporal: bool = False,
+    keep_index: Tensor | None = None,
+) -> dict[str, Any]:
+    """Check grids, and compute from them what packed encoders otherwise compute in each forward pass.
+
+    Args:
+        image_grid_thw: `(n, 3)` int64 frames, rows and columns of each image in patches.
+        spatial_merge_size: Side of a merge block, which sets the order of patches.
+        merge_temporal: One segment per image or video instead of one per frame.
+        keep_index: `(L,)` int64, if patches were dropped or padding rows added.
+
+    Returns:
+        `cu_seqlens`, `max_seqlen` and `position_ids`.
+
+    Raises:
+        ValueError: If grids are malformed or `keep_index` does not match them.
+    """
+    patches = int(image_grid_thw.prod(-1).sum()) if keep_index is None else keep_index.shape[0]
+    validate_grid(image_grid_thw, patches, spatial_merge_size, keep_index)
+    layout = get_patch_layout(image_grid_thw, patches, spatial_merge_size, keep_index)
+    if keep_index is None:
+        cu_seqlens = get_cu_seqlens(image_grid_thw, merge_temporal)
+    else:
+        cu_seqlens = get_kept_cu_seqlens(image_grid_thw, layout, patches, merge_temporal)
+    return {
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": get_max_seqlen(cu_seqlens),
+        "position_ids": layout.position_ids,
+    }
 
 
 class Pass(NamedTuple):

@@ -3,10 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_templates import DEFAULT_CHAT_TEMPLATE, default_chat_template
+from .chat_placeholders import chat_template_of
+from .chat_templates import DEFAULT_CHAT_TEMPLATE
+from .image_arrays import read_images
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
+
+# What native image processors return beside the inputs of the model.
+_NOT_FOR_THE_MODEL = (
+    "image_merge_sizes",
+    "image_position_ids",
+    "image_sizes",
+    "num_patches",
+    "num_soft_tokens_per_image",
+    "original_sizes",
+    "reshaped_input_sizes",
+)
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -16,6 +32,10 @@ class VisionLanguageProcessor(ProcessorMixin):
     such group per frame, with `vision_end_token` and `vision_start_token` between two groups; the outermost ones are
     already in the text (openPangu-VL's layout).
 
+    Batches are padded on the left, as generation needs it. `apply_chat_template` without `add_generation_prompt` and
+    `continue_final_message`, which gives complete conversations for training, pads on the right. An explicit
+    `padding_side` takes precedence.
+
     Videos are lists of frames or arrays with four axes; files are not decoded. They are given as `videos=...`, or in
     the conversation as `{"type": "video", "video": frames}`.
 
@@ -23,31 +43,36 @@ class VisionLanguageProcessor(ProcessorMixin):
         image_processor: Any image processor: ours (packed patches), Siglip2's (padded), or a square one (CLIP, ...).
             Videos need one with a method `preprocess_videos(videos, **options)` that returns `pixel_values_videos`
             and `video_grid_thw`.
-        tokenizer: Any tokenizer that has `image_token`.
-        chat_template: Jinja template; the default is ChatML with the tokenizer's `eos_token` at the end of turns.
+        tokenizer: Any tokenizer that has `image_token`. Its `padding_side` is set to "left".
+        chat_template: Jinja template; the default is the tokenizer's, extended by the placeholders if it is that of a
+            text model. For a tokenizer without a template the default is ChatML, with its `eos_token` at the end of
+            turns.
         spatial_merge_size: Side m of the block of patches that becomes one token.
         image_seq_length: Number of tokens per image, for square image processors.
+        patch_size: Side of a patch in pixels, for image processors that return `image_sizes` (Pixtral's), from which
+            `spatial_shapes` is computed.
         image_token: Placeholder of an image.
         video_token: Placeholder of a video; None for a model without videos.
-        vision_start_token: Token before the placeholder of a video, and in the default template also of an image.
+        vision_start_token: Token before the placeholder of a video, and in a default template also of an image.
         vision_end_token: Token after it. Both or neither are given.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the tokens, the placeholders are the same, or only one of
-            `vision_start_token` and `vision_end_token` is given.
+        ValueError: If the tokenizer lacks one of the tokens, the placeholders are the same, only one of
+            `vision_start_token` and `vision_end_token` is given, or there is no default for `chat_template`.
     """
 
     def __init__(
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         spatial_merge_size: int = 1,
         image_seq_length: int | None = None,
         image_token: str = "<image>",
         video_token: str | None = None,
         vision_start_token: str | None = None,
         vision_end_token: str | None = None,
+        patch_size: int | None = None,
     ) -> None:
         if (vision_start_token is None) != (vision_end_token is None):
             raise ValueError(
@@ -65,10 +90,48 @@ class VisionLanguageProcessor(ProcessorMixin):
                 _token_id(tokenizer, token)
         self.spatial_merge_size = spatial_merge_size
         self.image_seq_length = image_seq_length
-        template = chat_template or default_chat_template(
-            image_token, video_token, vision_start_token or "", vision_end_token or ""
+        self.patch_size = patch_size
+        if chat_template is None:
+            chat_template = chat_template_of(
+                tokenizer, image_token, video_token, vision_start_token or "", vision_end_token or ""
+            )
+        # Also read by transformers' pipelines, which pad batches themselves.
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        *,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations, as `ProcessorMixin.apply_chat_template` does.
+
+        Batches of prompts are padded on the left, batches of complete conversations on the right, if neither
+        `processor_kwargs` nor its `text_kwargs` have a `padding_side`.
+        """
+        templates = self.chat_template
+        if chat_template is None and tools is not None and isinstance(templates, dict) and "tool_use" in templates:
+            chat_template = "tool_use"  # as tokenizers do
+        options = dict(processor_kwargs or {})
+        if "padding_side" not in {**options, **options.get("text_kwargs", {}), **kwargs}:
+            options["padding_side"] = "left" if add_generation_prompt or continue_final_message else "right"
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            processor_kwargs=options,
+            **kwargs,
         )
-        super().__init__(image_processor, tokenizer, chat_template=template)
 
     @property
     def video_processor(self) -> Any:
@@ -76,6 +139,17 @@ class VisionLanguageProcessor(ProcessorMixin):
         if not hasattr(self.image_processor, "preprocess_videos"):
             raise AttributeError(f"{type(self.image_processor).__name__} has no method `preprocess_videos`.")
         return self.image_processor
+
+    def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> Any:
+        """Read the images, so that each image processor gets the same pixels for one picture of any type.
+
+        Images are Pillow images, arrays, tensors, paths or URLs. They become upright 8-bit RGB, see
+        [`image_to_array`], unless the image processor has `do_convert_rgb=False` and takes them as they are.
+        """
+        if images is not None and getattr(self.image_processor, "do_convert_rgb", None) is not False:
+            options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+            images = read_images(images, options.get("input_data_format"))
+        return super().prepare_inputs_layout(images=images, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
         """Check that placeholders match images and videos, per sample if there is one list per sample.
@@ -112,6 +186,26 @@ class VisionLanguageProcessor(ProcessorMixin):
         for index, sample in enumerate(samples):
             if sample.count(enclosed) != sample.count(self.video_token):
                 raise ValueError(f"Sample {index} must have each {self.video_token} in `text` as {enclosed}.")
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        processed = self._to_model_inputs(self.image_processor(images, **kwargs))
+        count = len(make_flat_list_of_images(images))
+        return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(count)]
+
+    def _to_model_inputs(self, processed: Any) -> Any:
+        """Give the grids of Pixtral's and Gemma 4's images as `spatial_shapes`; drop what is not for the model."""
+        shapes, given = None, None
+        if self.patch_size is not None and "image_sizes" in processed:
+            given = processed["image_sizes"]
+            shapes = np.asarray(given) // self.patch_size
+        if "image_position_ids" in processed:
+            given = processed["image_position_ids"]  # column and row of each patch, -1 for padding
+            shapes = np.asarray(given).max(1)[:, ::-1] + 1
+        if shapes is not None:
+            processed["spatial_shapes"] = torch.as_tensor(shapes.copy()) if torch.is_tensor(given) else shapes
+        for name in _NOT_FOR_THE_MODEL:
+            processed.pop(name, None)
+        return processed
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         videos = flat_list_of_videos(videos)
@@ -150,6 +244,12 @@ class VisionLanguageProcessor(ProcessorMixin):
         if self.image_seq_length is not None:
             tokens = [self.image_seq_length] * len(image_sizes)
             return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+        if not hasattr(self.image_processor, "get_number_of_image_patches"):
+            blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in image_sizes]
+            processed = self._to_model_inputs(self.image_processor(blank, **kwargs))
+            tokens = [self.count_image_tokens(processed, index) for index in range(len(blank))]
+            patches = [number * self.spatial_merge_size**2 for number in tokens]
+            return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
         count = self.image_processor.get_number_of_image_patches
         patches = [count(height, width, kwargs) for height, width in image_sizes]
         tokens = [number // self.spatial_merge_size**2 for number in patches]

@@ -143,7 +143,7 @@ class _Grids:
     """Iterator over the frames of the images, or videos, of a batch."""
 
     def __init__(self, name: str, grid_thw: Tensor | None, merge_size: int) -> None:
-        self.name, self.taken, self.frames_left = name, 0, 0
+        self.name, self.is_given, self.taken, self.frames_left = name, grid_thw is not None, 0, 0
         self.sizes: list[list[int]] = []
         if grid_thw is None:
             return
@@ -160,6 +160,11 @@ class _Grids:
     def next_frame(self, sample: int, placeholders: int) -> tuple[int, int]:
         """Rows and columns of the next frame in tokens, of which there must be that many placeholders in a row."""
         if not self.frames_left:
+            if not self.is_given:
+                raise ValueError(
+                    f"`{self.name}` must be given, got None: sample {sample} has {placeholders} placeholders, whose "
+                    "positions follow from it. `generate` takes `position_ids` of shape (4, samples, tokens), or none."
+                )
             if self.taken == len(self.sizes):
                 raise ValueError(
                     f"Sample {sample} has {placeholders} placeholders more than `{self.name}` describes with "

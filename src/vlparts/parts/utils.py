@@ -1,17 +1,29 @@
 """Helpers shared by many parts: presets, Auto classes, the ignore index, checks of integers."""
 
+import math
 import operator
+from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import TransformersKwargs
+
+if TYPE_CHECKING:
+    ForwardKwargs = Any  # mypy does not read transformers
+else:
+    ForwardKwargs = Unpack[TransformersKwargs]
+    """Options of a forward pass; tools read from the annotation that `output_attentions` is among them."""
 
 IGNORE_INDEX = -100
 """Label of a token or an image that losses ignore, as in PyTorch and transformers."""
+
+# What transformers passes to every model, and what batches of packed images say of their images beside the inputs.
+_MODEL_KWARGS = frozenset({*TransformersKwargs.__annotations__, "return_dict", "image_mask", "indices", "labels"})
 
 
 def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -> None:
@@ -46,6 +58,19 @@ def mark_initialized(model: nn.Module) -> None:
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if not any(tensor.is_meta for tensor in tensors):
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a module's activations: that of its first floating-point parameter of 16 bits or more.
+
+    Quantized layers hold integers, float8, or no parameter.
+
+    Args:
+        module: The module.
+        default: Dtype if the module has no such parameter.
+    """
+    dtypes = (parameter.dtype for parameter in module.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
 
 
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -117,6 +142,54 @@ def check_minimum(config: PreTrainedConfig, minimum: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(config, name)}.")
+
+
+def check_encoder_kwargs(kwargs: Iterable[str]) -> None:
+    """Check that further keyword arguments of an encoder are known, though it may not use them.
+
+    They are those that transformers defines for every model, and `image_mask`, `indices` and `labels` of batches.
+
+    Args:
+        kwargs: Their names.
+
+    Raises:
+        ValueError: If one is another, such as a misspelled one, which would have no effect.
+    """
+    unknown = [name for name in kwargs if name not in _MODEL_KWARGS]
+    if unknown:
+        raise ValueError(
+            f"`kwargs` must be among {', '.join(sorted(_MODEL_KWARGS))}, got {', '.join(unknown)}; an encoder has no "
+            "such argument."
+        )
+
+
+def check_finite(config: PreTrainedConfig, *names: str, positive: bool = False) -> None:
+    """Check that fields of a configuration are finite numbers of at least 0; None is skipped.
+
+    Args:
+        config: The configuration.
+        *names: Names of the fields.
+        positive: Whether 0 is excluded.
+
+    Raises:
+        ValueError: If one is negative, infinite, NaN, or 0 with `positive`.
+    """
+    for name in names:
+        check_finite_number(name, getattr(config, name), positive=positive)
+
+
+def check_finite_number(name: str, value: Any, *, positive: bool = False, signed: bool = False) -> None:
+    """Check that a number is finite, and at least 0 unless `signed`, or above 0 if `positive`; None is skipped.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value is None:
+        return
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or not (signed or value > 0 or (value == 0 and not positive)):
+        bound = "" if signed else " above 0" if positive else " of at least 0"
+        raise ValueError(f"`{name}` must be a finite number{bound}, got {value!r}.")
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:

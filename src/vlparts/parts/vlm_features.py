@@ -11,31 +11,51 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
-from .packed_index import merge_order
-from .utils import check_shape
+from .packed_index import merge_order, validate_grid
+from .utils import activation_dtype, check_shape
+from .vlm_towers import VISION_TOWERS, VisionTower, patch_width
+
+# Encoders that are not native, by the argument of `forward` that tells their layout.
+_CONTRACTS = {
+    "image_grid_thw": VisionTower(layout="packed"),
+    "spatial_shapes": VisionTower(layout="naflex"),
+    "pixel_values": VisionTower(prefix=lambda config: getattr(config, "num_prefix_tokens", 0)),
+}
+
+
+def get_vision_tower(encoder: PreTrainedModel) -> VisionTower:
+    """Return how a vision encoder is called and read, by its model type or the arguments of its `forward`.
+
+    Raises:
+        ValueError: If it is native and not in the table, or its `forward` does not take images.
+    """
+    tower = VISION_TOWERS.get(encoder.config.model_type)
+    if tower is not None:
+        return tower
+    names = inspect.signature(encoder.forward).parameters
+    if not type(encoder).__module__.startswith("transformers."):
+        for name, contract in _CONTRACTS.items():
+            if name in names:
+                return contract
+    raise ValueError(
+        f"`vision` {type(encoder).__name__} of type {encoder.config.model_type!r} takes {', '.join(names)}; "
+        f"expected one of type {', '.join(sorted(VISION_TOWERS))}, a vision encoder of vlparts, or your own with a "
+        "forward with `pixel_values`, and `image_grid_thw` or `spatial_shapes` if images differ in size."
+    )
 
 
 def pixel_layout(encoder: PreTrainedModel) -> str:
     """Return how a vision encoder takes images.
 
     Returns:
-        "packed" if it takes `image_grid_thw` (our parts), "naflex" if it takes `spatial_shapes` (Siglip2: padded rows
-        of patches), "square" if it takes `pixel_values` `(n, C, H, W)` of one size (CLIP, SigLIP, ViT).
+        "packed" if it takes patches of all images in one sequence and their grids (ours, Qwen2-VL), "padded" if it
+        takes `pixel_values` `(n, C, H, W)` padded to the largest image (Pixtral), "naflex" if it takes padded rows
+        of patches (Siglip2), "square" if it takes `pixel_values` `(n, C, H, W)` of one size (CLIP, SigLIP, ViT).
 
     Raises:
-        ValueError: If its `forward` has none of these arguments.
+        ValueError: If it is native and not in the table, or its `forward` does not take images.
     """
-    names = inspect.signature(encoder.forward).parameters
-    if "image_grid_thw" in names:
-        return "packed"
-    if "spatial_shapes" in names:
-        return "naflex"
-    if "pixel_values" in names:
-        return "square"
-    raise ValueError(
-        f"`vision` {type(encoder).__name__} takes {', '.join(names)}; expected a forward with `pixel_values`, and "
-        "`image_grid_thw` or `spatial_shapes` if images differ in size."
-    )
+    return get_vision_tower(encoder).layout
 
 
 def get_encoder_options(encoder: PreTrainedModel, given: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -52,9 +72,9 @@ def get_encoder_options(encoder: PreTrainedModel, given: dict[str, Any], kind: s
     if not given:
         return {}
     names = {name: name for name in ("output_hidden_states", "output_attentions")}
-    if pixel_layout(encoder) == "packed":
-        inputs = inspect.signature(encoder.forward).parameters.values()
-        precomputed = [one.name for one in inputs if one.kind is one.POSITIONAL_OR_KEYWORD]
+    inputs = inspect.signature(encoder.forward).parameters
+    if "image_grid_thw" in inputs:
+        precomputed = [one.name for one in inputs.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
         names |= {f"{kind}_{name}": name for name in precomputed if name not in ("pixel_values", "image_grid_thw")}
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -81,8 +101,15 @@ def get_image_grids(
         return torch.nn.functional.pad(spatial_shapes, (1, 0), value=1)
     if pixel_values is None or pixel_values.ndim != 4:
         return None
-    sides = [side // encoder.config.patch_size for side in pixel_values.shape[-2:]]
+    sides = get_square_grid(encoder, *pixel_values.shape[-2:])
     return torch.tensor([[1, *sides]]).expand(len(pixel_values), -1)
+
+
+def get_square_grid(encoder: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of the features of images of `height` x `width` pixels, for encoders of one size."""
+    stride = get_vision_tower(encoder).stride(encoder.config)
+    rows, columns = (stride, stride) if isinstance(stride, int) else stride
+    return height // rows, width // columns
 
 
 def encode_images(
@@ -100,62 +127,132 @@ def encode_images(
 
     Args:
         encoder: The vision encoder.
-        pixel_values: Packed `(L, C*P*P)`, padded `(n, patches, C*P*P)` or square `(n, C, H, W)`. Normalised pixels in
-            any floating-point type, or raw pixels (uint8) for encoders that normalise them.
+        pixel_values: Packed `(L, C*P*P)` (times the frames of a patch), rows of patches `(n, patches, C*P*P)`, or
+            images `(n, C, H, W)`, padded or of one size. Normalised pixels in any floating-point type, or raw pixels
+            (uint8) for encoders that normalise them.
         image_grid_thw: `(n, 3)` for packed encoders.
-        pixel_attention_mask: `(n, patches)` for padded encoders.
-        spatial_shapes: `(n, 2)` rows and columns for padded encoders.
+        pixel_attention_mask: `(n, patches)` for encoders of padded rows of patches.
+        spatial_shapes: `(n, 2)` rows and columns of patches, for encoders of padded rows or padded images.
         layer: -1 for the encoder's output (of a packed encoder with `feature_maps`, all of them), otherwise an index
             into its hidden states.
-        merge_size: Side m of the blocks that a projector merges.
+        merge_size: Side m of the blocks that the projector, or the encoder itself, merges.
         **options: Passed to the encoder: `output_hidden_states`, `output_attentions`, and further inputs of packed
             encoders (`cu_seqlens`, `max_seqlen`, `position_ids`).
 
     Returns:
-        The encoder's output; one `(L, D)` per feature layer, with the patches of all images in merge order; `(n,)`
-        number of patches per image.
+        The encoder's output; one `(L, D)` per feature layer, with the patches of all images in merge order, or
+        `(L / m^2, D)` of an encoder that merges patches; `(n,)` number of patches per image.
 
     Raises:
-        ValueError: If an input that the encoder needs is missing or has another shape, or raw pixels are given to an
-            encoder that does not normalise them.
+        ValueError: If an input that the encoder needs is missing or has another shape, raw pixels are given to an
+            encoder that does not normalise them, or its output does not hold one feature per patch.
     """
-    layout = pixel_layout(encoder)
+    tower = get_vision_tower(encoder)
     pixel_values = _cast_pixels(pixel_values, encoder)
     if layer != -1:
         options["output_hidden_states"] = True
-    if layout == "packed":
+    if tower.layout == "packed":
         require_inputs(image_grid_thw=image_grid_thw)
+        assert image_grid_thw is not None
+        return _encode_packed(encoder, tower, pixel_values, image_grid_thw, layer, merge_size, options)
+    if tower.layout == "square":
+        check_shape("pixel_values", pixel_values, None, None, None, None)
+        outputs = encoder(pixel_values, **options)
+        height, width = get_square_grid(encoder, *pixel_values.shape[-2:])
+        patches = _square_patches(encoder, tower, _select_layer(outputs, layer, tower), height, width)
+        features = [_merge_order(row, height, width, merge_size) for row in patches]
+        counts = torch.full((len(patches),), height * width, device=patches.device)
+        return _as_pooling_output(outputs), (torch.cat(features),), counts
+    require_inputs(spatial_shapes=spatial_shapes)
+    assert spatial_shapes is not None
+    if not torch.compiler.is_compiling():
+        check_shape("pixel_values", pixel_values, None, None, None, *((None,) if tower.layout == "padded" else ()))
+        check_shape("spatial_shapes", spatial_shapes, len(pixel_values), 2)
+    if tower.layout == "padded":
+        _check_padding(pixel_values, spatial_shapes, encoder.config.patch_size)
+    if tower.call is not None:
+        outputs = tower.call(encoder, pixel_values, spatial_shapes, merge_size, options)
+        tokens = _select_layer(outputs, layer, tower)
+        if tower.merges:
+            return _as_pooling_output(outputs), (tokens,), spatial_shapes.prod(-1)
+        rows = tokens[0].split(spatial_shapes.prod(-1).tolist())
+    else:
+        require_inputs(pixel_attention_mask=pixel_attention_mask)
+        assert pixel_attention_mask is not None
+        if not torch.compiler.is_compiling():
+            check_shape("pixel_attention_mask", pixel_attention_mask, *pixel_values.shape[:2])
+        outputs = encoder(pixel_values, pixel_attention_mask, spatial_shapes, **options)
+        rows = _select_layer(outputs, layer, tower)
+    features = [
+        _merge_order(row, height, width, merge_size)
+        for row, (height, width) in zip(rows, spatial_shapes.tolist(), strict=True)
+    ]
+    return _as_pooling_output(outputs), (torch.cat(features),), spatial_shapes.prod(-1)
+
+
+def _encode_packed(
+    encoder: PreTrainedModel,
+    tower: VisionTower,
+    pixel_values: Tensor,
+    image_grid_thw: Tensor,
+    layer: int,
+    merge_size: int,
+    options: dict[str, Any],
+) -> tuple[BaseModelOutputWithPooling, tuple[Tensor, ...], Tensor]:
+    counts = image_grid_thw.prod(-1)
+    if tower.call is None:  # an encoder of ours, or of the user
         outputs = encoder(pixel_values, image_grid_thw, **options)
         maps = getattr(outputs, "feature_maps", None) if layer == -1 else None
-        return outputs, tuple(maps or (_select_layer(outputs, layer),)), image_grid_thw.prod(-1)
-    if layout == "naflex":
-        require_inputs(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
-        assert pixel_attention_mask is not None
-        assert spatial_shapes is not None
-        if not torch.compiler.is_compiling():
-            check_shape("pixel_values", pixel_values, None, None, None)
-            check_shape("pixel_attention_mask", pixel_attention_mask, *pixel_values.shape[:2])
-            check_shape("spatial_shapes", spatial_shapes, len(pixel_values), 2)
-        outputs = encoder(pixel_values, pixel_attention_mask, spatial_shapes, **options)
-        rows = _select_layer(outputs, layer)
-        features = [
-            _merge_order(row, height, width, merge_size)
-            for row, (height, width) in zip(rows, spatial_shapes.tolist(), strict=True)
-        ]
-        return outputs, (torch.cat(features),), spatial_shapes.prod(-1)
-    check_shape("pixel_values", pixel_values, None, None, None, None)
-    outputs = encoder(pixel_values, **options)
-    rows = _select_layer(outputs, layer)
-    height, width = (side // encoder.config.patch_size for side in pixel_values.shape[-2:])
-    # Class and register tokens precede the patches.
-    patches = rows[:, rows.shape[1] - height * width :]
-    features = [_merge_order(row, height, width, merge_size) for row in patches]
-    return outputs, (torch.cat(features),), torch.full((len(rows),), height * width, device=rows.device)
+        return outputs, tuple(maps or (_select_layer(outputs, layer),)), counts
+    if not torch.compiler.is_compiling():
+        check_shape("pixel_values", pixel_values.flatten(1), None, patch_width(encoder.config))
+        validate_grid(image_grid_thw, len(pixel_values), merge_size)
+    outputs = tower.call(encoder, pixel_values, image_grid_thw, merge_size, options)
+    features = _select_layer(outputs, layer, tower).flatten(0, -2)
+    if not tower.merge_order and merge_size > 1:
+        frames = [(height, width) for count, height, width in image_grid_thw.tolist() for _ in range(count)]
+        rows = features.split([height * width for height, width in frames])
+        features = torch.cat([_merge_order(row, *frame, merge_size) for row, frame in zip(rows, frames, strict=True)])
+    return _as_pooling_output(outputs), (features,), counts
+
+
+def _check_padding(pixel_values: Tensor, spatial_shapes: Tensor, patch_size: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    height, width = (side // patch_size for side in pixel_values.shape[-2:])
+    for index, (rows, columns) in enumerate(spatial_shapes.tolist()):
+        if rows > height or columns > width:
+            raise ValueError(
+                f"`spatial_shapes[{index}]` must hold at most the {height} rows and {width} columns of "
+                f"`pixel_values`, got {[rows, columns]}."
+            )
+
+
+def _square_patches(encoder: PreTrainedModel, tower: VisionTower, features: Tensor, height: int, width: int) -> Tensor:
+    """Return the patches `(n, height * width, D)` of images of one size."""
+    if features.ndim == 4:
+        features = features.flatten(2).transpose(1, 2)
+    prefix = tower.prefix(encoder.config)
+    if features.ndim != 3 or features.shape[1] != prefix + height * width:
+        raise ValueError(
+            f"The vision encoder {type(encoder).__name__} returned features of shape {tuple(features.shape)} for "
+            f"images of {height} x {width} patches; expected (images, {prefix + height * width}, width): "
+            f"{prefix} class and register tokens (`num_prefix_tokens` of its configuration), then the patches."
+        )
+    return features[:, prefix:]
+
+
+def _as_pooling_output(outputs: Any) -> BaseModelOutputWithPooling:
+    """Return outputs with the field `pooler_output`, without features that `generate` would repeat for beams."""
+    if isinstance(outputs, BaseModelOutputWithPooling) and not hasattr(outputs, "deepstack_features"):
+        return outputs
+    fields = ("last_hidden_state", "hidden_states", "attentions")
+    return BaseModelOutputWithPooling(**{name: getattr(outputs, name, None) for name in fields})
 
 
 def _cast_pixels(pixel_values: Tensor, encoder: PreTrainedModel) -> Tensor:
     if pixel_values.is_floating_point():
-        return pixel_values.to(encoder.dtype)
+        return pixel_values.to(activation_dtype(encoder, pixel_values.dtype))
     # A cast would turn raw pixels into wrong normalised ones without an error.
     if not hasattr(encoder.config, "image_mean"):
         raise ValueError(
@@ -165,9 +262,9 @@ def _cast_pixels(pixel_values: Tensor, encoder: PreTrainedModel) -> Tensor:
     return pixel_values
 
 
-def _select_layer(outputs: BaseModelOutputWithPooling, layer: int) -> Tensor:
+def _select_layer(outputs: Any, layer: int, tower: VisionTower | None = None) -> Tensor:
     if layer == -1:
-        return outputs.last_hidden_state
+        return outputs.last_hidden_state if tower is None or tower.features is None else tower.features(outputs)
     # Our packed encoders return the indices of patches among prefix tokens.
     patch_index = getattr(outputs, "patch_index", None)
     return outputs.hidden_states[layer] if patch_index is None else outputs.hidden_states[layer][patch_index]

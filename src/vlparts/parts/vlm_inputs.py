@@ -1,4 +1,4 @@
-"""Images and videos of the composed model: features, placeholders, multimodal positions.
+"""Inputs and logits of the composed model: images, videos, placeholders, multimodal positions, its head's scales.
 
 Shapes: B samples, S tokens per sample, n images or videos of the batch, T tokens of all of them, E width of the text
 model.
@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .utils import check_token_inputs
+from .packed_samples import positions_in_samples, run_text_model
+from .utils import ForwardKwargs, check_token_inputs
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
 
 
 class MultimodalInputsMixin:
-    """Image and video inputs of a model with a `vision_tower`, a `projector` and token embeddings."""
+    """Inputs of a model with a `vision_tower`, a `projector` and a `language_model`."""
 
     config: PreTrainedConfig
     vision_tower: PreTrainedModel
     projector: Projector
+    language_model: PreTrainedModel
     get_input_embeddings: Callable[[], nn.Module]
 
     @can_return_tuple
@@ -36,16 +38,17 @@ class MultimodalInputsMixin:
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
         Args:
-            pixel_values: In the layout of the vision encoder: packed `(L, C*P*P)`, padded `(n, patches, C*P*P)`, or
-                square `(n, C, H, W)`.
+            pixel_values: In the layout of the vision encoder: packed `(L, C*P*P)` (times the frames of a patch), rows
+                of patches `(n, patches, C*P*P)`, or images `(n, C, H, W)`, padded (Pixtral) or of one size.
             image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches, for packed encoders.
-            pixel_attention_mask: `(n, patches)` for padded encoders (Siglip2).
-            spatial_shapes: `(n, 2)` rows and columns for padded encoders (Siglip2).
+            pixel_attention_mask: `(n, patches)` for Siglip2.
+            spatial_shapes: `(n, 2)` rows and columns in patches, for encoders of padded images or rows (Siglip2,
+                Gemma 4, Pixtral).
             **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
                 prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
 
@@ -61,7 +64,7 @@ class MultimodalInputsMixin:
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: ForwardKwargs
     ) -> BaseModelOutputWithPooling:
         """Encode and project videos, frame by frame.
 
@@ -111,6 +114,20 @@ class MultimodalInputsMixin:
             outputs.pooler_output = tokens.split((patches // self.config.merge_size**2).tolist())
         return outputs
 
+    def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Embed tokens, int64 of any shape to `(..., E)`, as the text model does; or return given embeddings."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        embeddings = self.get_input_embeddings()(input_ids)
+        multiplier = _text_number(self.config, self.config.head_rule.embedding_multiplier)
+        return embeddings if multiplier is None else embeddings * multiplier
+
+    def run_language_model(self, **inputs: Any) -> BaseModelOutputWithPast:
+        """Run the text model on `inputs_embeds`; each of several samples in a row as if alone."""
+        if inputs["position_ids"] is None and "cu_seq_lens_q" not in inputs:
+            return self.language_model(**inputs)
+        return run_text_model(self.language_model, self.language_model, **inputs)
+
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kind: str = "image"
     ) -> Tensor:
@@ -124,7 +141,7 @@ class MultimodalInputsMixin:
         if input_ids is not None:
             return input_ids == token_id
         placeholder = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        return (inputs_embeds == self.embed_tokens(placeholder)).all(-1)
 
     def get_multimodal_position_ids(
         self,
@@ -133,6 +150,7 @@ class MultimodalInputsMixin:
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -148,6 +166,7 @@ class MultimodalInputsMixin:
             inputs_embeds: `(B, S, E)` instead of `input_ids`.
             attention_mask: `(B, S)`, 0 at padding.
             position_ids: `(B, S)` positions in the text; a row in which they restart at 0 holds several texts.
+            cu_seq_lens_q: `(texts + 1,)` boundaries of the texts of one row, instead of `position_ids`.
             image_grid_thw: `(n, 3)` grids of all images of the texts.
             video_grid_thw: `(n, 3)` grids of all videos.
             pixel_values: `(n, C, H, W)` instead of grids, for encoders of images of one size.
@@ -162,6 +181,8 @@ class MultimodalInputsMixin:
         """
         check_token_inputs(input_ids, inputs_embeds)
         tokens = inputs_embeds if input_ids is None else input_ids
+        if position_ids is None and cu_seq_lens_q is not None:
+            position_ids = positions_in_samples(cu_seq_lens_q, tokens.shape[1])
         grids = {
             "image": get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes),
             "video": video_grid_thw,
@@ -180,6 +201,40 @@ class MultimodalInputsMixin:
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
+
+
+def _text_number(config: PreTrainedConfig, name: str) -> float | None:
+    """A number of the text model's configuration; None if it is unset or the name empty."""
+    return getattr(config.text_config, name, None) if name else None
+
+
+def build_head(config: PreTrainedConfig) -> nn.Linear:
+    """Build the language head of a composed model, with a bias if its text model's own head has one."""
+    return nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=config.head_rule.bias)
+
+
+def compute_logits(head: nn.Module, hidden_states: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Compute logits as the text model's own class does.
+
+    Args:
+        head: Language head, any module from E to V channels.
+        hidden_states: `(..., E)`, the last hidden states.
+        config: Configuration of the composed model, whose `head_rule` names the scales and the soft cap.
+
+    Returns:
+        `(..., V)`.
+    """
+    rule = config.head_rule
+    numbers = (
+        _text_number(config, name) for name in (rule.hidden_divisor, rule.multiplier, rule.divisor, rule.softcap)
+    )
+    hidden_divisor, multiplier, divisor, softcap = numbers
+    logits = head(hidden_states if hidden_divisor is None else hidden_states / hidden_divisor)
+    if multiplier is not None:
+        logits = logits * multiplier
+    if divisor is not None:
+        logits = logits / divisor
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def check_placeholders(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .ops_activations import ExactGELU
-from .ops_linear import Linear
+from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 
 
@@ -27,7 +27,7 @@ class MLP2(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `(T, m^2 * D)` to `(T, E)`."""
-        return self.fc2(self.act_fn(self.fc1(features)))
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, features)))
 
 
 class BlockMerger(nn.Module):
@@ -46,14 +46,14 @@ class BlockMerger(nn.Module):
         super().__init__()
         self.merged_width = vision_width * merge_size**2
         self.norm = RMSNorm(vision_width, eps)
-        self.fc1 = Linear(self.merged_width, self.merged_width)
+        self.fc1 = nn.Linear(self.merged_width, self.merged_width)
         self.act_fn = ExactGELU()
-        self.fc2 = Linear(self.merged_width, out_features)
+        self.fc2 = nn.Linear(self.merged_width, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `(L, D)` patches in merge order to `(T, out_features)` tokens."""
         merged = self.norm(features).reshape(-1, self.merged_width)
-        return self.fc2(self.act_fn(self.fc1(merged)))
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, merged)))
 
 
 class MultiTapMerger(nn.Module):
@@ -103,11 +103,11 @@ class ActivatedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.act_fn = nn.SiLU()
-        self.fc = Linear(in_features, out_features)
+        self.fc = nn.Linear(in_features, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `(T, in_features)` to `(T, out_features)`."""
-        return self.fc(self.act_fn(features))
+        return apply_linear(self.fc, self.act_fn(features))
 
 
 class MultiTapProjector(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coordinates.regions import Region
+from ..parts.image_files import read_image
 from ..parts.utils import positive_integer
 from ._figure import BLUE, import_matplotlib, new_figure, save_figure
 
@@ -24,8 +25,8 @@ MARGIN = 0.06  # height of a label as a fraction of the image height
 
 
 def _pixels(image: Any) -> NDArray[Any]:
-    """Convert a Pillow image or an array to an array that Matplotlib draws unchanged."""
-    pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    """Convert a Pillow image, which is turned upright, or an array to an array that Matplotlib draws unchanged."""
+    pixels = np.asarray(read_image(image) if hasattr(image, "convert") else image)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)) or not pixels.size:
         raise ValueError(f"`image` must have shape (H, W) or (H, W, 1, 3 or 4), got {pixels.shape}.")
     if pixels.dtype.kind == "f":

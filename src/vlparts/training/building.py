@@ -21,7 +21,7 @@ from .presets import config_from_preset, preset_names
 from .records import RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
-_COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer")
+_COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer", "chat_template")
 
 
 def build(
@@ -96,7 +96,16 @@ def _compose(
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
-    return model, compose_processor(model, tokenizer)
+    template = _read_template(config.chat_template)
+    trusted = config.trust_remote_code
+    return model, compose_processor(model, tokenizer, chat_template=template, trust_remote_code=trusted)
+
+
+def _read_template(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`chat_template` must be a file with a Jinja template, got {path}: {error}") from None
 
 
 def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:
@@ -110,7 +119,7 @@ def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path
         return path
     if path.is_file():
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8-sig"))
         except RecursionError:
             raise ValueError(f"`{argument}` {spec} has values that are nested too deeply to be read.") from None
         except ValueError as error:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..losses.weights import PRESETS
-from .records import Record
+from .record_formats import FIELDS
 
 
 class TrainConfig(BaseModel):
@@ -25,10 +25,12 @@ class TrainConfig(BaseModel):
         model: Folder of a composed model to train further, instead of `vision` and `text`.
         tokenizer: Folder of a tokenizer. By default that of the text model; for a new text model, one is trained on
             the texts of `data`.
+        chat_template: File of a Jinja chat template, for a tokenizer that has none and for which ChatML is no default.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         freeze: Parts whose weights are not trained: "vision", "text" (with the language head), "projector".
         image_processor: Options that override those of the image processor, such as `{"size": {...}}`.
+        max_image_pixels: Largest number of pixels of an image file; None for Pillow's limit, 178,956,970.
         coordinate_format: Name of a coordinate format; None for the default.
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
         max_items: Maximum number of samples in a pack; None for no limit.
@@ -68,10 +70,12 @@ class TrainConfig(BaseModel):
     text: str | dict[str, Any] = "qwen3:tiny"
     model: Path | None = None
     tokenizer: Path | None = None
+    chat_template: Path | None = None
     projector: str = "mlp2_gelu"
     projector_options: dict[str, Any] | None = None
     freeze: list[Literal["vision", "text", "projector"]] = []
     image_processor: dict[str, Any] = {}
+    max_image_pixels: int | None = Field(default=None, ge=1)
     coordinate_format: str | None = None
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
@@ -107,7 +111,7 @@ class TrainConfig(BaseModel):
     @field_validator("sample_weight_field")
     @classmethod
     def _check_sample_weight_field(cls, value: str | None) -> str | None:
-        if value in Record.model_fields:
+        if value in FIELDS:
             raise ValueError(f"must not be a field that records have already, got {value!r}")
         return value
 
@@ -132,7 +136,7 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     fields: Any = {}
     if path is not None:
         try:
-            fields = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+            fields = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(fields, dict):

@@ -1,5 +1,6 @@
 """Encoding of training records to token ids, labels and image tensors."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,13 +11,19 @@ import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..coordinates.codec import encode
-from ..coordinates.formats.registry import get_format
-from ..parts.image_transforms import open_image
+from ..coordinates.formats.registry import as_seen
+from ..parts.chat_placeholders import end_of_turn_id
+from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
+from .record_formats import DataImage
 from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
+
+# transformers looks for the same.
+_MARK = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,19 @@ class Sample:
 
 
 def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate outputs of an image processor along dimension 0; {} without images."""
-    return {name: torch.cat([one[name] for one in images]) for name in images[0]} if images else {}
+    """Concatenate outputs of an image processor along dimension 0; {} without images.
+
+    Raises:
+        ValueError: If outputs differ in their names.
+    """
+    if not images:
+        return {}
+    for one in images:
+        if one.keys() != images[0].keys():
+            raise ValueError(
+                f"Outputs of an image processor must have the same names, got {[*images[0]]} and {[*one]}."
+            )
+    return {name: torch.cat([one[name] for one in images]) for name in images[0]}
 
 
 class SampleEncoder:
@@ -50,9 +68,12 @@ class SampleEncoder:
     Args:
         processor: The composed model's processor.
         root: Folder that relative image paths are resolved against.
-        on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
-        coordinate_format: Name of a coordinate format; None for the default.
+        on_outside: Policy for a region outside its image, or what the image processor shows of it: "raise", "clamp" it
+            to the edge, or "skip" it.
+        coordinate_format: Name of a coordinate format; None for the default. See [`as_seen`] for image processors
+            that crop.
         max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
+        max_image_pixels: Largest number of pixels of an image file, see [`open_image`]; None for Pillow's limit.
 
     Raises:
         ValueError: If `on_outside` or `coordinate_format` is unknown.
@@ -65,13 +86,16 @@ class SampleEncoder:
         on_outside: str = "raise",
         coordinate_format: str | None = None,
         max_length: int | None = None,
+        max_image_pixels: int | None = None,
     ) -> None:
         encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
         self.root = root
         self.on_outside = on_outside
-        self.coordinate_format = coordinate_format
+        self.format = as_seen(coordinate_format, processor)
         self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
+        self._ends = {processor.tokenizer.eos_token_id, end_of_turn_id(processor.tokenizer, processor.chat_template)}
 
     def __call__(self, record: Record) -> Sample:
         """Encode one record.
@@ -80,7 +104,7 @@ class SampleEncoder:
             ValueError: If an image cannot be read or processed, a region is outside its image under "raise", the
                 template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        images = [open_image(self.root / path) for path in record.paths]
+        images = [self._open(path) for path in record.paths]
         inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
@@ -94,11 +118,16 @@ class SampleEncoder:
             )
         return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
 
+    def _open(self, path: str) -> Image.Image:
+        source: Any = DataImage(path) if path.startswith("data:") else self.root / path
+        return open_image(source, max_image_pixels=self.max_image_pixels)
+
     def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            raise ValueError(f"Image {self.root / path} cannot be processed: {error}") from None
+            shown = DataImage(path) if path.startswith("data:") else self.root / path
+            raise ValueError(f"Image {shown} cannot be processed: {error}") from None
 
     def render(self, record: Record, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """Convert a record to chat messages, with regions written as text and images as blocks.
@@ -132,8 +161,8 @@ class SampleEncoder:
                 blocks += [_text_or_image(block) for block in members]
                 after_region = False
                 continue
-            text = encode(regions, sizes[index], self.coordinate_format, on_outside=self.on_outside)
-            separator = get_format(self.coordinate_format).separator if after_region and text else ""
+            text = encode(regions, sizes[index], self.format, on_outside=self.on_outside)
+            separator = self.format.separator if after_region and text else ""
             blocks.append({"type": "text", "text": separator + text})
             after_region = bool(text)
         return blocks
@@ -143,21 +172,38 @@ class SampleEncoder:
         ids: list[int] = []
         in_loss: list[bool] = []
         text = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = self._marked_spans(messages[: answers[-1] + 1]) if answers else None
+        for index in answers:
             prompt = self._render_template(messages[:index], add_generation_prompt=True)
             answered = self._render_template(messages[: index + 1])
             if not prompt.startswith(text) or not answered.startswith(prompt):
                 raise ValueError(
                     "The chat template rewrites earlier turns, so the assistant tokens cannot be located."
                 )
-            ids += self._continuation_ids(ids, text, prompt)
-            answer = self._continuation_ids(ids, prompt, answered)
-            in_loss += [False] * (len(ids) - len(in_loss)) + self._loss_mask(answer)
-            ids += answer
+            for start, end in ((text, prompt), (prompt, answered)):
+                part, offsets = self._continuation(ids, start, end)
+                if marked is not None:
+                    in_loss += self._marked_mask(part, offsets, marked)
+                else:
+                    in_loss += [False] * len(part) if end is prompt else self._answer_mask(part)
+                ids += part
             text = answered
         return self._expand(ids, in_loss, counts)
+
+    def _marked_spans(self, messages: list[dict[str, Any]]) -> list[tuple[int, int]] | None:
+        """Start and end of the characters that the template marks by `{% generation %}`; None if it has no marks."""
+        template = self.processor.chat_template
+        template = template["default"] if isinstance(template, dict) else template
+        if not self.processor.tokenizer.is_fast or not _MARK.search(template):
+            return None
+        _, (spans,) = render_jinja_template(
+            [messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.processor.tokenizer.special_tokens_map,
+        )
+        return spans
 
     def _render_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
@@ -168,24 +214,32 @@ class SampleEncoder:
         except TemplateError as error:
             raise ValueError(f"The chat template cannot render the conversation: {error}") from None
 
-    def _continuation_ids(self, ids: list[int], start: str, text: str) -> list[int]:
-        """Token ids of the part of `text` after its prefix `start`, whose ids are `ids`.
+    def _continuation(self, ids: list[int], start: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of the part of `text` after its prefix `start`, whose ids are `ids`; and their characters.
 
         The whole text is tokenized, since tokenizers may encode the first word of a text differently and add a BOS
-        token. The rest is tokenized alone only if a token would span the end of `start`.
+        token. The rest is tokenized alone only if a token would span the end of `start`. The characters, as start and
+        end in `text`, are empty for tokenizers without offsets.
         """
         tokenizer = self.processor.tokenizer
         # The same condition as in ProcessorMixin.apply_chat_template.
         has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        full_ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-        if full_ids[: len(ids)] == ids:
-            return full_ids[len(ids) :]
-        return tokenizer(text[len(start) :], add_special_tokens=False)["input_ids"]
+        options = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+        whole = tokenizer(text, add_special_tokens=not has_bos, **options)
+        if whole["input_ids"][: len(ids)] == ids:
+            return whole["input_ids"][len(ids) :], whole.get("offset_mapping", [])[len(ids) :]
+        rest = tokenizer(text[len(start) :], add_special_tokens=False, **options)
+        shift = len(start)
+        return rest["input_ids"], [(first + shift, last + shift) for first, last in rest.get("offset_mapping", [])]
 
-    def _loss_mask(self, answer: list[int]) -> list[bool]:
-        """True for the tokens of an answer up to and including EOS, except image placeholders."""
-        end = self.processor.tokenizer.eos_token_id
-        length = len(answer) - answer[::-1].index(end) if end in answer else len(answer)
+    def _marked_mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+        """True for the tokens that overlap a marked span, except image placeholders."""
+        inside = [any(first < end and last > start for start, end in spans) for first, last in offsets]
+        return [one and token != self.processor.image_token_id for one, token in zip(inside, ids, strict=True)]
+
+    def _answer_mask(self, answer: list[int]) -> list[bool]:
+        """True for the tokens of an answer up to and including the end of its turn, except image placeholders."""
+        length = next((at for at in range(len(answer), 0, -1) if answer[at - 1] in self._ends), len(answer))
         return [index < length and token != self.processor.image_token_id for index, token in enumerate(answer)]
 
     def _expand(self, ids: list[int], in_loss: list[bool], counts: list[int]) -> tuple[list[int], list[int]]:

@@ -57,6 +57,8 @@ class _PackTrainer(Trainer):
 class PackedTrainer(_PackTrainer):
     """transformers' Trainer over packs of samples; the loss is the mean over all tokens with loss.
 
+    The balance loss of experts is averaged over the packs of a step, and is not part of the evaluation loss.
+
     Args:
         model: The model.
         *args: Passed to Trainer.
@@ -64,6 +66,26 @@ class PackedTrainer(_PackTrainer):
         max_items: Maximum number of samples in a pack; None for no limit.
         **kwargs: Passed to Trainer.
     """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute Trainer's loss, with the balance loss divided by the number of packs instead of added per pack."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if num_items_in_batch is not None:
+            factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss - self._balance_loss(outputs) * (factor - 1 / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def _balance_loss(self, outputs: Any) -> Tensor | float:
+        """The balance loss in the model's loss, with its coefficient; 0 without experts."""
+        aux_loss = outputs.get("aux_loss")
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        return 0.0 if aux_loss is None else aux_loss * config.router_aux_loss_coef
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Run Trainer's evaluation loop, with the loss as the mean over all tokens instead of over packs."""
@@ -75,7 +97,8 @@ class PackedTrainer(_PackTrainer):
     ) -> tuple[Tensor, None, None]:
         """Sum the losses of a pack, scaled so that the mean over packs is the mean over all tokens."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**self._prepare_inputs(inputs), use_cache=False, num_items_in_batch=1).loss
+            outputs = model(**self._prepare_inputs(inputs), use_cache=False, num_items_in_batch=1)
+        loss = outputs.loss - self._balance_loss(outputs)
         return loss * (self._scale if self._next_pack_counts() else 0.0), None, None
 
 

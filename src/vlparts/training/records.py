@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..coordinates.io.json_lines import parse_object
 from ..coordinates.regions import Region
+from .record_formats import convert_record
 from .weighted_inputs import checked_weight
 
 
@@ -41,13 +42,15 @@ class ImageBlock(_Strict):
 class RegionBlock(_Strict):
     """A region of an image, in pixels: a box `[x1, y1, x2, y2]` or a point `[x, y]`.
 
-    `image` is the index of that image in the record.
+    `image` is the index of that image in the record. `attributes` are names with JSON values, for formats that have a
+    place for them.
     """
 
     label: str | None = None
     box: tuple[_Number, _Number, _Number, _Number] | None = None
     point: tuple[_Number, _Number] | None = None
     image: int = Field(default=0, ge=0, strict=True)
+    attributes: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_region(self) -> "RegionBlock":
@@ -59,8 +62,8 @@ class RegionBlock(_Strict):
     def region(self) -> Region:
         """The region in pixels."""
         if self.box is not None:
-            return Region.box(*self.box, label=self.label)
-        return Region.point(*self.point, label=self.label)  # type: ignore[misc]
+            return Region.box(*self.box, label=self.label, attributes=self.attributes)
+        return Region.point(*self.point, label=self.label, attributes=self.attributes)  # type: ignore[misc]
 
 
 def _block(value: Any) -> Any:
@@ -91,6 +94,8 @@ class Message(_Strict):
 
 class Record(_Strict):
     """A conversation about images: `{"image": path, "messages": [...]}`, or `"images": [paths]` for several.
+
+    A path may also be a base64 `data:` URI.
 
     Without `{"type": "image"}` blocks, all images are placed at the start of the first user turn.
     """
@@ -164,7 +169,8 @@ def read_records(
     """Read a file of records.
 
     Args:
-        path: A JSON Lines file. Empty lines are ignored.
+        path: A JSON Lines file. Empty lines are ignored. Each line is a [`Record`], or in the shape of OpenAI,
+            ShareGPT or LLaVA; see [`convert_record`].
         on_error: "raise" on the first invalid record, or "skip" it and append the reason to `skipped`.
         argument: Name of `path` in error messages.
         sample_weight_field: Name of a further field that records may have: their loss weight, a finite number of at
@@ -212,7 +218,7 @@ def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record, float 
     if sample_weight_field is not None and sample_weight_field in fields:
         weight = checked_weight(fields.pop(sample_weight_field), sample_weight_field)
     try:
-        return Record.model_validate(fields), weight
+        return Record.model_validate(convert_record(fields)), weight
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -116,6 +116,7 @@ def _build_dataset(
         config.on_outside,
         config.coordinate_format,
         max_length=config.capacity,
+        max_image_pixels=config.max_image_pixels,
     )
     show = not args.disable_tqdm and args.process_index == 0
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)

@@ -41,7 +41,7 @@ def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], WeightedLabe
         The inputs without `WEIGHT_INPUTS`, and the labels with their weights, or None for a batch without labels.
 
     Raises:
-        ValueError: If `position_ids` have more samples than there are `sample_weights`.
+        ValueError: If `position_ids` have more or fewer samples than there are `sample_weights`.
     """
     inputs = {name: value for name, value in batch.items() if name not in WEIGHT_INPUTS}
     shifted = inputs.get("shift_labels") is not None
@@ -88,14 +88,15 @@ def _sample_ids_from_positions(inputs: Mapping[str, Any], labels: Tensor) -> Ten
 
 
 def _check_counted(ids: Tensor | None, sample_weights: Tensor | None) -> None:
-    """Check that positions do not tell of more samples than there are weights; they are what the caller gave."""
+    """Check that positions tell of as many samples as there are weights; both are what the caller gave."""
     if ids is None or not ids.numel() or sample_weights is None or sample_weights.ndim != 1:
         return
     count = int(ids.max()) + 1
-    if len(sample_weights) < count:
+    if len(sample_weights) != count:
         raise ValueError(
             f"`sample_weights` must have one weight per sample of `position_ids`, in which {count} samples start at "
-            f"position 0, got {len(sample_weights)}. If padding has position 0, give `sample_ids` with -1 there."
+            f"position 0, got {len(sample_weights)}. If padding has position 0, or not every sample starts there, "
+            "give `sample_ids`, with -1 at padding."
         )
 
 

@@ -1,7 +1,7 @@
 """transformers' Trainer with the weighted loss, for the models of vlparts and of transformers."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from ..losses.causal_lm import weighted_causal_lm_loss
 from ..losses.normalizer import LossNormalizer, sum_over_processes
 from ..losses.weights import Denominators, resolve_mix, weigh_tokens
+from .step_balance import StepBalance
 from .weighted_inputs import WEIGHT_INPUTS, WeightedLabels, ignore_repeated, take_weights
 
 __all__ = ["WeightedLossTrainer"]
@@ -21,19 +22,21 @@ _KEEP_DTYPE = ("loss_weights", "sample_weights", "token_weights")
 
 
 class _TrackedLoss:
-    """[`weighted_causal_lm_loss`] that records whether it received weights.
+    """[`weighted_causal_lm_loss`] that records its results with weights.
 
     Attributes:
-        received_weights: True if it was called with weights since this was last set to False.
+        results: One scalar per call with weights since this was last cleared; several under DataParallel.
     """
 
     def __init__(self) -> None:
-        self.received_weights = False
+        self.results: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss."""
-        self.received_weights = self.received_weights or kwargs.get("loss_weights") is not None
-        return weighted_causal_lm_loss(*args, **kwargs)
+        loss = weighted_causal_lm_loss(*args, **kwargs)
+        if kwargs.get("loss_weights") is not None:
+            self.results.append(loss)
+        return loss.clone()  # transformers' models add their balance loss in place
 
 
 class _Undivided(NamedTuple):
@@ -109,14 +112,22 @@ class WeightedLossTrainer(Trainer):
     cross-entropies times these weights. See [`take_weights`] for the weights that a batch may contain, and
     [`WeightedCollator`] for a collator that adds them.
 
-    The evaluation loss is the same weighted cross-entropy over the whole evaluation set. A balance loss of experts is
-    added once per micro-batch and process in training, as in Trainer itself, and not in evaluation.
+    What the model adds to its loss in training, such as the balance loss of experts, is averaged over the
+    micro-batches and processes of a step (Trainer itself adds it up). The load of an expert is a ratio of counts, so
+    this mean differs from the balance loss of the whole step, which `balance_over="step"` computes. The evaluation
+    loss is the weighted cross-entropy over the whole evaluation set, without such terms.
+
+    `compute_loss` of `SomeTrainer` must call the model with its inputs and return the model's loss. TRL's `SFTTrainer`
+    computes its loss without the model's loss function, so its `compute_loss` is replaced, which also adds the entropy
+    and the accuracy of tokens to the log.
 
     Args:
         *args: Passed to Trainer.
         preset: "token", "sample", "square" or "openpangu_mix", instead of the next two.
         mix: Share of sample averaging, from 0 to 1; see [`weigh_tokens`].
         length_exponent: See [`weigh_tokens`].
+        balance_over: "micro_batch", or "step" for the balance loss of a whole step, see [`StepBalance`]. It takes a
+            further forward pass over each micro-batch, without gradients and dropout, to count the choices of experts.
         **kwargs: Passed to Trainer.
 
     Raises:
@@ -132,25 +143,38 @@ class WeightedLossTrainer(Trainer):
         preset: str | None = None,
         mix: float | None = None,
         length_exponent: float | None = None,
+        balance_over: str = "micro_batch",
         **kwargs: Any,
     ) -> None:
+        if balance_over not in ("micro_batch", "step"):
+            raise ValueError(f"`balance_over` must be 'micro_batch' or 'step', got {balance_over!r}.")
         self.mix, self.length_exponent = resolve_mix(preset, mix, length_exponent)
+        self.balance_over = balance_over
+        self._balance: StepBalance | None = None
         self._tracked_loss = _TrackedLoss()
         self._evaluation: _EvaluationSums | None = None
+        self._given_columns = _column_names(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
         for name, unwanted in (
             ("compute_loss_func", self.compute_loss_func is not None),
             ("label_smoothing_factor", self.args.label_smoothing_factor != 0),
             ("use_liger_kernel", self.args.use_liger_kernel),
             ("parallelism_config", self.get_cp_size() * self.get_sp_size() > 1),
+            ("loss_type", self._replaces_sft and getattr(self.args, "loss_type", "nll") not in ("nll", "chunked_nll")),
         ):
             if unwanted:
                 raise ValueError(f"`{name}` computes another loss; WeightedLossTrainer does not support it.")
         self._set_loss()
+        if balance_over == "step":
+            StepBalance(self._plain_model())  # raises for a model without a balance loss
+
+    def _plain_model(self) -> Any:
+        """The model without wrappers."""
+        return unwrap_peft_model(self.accelerator.unwrap_model(self.model))
 
     def _set_loss(self) -> None:
         """Set the model's loss function; called again before use, since `model_init` may have built a new model."""
-        model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
+        model = self._plain_model()
         loss = getattr(model, "loss_function", None)
         if loss is self._tracked_loss:
             return
@@ -188,11 +212,40 @@ class WeightedLossTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._set_loss()
         normalizer = LossNormalizer(mix=self.mix, length_exponent=self.length_exponent)
+        for batch in batches:
+            self._check_columns_kept(batch)
         taken = [self._take(batch) for batch in batches]
         for _, targets in taken:
             normalizer.add(targets.labels, **targets.options)
         normalizer.all_reduce(device=device)
+        if self.balance_over == "step":
+            self._balance = self._count_choices([inputs for inputs, _ in taken])
         return [{**inputs, "loss_weights": self._weigh(targets, normalizer)} for inputs, targets in taken], count
+
+    @torch.no_grad()
+    def _count_choices(self, batches: list[dict[str, Any]]) -> StepBalance:
+        """Count the choices of experts in the micro-batches of a step."""
+        balance, model = StepBalance(self._plain_model()), self.model_wrapped
+        model.eval()
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+            options = {"output_router_logits": True, "use_cache": False}
+            with self.compute_loss_context_manager():
+                outputs = model(**{**self._prepare_inputs(inputs), **options})
+            balance.count(outputs.router_logits, batch.get("attention_mask"))
+        model.train()
+        balance.all_reduce()
+        return balance
+
+    def _check_columns_kept(self, batch: Any) -> None:
+        """Raise for weights of the training dataset that are not in its batches."""
+        columns = getattr(self.data_collator, "fields", ("sample_weight", "token_weights"))
+        for column, name in zip(columns, ("sample_weights", "token_weights"), strict=True):
+            if column in self._given_columns and batch.get(name) is None:
+                raise ValueError(
+                    f"`train_dataset` has the column {column!r}, but its batches have no {name!r}. Wrap the "
+                    "`data_collator` in WeightedCollator, and do not pack samples in a Trainer that drops the column."
+                )
 
     def _take(self, batch: Any) -> tuple[dict[str, Any], WeightedLabels]:
         inputs, targets = take_weights(batch)
@@ -228,21 +281,57 @@ class WeightedLossTrainer(Trainer):
         if inputs.get("loss_weights") is None:
             inputs, targets = self._take(inputs)
             inputs = {**inputs, "loss_weights": self._weigh(targets).to(self.args.device)}
-        self._tracked_loss.received_weights = False
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if not self._tracked_loss.received_weights:
+        balance = self._balance if targets is None else None
+        if balance is not None:
+            inputs = {**inputs, "output_router_logits": True}
+        self._tracked_loss.results.clear()
+        loss, outputs = self._compute_model_loss(model, inputs)
+        if not self._tracked_loss.results:
             raise ValueError(
                 f"`loss_weights` did not reach the loss of {type(self.model).__name__}; its forward must call "
-                "`self.loss_function` and pass **kwargs to it."
+                "`self.loss_function` and pass **kwargs to it, and "
+                f"{self._next_compute_loss().__name__}.compute_loss must return the loss of that forward."
             )
         if targets is None:
-            # Gradients are averaged over processes, and losses over DataParallel's devices.
-            loss = loss * (self.accelerator.num_processes * max(1, self.args.n_gpu))
+            loss = self._scale(loss, balance, outputs, inputs.get("attention_mask"))
         elif self._evaluation is not None:
             self._evaluation.add(
                 _logits(outputs), self._without_repeated(targets), inputs.get("shift_labels") is not None
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _compute_model_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Compute the loss and outputs of the model."""
+        if not self._replaces_sft:
+            return super().compute_loss(model, inputs, return_outputs=True)
+        # As SFTTrainer does: composed models read the request for router logits from their inputs alone.
+        options = {"use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
+        return Trainer.compute_loss(self, model, {**inputs, **options}, return_outputs=True)
+
+    @classmethod
+    def _next_compute_loss(cls) -> type[Any]:
+        """The class whose `compute_loss` follows ours."""
+        order = cls.__mro__
+        return next(one for one in order[order.index(WeightedLossTrainer) + 1 :] if "compute_loss" in vars(one))
+
+    @property
+    def _replaces_sft(self) -> bool:
+        owner = self._next_compute_loss()
+        return owner.__name__ == "SFTTrainer" and owner.__module__.startswith("trl.")
+
+    def _scale(self, loss: Tensor, balance: StepBalance | None, outputs: Any, attention_mask: Any) -> Tensor:
+        """Scale the loss of a micro-batch so that the sum over a step's micro-batches is right after averaging.
+
+        Gradients are averaged over processes, and losses over DataParallel's devices.
+        """
+        weighted, processes = self._tracked_loss.results, self.accelerator.num_processes
+        total = torch.stack([one.to(loss.device) for one in weighted]).sum()
+        added = loss.sum() - total
+        if balance is not None:
+            added = added - balance.coefficient * outputs["aux_loss"].sum()
+            total = total + balance.loss(outputs["router_logits"], attention_mask).to(total)
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
+        return total * processes + added / (max(1, self.args.n_gpu) * micro_batches)
 
     def _without_repeated(self, targets: WeightedLabels) -> WeightedLabels:
         """Ignore samples of an evaluation batch that the loader repeats to give all processes equally many."""
@@ -279,6 +368,18 @@ class WeightedLossTrainer(Trainer):
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = sums.compute()
         return output
+
+
+def _column_names(initialize: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """Names of the columns of the `train_dataset` among a Trainer's arguments; empty if they are unknown."""
+    try:
+        arguments = inspect.signature(initialize).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # raised again, with its message, by the Trainer
+        return set()
+    data = {**arguments, **kwargs}.get("train_dataset")
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        return set(data[0])
+    return set(getattr(data, "column_names", None) or ())
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -126,6 +126,27 @@ def test_composed_model_has_weights_token_ids_and_generation_options(tmp_path: P
     assert encoder_from_openpangu_vl(tmp_path / "out").config.image_mean == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize("options", [None, {}, {"suppress_tokens": [3, 11]}])
+def test_placeholders_are_not_generated(tmp_path: Path, options: dict[str, Any] | None) -> None:
+    """As `compose_processor` does; the ids are those of config.json."""
+    folder = write_folder(tmp_path / "in", all_tensors())
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if options is not None:
+        write_json(folder / "generation_config.json", options)
+    model = model_from_openpangu_vl(folder)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    placeholders = {getattr(model.config, name) for name in names}
+    assert len(placeholders) == 4
+    assert model.generation_config.suppress_tokens == sorted(
+        placeholders | set((options or {}).get("suppress_tokens", ()))
+    )
+    bias = torch.zeros(model.config.text_config.vocab_size, dtype=model.dtype)
+    bias[list(placeholders)] = 1e4
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    generated = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert not placeholders & set(generated[0, 3:].tolist())
+
+
 @pytest.mark.usefixtures("poisoned_empty")
 def test_buffers_are_computed(checkpoint: Path) -> None:
     """Rotary frequencies and axes equal those of a model that was not built on the meta device."""

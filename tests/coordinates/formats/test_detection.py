@@ -23,6 +23,11 @@ CLEAR = {
     "cat (086,540),(400,760)": "openpangu",
     "a dog [0.100,0.250,0.500,0.500]": "shikra",
     "<box>10, 20, 30, 40</box>": "fuyu",
+    '[{"bbox": [1, 2, 30, 4], "category": "Text", "text": "[1, 2]"}]': "dots_ocr",
+    '{"x": 10, "y": 20, "width": 30, "height": 40}': "xywh",
+    '[{"label": "a", "x": 10, "y": 20, "w": 30, "h": 40, "score": 0.5}]': "xywh",
+    '{"x": 0.4, "y": 0.5, "width": 0.2, "height": 0.1}': "xywh_relative",
+    "click(start_box='<bbox>1 2 3 4</bbox>')": "ui_tars_1_5_tags",
 }
 
 
@@ -39,6 +44,7 @@ def test_a_clear_text_has_one_likely_format(text: str, name: str) -> None:
     ("text", "names"),
     [
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', ["qwen2_5_vl", "qwen3_vl"]),
+        ('[{"bbox_2d": [1, 2, 3, 4], "text_content": "a"}]', ["qwen2_5_vl_ocr", "qwen3_vl_ocr"]),
         ("<|ref|>a<|/ref|><|det|>[[580, 270, 999, 900]]<|/det|>", ["deepseek_ocr", "deepseek_vl2"]),
         ("[729, 0, 810, 25]", ["ferret", "got_ocr2", "internlm_xcomposer"]),
         ("<|box_start|>(1,2)<|box_end|>", ["os_atlas_7b", "qwen2_vl", "ui_tars"]),
@@ -52,9 +58,11 @@ def test_formats_that_read_a_text_equally_are_tied(text: str, names: list[str]) 
 
 
 def test_codes_out_of_range_rule_a_format_out() -> None:
-    assert [guess.name for guess in guess_format('{"bbox_2d": [1, 2, 1300, 4]}')] == ["qwen2_5_vl"]
+    assert [guess.name for guess in guess_format('{"bbox_2d": [1, 2, 1300, 4], "label": "a"}')] == ["qwen2_5_vl"]
     # With the size of the image, the resized frame of Qwen2.5-VL is known too: 644 x 420.
-    assert [guess.name for guess in guess_format('{"bbox_2d": [1, 2, 700, 4]}', (640, 428))] == ["qwen3_vl"]
+    assert [guess.name for guess in guess_format('{"bbox_2d": [1, 2, 700, 4], "label": "a"}', (640, 428))] == [
+        "qwen3_vl"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "no coordinates", "12 cats and 3 dogs", "(", "<box>"])
@@ -90,9 +98,15 @@ def test_bad_arguments_raise() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"x":0.4,"y":0.5,"width":0.2,"height":0.1}', '[{"x":0.4,"y":0.5,"x2":0.6,"y2":0.9}]']
+    ("text", "names"),
+    [
+        ('{"x":0.4,"y":0.5,"width":0.2,"height":0.1}', ["xywh_relative"]),
+        ('[{"x":0.4,"y":0.5,"x2":0.6,"y2":0.9}]', []),
+        ('{"x":4,"y":5,"w":2,"h":1}', ["xywh"]),
+        ('{"x":4,"y":5,"r":2}', []),
+    ],
 )
-def test_boxes_with_other_keys_are_not_points(text: str) -> None:
-    assert guess_format(text) == []
-    with pytest.raises(CoordinateError, match="unknown keys '(width|x2)', "):
+def test_boxes_with_other_keys_are_not_points(text: str, names: list[str]) -> None:
+    assert [guess.name for guess in guess_format(text)] == names
+    with pytest.raises(CoordinateError, match="unknown keys '(width|x2|w|r)'|is too large"):
         convert(text, "moondream", "openpangu", (100, 100))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlparts.coordinates.codec import CoordinateError, decode, encode
+from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats import published as table
 from vlparts.coordinates.formats.published import ABSENT
 from vlparts.coordinates.formats.registry import FORMATS
@@ -80,3 +82,52 @@ def test_any_text_is_read_or_refused_with_a_position(name: str, text: str) -> No
     assert all(0 <= error.position <= len(text) for error in result.errors)
     again = dataclasses.replace(FORMATS[name], name="again")
     assert decode(text, (640, 428), again, on_error="collect") == result
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kinds"),
+    [
+        ("ui_tars", "click(start_box='<bbox>1 2 3 4</bbox>')", ["box"]),
+        ("ui_tars", "drag(start_box='[1, 2, 3, 4]', end_box='[5,6,7,8]')", ["box", "box"]),
+        (
+            "ui_tars",
+            "click(start_box='[1,2]') or click(start_box='<|box_start|>(1,2)<|box_end|>')",
+            ["point", "point"],
+        ),
+        ("ui_tars", "click(point='<point>5 6</point>')", ["point"]),
+        ("ui_tars_1_5", "drag(start_box='(1,2)', end_box='[5, 6, 7, 8]')", ["point", "box"]),
+        ("ui_tars_1_5_tags", "drag(start_box='<bbox>1 2 3 4</bbox>', end_box='<point>5 6</point>')", ["box", "point"]),
+    ],
+)
+def test_forms_of_ui_tars(name: str, text: str, kinds: list[str]) -> None:
+    """A list or tag is read like the form that is written, and its span is that of its numbers."""
+    result = decode(text, (1000, 1000), name)
+    assert [region.kind for region in result.regions] == kinds
+    for region, (start, end) in zip(result.regions, result.spans, strict=True):
+        numbers = [int(number) for number in re.findall("[0-9]+", text[start:end])]
+        scale = 1 if name == "ui_tars" else 1000 / 1008  # the frame of 1000 pixels
+        assert np.ravel(region.points) == pytest.approx(np.multiply(numbers, scale))
+    back = convert(text, name, name, (1000, 1000))
+    assert [region.kind for region in decode(back, (1000, 1000), name).regions] == kinds
+
+
+def test_what_is_malformed_in_ui_tars() -> None:
+    for text in ("<bbox>1 2 3</bbox>", "<bbox>1 2", "[1, 2, 3]", "[1,"):
+        result = decode(text, (1000, 1000), "ui_tars", on_error="collect")
+        assert (result.regions, len(result.errors)) == ((), 1)
+
+
+def test_layout_and_lines_of_text() -> None:
+    size = (1000, 980)  # 1008 x 980 to dots.ocr
+    text = '[{"bbox": [504, 0, 1008, 490], "category": "Table", "text": "<table>\\u00e9</table>"}]'
+    (region,) = decode(text, size, "dots_ocr").regions
+    assert (region.label, region.xyxy) == ("Table", (500.0, 0.0, 1000.0, 490.0))
+    assert region.attributes == {"text": "<table>\u00e9</table>"}
+    assert encode([region], size, "dots_ocr") == text
+    lines = '```json\n[\n\t{"bbox_2d": [0, 500, 1000, 1000], "text_content": "EXIT 5"}\n]\n```'
+    (line,) = decode(lines, (1000, 1000), "qwen3_vl_ocr").regions
+    assert (line.label, line.xyxy, line.attributes) == ("EXIT 5", (0.0, 500.0, 1000.0, 1000.0), {})
+    assert encode([line], (1000, 1000), "qwen3_vl_ocr") == lines
+    assert convert(lines, "qwen3_vl_ocr", "deepseek_ocr", (999, 999)) == (
+        "<|ref|>EXIT 5<|/ref|><|det|>[[0, 500, 999, 999]]<|/det|>"
+    )

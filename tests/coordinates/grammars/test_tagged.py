@@ -305,7 +305,7 @@ def test_bad_shapes_raise(changes: dict[str, Any], message: str) -> None:
     [
         ({"shapes": ()}, "`shapes` must be a tuple of one or more Shape"),
         ({"shapes": ("box",)}, "`shapes` must be a tuple of one or more Shape"),
-        ({"shapes": (Shape("box", "({},{})"), Shape("box", "[{},{}]"))}, "`shapes` must have different kinds"),
+        ({"shapes": (Shape("box", "({},{})"), Shape("box", "({},{})"))}, "`shapes` must be different, got"),
         ({"shapes": (Shape("box"),)}, "A box must begin with a mark or bracket, got ''"),
         ({"digits": 0}, r"`digits` must be in 1..9 or None, got 0"),
         ({"digits": "3"}, "`digits` must be an integer, got '3'"),
@@ -320,3 +320,17 @@ def test_bad_shapes_raise(changes: dict[str, Any], message: str) -> None:
 def test_bad_grammars_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TaggedGrammar(**{"shapes": (Shape("box", "({},{})"),), **changes})
+
+
+def test_of_several_shapes_of_a_kind_the_first_is_written_and_all_are_read() -> None:
+    shapes = (Shape("box", open="<b>", close="</b>"), Shape("point", "({},{})"), Shape("box", "{},{}", ",", "[", "]"))
+    grammar = TaggedGrammar(shapes=shapes, label_place="none")
+    assert grammar.kinds == ("box", "point")
+    assert grammar.write([Coded("box", [1, 2, 3, 4])]) == "<b>1,2,3,4</b>"
+    found, errors = grammar.scan("[1,2,3,4] <b>5,6,7,8</b> (9,9)")
+    assert [(item.kind, list(item.codes)) for item in found] == [
+        ("box", [1, 2, 3, 4]),
+        ("box", [5, 6, 7, 8]),
+        ("point", [9, 9]),
+    ]
+    assert errors == []

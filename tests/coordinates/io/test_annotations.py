@@ -23,6 +23,13 @@ from vlparts.coordinates.regions import KINDS, Region
 from vlparts.training.records import Record
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | numbers | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=5,
+)
+attributes = st.dictionaries(words, values, max_size=3)
 
 
 @st.composite
@@ -36,7 +43,8 @@ def regions(draw: st.DrawFn) -> Region:
     label = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"])))
     identity = draw(st.none() | st.integers(0, 99))
     image = draw(st.integers(0, 3))
-    return Region(kind, tuple(points), label, draw(st.none() | numbers), image, identity, tuple(times))
+    score = draw(st.none() | numbers)
+    return Region(kind, tuple(points), label, score, image, identity, tuple(times), draw(attributes))
 
 
 @given(regions())
@@ -53,7 +61,9 @@ def test_what_a_region_looks_like() -> None:
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]))
-images = st.builds(ImageRegions, names, st.integers(1, 99), st.integers(1, 99), st.lists(regions(), max_size=3))
+images = st.builds(
+    ImageRegions, names, st.integers(1, 99), st.integers(1, 99), st.lists(regions(), max_size=3), attributes
+)
 
 
 @settings(max_examples=30)

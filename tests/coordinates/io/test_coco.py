@@ -1,6 +1,9 @@
 """COCO files: exact round trips, and files of other writers."""
 
+import copy
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from vlparts.coordinates.metrics.iou import inside_polygon
 from vlparts.coordinates.regions import KINDS, Region
 
 places = st.floats(0, 1e5)
+ATTRIBUTES = st.sampled_from([{}, {"occluded": False, "text": "caf\u00e9"}, {"attributes": [1, 2]}])
 
 
 @st.composite
@@ -25,10 +29,13 @@ def regions(draw: st.DrawFn) -> Region:
     if kind == "box":
         points = list(zip(*map(sorted, zip(*points, strict=True)), strict=True))  # type: ignore[arg-type]
     label, score = draw(st.sampled_from([None, "cat", "Katze auf Dach"])), draw(st.none() | places)
-    return Region(kind, tuple(points), label, score, 0, draw(st.none() | st.integers(0, 99)))
+    identity, attributes = draw(st.none() | st.integers(0, 99)), draw(ATTRIBUTES)
+    return Region(kind, tuple(points), label, score, 0, identity, attributes=attributes)
 
 
-images = st.builds(ImageRegions, st.text("ab/.", min_size=1), st.integers(1, 99), st.just(7), st.lists(regions()))
+images = st.builds(
+    ImageRegions, st.text("ab/.", min_size=1), st.integers(1, 99), st.just(7), st.lists(regions()), ATTRIBUTES
+)
 
 
 @settings(max_examples=60)
@@ -63,6 +70,13 @@ def write(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "coco.json"
     path.write_text(json.dumps({**document, **changes}), encoding="utf-8")
     return path
+
+
+def test_attributes_of_other_writers_are_kept(tmp_path: Path) -> None:
+    box = {"image_id": 5, "category_id": 18, "bbox": [1, 2, 3, 4]}
+    path = write(tmp_path, annotations=[{**box, "attributes": {"truncated": True}}, {**box, "attributes": ["red"]}])
+    (image,) = read_coco(path)
+    assert [region.attributes for region in image.regions] == [{"truncated": True}, {"attributes": ["red"]}]
 
 
 def test_the_shapes_of_an_annotation(tmp_path: Path) -> None:
@@ -121,15 +135,116 @@ def test_annotations_without_ids_are_read(tmp_path: Path) -> None:
     assert len(read_coco(write(tmp_path, annotations=[bare, bare]))[0].regions) == 2
 
 
-def test_ids_can_be_strings(tmp_path: Path) -> None:
-    entry = {**ENTRY, "id": "7", "image_id": "a", "category_id": "18"}
-    path = write(
-        tmp_path,
-        images=[{**IMAGE, "id": "a"}, {**IMAGE, "id": 7}],
-        categories=[{"id": "18", "name": "a"}, {"id": 18, "name": "b"}],
-        annotations=[entry, {**entry, "id": 7, "image_id": 7, "category_id": 18}],
+@pytest.mark.parametrize("wrong", ["7", -1, 1.0, True, None, [5]])
+def test_ids_are_integers_everywhere(tmp_path: Path, wrong: Any) -> None:
+    broken = {
+        r"images\[0\]`: `id`": {"images": [{**IMAGE, "id": wrong}]},
+        r"categories\[0\]`: `id`": {"categories": [{"id": wrong, "name": "dog"}]},
+        r"annotations\[0\]`: `id`": {"annotations": [{**ENTRY, "id": wrong}]},
+        r"annotations\[0\]`: `image_id`": {"annotations": [{**ENTRY, "image_id": wrong}]},
+        r"annotations\[0\]`: `category_id`": {"annotations": [{**ENTRY, "category_id": wrong}]},
+    }
+    for place, changes in broken.items():
+        with pytest.raises(ValueError, match=rf"coco\.json: `{place} must be an integer of at least 0, got "):
+            read_coco(write(tmp_path, **changes))
+
+
+def test_bad_polygons_and_crowds_are_counted(tmp_path: Path) -> None:
+    good, crowd = [1, 2, 11, 2, 6, 22], {**ENTRY, "iscrowd": 1}
+    entries = [{**ENTRY, "segmentation": [good, [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]}, {**crowd, "id": 8}]
+    path = write(tmp_path, annotations=entries)
+    message = (
+        r"`annotations\[0\]`: `segmentation\[1\]` must be a polygon with x and y of at least 3 points, got 4 numbers"
     )
-    assert [image.regions[0].label for image in read_coco(path)] == ["a", "b"]
+    with pytest.raises(ValueError, match=message):
+        read_coco(path)
+    images = read_coco(path, polygons="skip")
+    assert [region.points for region in images[0].regions] == [((1, 2), (11, 2), (6, 22))]
+    assert images.skipped == {"crowds": 1, "polygons": 2}
+    assert read_coco(path, "box").skipped == {"crowds": 1, "polygons": 0}
+    assert read_coco(path, "box", crowds="keep").skipped == {"crowds": 0, "polygons": 0}
+    with pytest.raises(ValueError, match="`polygons` must be one of 'raise', 'skip', got 'keep'"):
+        read_coco(path, polygons="keep")
+
+
+def test_the_whole_file_is_checked_whatever_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, annotations=[{**ENTRY, "segmentation": [[1, 2, "a"]]}])
+    with pytest.raises(ValueError, match=r"`segmentation` must be a list of polygons, .* got \[\[1, 2, 'a'\]\]"):
+        read_coco(path, "box")
+    path = write(tmp_path, annotations=[{**ENTRY, "bbox": [0] * 8, "segmentation": [[1, 2, 3, 4, 5, 6]]}])
+    with pytest.raises(ValueError, match=r"`bbox` must be a list of 4 numbers \(.*; 8 numbers of a quad belong into"):
+        read_coco(path, "polygon")
+
+
+def mutate(rng: random.Random, value: Any) -> Any:
+    """Return a JSON value with one part of it changed."""
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        "",
+        "a",
+        [],
+        {},
+        [1],
+        10**400,
+        1e308,
+        [[]],
+        {"a": 1},
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        "\u0663",
+    ]
+    if not isinstance(value, (list, dict)) or not value or rng.random() < 0.15:
+        return rng.choice(odd)
+    copied = copy.copy(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    action = rng.random()
+    if action < 0.15:
+        del copied[key]
+    elif action < 0.25 and isinstance(value, list):
+        copied.append(copied[key])
+    else:
+        copied[key] = mutate(rng, copied[key])
+    return copied
+
+
+PLACE = re.compile(
+    r"`(images|categories|annotations)(\[\d+\]`(: `[a-z_]+(\[\d+\])?`)?|`) (must|is) "
+    "|Expected a JSON object|Not valid JSON|Key .* occurs twice|NaN is not|A string contains half"
+)
+
+
+def read_message(path: Path, **options: str) -> str:
+    """Return the message of the error that reading raises, or ""."""
+    try:
+        read_coco(path, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_mutated_files_give_regions_or_the_documented_error(tmp_path: Path) -> None:
+    """Messages name the file and the place, and are never those of Python."""
+    rng, valid = random.Random(0), json.loads(write(tmp_path).read_text(encoding="utf-8"))
+    path, messages = tmp_path / "mutated.json", []
+    for _ in range(600):
+        document = valid
+        for _ in range(rng.randint(1, 3)):
+            document = mutate(rng, document)
+        text = json.dumps(document)
+        if rng.random() < 0.1:
+            start = rng.randrange(len(text))
+            text = text[:start] + rng.choice(["", "}", '"', "NaN", "\\ud800"]) + text[start + rng.randrange(3) :]
+        path.write_text(text, encoding="utf-8")
+        for shape in ("auto", "box", "polygon", "keypoints"):
+            messages.append(read_message(path, shape=shape, crowds=rng.choice(("skip", "keep", "raise"))))
+    raised = [message for message in messages if message]
+    assert 100 < len(raised) < len(messages) - 100
+    for message in raised:
+        assert message.startswith(f"{path}: ")
+        assert PLACE.match(message.removeprefix(f"{path}: ")), message
 
 
 def test_an_area_counts_pixels(tmp_path: Path) -> None:
@@ -152,54 +267,75 @@ IMAGE = {"id": 5, "file_name": "a.png", "width": 40, "height": 30}
         ({"images": None}, r"coco\.json: `images` must be a list, got None\.$"),
         (
             {"images": [{**IMAGE, "id": 4}, IMAGE, IMAGE]},
-            r"coco\.json: `images\[2\]`: the id 5 occurs twice; `images\[1\]` has it too\.$",
+            r"coco\.json: `images\[2\]`: `id` must be unique, got 5, which `images\[1\]` has too\.$",
         ),
         (
             {"categories": [{"id": 1, "name": "a"}, {"id": 18, "name": "dog"}, {"id": 1, "name": "b"}]},
-            r"coco\.json: `categories\[2\]`: the id 1 occurs twice; `categories\[0\]` has it too\.$",
+            r"coco\.json: `categories\[2\]`: `id` must be unique, got 1, which `categories\[0\]` has too\.$",
         ),
         (
             {"annotations": [ENTRY, ENTRY]},
-            r"coco\.json: `annotations\[1\]`: the id 7 occurs twice; `annotations\[0\]`",
+            r"coco\.json: `annotations\[1\]`: `id` must be unique, got 7, which `annotations\[0\]`",
         ),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]}, r"`categories\[1\]`: the id 1\.0 occurs"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]},
+            r"`categories\[1\]`: `id` must be an integer of at least 0, got 1\.0",
+        ),
         (
             {"categories": [{"id": 1, "name": "a"}, {"id": True, "name": "b"}]},
-            r"`categories\[1\]`: `id` must be an integer or a string, got True\.$",
+            r"`categories\[1\]`: `id` must be an integer of at least 0, got True\.$",
         ),
-        ({"images": [{**IMAGE, "id": [5]}]}, r"`images\[0\]`: `id` must be an integer or a string, got \[5\]"),
-        ({"images": [{}]}, r"`images\[0\]`: 'id' is missing"),
+        ({"images": [{**IMAGE, "id": [5]}]}, r"`images\[0\]`: `id` must be an integer of at least 0, got \[5\]"),
+        ({"images": [{}]}, r"`images\[0\]`: `id` is missing; expected an integer"),
         ({"images": [5]}, r"`images\[0\]` must be an object, got 5"),
         ({"categories": {}}, r"`categories` must be a list, got {}"),
-        ({"annotations": [{**ENTRY, "id": False}]}, r"`annotations\[0\]`: `id` must be an integer or a string"),
-        ({"annotations": [{**ENTRY, "image_id": True}]}, r"`annotations\[0\]`: `image_id` must be an integer or a st"),
+        (
+            {"annotations": [{**ENTRY, "id": False}]},
+            r"`annotations\[0\]`: `id` must be an integer of at least 0, got False",
+        ),
+        (
+            {"annotations": [{**ENTRY, "image_id": True}]},
+            r"`annotations\[0\]`: `image_id` must be an integer of at least 0, got True",
+        ),
         (
             {"annotations": [{**ENTRY, "category_id": None}]},
-            r"`annotations\[0\]`: `category_id` must be an integer or",
+            r"`annotations\[0\]`: `category_id` must be an integer of at least 0, got None",
         ),
         ({"annotations": [{**ENTRY, "iscrowd": 2}]}, r"`annotations\[0\]`: `iscrowd` must be 0 or 1, got 2"),
-        ({"images": [{"id": 5, "file_name": "a.png", "width": 40}]}, "'height' is missing"),
+        (
+            {"images": [{"id": 5, "file_name": "a.png", "width": 40}]},
+            r"`images\[0\]`: `height` is missing; expected an integer of at least 1",
+        ),
         ({"images": [{**IMAGE, "width": -1}]}, "`width` must be an integer of at least 1, got -1"),
-        ({"annotations": [{**ENTRY, "image_id": 6}]}, r"`annotations\[0\]`: 6 is missing"),
-        ({"annotations": [ENTRY, {**ENTRY, "id": 8, "category_id": 1}]}, r"`annotations\[1\]`: 1 is missing"),
+        (
+            {"annotations": [{**ENTRY, "image_id": 6}]},
+            r"`annotations\[0\]`: `image_id` must be the id of one of the images, got 6",
+        ),
+        (
+            {"annotations": [ENTRY, {**ENTRY, "id": 8, "category_id": 1}]},
+            r"`annotations\[1\]`: `category_id` must be the id of one of the categories, got 1",
+        ),
         (
             {"annotations": [{**ENTRY, "bbox": [1, 2, -3, 4]}]},
-            r"`annotations\[0\]`: `bbox` must have a width and height",
+            r"`annotations\[0\]`: `bbox` must be a box with a width and height of at least 0, got \[1, 2, -3, 4\]",
         ),
         (
             {"annotations": [{**ENTRY, "bbox": [1, 2, 3]}]},
-            r"`annotations\[0\]`: `bbox` must be a list of 4 numbers, got \[1, 2, 3\]\.$",
+            r"`annotations\[0\]`: `bbox` must be a list of 4 finite numbers \(x, y, .*\), got \[1, 2, 3\]\.$",
         ),
-        ({"annotations": [{**ENTRY, "bbox": []}]}, r"`bbox` must be a list of 4 numbers, got \[\]"),
+        ({"annotations": [{**ENTRY, "bbox": []}]}, r"`bbox` must be a list of 4 finite numbers .*, got \[\]"),
         (
             {"annotations": [{**ENTRY, "bbox": [1, 2, "a", 3]}]},
-            r"`bbox` must be a list of 4 numbers, got \[1, 2, 'a', 3\]",
+            r"`bbox` must be a list of 4 finite numbers .*, got \[1, 2, 'a', 3\]",
         ),
         (
             {"annotations": [{**ENTRY, "segmentation": [[1, 2, 3]]}]},
-            "`segmentation` must be a list whose length is a multiple of 2",
+            r"`segmentation\[0\]` must be a polygon with x and y of at least 3 points, got 3 numbers",
         ),
-        ({"annotations": [{**ENTRY, "segmentation": [[1, 2, 3, 4]]}]}, "A polygon has at least 3"),
+        (
+            {"annotations": [{**ENTRY, "segmentation": [[1, 2, 3, 4]]}]},
+            r"`annotations\[0\]`: `segmentation\[0\]` must be a polygon .* at least 3 points, got 4 numbers",
+        ),
         (
             {"annotations": [{**ENTRY, "keypoints": [1, 2, 3]}]},
             r"`keypoints` must have 2 points, as many as its category, got 1",
@@ -216,7 +352,7 @@ def test_invalid_files_and_arguments_raise(tmp_path: Path) -> None:
         read_coco(tmp_path / "none.json")
     with pytest.raises(ValueError, match="`shape` must be one of 'auto', 'box', 'polygon', 'keypoints', got 'mask'"):
         read_coco(write(tmp_path), "mask")
-    with pytest.raises(ValueError, match=r"`annotations\[0\]`: 'segmentation' is missing"):
+    with pytest.raises(ValueError, match=r"`annotations\[0\]`: `segmentation` is missing; shape='polygon' reads it"):
         read_coco(write(tmp_path, annotations=[ENTRY]), "polygon")
     (tmp_path / "text.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text\.json: Not valid JSON"):

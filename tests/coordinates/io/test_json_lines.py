@@ -4,13 +4,17 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.io.annotations import ImageRegions, write_annotations
+from vlparts.coordinates.io.coco import write_coco
 from vlparts.coordinates.io.json_lines import json_line, parse_object, read_json_lines, write_json_lines
+from vlparts.coordinates.regions import Region
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = st.recursive(
@@ -75,3 +79,11 @@ def test_broken_lines(line: Any, message: str) -> None:
 
 def test_a_whole_pair_of_surrogates_is_a_character() -> None:
     assert parse_object(json.dumps({"a": "\U0001f600"})) == {"a": "\U0001f600"}
+
+
+@pytest.mark.parametrize("write", [write_coco, write_annotations])
+def test_half_of_a_surrogate_pair_is_not_written(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(ValueError, match="^A string contains half of a surrogate pair"):
+        write([ImageRegions("a.png", 5, 5, (Region.box(1, 2, 3, 4, "\ud800"),))], path)
+    assert not path.exists() or path.read_text() == ""

@@ -172,3 +172,14 @@ def test_another_format() -> None:
 def test_bad_arguments_raise(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_reasoning_is_no_part_of_an_answer() -> None:
+    answer = "<think>cat (000,000),(001,001) or dog (1,1)</think>\n\ncat (100,100),(200,200)"
+    truth = [Region.box(100, 100, 200, 200, "cat")]
+    numbers = report([answer], [truth], [(999, 999)])
+    assert (numbers.regions_read, numbers.errors, numbers.accuracy, numbers.adherence) == (1, 0, 1.0, 1.0)
+    numbers = report([answer], [truth], [(999, 999)], skip_thinking=False)
+    assert (numbers.regions_read, numbers.errors, numbers.accuracy, numbers.adherence) == (2, 1, 0.0, 0.0)
+    unfinished = report(["<think>cat (100,100),(200,200)"], [truth], [(999, 999)])
+    assert (unfinished.regions_read, unfinished.errors, unfinished.count_exact) == (0, 0, 0.0)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlparts.kernels.cpu import linear as linear_cpu
 from vlparts.parts import ops_linear as linear
-from vlparts.parts.ops_linear import Linear
+from vlparts.parts.ops_linear import apply_linear
 
 has_onednn = torch.backends.mkldnn.is_available()
 
@@ -43,9 +43,20 @@ def kernel(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("onednn")
 
 
-def layer(features: int = 24, outputs: int = 40, bias: bool = True) -> Linear:
+class Layer(nn.Module):
+    """A part of one linear layer."""
+
+    def __init__(self, *sizes: int, bias: bool = True) -> None:
+        super().__init__()
+        self.inner = nn.Linear(*sizes, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_linear(self.inner, x)
+
+
+def layer(features: int = 24, outputs: int = 40, bias: bool = True) -> Layer:
     torch.manual_seed(0)
-    return Linear(features, outputs, bias)
+    return Layer(features, outputs, bias=bias)
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -62,7 +73,7 @@ def test_values_and_gradients_are_those_of_float64(shape: tuple[int, ...], outpu
     x = torch.randn(shape, requires_grad=True)
     found = module(x)
     exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
-    expected = F.linear(precise, exact.weight, exact.bias)
+    expected = F.linear(precise, exact.inner.weight, exact.inner.bias)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     mine = gradients(found, [x, *module.parameters()])
     theirs = gradients(expected, [precise, *exact.parameters()])
@@ -78,7 +89,7 @@ def test_all_products_of_a_step_are_onednns(onednn: list[tuple[int, ...]]) -> No
     # The weight's gradient: 1,024 rows, then the 64 that are left of whole steps; the last twelve are MKL's.
     assert onednn[2:] == [(24, 40, 1024), (24, 40, 64)][: 2 * has_onednn]
     expected = x.detach().double().sum(0).expand(40, 24)
-    torch.testing.assert_close(module.weight.grad.double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(module.inner.weight.grad.double(), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -105,7 +116,7 @@ def test_a_frozen_weight_does_not_keep_the_input() -> None:
     x = torch.randn(70, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda x: x):
         module(x)
-    assert all(tensor.shape == module.weight.shape for tensor in kept)
+    assert all(tensor.shape == module.inner.weight.shape for tensor in kept)
 
 
 @pytest.mark.usefixtures("onednn")
@@ -132,7 +143,7 @@ def test_any_strides(change: Callable[..., tuple[Tensor, ...]]) -> None:
 @pytest.mark.usefixtures("kernel")
 def test_without_gradients() -> None:
     module, x = layer(), torch.randn(70, 24)
-    expected = F.linear(x, module.weight, module.bias).detach()
+    expected = F.linear(x, module.inner.weight, module.inner.bias).detach()
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             output = module(x)
@@ -185,14 +196,14 @@ def test_counted_operations_are_pytorchs(onednn: list[tuple[int, ...]]) -> None:
 def test_other_types_are_pytorchs(dtype: torch.dtype) -> None:
     module = layer().to(dtype)
     x = torch.randn(70, 24, dtype=dtype)
-    assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
+    assert torch.equal(module(x), F.linear(x, module.inner.weight, module.inner.bias))
 
 
 @pytest.mark.usefixtures("kernel")
 def test_autocast() -> None:
     module, x = layer(), torch.randn(70, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        output, expected = module(x), F.linear(x, module.weight, module.bias)
+        output, expected = module(x), F.linear(x, module.inner.weight, module.inner.bias)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, expected)
     inputs = [x, *module.parameters()]
@@ -273,13 +284,55 @@ def test_meta_tensors() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_it_is_a_linear_layer() -> None:
+def test_hooks_and_changed_forward_passes_of_the_layer_run() -> None:
+    module, x, seen = layer(), torch.randn(70, 24), []
+    expected = F.linear(x, module.inner.weight, module.inner.bias)
+    handle = module.inner.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    torch.testing.assert_close(module(x), expected)
+    assert type(seen[0][0]) is Tensor
+    torch.testing.assert_close(seen[0][1], expected)
+    handle.remove()
+    module.inner.forward = lambda x: x + 1  # as accelerate does
+    assert torch.equal(module(x), x + 1)
+
+
+class Int8Weight(Tensor):
+    """A weight of eight bits, which handles `linear` like those of torchao and has no other operations."""
+
+    @staticmethod
+    def __new__(cls: type, weight: Tensor) -> "Int8Weight":
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.codes = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, bias = args
+            return F.linear(x, weight.codes * weight.scale, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensor_subclasses_compute_their_own_product(grad: bool) -> None:
     module, x = layer(), torch.randn(70, 24)
-    plain = nn.Linear(24, 40)
-    plain.load_state_dict(module.state_dict())
-    torch.testing.assert_close(module(x), plain(x))
-    assert torch.equal(copy.deepcopy(module)(x), module(x))
-    assert repr(module) == repr(plain)
+    expected = module(x)
+    weight = Int8Weight(module.inner.weight.detach())
+    module.inner.weight = nn.Parameter(weight, requires_grad=False)
+    with torch.set_grad_enabled(grad):
+        output = module(x)
+    assert torch.equal(output, F.linear(x, weight.codes * weight.scale, module.inner.bias))
+    torch.testing.assert_close(output, expected, atol=0.05, rtol=0)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -307,11 +360,10 @@ def test_a_second_copy_of_the_file_works_beside_the_first() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.Linear is not Linear
+    assert module.apply_linear is not apply_linear
     assert "vlparts.parts.linear_copy" not in sys.modules
-    x, mine, theirs = torch.randn(70, 24), layer(), module.Linear(24, 40)
-    theirs.load_state_dict(mine.state_dict())
-    assert torch.equal(mine(x), theirs(x))
+    x, part = torch.randn(70, 24), layer()
+    assert torch.equal(part(x), module.apply_linear(part.inner, x))
 
 
 def test_the_kernels_are_registered() -> None:

@@ -22,6 +22,7 @@ from tests.training.images.packed_pictures import (
 from vlparts import NaViTImageProcessor
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import ImageCutter, PackedImageDataset, kept_patches
+from vlparts.training.images.stream import PackedImageStream
 
 
 @pytest.mark.parametrize("merge_size", [1, 2])
@@ -51,18 +52,30 @@ def test_another_grid_is_resized_to() -> None:
 
 
 def test_settings_of_the_processor_count() -> None:
-    options = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "do_rescale": False, "resample": 0}
+    options = {"image_mean": [10, 20, 30], "image_std": [50, 60, 70], "do_rescale": False, "resample": 0}
     processor = NaViTImageProcessor(patch_size=4, **options)
     (image,) = PackedImageDataset(PICTURES, processor)[[plan_of(2)]]
     assert torch.equal(image.patches, whole(2, processor))
     assert not torch.equal(image.patches, whole(2))
 
 
-def test_floats_that_need_no_resizing_stay_exact() -> None:
-    processor = NaViTImageProcessor(patch_size=4, do_rescale=False, size=AREAS)
-    floats = np.random.default_rng(0).random((20, 12, 3))
-    (image,) = PackedImageDataset([floats], processor)[[plan_of(0)]]
-    assert torch.equal(image.patches, processor(floats, return_tensors="pt")["pixel_values"])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.bool_])
+def test_arrays_are_read_as_by_the_image_processor(dtype: type) -> None:
+    levels = np.random.default_rng(0).integers(0, 2, (20, 12, 3)) * (65535 if dtype is np.uint16 else 1)
+    processor = NaViTImageProcessor(patch_size=4, size=AREAS)
+    (image,) = PackedImageDataset([levels.astype(dtype)], processor)[[plan_of(0)]]
+    assert torch.equal(image.patches, processor(levels.astype(dtype), return_tensors="pt")["pixel_values"])
+    assert torch.equal(image.patches, torch.where(image.patches > 0, 1.0, -1.0))  # black and white
+
+
+def test_an_ambiguous_array_needs_the_data_format_of_the_processor() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (4, 12, 3), dtype=np.uint8)
+    plan = plan_of(0)._replace(height=4, width=12, rows=1, columns=3)
+    with pytest.raises(ValueError, match=r"Image 0: .* \(4, 12, 3\) has two axes that can be the channels"):
+        PackedImageDataset([image], PROCESSOR)[[plan]]
+    processor = NaViTImageProcessor(patch_size=4, input_data_format="channels_last")
+    (cut,) = PackedImageDataset([image], processor)[[plan]]
+    assert torch.equal(cut.patches, PackedImageDataset([Image.fromarray(image)], PROCESSOR)[[plan]][0].patches)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.99])
@@ -201,5 +214,8 @@ def test_items_that_are_refused(item: Any, keys: tuple[Any, ...], message: str) 
 def test_arguments_that_are_refused() -> None:
     with pytest.raises(ValueError, match="`on_size_mismatch` must be 'raise' or 'resize', got 'crop'"):
         PackedImageDataset([], PROCESSOR, on_size_mismatch="crop")
+    for dataset, name in ((PackedImageStream([], PROCESSOR, 10), "PackedImageStream"), (iter([]), "list_iterator")):
+        with pytest.raises(ValueError, match=f"`dataset` must be a map-style dataset, got {name}; PackedImageStream"):
+            PackedImageDataset(dataset, PROCESSOR)
     with pytest.raises(ValueError, match="`num_channels` must be an integer of at least 1, got 0"):
         ImageCutter(PROCESSOR, num_channels=0)

@@ -248,11 +248,11 @@ INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: ResolutionDataset([], SAMPLER, 0), "`patch_size` must be an integer of at least 1, got 0"),
     (
         lambda: ResolutionDataset(["a.png"], SAMPLER, 8)[0],
-        "The image must be a Pillow image or .* got str",
+        "An image must be a Pillow image, a NumPy array or a tensor, got str",
     ),
-    (lambda: ResolutionDataset([np.zeros((4, 4, 3))], SAMPLER, 8)[0], r"got an array \(4, 4, 3\) float64"),
-    (lambda: ResolutionDataset([np.zeros((3, 4, 9), np.uint8)], SAMPLER, 8)[0], r"got an array \(3, 4, 9\) uint8"),
-    (lambda: ResolutionDataset([np.zeros((0, 4, 3), np.uint8)], SAMPLER, 8)[0], r"got an array \(0, 4, 3\) uint8"),
+    (lambda: ResolutionDataset([np.full((9, 9, 3), 2.0)], SAMPLER, 8)[0], r"values of 2\.\.2 in float64"),
+    (lambda: ResolutionDataset([np.zeros((3, 9, 4), np.uint8)], SAMPLER, 8)[0], r"\(3, 9, 4\) has two axes"),
+    (lambda: ResolutionDataset([np.zeros((0, 4, 3), np.uint8)], SAMPLER, 8)[0], "expected at least 1 x 1"),
     (lambda: ResolutionDataset([], SAMPLER, 4, merge_size=0), "`merge_size` must be an integer of at least 1, got 0"),
     (lambda: ResolutionDataset(photos(1), SAMPLER, 8).set_epoch(-1), "`epoch` must be at least 0, got -1"),
 ]

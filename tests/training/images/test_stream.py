@@ -164,6 +164,30 @@ def test_workers_share_the_images(items: Any, divide: str) -> None:
     assert sorted(indices[indices >= 0].tolist()) == list(range(40))  # places differ, so draws do
 
 
+class IterableDataset(Shared):
+    """Named as the class of the datasets library; tests/training_libraries.py has the class itself."""
+
+    __module__ = "datasets.iterable_dataset"
+
+
+@pytest.mark.parametrize("divide", [None, "stream", "items"])
+def test_an_iterable_dataset_of_the_datasets_library_divides_itself(divide: str | None) -> None:
+    loader = DataLoader(
+        stream(IterableDataset(), divide=divide), None, num_workers=2, collate_fn=PackedImageCollator(110, 5)
+    )
+    labels = torch.cat([batch["labels"] for batch in loader])
+    assert sorted(labels[labels >= 0].tolist()) == list(range(40))
+
+
+def test_an_iterator_has_one_epoch() -> None:
+    one = stream(iter(ITEMS))
+    assert sum(map(len, one)) == 40
+    with pytest.raises(ValueError, match="`items` is a list_iterator, which an earlier epoch has read"):
+        list(one)
+    two = stream(ITEMS)
+    assert sum(map(len, two)) == sum(map(len, two)) == 40
+
+
 def test_persistent_workers_see_the_epoch() -> None:
     one = stream(divide="stream")
     loader = DataLoader(one, None, num_workers=2, collate_fn=PackedImageCollator(110, 5), persistent_workers=True)
@@ -188,6 +212,12 @@ def test_no_items_give_no_packs() -> None:
 def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="`divide` must be None, 'stream' or 'items', got 'both'"):
         stream(divide="both")
+    with pytest.raises(
+        ValueError, match="`divide` must not be 'items' for a list, which every worker would read in full"
+    ):
+        stream(divide="items")
+    with pytest.raises(ValueError, match="`items` must be an iterable of images, got a dict; choose a split"):
+        stream({"train": ITEMS})
     for name in ("capacity", "max_items", "open_bins"):
         with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
             stream(**{"resolution": None, name: 0})

@@ -49,7 +49,7 @@ _OPTIONAL_TEXT_FIELDS = (
     "head_dim",
 )
 # The last two are not fields of VisionLanguageConfig, which keeps them as extra attributes.
-_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _PROJECTOR = "multi_tap_merger"
 # The default of the projector; the published mergers have the encoder's.
 _MERGER_EPS = 1e-6
@@ -166,8 +166,8 @@ def get_composed_config(config: dict[str, Any], **changes: Any) -> VisionLanguag
         ValueError: If a field is missing, or if the model has an option that ours does not have.
     """
     vision, text = get_vision_config(config, **changes), get_text_config(config)
-    _folder.require_fields(config, "", *_TOKEN_IDS)
-    _folder.require_numbers(config, "", *_TOKEN_IDS, integers=True)
+    _folder.require_fields(config, "", *TOKEN_IDS)
+    _folder.require_numbers(config, "", *TOKEN_IDS, integers=True)
     _folder.require_fields(config["vision_config"], "vision_config", "out_hidden_size")
     _folder.require_numbers(config["vision_config"], "vision_config", "out_hidden_size", integers=True)
     options = {"hidden_size": config["vision_config"]["out_hidden_size"]}
@@ -181,7 +181,7 @@ def get_composed_config(config: dict[str, Any], **changes: Any) -> VisionLanguag
         projector_type=_PROJECTOR,
         projector_options=options,
         tie_word_embeddings=text.tie_word_embeddings,
-        **{name: config[name] for name in _TOKEN_IDS},
+        **{name: config[name] for name in TOKEN_IDS},
     )
 
 
@@ -201,13 +201,13 @@ def published_config(config: VisionLanguageConfig | WindowFreeViTConfig) -> dict
             f"{type(vision).__name__} and {type(text).__name__}."
         )
     _folder.check_config(config, {"projector_type": _PROJECTOR, "vision_feature_layer": -1}, FAMILY)
-    missing = [name for name in _TOKEN_IDS if getattr(config, name, None) is None]
+    missing = [name for name in TOKEN_IDS if getattr(config, name, None) is None]
     if missing:
         raise ValueError(f"`model` must have {', '.join(missing)} in its configuration for {FAMILY}, got none.")
     return {
         **fields,
         **_published_text_config(text),
-        **{name: getattr(config, name) for name in _TOKEN_IDS},
+        **{name: getattr(config, name) for name in TOKEN_IDS},
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         "vision_config": {**_published_vision_config(vision), "out_hidden_size": _merger_width(config, vision)},
     }

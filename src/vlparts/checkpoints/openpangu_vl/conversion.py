@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
+from ...composition import suppress_tokens
 from ...parts.chat_templates import OPENPANGU_CHAT_TEMPLATE, OPENPANGU_VISION_TOKENS
 from ...parts.configuration_windowfree import WindowFreeViTConfig
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
@@ -16,7 +17,7 @@ from ...parts.processing_vlm import VisionLanguageProcessor
 from .._folder import CONFIG, new_folder, read_generation_config, write_config, write_json
 from .._safetensors import check_max_shard_size, list_tensors
 from .._weights import ModelT, check_dtype, load_weights, save_weights
-from .config import get_composed_config, get_vision_config, published_config, read_config
+from .config import TOKEN_IDS, get_composed_config, get_vision_config, published_config, read_config
 from .names import BUFFERS, NOT_ENCODER, get_slices, get_stored_slices, without_nesting
 from .processor import check_token_ids, get_image_processor, published_processor, read_statistics
 
@@ -54,7 +55,8 @@ def model_from_openpangu_vl(
     """Build a complete openPangu-VL: encoder, mergers and projection, text model with head, token ids.
 
     Weights are loaded file by file, so that memory holds them once. Generation options come from
-    generation_config.json, if there is one. The model is in evaluation mode.
+    generation_config.json, if there is one; their `suppress_tokens` are extended by the four vision tokens, as in
+    [`compose_processor`]. The model is in evaluation mode.
 
     Args:
         folder: As for [`encoder_from_openpangu_vl`]; the fields of the text model are at the top level of config.json
@@ -66,10 +68,12 @@ def model_from_openpangu_vl(
     """
     path = Path(folder)
     config = get_composed_config(read_config(path), **read_statistics(path))
+    generation = read_generation_config(path)
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
     model = _load(model, path, dtype)
-    read_generation_config(model, path)
+    model.generation_config = generation or model.generation_config
+    suppress_tokens(model, [getattr(config, name) for name in TOKEN_IDS])
     return model
 
 

@@ -34,11 +34,11 @@ def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = No
     """
     check_dtype(dtype)
     path = Path(folder)
-    config = read_config(path)
+    config, generation = read_config(path), read_generation_config(path)
     with torch.device("meta"):
         model = MoGEForCausalLM(config)
     model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype, ignored=(ROTARY_BUFFERS,))
-    read_generation_config(model, path)
+    model.generation_config = generation or model.generation_config
     return model
 
 

@@ -16,6 +16,7 @@ _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)?|[^\w\s]")
 _SIDE = 10**9  # side in pixels if no size is given; no code of formats that count pixels is above it
 _SAMPLE = 20  # regions that are written again
 _REWRITTEN = 0.9  # factor if the format would write the numbers differently
+_FURTHER = 0.5  # factor for each key of an object that the format does not name, if another format names more
 _EXPONENT = 8  # a quality weighs as much as this power of it
 _MIN_CONFIDENCE = 0.01
 
@@ -90,25 +91,26 @@ def _writes_same(text: str, fmt: CoordinateFormat, found: Sequence[Found]) -> bo
 
 def _quality(
     text: str, tokens: Sequence[tuple[int, bool]], fmt: CoordinateFormat, sizes: Sequence[tuple[int, int]] | None
-) -> tuple[float, int, int]:
-    """Return how well a format reads a text, from 0 to 1, and the numbers of regions and errors."""
+) -> tuple[float, int, int, int]:
+    """Return how well a format reads a text, from 0 to 1, and the numbers of regions, errors and further keys."""
     try:
         found, errors = _read(text, fmt, sizes)
     except CoordinateError:  # the format has no frame for an image of this size
-        return 0.0, 0, 0
+        return 0.0, 0, 0, 0
     if not found:
-        return 0.0, 0, len(errors)
+        return 0.0, 0, len(errors), 0
     quality = _covered(text, tokens, found) * len(found) / (len(found) + len(errors))
-    return quality * (1.0 if _writes_same(text, fmt, found) else _REWRITTEN), len(found), len(errors)
+    further = max(len(item.attributes) for item in found)
+    return quality * (1.0 if _writes_same(text, fmt, found) else _REWRITTEN), len(found), len(errors), further
 
 
 def guess_format(text: str, image_size: ImageSizes | None = None) -> list[Guess]:
     """Return the registered formats that can read a text, with confidences.
 
     The confidence of a format is higher the more of the text's numbers and marks its regions contain, the fewer errors
-    it reports (including codes out of its range), and if it would write the numbers the same way (padding, decimals).
-    Many families share the same text and differ only in the frame or the meaning of the numbers; such formats have
-    equal confidences.
+    it reports (including codes out of its range), if it would write the numbers the same way (padding, decimals), and
+    the more keys of JSON objects it names. Many families share the same text and differ only in the frame or the
+    meaning of the numbers; such formats have equal confidences.
 
     Args:
         text: A text with coordinates.
@@ -129,10 +131,16 @@ def guess_format(text: str, image_size: ImageSizes | None = None) -> list[Guess]
     if not any(number for _, number in tokens):
         return []
     results = {name: _quality(text, tokens, fmt, sizes) for name, fmt in FORMATS.items()}
-    whole = sum(quality**_EXPONENT for quality, _, _ in results.values())
+    best = max(quality for quality, *_ in results.values())
+    least = min(further for quality, *_, further in results.values() if quality >= _REWRITTEN * best)
+    results = {
+        name: (quality * _FURTHER ** max(0, further - least), regions, errors, further)
+        for name, (quality, regions, errors, further) in results.items()
+    }
+    whole = sum(quality**_EXPONENT for quality, *_ in results.values())
     guesses = [
         Guess(name, quality * quality**_EXPONENT / whole, regions, errors)
-        for name, (quality, regions, errors) in results.items()
+        for name, (quality, regions, errors, _) in results.items()
         if quality > 0.0
     ]
     kept = [guess for guess in guesses if guess.confidence >= _MIN_CONFIDENCE]

@@ -5,6 +5,7 @@ A format's `assumed` lists what its source does not say. Models whose rule is un
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypedDict
 
 from ..frames.rules import SmartResize
 from ..grammars.json_fields import NamedJsonGrammar
@@ -22,6 +23,32 @@ from .registry import CoordinateFormat, register_format
 __all__ = ["ABSENT", "PUBLISHED"]
 
 _OPEN, _NEXT, _CLOSE = "[\n  ", ",\n  ", "\n]"
+_OCR_LABEL = "label: the text of the line"
+
+
+class _CornerAndSize(TypedDict):
+    """Arguments of [`NamedJsonGrammar`] for boxes with a width and a height."""
+
+    keys: tuple[tuple[str, tuple[str, ...]], ...]
+    sizes: bool
+    aliases: tuple[tuple[str, str], ...]
+    label_key: str
+    opening: str
+    names: tuple[str, ...]
+    separator: str
+    closing: str
+
+
+_CORNER_AND_SIZE: _CornerAndSize = {
+    "keys": (("box", ("x", "y", "width", "height")),),
+    "sizes": True,
+    "aliases": (("w", "width"), ("h", "height")),
+    "label_key": "label",
+    "opening": _OPEN,
+    "names": (),
+    "separator": _NEXT,
+    "closing": _CLOSE,
+}
 
 _UNTAGGED = (
     CoordinateFormat(
@@ -35,6 +62,48 @@ _UNTAGGED = (
             "layout: as in Qwen3-VL's cookbooks",
             "max_pixels: as in the notebook; can be set",
         ),
+    ),
+    CoordinateFormat(
+        name="qwen2_5_vl_ocr",
+        numbers=NumberRule(denominator=None, levels=None, far_edge=False),
+        grammar=JsonGrammar(keys=(("box", "bbox_2d"),), label_key="text_content"),
+        frame=SmartResize(28, 56 * 56, 14 * 14 * 4 * 1280),
+        source="QwenLM/Qwen3-VL cookbooks/ocr.ipynb; numbers as qwen2_5_vl",
+        date=DATE,
+        assumed=(_OCR_LABEL, "max_pixels: as in the notebook of qwen2_5_vl; can be set"),
+    ),
+    CoordinateFormat(
+        name="qwen3_vl_ocr",
+        numbers=THOUSAND,
+        grammar=JsonGrammar(keys=(("box", "bbox_2d"),), label_key="text_content", image_key="img_idx"),
+        source="QwenLM/Qwen3-VL cookbooks/ocr.ipynb; numbers as qwen3_vl",
+        date=DATE,
+        assumed=(_OCR_LABEL, "rounding: nearest, as for Qwen2-VL"),
+    ),
+    CoordinateFormat(
+        name="dots_ocr",
+        numbers=PIXELS,
+        grammar=JsonGrammar(keys=(("box", "bbox"),), label_key="category", opening="[", separator=", ", closing="]"),
+        frame=SmartResize(28, 3136, 11289600),
+        source="rednote-hilab/dots.ocr dots_ocr/utils/consts.py, dots_ocr/utils/layout_utils.py",
+        date=DATE,
+        assumed=("label: the category; the text is an attribute", NEAREST, FAR_EDGE),
+    ),
+    CoordinateFormat(
+        name="xywh",
+        numbers=PIXELS,
+        grammar=NamedJsonGrammar(decimals=0, **_CORNER_AND_SIZE),
+        source="VGG Image Annotator 2 (via-2.x.y/CodeDoc.md), shape_attributes of rect; many other programs",
+        date=DATE,
+        assumed=("label: under the key label", NEAREST, FAR_EDGE),
+    ),
+    CoordinateFormat(
+        name="xywh_relative",
+        numbers=NumberRule(denominator=10**6, levels=10**6 + 1),
+        grammar=NamedJsonGrammar(**_CORNER_AND_SIZE),
+        source="as xywh, with fractions of the sides of the image; no publisher",
+        date=DATE,
+        assumed=("label: under the key label", "decimals: 6 at most", NEAREST),
     ),
     CoordinateFormat(
         name="qwen3_vl",

@@ -26,6 +26,8 @@ __all__ = ["TASKS"]
 _TOKEN = "<loc_{}><loc_{}>"
 _NO_TRUNCATION = "truncation: none; the source truncates the middle of a bin to whole pixels"
 _UI_TARS = SmartResize(28, 100 * 28 * 28, 16384 * 28 * 28)
+_BOX_TAG = Shape("box", "{} {}", " ", "<bbox>", "</bbox>")
+_POINT_TAG = Shape("point", "{} {}", " ", "<point>", "</point>")
 
 TASKS = (
     CoordinateFormat(
@@ -72,24 +74,26 @@ TASKS = (
     CoordinateFormat(
         name="ui_tars",
         numbers=THOUSAND,
-        grammar=TaggedGrammar(shapes=boxed(PAIR, "box", "point"), label_place="none"),
-        source="bytedance/UI-TARS README_v1.md",
+        grammar=TaggedGrammar(
+            shapes=(*boxed(PAIR, "box", "point"), _BOX_TAG, _POINT_TAG, *listed("box", "point")), label_place="none"
+        ),
+        source="bytedance/UI-TARS README_v1.md, codes/ui_tars/action_parser.py; prompt of @ui-tars/sdk 1.2.3",
         date=DATE,
-        assumed=(NEAREST, LINE_BREAK),
+        assumed=(NEAREST, LINE_BREAK, "tags and lists: read, not written"),
     ),
     CoordinateFormat(
         name="ui_tars_1_5",
         numbers=PIXELS,
-        grammar=TaggedGrammar(shapes=(Shape("point", PAIR),), label_place="none"),
+        grammar=TaggedGrammar(shapes=(*listed("box"), Shape("point", PAIR), *listed("point")), label_place="none"),
         frame=_UI_TARS,
-        source="bytedance/UI-TARS README_coordinates.md",
+        source="bytedance/UI-TARS README_coordinates.md; prompt of @ui-tars/sdk 1.2.3",
         date=DATE,
         assumed=(NEAREST, FAR_EDGE, LINE_BREAK),
     ),
     CoordinateFormat(
         name="ui_tars_1_5_tags",
         numbers=PIXELS,
-        grammar=TaggedGrammar(shapes=(Shape("point", "{} {}", " ", "<point>", "</point>"),), label_place="none"),
+        grammar=TaggedGrammar(shapes=(_BOX_TAG, _POINT_TAG), label_place="none"),
         frame=_UI_TARS,
         source="bytedance/UI-TARS codes/ui_tars/action_parser.py",
         date=DATE,

@@ -3,15 +3,17 @@
 import datetime
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
+from ..frames.processed import Processed
 from ..frames.rules import FrameRule, Original
 from ..grammars.base import Grammar
 from ..quantization import Numbers
 from ..regions import KINDS
 
-__all__ = ["DEFAULT", "FORMATS", "CoordinateFormat", "get_format", "register_format"]
+__all__ = ["DEFAULT", "FORMATS", "CoordinateFormat", "as_seen", "get_format", "register_format"]
 
 DEFAULT = "openpangu"
 """Name of the default format."""
@@ -125,3 +127,21 @@ def get_format(format: CoordinateFormat | str | None) -> CoordinateFormat:
     if isinstance(format, CoordinateFormat):
         return format
     raise ValueError(f"`format` must be a CoordinateFormat or one of {sorted(_formats)}, got {format!r}.")
+
+
+def as_seen(format: "CoordinateFormat | str | None", processor: Any) -> CoordinateFormat:
+    """Return a format for images as an image processor gives them to a model.
+
+    Numbers relative to the image are then relative to what the model sees: with a centre crop or padding, the crop or
+    the padded image. A processor that only resizes changes nothing, and neither does a format with a frame of its own.
+    The name of the format stays, and it is not registered.
+
+    Args:
+        format: A format or its name; None for the default.
+        processor: An image processor, or a processor that has one, see [`Processed`].
+
+    Raises:
+        ValueError: If the format is unknown.
+    """
+    found = get_format(format)
+    return found if found.frame != Original() else replace(found, frame=Processed(processor, relative=True))

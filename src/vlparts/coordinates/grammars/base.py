@@ -3,10 +3,20 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["QUOTE_LENGTH", "Coded", "DecodeError", "Found", "Grammar", "ReportsLoss", "check_writable"]
+from ..json_values import NO_ATTRIBUTES, QUOTE_LENGTH, Attributes
 
-QUOTE_LENGTH = 40
-"""Maximum number of characters that an error message quotes from the text."""
+__all__ = [
+    "QUOTE_LENGTH",
+    "Coded",
+    "DecodeError",
+    "Found",
+    "Grammar",
+    "ReportsLoss",
+    "Suspicion",
+    "WritesAttributes",
+    "check_attributes",
+    "check_writable",
+]
 
 
 class Coded(NamedTuple):
@@ -19,6 +29,7 @@ class Coded(NamedTuple):
         image: Index of its image, from 0.
         identity: Number of the object that the region shows, or None.
         times: Seconds, one per point of a track; () for other kinds.
+        attributes: What else the text says about the region.
     """
 
     kind: str
@@ -27,6 +38,7 @@ class Coded(NamedTuple):
     image: int = 0
     identity: int | None = None
     times: Sequence[float] = ()
+    attributes: Attributes = NO_ATTRIBUTES
 
 
 class Found(NamedTuple):
@@ -45,6 +57,7 @@ class Found(NamedTuple):
     image: int = 0
     identity: int | None = None
     times: Sequence[float] = ()
+    attributes: Attributes = NO_ATTRIBUTES
 
 
 class DecodeError(NamedTuple):
@@ -52,6 +65,12 @@ class DecodeError(NamedTuple):
 
     position: int
     reason: str
+
+
+class Suspicion(DecodeError):
+    """A part of a text that looks like coordinates of a format but is neither a region nor a malformed one."""
+
+    __slots__ = ()
 
 
 class Grammar(Protocol):
@@ -82,15 +101,37 @@ class Grammar(Protocol):
 
 @runtime_checkable
 class ReportsLoss(Protocol):
-    """A grammar whose regions can come with text that a [`Found`] does not contain, such as further keys."""
+    """A grammar whose regions can come with text that a [`Found`] does not contain, such as a mask."""
 
-    def lost(self, text: str) -> list[DecodeError]:
-        """Return each part of a text that is lost when its regions are written again, in the order of the text."""
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
+        """Return each part of a text that is lost when `target` writes its regions, in the order of the text."""
 
 
-def check_writable(region: Coded, kinds: Sequence[str]) -> None:
-    """Raise ValueError if a region has another kind than `kinds`, or an image index, identity or times."""
+@runtime_checkable
+class WritesAttributes(Protocol):
+    """A grammar that can write the attributes of regions."""
+
+    @property
+    def own_keys(self) -> tuple[str, ...]:
+        """The names that an attribute cannot have, since the grammar uses them itself."""
+
+
+def check_writable(region: Coded, kinds: Sequence[str], own_keys: Sequence[str] | None = None) -> None:
+    """Raise ValueError if a region has another kind than `kinds`, an image index, identity or times, or attributes.
+
+    With `own_keys`, attributes are allowed, see [`check_attributes`].
+    """
     if region.kind not in kinds:
         raise ValueError(f"A {region.kind} cannot be written: the format has {', '.join(kinds)}.")
     if region.image or region.identity is not None or len(region.times):
         raise ValueError("The format writes regions of one image, without identities and times.")
+    check_attributes(region, own_keys)
+
+
+def check_attributes(region: Coded, own_keys: Sequence[str] | None = None) -> None:
+    """Raise ValueError if a region has an attribute whose name is in `own_keys`, or any if that is None."""
+    for name in region.attributes:
+        if own_keys is None:
+            raise ValueError(f"Attribute {name!r} cannot be written: the format has no place for attributes.")
+        if name in own_keys:
+            raise ValueError(f"Attribute {name!r} cannot be written: the format uses this name itself.")

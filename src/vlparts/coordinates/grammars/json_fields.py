@@ -1,21 +1,23 @@
 """A grammar of regions as JSON objects with one key per number: `{"x_min": 0.1, "y_min": 0.2, ...}`."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
-from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
-from .json_objects import MAX_DIGITS, cut_list, fault_reason, lost_text, ordered
-from .json_scanner import JsonList, JsonNumber, JsonObject, objects
+from .base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, check_writable
+from .json_attributes import has_number, is_shape, read_attributes, written_attributes
+from .json_objects import MAX_DIGITS, cut_list, fault_reason, label_of, lost_text, ordered
+from .json_scanner import JsonNumber, JsonObject, JsonString, objects
 
 __all__ = ["NamedJsonGrammar"]
 
 _MAX_LENGTH = 32  # characters of a number
 
 
-def _fraction(value: object, decimals: int) -> int | str:
-    """Return the code of a number with decimals, rounded half up, or the reason why it has none."""
+def _decimal(value: object, decimals: int) -> Decimal | str:
+    """Return a number, or the reason why it is not valid. With decimals, it may have any count of them."""
     if not isinstance(value, JsonNumber):
         return "is not a number"
     if len(value.token) > _MAX_LENGTH or re.search(r"[eE][+-]?\d{4}", value.token):
@@ -25,30 +27,25 @@ def _fraction(value: object, decimals: int) -> int | str:
         return "is negative"
     if number and number.adjusted() > MAX_DIGITS - decimals:
         return "is too large"
-    return int(number.scaleb(decimals).quantize(Decimal(1), rounding=ROUND_HALF_UP))
-
-
-def _has_number(value: object) -> bool:
-    """Whether a JSON value is a number or contains one."""
-    if isinstance(value, JsonList):
-        return any(map(_has_number, value.items))
-    if isinstance(value, JsonObject):
-        return any(_has_number(member) for _, member in value.members)
-    return isinstance(value, JsonNumber)
+    return number if decimals or number == number.to_integral_value() else "is not an integer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedJsonGrammar:
     """Regions as objects with one key per number, such as `{"x": 0.1, "y": 0.2}`.
 
-    Objects are read as in [`JsonGrammar`], with the same errors. Numbers may have decimals and an exponent; they are
-    rounded. A further key with a number, such as a width, is an error.
+    Objects are read as in [`JsonGrammar`], with the same errors. Numbers may have an exponent, and decimals, which are
+    rounded, unless `decimals` is 0. A further key with a number is an error if its name is that of a coordinate, size
+    or angle, such as "width", since the object is then another shape; other further keys are attributes.
 
     Args:
         keys: Pairs of a kind of region and its keys, in the order x, y.
-        decimals: Maximum number of decimals; a code of 123 with 3 decimals is written 0.123.
+        sizes: Whether the last two numbers of a box are its width and height, not its second corner.
+        aliases: Pairs of another name that is read, such as "w", and the key, such as "width".
+        label_key: Key of the label; "" if there are no labels.
+        decimals: Maximum number of decimals; a code of 123 with 3 decimals is written 0.123. 0 for integers.
         opening: Text before the first object, with `{}` for the name of the list.
-        names: Name of the list per kind in `keys`.
+        names: Name of the list per kind in `keys`; () if `opening` has none.
         separator: Text between objects.
         closing: Text after the last object.
     """
@@ -57,6 +54,9 @@ class NamedJsonGrammar:
         ("box", ("x_min", "y_min", "x_max", "y_max")),
         ("point", ("x", "y")),
     )
+    sizes: bool = False
+    aliases: tuple[tuple[str, str], ...] = ()
+    label_key: str = ""
     decimals: int = 6
     opening: str = '{{"{}": ['
     names: tuple[str, ...] = ("objects", "points")
@@ -68,29 +68,41 @@ class NamedJsonGrammar:
         """The kinds of region that can be written."""
         return tuple(kind for kind, _ in self.keys)
 
+    @property
+    def own_keys(self) -> tuple[str, ...]:
+        """The keys that are not attributes."""
+        named = [key for _, keys in self.keys for key in keys]
+        return (*named, *(alias for alias, _ in self.aliases), *filter(None, [self.label_key]))
+
     def write(self, regions: Sequence[Coded]) -> str:
         """See [`Grammar`]. A change of kind within the regions begins another list."""
         pieces: list[str] = []
         last = ""
         for region in regions:
-            check_writable(region, self.kinds)
-            kind, codes, label, *_ = region
-            if label is not None:
+            check_writable(region, self.kinds, self.own_keys)
+            kind, label = region.kind, region.label
+            if label is not None and not self.label_key:
                 raise ValueError(f"The format has no labels, got label {label!r}.")
             if kind != last:
                 pieces += [self.closing + self.separator] if last else []
-                pieces += [self.opening.format(self.names[self.kinds.index(kind)])]
+                pieces += [self.opening.format(*self.names[self.kinds.index(kind) :])]
             else:
                 pieces += [self.separator]
-            body = ", ".join(
-                f'"{key}": {self._number(code)}' for key, code in zip(dict(self.keys)[kind], codes, strict=True)
-            )
-            pieces += ["{", body, "}"]
+            codes = list(region.codes)
+            if self.sizes and kind == "box":
+                codes[2:] = codes[2] - codes[0], codes[3] - codes[1]
+            keys = dict(self.keys)[kind]
+            body = ", ".join(f'"{key}": {self._number(code)}' for key, code in zip(keys, codes, strict=True))
+            name = "" if label is None else f', "{self.label_key}": {json.dumps(label, ensure_ascii=False)}'
+            further = written_attributes(region, [keys[0] for _, keys in self.keys], shapes=False)
+            pieces += ["{", body, name, further, "}"]
             last = kind
         return "".join(pieces) + (self.closing if last else "")
 
     def _number(self, code: int) -> str:
-        """Return a code with at least one decimal, without trailing zeros."""
+        """Return a code with at least one decimal, without trailing zeros, or as an integer."""
+        if not self.decimals:
+            return str(code)
         whole, part = divmod(code, 10**self.decimals)
         return f"{whole}.{str(part).zfill(self.decimals).rstrip('0') or '0'}"
 
@@ -108,7 +120,7 @@ class NamedJsonGrammar:
             kind = self._kind(item)
             if kind is None and not (item.fault == "unfinished" and not item.members):
                 continue
-            region = fault_reason(item) if item.fault or kind is None else self._region(item, kind)
+            region = fault_reason(item) if item.fault or kind is None else self._region(text, item, kind)
             if isinstance(region, str):
                 errors.append(DecodeError(item.start, region))
             else:
@@ -120,30 +132,45 @@ class NamedJsonGrammar:
         members = dict(item.members)
         return next((kind for kind, keys in self.keys if keys[0] in members), None)
 
-    def lost(self, text: str) -> list[DecodeError]:
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
         """See [`ReportsLoss`]."""
-        regions, known = [], [key for _, keys in self.keys for key in keys]
+        regions = []
         for item in objects(text):
             kind = self._kind(item)
-            if kind is not None and not item.fault and isinstance(self._region(item, kind), Found):
+            if kind is not None and not item.fault and isinstance(self._region(text, item, kind), Found):
                 regions.append(item)
-        return lost_text(text, regions, known)
+        return lost_text(text, regions, self.own_keys, target)
 
-    def _region(self, item: JsonObject, kind: str) -> Found | str:
+    def _region(self, text: str, item: JsonObject, kind: str) -> Found | str:
         """Return the region of an object, or the reason why it is not one."""
-        members = dict(item.members)
-        codes: list[int] = []
+        renamed = dict(self.aliases)
+        members = {renamed.get(key, key): value for key, value in item.members}
+        if len(members) != len(item.members):
+            return "malformed object: a key occurs twice"
         names = dict(self.keys)[kind]
+        numbers: list[Decimal] = []
         for key in names:
-            code = _fraction(members.get(key), self.decimals)
-            if isinstance(code, str):
-                return f"malformed object: {key!r} {code}"
-            codes.append(code)
+            number = _decimal(members.get(key), self.decimals)
+            if isinstance(number, str):
+                return f"malformed object: {key!r} {number}"
+            numbers.append(number)
+        if self.sizes and kind == "box":
+            numbers[2:] = numbers[0] + numbers[2], numbers[1] + numbers[3]
+        known = (*names, self.label_key)
+        other = {key: value for key, value in members.items() if key not in known}
         unknown = [
-            repr(key[:QUOTE_LENGTH]) for key, value in members.items() if key not in names and _has_number(value)
+            repr(key[:QUOTE_LENGTH])
+            for key, value in other.items()
+            if is_shape(key, value) or (key in self.own_keys and has_number(value))
         ]
         if unknown:
             return f"malformed object: unknown keys {', '.join(unknown)} with numbers; a {kind} has {', '.join(names)}"
-        if len(members) != len(item.members):
-            return "malformed object: a key occurs twice"
-        return Found(item.start, item.end, (item.start, item.end), kind, codes)
+        label = label_of(members.get(self.label_key, "null")) if self.label_key else None
+        if isinstance(label, JsonString):
+            return f"malformed object: {self.label_key!r} must be a string"
+        used = (*names, *(alias for alias, key in self.aliases if key in names), *filter(None, [self.label_key]))
+        attributes = read_attributes(text, item, used)
+        if isinstance(attributes, str):
+            return attributes
+        codes = [int(n.scaleb(self.decimals).quantize(Decimal(1), rounding=ROUND_HALF_UP)) for n in numbers]
+        return Found(item.start, item.end, (item.start, item.end), kind, codes, label, attributes=attributes)

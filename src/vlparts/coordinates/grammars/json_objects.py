@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..regions import KINDS
-from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
+from .base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, check_writable
+from .json_attributes import lost_members, read_attributes, written_attributes
 from .json_scanner import JsonList, JsonNumber, JsonObject, JsonString, objects
 
-__all__ = ["MAX_DIGITS", "JsonGrammar", "cut_list", "fault_reason", "lost_text", "ordered"]
+__all__ = ["MAX_DIGITS", "JsonGrammar", "cut_list", "fault_reason", "label_of", "lost_text", "ordered"]
 
 _OPENING = re.compile(r"\[\s*+\Z")
 _CLOSING = re.compile(r"\s*+\]")
@@ -88,15 +89,16 @@ def _with_marks(text: str, start: int, end: int, names: Sequence[str]) -> tuple[
     return start, end
 
 
-def lost_text(text: str, regions: Sequence[JsonObject], keys: Sequence[str]) -> list[DecodeError]:
-    """Return the text around and within the objects of regions that is lost when they are written again.
+def lost_text(text: str, regions: Sequence[JsonObject], own_keys: Sequence[str], target: Grammar) -> list[DecodeError]:
+    """Return the text around and within the objects of regions that is lost when `target` writes them.
 
     Args:
         text: The text.
         regions: The objects of regions, without malformed ones.
-        keys: The keys that regions have.
+        own_keys: The keys that are not attributes.
+        target: The grammar that writes the regions.
     """
-    errors = [error for item in regions for error in _further_keys(text, item, keys)]
+    errors = lost_members(text, regions, own_keys, target)
     spans = sorted((item.start, item.end) for item in regions)
     for first, last in _groups(text, spans):
         start, end = spans[first][0], spans[last][1]
@@ -114,24 +116,6 @@ def _other_items(text: str, position: int) -> DecodeError:
     return DecodeError(position, f"a list with other items than regions would be lost, near {quoted}")
 
 
-def _further_keys(text: str, item: JsonObject, keys: Sequence[str]) -> list[DecodeError]:
-    """Return an error for each key of an object that is not in `keys`."""
-    errors, position = [], item.start
-    for key, value in item.members:
-        match = re.compile(rf'"{re.escape(key)}"\s*+:').search(text, position, item.end)
-        position = match.start() if match else item.start
-        if key not in keys:
-            expected = ", ".join(filter(None, keys))
-            errors.append(
-                DecodeError(position, f"key {key[:QUOTE_LENGTH]!r} would be lost: the format has the keys {expected}")
-            )
-        if isinstance(value, (JsonString, JsonNumber)):
-            position = value.start + len(value.token)
-        else:
-            position = value.end if isinstance(value, (JsonList, JsonObject)) else position + len(key) + 2
-    return errors
-
-
 @dataclass(frozen=True, kw_only=True)
 class JsonGrammar:
     """Regions as objects with a list of numbers, such as `{"bbox_2d": [1, 2, 3, 4], "label": "cat"}`.
@@ -140,7 +124,8 @@ class JsonGrammar:
     are cut off. An object with one of the keys is an error if the list contains anything but nonnegative integers
     (12.0 is one, 12.5 is not) or the wrong number of them, if a key occurs twice, if the label is not a string, or if
     the object is not JSON (NaN, comments, trailing commas, line breaks within strings, single quotes as Python prints
-    them, more than 32 levels). Nothing is evaluated.
+    them, more than 32 levels). Nothing is evaluated. Further keys are the attributes of the region; their values are
+    not interpreted, and one with a repeated key or half of a surrogate pair is an error. A label of null is no label.
 
     Args:
         keys: Pairs of a kind of region and the key of its numbers.
@@ -175,6 +160,15 @@ class JsonGrammar:
         """The kinds of region that can be written."""
         return tuple(kind for kind, _ in self.keys)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(key for _, key in self.keys)
+
+    @property
+    def own_keys(self) -> tuple[str, ...]:
+        """The keys that are not attributes."""
+        return (*self._names, *filter(None, (self.label_key, self.image_key)))
+
     def write(self, regions: Sequence[Coded]) -> str:
         """See [`Grammar`]. No regions are an empty list."""
         if not regions:
@@ -183,18 +177,19 @@ class JsonGrammar:
 
     def _object(self, region: Coded) -> str:
         """Return the text of one object."""
-        check_writable(region._replace(image=0) if self.image_key else region, self.kinds)
+        check_writable(region._replace(image=0) if self.image_key else region, self.kinds, self.own_keys)
         kind, codes, label, image, *_ = region
         key = dict(self.keys)[kind]
         label_text = "" if label is None else f', "{self.label_key}": {json.dumps(label, ensure_ascii=False)}'
         image_text = f', "{self.image_key}": {image}' if image else ""
-        return f'{{"{key}": [{", ".join(map(str, codes))}]{label_text}{image_text}}}'
+        further = written_attributes(region, self._names) if region.attributes else ""
+        return f'{{"{key}": [{", ".join(map(str, codes))}]{label_text}{image_text}{further}}}'
 
     def scan(self, text: str) -> tuple[list[Found], list[DecodeError]]:
         """See [`Grammar`]."""
         found: list[Found] = []
         errors: list[DecodeError] = []
-        names = [key for _, key in self.keys]
+        names = self._names
         quoted = re.compile(rf"\{{\s*+'(?:{'|'.join(map(re.escape, names))})'")  # as Python prints an object
         pattern = re.compile("|".join(f'"{re.escape(name)}"' for name in names))
         spans: list[tuple[int, int]] = []
@@ -207,7 +202,7 @@ class JsonGrammar:
             if not is_region:
                 continue
             spans.append((item.start, item.end))
-            region = self._region(item)
+            region = self._region(text, item)
             if isinstance(region, str):
                 errors.append(DecodeError(item.start, region))
             else:
@@ -215,14 +210,14 @@ class JsonGrammar:
         errors += _keys_outside(text, pattern, spans)
         return ordered(found, errors + cut_list(text, found, errors), text)
 
-    def lost(self, text: str) -> list[DecodeError]:
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
         """See [`ReportsLoss`]."""
-        names = [key for _, key in self.keys]
+        names = self._names
         candidates = (item for item in objects(text) if any(key in names for key, _ in item.members))
-        regions = [item for item in candidates if isinstance(self._region(item), Found)]
-        return lost_text(text, regions, [*names, self.label_key, self.image_key])
+        regions = [item for item in candidates if isinstance(self._region(text, item), Found)]
+        return lost_text(text, regions, self.own_keys, target)
 
-    def _region(self, item: JsonObject) -> Found | str:
+    def _region(self, text: str, item: JsonObject) -> Found | str:
         """Return the region of an object, or the reason why it is not one."""
         if item.fault:
             return fault_reason(item)
@@ -243,14 +238,17 @@ class JsonGrammar:
         points, odd = divmod(len(codes), 2)
         if odd or points < least or (most is not None and points > most):
             return f"malformed object: a {kind} has {_counts(kind)} numbers, got {len(codes)}"
-        label = _label(members.get(self.label_key, "null"))
+        label = label_of(members.get(self.label_key, "null"))
         image = _integer(members.get(self.image_key, JsonNumber(0, "0"))) if self.image_key else 0
         if isinstance(label, JsonString) or isinstance(image, str):
             return f"malformed object: {self.label_key!r} must be a string, and an image index an integer"
-        return Found(value.start, value.end, (item.start, item.end), kind, codes, label, image)
+        attributes = read_attributes(text, item, self.own_keys)
+        if isinstance(attributes, str):
+            return attributes
+        return Found(value.start, value.end, (item.start, item.end), kind, codes, label, image, attributes=attributes)
 
 
-def _label(value: object) -> str | None | JsonString:
+def label_of(value: object) -> str | None | JsonString:
     """Return the label of a JSON value: None for null, or a JsonString if the value is not a valid string."""
     if value == "null":
         return None

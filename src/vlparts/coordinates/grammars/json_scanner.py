@@ -8,11 +8,13 @@ from typing import NamedTuple
 __all__ = ["JsonList", "JsonNumber", "JsonObject", "JsonString", "objects"]
 
 DEPTH = 32
-"""Maximum nesting of containers; deeper ones are malformed."""
+"""Maximum nesting of containers in the texts of models; deeper ones are malformed."""
 _TOKEN = re.compile(
     r'[ \t\n\r]*+(?:([\[\]{},:])|("(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+)("?+)'
     r"|(-?+[0-9]++(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+)(?![\w.])|(true|false|null)(?!\w)|(\Z))"
 )
+_WORD = re.compile(r"[ \t\n\r]*+[\w.+\-]++")  # at the end of the text, it may become a number or literal
+_PIECE = re.compile(r"\s*+(\w{1,8}+|\S)")
 _QUOTED = re.compile(r"\{[ \t\n\r]*+'")
 
 
@@ -111,7 +113,8 @@ def _read_token(stack: list[_Open], match: re.Match[str]) -> str:
         return "" if top.punctuate(mark) else f"{mark!r} out of place"
     if string is not None:
         if not closed:
-            return "unfinished" if match.end() == len(match.string) else "line break in a string"
+            is_cut = match.string[match.end() : match.end() + 2] in ("", "\\")
+            return "unfinished" if is_cut else "line break in a string"
         if top.is_object and top.state in ("first", "more"):
             top.key, top.state = string[1:], "colon"
             return ""
@@ -124,13 +127,13 @@ def _read_token(stack: list[_Open], match: re.Match[str]) -> str:
     return ""
 
 
-def _read_bracket(stack: list[_Open], mark: str, end: int, found: Callable[[JsonObject], None]) -> str:
+def _read_bracket(stack: list[_Open], mark: str, end: int, found: Callable[[JsonObject], None], depth: int) -> str:
     """Open or close a container with a bracket that ends at `end`; returns the fault, or ""."""
     if mark in "{[":
         if stack and not stack[-1].accepts_value():
             return f"{mark!r} out of place"
-        if len(stack) == DEPTH:
-            return f"nested deeper than {DEPTH}"
+        if len(stack) == depth:
+            return f"nested deeper than {depth}"
         stack.append(_Open(end - 1, mark == "{"))
         return ""
     top = stack[-1]
@@ -142,7 +145,13 @@ def _read_bracket(stack: list[_Open], mark: str, end: int, found: Callable[[Json
     return ""
 
 
-def _read_object(text: str, start: int, found: Callable[[JsonObject], None]) -> int:
+def _fault(text: str, position: int) -> str:
+    """Return the fault of text that is not a token: its first word or character."""
+    match = _PIECE.match(text, position)
+    return repr(match[1]) if match else "spaces"
+
+
+def _read_object(text: str, start: int, found: Callable[[JsonObject], None], depth: int) -> int:
     """Read the object that opens at `start` and those inside it; returns the position after them."""
     stack: list[_Open] = []
     position = start
@@ -150,11 +159,12 @@ def _read_object(text: str, start: int, found: Callable[[JsonObject], None]) -> 
         match = _TOKEN.match(text, position)
         after = match.end() if match else position
         if match is None:
-            fault = f"{text[position : position + 16].strip()[:8]!r}"
+            word = _WORD.match(text, position)
+            fault = "unfinished" if word and word.end() == len(text) else _fault(text, position)
         elif match[6] is not None:
             fault = "unfinished"
         elif match[1] in ("{", "[", "}", "]"):
-            fault = _read_bracket(stack, match[1], after, found)
+            fault = _read_bracket(stack, match[1], after, found, depth)
         else:
             fault = _read_token(stack, match)
         if fault:
@@ -168,10 +178,11 @@ def _read_object(text: str, start: int, found: Callable[[JsonObject], None]) -> 
         position = after
 
 
-def objects(text: str) -> Iterator[JsonObject]:
+def objects(text: str, depth: int = DEPTH) -> Iterator[JsonObject]:
     """Yield all objects of a text, inner ones before outer ones, malformed ones with their fault.
 
     An object with single quotes, as Python prints it, is not read: it is yielded without members, with that fault.
+    Containers that are nested deeper than `depth` are malformed.
     """
     position = text.find("{")
     while position >= 0:
@@ -180,6 +191,6 @@ def objects(text: str) -> Iterator[JsonObject]:
             position = text.find("{", position + 1)
             continue
         batch: list[JsonObject] = []
-        after = _read_object(text, position, batch.append)
+        after = _read_object(text, position, batch.append, depth)
         yield from batch
         position = text.find("{", after)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
+from .base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, check_writable
 
 __all__ = ["MolmoGrammar", "attributes", "label_reason", "label_text", "lost_attributes", "outer_span", "scan_tags"]
 
@@ -141,7 +141,7 @@ class MolmoGrammar:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
 
-    def lost(self, text: str) -> list[DecodeError]:
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
         """See [`ReportsLoss`]."""
         return lost_attributes(text, ("x", "y", "alt"))
 

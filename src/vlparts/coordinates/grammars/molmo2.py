@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .base import Coded, DecodeError, Found
+from .base import Coded, DecodeError, Found, Grammar, check_attributes
 from .molmo import attributes, label_reason, label_text, lost_attributes, outer_span, scan_tags
 
 __all__ = ["Molmo2Grammar"]
@@ -46,6 +46,8 @@ class Molmo2Grammar:
     def write(self, regions: Sequence[Coded]) -> str:
         """See [`Grammar`]."""
         texts = []
+        for region in regions:
+            check_attributes(region)
         for (kind, label), run in groupby(regions, key=lambda region: (region.kind, region.label)):
             if kind not in self.kinds:
                 raise ValueError(f"A {kind} cannot be written: the format has {', '.join(self.kinds)}.")
@@ -94,7 +96,7 @@ class Molmo2Grammar:
         """See [`Grammar`]."""
         return scan_tags(text, self._read_tag)
 
-    def lost(self, text: str) -> list[DecodeError]:
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
         """See [`ReportsLoss`]."""
         return lost_attributes(text, ("coords",))
 

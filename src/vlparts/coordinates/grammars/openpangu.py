@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from ..json_values import NO_ATTRIBUTES
 from ..validation import integer
 from .base import QUOTE_LENGTH, Coded, DecodeError, Found, check_writable
 
@@ -143,7 +144,7 @@ class PairGrammar:
         label, begin = (None, start) if before == self.separator or not before else self._label(before, base, start)
         codes = (int(x1), int(y1)) if x2 is None else (int(x1), int(y1), int(x2), int(y2))
         kind = "point" if x2 is None else "box"
-        found.append(tuple.__new__(Found, (start, end, (begin, end), kind, codes, label, 0, None, ())))
+        found.append(tuple.__new__(Found, (start, end, (begin, end), kind, codes, label, 0, None, (), NO_ATTRIBUTES)))
 
     def _label(self, gap: str, base: int, start: int) -> tuple[str | None, int]:
         """Return the label at the end of `gap`, the text from `base` to a region, and where it starts."""

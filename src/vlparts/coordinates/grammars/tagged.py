@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .base import Coded, DecodeError, Found, check_writable
+from .base import Coded, DecodeError, Found, Grammar, check_writable
 from .tagged_fields import Shape, TaggedFields
 from .tagged_reading import scan
 
@@ -27,7 +27,7 @@ class TaggedGrammar(TaggedFields):
     def write(self, regions: Sequence[Coded]) -> str:
         """See [`Grammar`]."""
         templates: dict[tuple[str, int], str] = {}
-        shapes = {shape.kind: shape for shape in self.shapes}
+        shapes = {shape.kind: shape for shape in reversed(self.shapes)}
         number = f"%0{self.digits}d" if self.digits else f"%d.%0{self.decimals}d" if self.decimals else "%d"
         texts, kinds = [], self.kinds
         for region in regions:
@@ -63,7 +63,7 @@ class TaggedGrammar(TaggedFields):
         """See [`Grammar`]."""
         return scan(self, text)
 
-    def lost(self, text: str) -> list[DecodeError]:
+    def lost(self, text: str, target: Grammar) -> list[DecodeError]:
         """See [`ReportsLoss`]."""
         if not self.trailing:
             return []

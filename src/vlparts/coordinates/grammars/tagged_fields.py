@@ -50,8 +50,9 @@ class TaggedFields:
     """The validated fields of a [`TaggedGrammar`].
 
     Args:
-        shapes: One per kind of region. Shapes with the same marks are distinguished by their count of numbers. They
-            are tried in the order given, so a longer shape must come before one that it begins with.
+        shapes: The texts of each kind of region. Shapes with the same marks are distinguished by their count of
+            numbers. They are tried in the order given, so a longer shape must come before one that it begins with. Of
+            several shapes of one kind, all are read and the first is written.
         digits: Zero-padded width of a number. When reading, a number must have exactly this many digits (more only
             where the code needs more). None for no padding.
         decimals: A code of 123 with 3 decimals is written 0.123; 0 for plain integers. With `loose`, numbers with any
@@ -89,8 +90,8 @@ class TaggedFields:
         object.__setattr__(self, "shapes", tuple(self.shapes))
         if not self.shapes or not all(isinstance(shape, Shape) for shape in self.shapes):
             raise ValueError(f"`shapes` must be a tuple of one or more Shape, got {self.shapes!r}.")
-        if len(set(self.kinds)) != len(self.shapes):
-            raise ValueError(f"`shapes` must have different kinds, got {self.kinds}.")
+        if len(set(self.shapes)) != len(self.shapes):
+            raise ValueError(f"`shapes` must be different, got {self.shapes!r}.")
         if self.digits is not None and not 1 <= integer(self.digits, "digits") <= 9:
             raise ValueError(f"`digits` must be in 1..9 or None, got {self.digits}.")
         if not 0 <= integer(self.decimals, "decimals") <= 6:
@@ -120,10 +121,18 @@ class TaggedFields:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of region that can be written."""
-        return tuple(shape.kind for shape in self.shapes)
+        return tuple(dict.fromkeys(shape.kind for shape in self.shapes))
 
     @property
     def ends_late(self) -> bool:
         """Whether the text directly after a region may belong to it: its label, or more of its numbers."""
         closed = self.group_close or all(shape.close for shape in self.shapes)
         return self.label_place == "after" or not (closed or len(self.shapes) == 1)
+
+    @property
+    def can_nest(self) -> bool:
+        """Whether a bracket after a region, or after spaces, makes it malformed: "[1, 2, 3, 4]]"."""
+        closings = (
+            (shape.pair.rpartition("{}")[2] + shape.close + self.group_close).rstrip() for shape in self.shapes
+        )
+        return any(closing.endswith((")", "]")) for closing in closings)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 
+from ..json_values import NO_ATTRIBUTES
 from .base import QUOTE_LENGTH, DecodeError, Found
 from .tagged_fields import TaggedFields
 from .tagged_patterns import Patterns, compiled
@@ -49,10 +50,12 @@ def scan(grammar: TaggedFields, text: str) -> tuple[list[Found], list[DecodeErro
             label = None
         more = _further_regions(match, further, patterns, codes_of) if further and match[further] else ()
         outer = (outer_start, last if more else stop)
-        found.append(tuple.__new__(Found, (first, last, outer, kind, codes_of(texts), label, 0, None, ())))
+        found.append(
+            tuple.__new__(Found, (first, last, outer, kind, codes_of(texts), label, 0, None, (), NO_ATTRIBUTES))
+        )
         for position, (first, last, kind, codes) in enumerate(more, 1):
             outer = (outer[1], stop if position == len(more) else last)
-            found.append(tuple.__new__(Found, (first, last, outer, kind, codes, label, 0, None, ())))
+            found.append(tuple.__new__(Found, (first, last, outer, kind, codes, label, 0, None, (), NO_ATTRIBUTES)))
         end, after_region = stop, True
     if label_after:
         _add_labels_after(grammar, text, found, groups)

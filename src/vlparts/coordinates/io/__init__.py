@@ -1,1 +1,1 @@
-"""Files of regions: JSON Lines, training records and COCO."""
+"""Files of regions: JSON Lines, training records, COCO, Label Studio and VIA."""

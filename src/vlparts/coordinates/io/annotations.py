@@ -2,8 +2,8 @@
 
 The line of an image is `{"image": "a.png", "width": 640, "height": 480, "regions": [...]}`. A region is an object with
 its kind as a key, such as `{"box": [x1, y1, x2, y2]}`, `{"point": [x, y]}` or `{"polygon": [[x, y], ...]}`, and
-optional keys "label", "score", "image", "identity" and "times". Training records have boxes and points of the same
-form.
+optional keys "label", "score", "image", "identity", "times" and "attributes" (an object). Training records have boxes
+and points of the same form.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..json_values import NO_ATTRIBUTES, as_attributes
 from ..regions import KINDS, Region
 from ..validation import check_size, positive_integer
 from .json_lines import read_json_lines, write_json_lines
@@ -25,7 +26,7 @@ __all__ = [
     "write_annotations",
 ]
 
-EXTRAS = ("label", "score", "image", "identity", "times")
+EXTRAS = ("label", "score", "image", "identity", "times", "attributes")
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,30 @@ class ImageRegions:
         width: Width in pixels.
         height: Height in pixels.
         regions: Regions in pixels of this image.
+        attributes: What else is known of the image: names with JSON values, see [`Region`].
 
     Raises:
-        ValueError: If `image` is not a str, a side is not a positive integer, or an item of `regions` is not a Region.
+        ValueError: If `image` is not a str, a side is not a positive integer, an item of `regions` is not a Region, or
+            an attribute is not a JSON value.
     """
 
     image: str
     width: int
     height: int
     regions: tuple[Region, ...] = ()
+    attributes: Mapping[str, Any] = NO_ATTRIBUTES
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, str):
             raise ValueError(f"`image` must be a str, got {self.image!r}.")
         for name in ("width", "height"):
             object.__setattr__(self, name, positive_integer(getattr(self, name), name))
+        check_size((self.width, self.height), "(width, height)")
         object.__setattr__(self, "regions", tuple(self.regions))
         for index, region in enumerate(self.regions):
             if not isinstance(region, Region):
                 raise ValueError(f"`regions[{index}]` must be a Region, got {type(region).__name__}.")
+        object.__setattr__(self, "attributes", as_attributes(self.attributes))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,6 +82,8 @@ def region_to_dict(region: Region) -> dict[str, Any]:
         fields["image"] = region.image
     if region.identity is not None:
         fields["identity"] = region.identity
+    if region.attributes:
+        fields["attributes"] = dict(region.attributes)
     return fields
 
 
@@ -120,7 +128,8 @@ def _image_regions(fields: Mapping[str, Any]) -> ImageRegions:
             regions.append(region_from_dict(item))
         except ValueError as error:
             raise ValueError(f"`regions[{index}]`: {error}") from None
-    return ImageRegions(fields["image"], fields["width"], fields["height"], tuple(regions))
+    attributes = fields.get("attributes", NO_ATTRIBUTES)
+    return ImageRegions(fields["image"], fields["width"], fields["height"], tuple(regions), attributes)
 
 
 def read_annotations(path: str | Path) -> Iterator[ImageRegions]:
@@ -155,13 +164,20 @@ def write_annotations(images: Iterable[ImageRegions], path: str | Path) -> int:
 
 def _line(image: ImageRegions) -> dict[str, Any]:
     regions = [region_to_dict(region) for region in image.regions]
-    return {"image": image.image, "width": image.width, "height": image.height, "regions": regions}
+    fields = {"image": image.image, "width": image.width, "height": image.height, "regions": regions}
+    return {**fields, "attributes": dict(image.attributes)} if image.attributes else fields
 
 
-def training_record(image: ImageRegions, question: str) -> dict[str, Any]:
+def training_record(image: ImageRegions, question: str, *, attributes: bool = True) -> dict[str, Any]:
     """Return a training record: a question about the image, and its regions as the answer.
 
-    A record has the label, coordinates and image index of a region, but neither score nor identity.
+    A record has the label, coordinates, image index and attributes of a region, but neither score nor identity, and no
+    attributes of the image.
+
+    Args:
+        image: The image and its regions.
+        question: The text of the user's message.
+        attributes: Whether the record has the attributes of regions, which only JSON formats can write.
 
     Raises:
         ValueError: If there are no regions, or one is neither a box nor a point.
@@ -173,7 +189,8 @@ def training_record(image: ImageRegions, question: str) -> dict[str, Any]:
         if region.kind not in ("box", "point"):
             raise ValueError(f"`regions[{index}]` must be a box or a point, got a {region.kind}.")
         fields = region_to_dict(region)
-        content.append({key: fields[key] for key in ("label", region.kind, "image") if key in fields})
+        kept = ("label", region.kind, "image", *(["attributes"] if attributes else []))
+        content.append({key: fields[key] for key in kept if key in fields})
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
     return {"image": image.image, "messages": messages}
 

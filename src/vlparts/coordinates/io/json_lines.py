@@ -2,15 +2,12 @@
 
 import codecs
 import json
-import math
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from ..grammars.base import QUOTE_LENGTH
+from ..json_values import check_characters, parse_json
 
-__all__ = ["json_line", "parse_object", "read_json_lines", "without_bom", "write_json_lines"]
-
-MAX_DIGITS = 4300  # of an integer: Python's own limit
+__all__ = ["json_line", "parse_object", "read_json_lines", "read_lines", "without_bom", "write_json_lines"]
 
 
 def parse_object(line: str | bytes) -> dict[str, Any]:
@@ -22,31 +19,12 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
     """
     try:
         text = line.decode(encoding="utf-8") if isinstance(line, bytes) else line
-        fields = json.loads(
-            text,
-            parse_constant=_reject_constant,
-            parse_int=_bounded_int,
-            parse_float=_finite_float,
-            object_pairs_hook=_unique_keys,
-        )
     except UnicodeDecodeError as error:
         raise ValueError(f"Not valid UTF-8: {error}.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Not valid JSON: {error}.") from None
-    except RecursionError:
-        raise ValueError("The object is nested too deeply.") from None
+    fields = parse_json(text)
     if not isinstance(fields, dict):
         raise ValueError(f"Expected a JSON object, got {type(fields).__name__}.")
-    if "\\ud" in text.lower():
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("A string contains half of a surrogate pair, which is not a character.") from None
     return fields
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a valid number.")
 
 
 def without_bom(content: str | bytes) -> str | bytes:
@@ -54,31 +32,15 @@ def without_bom(content: str | bytes) -> str | bytes:
     return content.removeprefix(codecs.BOM_UTF8) if isinstance(content, bytes) else content.removeprefix("\ufeff")
 
 
-def _bounded_int(token: str) -> int:
-    digits = len(token.removeprefix("-"))
-    if digits > MAX_DIGITS:
-        raise ValueError(f"A number has {digits} digits, more than {MAX_DIGITS}.")
-    return int(token)
-
-
-def _finite_float(token: str) -> float:
-    number = float(token)
-    if math.isinf(number):
-        raise ValueError(f"Number {token[:QUOTE_LENGTH]} is too large.")
-    return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"Key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object.")
-    return fields
-
-
 def json_line(fields: dict[str, Any]) -> str:
-    """Return an object as one line of JSON with a newline. Characters are not escaped."""
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return an object as one line of JSON with a newline. Characters are not escaped.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, or a string contains half of a surrogate pair.
+    """
+    line = json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    check_characters(line)
+    return line
 
 
 def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -94,6 +56,11 @@ def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iter
     Raises:
         ValueError: At a line that is not a JSON object, with its number.
     """
+    return ((number, fields) for number, _, fields in read_lines(lines, name))
+
+
+def read_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Read objects like `read_json_lines`, each with the text of its line: yields line number, text and object."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = without_bom(line)
@@ -102,7 +69,7 @@ def read_json_lines(lines: Iterable[str | bytes], name: str = "`lines`") -> Iter
                 fields = parse_object(line)
             except ValueError as error:
                 raise ValueError(f"{name}, line {number}: {error}") from None
-            yield number, fields
+            yield number, line if isinstance(line, str) else line.decode(), fields
 
 
 def write_json_lines(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
@@ -112,7 +79,7 @@ def write_json_lines(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
         The number of lines written.
 
     Raises:
-        ValueError: If a number is NaN or infinite.
+        ValueError: See `json_line`.
     """
     count = 0
     for row in rows:

@@ -1,6 +1,6 @@
 """Metrics of text answers that contain regions, defined at the fields of [`Report`].
 
-A malformed region does not count as a region; other text in an answer is ignored.
+A malformed region does not count as a region; other text in an answer, and reasoning before it, are ignored.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..codec import CoordinateError, ImageSizes, decode, encode
+from ..codec import CoordinateError, ImageSizes, decode, encode, without_thinking
 from ..formats.registry import CoordinateFormat, get_format
 from ..regions import Region
 from .iou import contains, paired_box_iou
@@ -127,7 +127,7 @@ def _ratio(part: int, whole: int) -> float | None:
 def _adheres(text: str, regions: Sequence[Region], size: ImageSizes, fmt: CoordinateFormat) -> bool:
     """Whether writing the regions gives the same text."""
     try:
-        return encode(regions, size, fmt, on_outside="clamp").strip() == text.strip()
+        return encode(regions, size, fmt, on_outside="clamp", on_attributes="omit").strip() == text.strip()
     except CoordinateError:  # the regions cannot be written, for instance because of a label
         return False
 
@@ -156,6 +156,7 @@ def report(
     thresholds: Sequence[float] = (0.5, 0.75),
     labels: bool = True,
     half_counts: bool = False,
+    skip_thinking: bool = True,
 ) -> Report:
     """Compare text answers with the truth.
 
@@ -167,6 +168,8 @@ def report(
         thresholds: Thresholds of `Report.detection`.
         labels: Whether regions must have equal labels to be paired; False for answers without labels.
         half_counts: Whether an IoU of exactly 0.5 counts in `Report.accuracy`.
+        skip_thinking: Whether reasoning, such as between `<think>` and `</think>`, is no part of an answer, see
+            [`decode`].
 
     Returns:
         The metrics.
@@ -179,6 +182,8 @@ def report(
     _check(answers, truths, image_sizes)
     if not all(isinstance(value, (int, float)) and 0 < value <= 1 for value in thresholds):
         raise ValueError(f"`thresholds` must be in (0, 1], got {tuple(thresholds)}.")
+    if skip_thinking:
+        answers = [without_thinking(text) for text in answers]
     results = [decode(text, size, fmt, on_error="collect") for text, size in zip(answers, image_sizes, strict=True)]
     read = [result.regions for result in results]
     errors = [len(result.errors) for result in results]

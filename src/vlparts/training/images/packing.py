@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers.image_utils import ChannelDimension, SizeDict
 
 from ...parts.image_processing_navit import NaViTImageProcessor
@@ -78,8 +78,11 @@ class ImageCutter:
         """
         image = item if self.image_key is None else _entry(item, self.image_key, "image_key", index)
         label = None if self.label_key is None else _as_label(_entry(item, self.label_key, "label_key", index), index)
+        processor = self.image_processor
         try:
-            array = self.image_processor.process_image(image, do_convert_rgb=self.image_processor.do_convert_rgb)
+            array = processor.process_image(
+                image, do_convert_rgb=processor.do_convert_rgb, input_data_format=processor.input_data_format
+            )
         except ValueError as error:
             raise ValueError(f"Image {index}: {error}") from None
         if array.shape[0] != self.num_channels:
@@ -154,7 +157,7 @@ class PackedImageDataset(Dataset):
             may be swapped, or "resize" it to the planned grid, whatever its aspect ratio.
 
     Raises:
-        ValueError: If `on_size_mismatch` is unknown or `num_channels` is not positive.
+        ValueError: If `dataset` is iterable-style, `on_size_mismatch` is unknown, or `num_channels` is not positive.
     """
 
     def __init__(
@@ -168,6 +171,11 @@ class PackedImageDataset(Dataset):
     ) -> None:
         if on_size_mismatch not in ("raise", "resize"):
             raise ValueError(f"`on_size_mismatch` must be 'raise' or 'resize', got {on_size_mismatch!r}.")
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"`dataset` must be a map-style dataset, got {type(dataset).__name__}; PackedImageStream packs images "
+                "that can only be iterated."
+            )
         self.dataset = dataset
         self.cutter = ImageCutter(image_processor, image_key, label_key, num_channels)
         self.on_size_mismatch = on_size_mismatch
@@ -197,8 +205,8 @@ class PackedImageDataset(Dataset):
         if self.on_size_mismatch == "raise" and image.shape[-2:] != (plan.height, plan.width):
             raise ValueError(
                 f"Image {plan.index} has a height of {image.shape[-2]} and a width of {image.shape[-1]} pixels; "
-                f"`sizes` of the sampler has {plan.height} and {plan.width}. Sizes are (height, width) of the image "
-                "that the dataset returns. Pass on_size_mismatch='resize' to resize it to the planned grid."
+                f"`sizes` of the sampler has {plan.height} and {plan.width}. Sizes are (height, width) of the upright "
+                "image, after its EXIF orientation. Pass on_size_mismatch='resize' to resize it to the planned grid."
             )
         return self.cutter.cut(image, plan, label)
 

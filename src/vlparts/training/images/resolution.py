@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...parts.image_transforms import check_image_size, fit_to_grid, to_rgb
+from ...parts.image_arrays import image_to_pillow
+from ...parts.image_transforms import check_image_size, fit_to_grid
 from ...parts.utils import positive_integer
 from .token_drop import truncated_normal
 
@@ -145,13 +146,15 @@ class ResolutionDataset(Dataset):
     Use another seed than for drop rates of the same images; otherwise rates and resolutions are correlated.
 
     Args:
-        dataset: A map-style dataset of images, or of items with an image. Images are Pillow images of any mode that
-            `to_rgb` accepts, or uint8 arrays `(H, W)` or `(H, W, C)`.
+        dataset: A map-style dataset of images, or of items with an image. Images are Pillow images, arrays or tensors,
+            see [`image_to_array`].
         sampler: Draws the sizes.
         patch_size: Side of a patch in pixels.
         seed: Seed of the draws.
         image_key: Key (mappings) or index (tuples) of the image in an item; None if the item is the image.
         merge_size: Side of the block of patches that a consumer merges into one token.
+        input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape does not determine
+            it.
 
     Raises:
         ValueError: If `patch_size` or `merge_size` is not a positive integer.
@@ -165,8 +168,10 @@ class ResolutionDataset(Dataset):
         seed: int = 0,
         image_key: str | int | None = None,
         merge_size: int = 1,
+        input_data_format: str | None = None,
     ) -> None:
         self.dataset = dataset
+        self.input_data_format = input_data_format
         self.sampler = sampler
         self.seed = seed
         self.image_key = image_key
@@ -197,7 +202,7 @@ class ResolutionDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """Return the item with its image resized: RGB, as a Pillow image, or `(H, W, 3)` uint8 for an array."""
+        """Return the item with its image resized: RGB, a Pillow image if it was one, else `(H, W, 3)` uint8."""
         index = range(len(self))[index]
         item, key = self.dataset[index], self.image_key
         generator = seeded_generator(self.seed, self.epoch, index)
@@ -209,16 +214,7 @@ class ResolutionDataset(Dataset):
         return tuple(image if i == range(len(item))[int(key)] else value for i, value in enumerate(item))
 
     def _resize(self, image: Any, generator: np.random.Generator) -> Any:
-        picture = image if isinstance(image, Image.Image) else _from_array(image)
+        picture = image_to_pillow(image, self.input_data_format)
         rows, columns = self.sampler.target_size(picture.height, picture.width, self.factor, generator)
-        resized = to_rgb(picture).resize((columns, rows), Image.Resampling.BICUBIC)
-        return resized if picture is image else np.asarray(resized)
-
-
-def _from_array(image: Any) -> Image.Image:
-    """Convert an array to a Pillow image."""
-    valid = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
-    if valid and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
-        return Image.fromarray(image)
-    found = f"an array {image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-    raise ValueError(f"The image must be a Pillow image or a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {found}.")
+        resized = picture.resize((columns, rows), Image.Resampling.BICUBIC)
+        return resized if isinstance(image, Image.Image) else np.asarray(resized)

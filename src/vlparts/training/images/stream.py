@@ -1,6 +1,6 @@
 """Packs of images from an iterable dataset: without known sizes or random access."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,7 +23,8 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
 
     Args:
         items: An iterable, iterated once per epoch, of images, items with an image at `image_key`, or
-            [`PatchedImage`]s, which are packed without further processing. Each process needs its own items and seed.
+            [`PatchedImage`]s, which are packed without further processing. Each process needs its own items and seed:
+            those of an `IterableDataset` of the datasets library come from its `split_dataset_by_node`.
         image_processor: Processes the images; sets `patch_size` and `merge_size`.
         capacity: Patches of a pack.
         max_items: Maximum number of images in a pack; None for no limit.
@@ -36,12 +37,14 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
         seed: Seed of all draws; those of an image depend on it, the epoch and the position of the image.
         open_bins: Bins that first fit keeps open, in each worker.
         divide: Who divides the items among DataLoader workers: "stream" (each worker takes every n-th item) or "items"
-            (the iterable does, as those of the datasets library). Required with several workers, since a wrong choice
-            loses or repeats images.
+            (the iterable does). Required with several workers, since a wrong choice loses or repeats images. An
+            `IterableDataset` of the datasets library always divides itself, so that `divide` is not needed.
         world_size: Number of processes with a stream each, for the number of images seen.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, `items` is a mapping, or `divide` is "items" for a sequence or a
+            `Dataset` of the datasets library, which do not divide themselves. On iteration, if `divide` is missing, or
+            `items` is an iterator that an earlier epoch has read.
     """
 
     def __init__(
@@ -64,6 +67,15 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
     ) -> None:
         if divide not in (None, "stream", "items"):
             raise ValueError(f"`divide` must be None, 'stream' or 'items', got {divide!r}.")
+        if isinstance(items, Mapping):
+            raise ValueError(f"`items` must be an iterable of images, got a {type(items).__name__}; choose a split.")
+        if _is_from_datasets(items, "IterableDataset"):
+            divide = "items"
+        elif divide == "items" and (isinstance(items, Sequence) or _is_from_datasets(items, "Dataset")):
+            raise ValueError(
+                f"`divide` must not be 'items' for a {type(items).__name__}, which every worker would read in full; "
+                "pass divide='stream'."
+            )
         self.items = items
         self.divide, self.world_size = divide, world_size
         self._cutter = ImageCutter(image_processor, image_key, label_key, num_channels)
@@ -81,7 +93,7 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
         self._epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._ready: list[list[PatchedImage]] = []
         self._taken, self._ended = 0, False
-        self._resumed = False
+        self._resumed = self._finished = False
 
     def set_epoch(self, epoch: int, images_seen: int = 0) -> None:
         """Set the epoch of the next iteration.
@@ -95,6 +107,11 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
     def __iter__(self) -> Iterator[list[PatchedImage]]:
         worker, workers = self._worker()
         if not self._resumed:
+            if self._finished and isinstance(self.items, Iterator):
+                raise ValueError(
+                    f"`items` is a {type(self.items).__name__}, which an earlier epoch has read; pass an iterable "
+                    "that can be iterated again."
+                )
             self._packer.flush()
             self._ready, self._taken, self._ended = [], 0, False
         self._resumed = False
@@ -107,7 +124,7 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
             image = item if isinstance(item, PatchedImage) else self._cut(item, position)
             self._ready += self._packer.add(image, len(image.patches))
             yield from self._pop_ready()
-        self._ended = True
+        self._ended = self._finished = True
         self._ready += self._packer.flush()
         yield from self._pop_ready()
 
@@ -168,3 +185,8 @@ class PackedImageStream(IterableDataset[list[PatchedImage]]):
         if self.divide is None:
             raise ValueError(f"`divide` must be 'stream' or 'items' with {info.num_workers} workers, got None.")
         return info.id, info.num_workers
+
+
+def _is_from_datasets(items: Any, name: str) -> bool:
+    """Whether this is an instance of a class of the datasets library, which need not be installed."""
+    return any(base.__name__ == name and base.__module__.startswith("datasets.") for base in type(items).__mro__)
