@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..parts.image_transforms import open_image
+from ..parts.image_files import open_image
 
 __all__ = ["Document", "Page", "find_documents", "parse_page_numbers"]
 

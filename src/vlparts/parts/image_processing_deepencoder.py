@@ -4,9 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -15,8 +13,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .image_packing import ImageArrayProcessor
 from .image_pixels import patchify
-from .image_transforms import check_image_size, read_image
 from .utils import positive_integer
 
 # arXiv 2510.18234, table 1. Without tiles, small views are resized to a square, large ones padded to it.
@@ -28,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
     "gundam": {"base_size": 1024, "do_pad": True, "do_tile": True, "tile_size": 640},
     "gundam_m": {"base_size": 1280, "do_pad": True, "do_tile": True, "tile_size": 1024},
 }
-PIXELS_PER_TOKEN = 4
+PATCHES_PER_TOKEN = 4
 """Side of a token in patches: the encoder compresses 4 x 4 patches into one token."""
 
 
@@ -46,7 +44,7 @@ class DeepEncoderImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignor
     patch_size: int
 
 
-class DeepEncoderImageProcessor(PilBackend):
+class DeepEncoderImageProcessor(ImageArrayProcessor):
     """Image processor that cuts an image into views as DeepSeek-OCR does (arXiv 2510.18234, section 3.2.2).
 
     The last view of an image is the whole image, in a square of `base_size` pixels. With `do_tile`, an image with a
@@ -118,10 +116,10 @@ class DeepEncoderImageProcessor(PilBackend):
         for name in ("base_size", "tile_size", "min_tiles", "max_tiles", "patch_size"):
             positive_integer(kwargs[name], name)
         for name in ("base_size", "tile_size"):
-            if kwargs[name] % (PIXELS_PER_TOKEN * kwargs["patch_size"]):
+            if kwargs[name] % (PATCHES_PER_TOKEN * kwargs["patch_size"]):
                 raise ValueError(
-                    f"`{name}` must be a multiple of {PIXELS_PER_TOKEN} * patch_size = "
-                    f"{PIXELS_PER_TOKEN * kwargs['patch_size']}, got {kwargs[name]}."
+                    f"`{name}` must be a multiple of {PATCHES_PER_TOKEN} * patch_size = "
+                    f"{PATCHES_PER_TOKEN * kwargs['patch_size']}, got {kwargs[name]}."
                 )
         if kwargs["min_tiles"] > kwargs["max_tiles"]:
             raise ValueError(
@@ -133,18 +131,15 @@ class DeepEncoderImageProcessor(PilBackend):
         if not kwargs["do_resize"]:
             raise ValueError("`do_resize` must be True, got False: views have fixed sizes.")
 
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """Convert one image to `(3, H, W)` uint8; Pillow images of any mode become RGB, see [`to_rgb`].
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Convert one image to `(3, H, W)` uint8, see [`image_to_array`].
 
         Raises:
-            ValueError: If an image cannot be read, or is not RGB with 8 bits.
+            ValueError: If an image cannot be read, is not RGB, or has levels or axes of unknown meaning.
         """
-        if isinstance(image, Image.Image):
-            image = read_image(image, bool(do_convert_rgb))
-        array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        check_image_size(*array.shape[-2:])
-        if array.shape[0] != 3 or array.dtype != np.uint8:
-            raise ValueError(f"The image has {array.shape[0]} channels of {array.dtype}; expected 3 of uint8.")
+        array = super().process_image(image, do_convert_rgb, *args, **kwargs)
+        if array.shape[0] != 3:
+            raise ValueError(f"The image has {array.shape[0]} channels; expected 3. Pass do_convert_rgb=True.")
         return array
 
     def _preprocess(
@@ -236,7 +231,7 @@ class DeepEncoderImageProcessor(PilBackend):
         options = self._get_options(images_kwargs)
         rows, columns = self.get_tile_grid(height, width, **options)
         tile, whole = (
-            (options[name] // options["patch_size"] // PIXELS_PER_TOKEN) ** 2 for name in ("tile_size", "base_size")
+            (options[name] // options["patch_size"] // PATCHES_PER_TOKEN) ** 2 for name in ("tile_size", "base_size")
         )
         if options["do_pad"]:
             whole = -(-whole * min(height, width) // max(height, width))

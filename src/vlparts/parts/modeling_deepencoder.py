@@ -22,8 +22,9 @@ from .configuration_deepencoder import DeepEncoderConfig
 from .image_pixels import check_normalized
 from .ops_activations import ExactGELU, get_activation
 from .ops_attention import dense_attention_forward
+from .ops_linear import apply_linear
 from .packed_index import validate_grid
-from .utils import check_shape
+from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_shape
 
 COMPRESSION = 4
 """Rows and columns of patches that the two convolutions with stride 2 compress into one row and column of tokens."""
@@ -40,7 +41,7 @@ class DeepEncoderMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(..., c)` to `(..., c)`."""
-        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, hidden_states)))
 
 
 class DeepEncoderAttention(nn.Module):
@@ -69,8 +70,10 @@ class DeepEncoderAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, S, c)` to `(N, S, c)`."""
-        query, key, value = rearrange(self.qkv(hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads)
-        return self.o_proj(self.attend(query, key, value, None, self.scaling))
+        query, key, value = rearrange(
+            apply_linear(self.qkv, hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads
+        )
+        return apply_linear(self.o_proj, self.attend(query, key, value, None, self.scaling))
 
 
 class DeepEncoderSAMAttention(DeepEncoderAttention):
@@ -94,27 +97,23 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` to `(N, h, w, c)`."""
         height, width = hidden_states.shape[1:3]
-        qkv = self.qkv(hidden_states)
+        qkv = apply_linear(self.qkv, hidden_states)
         if self.window_size is None:
-            return self.o_proj(self._attend_to_all(qkv))
+            return apply_linear(self.o_proj, self._attend_to_all(qkv))
         # The published model pads its input with zeros, and attends to the padding.
         side = self.window_size
-        padding = self.qkv(hidden_states.new_zeros(hidden_states.shape[-1]))
+        padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
         padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
         padded[:, :height, :width] = qkv
         windows = rearrange(padded, "n (r y) (q x) c -> (n r q) y x c", y=side, x=side)
-        attended = rearrange(
-            self._attend_in_windows(windows),
-            "(n r q) y x c -> n (r y) (q x) c",
-            n=len(padded),
-            r=padded.shape[1] // side,
-        )
-        return self.o_proj(attended[:, :height, :width])
+        attended = self._attend_in_windows(windows)
+        attended = rearrange(attended, "(n r q) y x c -> n (r y) (q x) c", n=len(padded), r=padded.shape[1] // side)
+        return apply_linear(self.o_proj, attended[:, :height, :width])
 
     def _attend_in_windows(self, qkv: Tensor) -> Tensor:
         """Attend with a bias on the scores; `(N, h, w, 3 * c)` to `(N, h, w, c)`."""
         height, width = qkv.shape[1:3]
-        query, key, value = self._split_heads(qkv)
+        query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
         rows, columns = self._relative_scores(query, height, width)
         bias = rearrange(rows, "n h s y -> n h s y 1") + rearrange(columns, "n h s x -> n h s 1 x")
         attended = self.attend(query, key, value, bias.flatten(-2), self.scaling)
@@ -127,21 +126,16 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         wider heads replace the bias.
         """
         height, width = qkv.shape[1:3]
-        query, key, value = self._split_heads(qkv)
+        query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
         query = torch.cat((query * self.scaling, *self._relative_scores(query, height, width)), dim=-1)
         row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, 0)
         column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
         position = torch.cat((row, column), dim=-1).expand(*key.shape[:2], -1, -1)
         # Fused kernels take values as wide as keys.
-        attended = self.attend(
-            query, torch.cat((key, position), dim=-1), F.pad(value, (0, height + width)), None, scaling=1.0
-        )
-        head_dim = value.shape[-1]
-        attended = attended.unflatten(-1, (self.num_heads, -1))[..., :head_dim].flatten(-2)
+        padded = F.pad(value, (0, height + width))
+        attended = self.attend(query, torch.cat((key, position), dim=-1), padded, None, scaling=1.0)
+        attended = attended.unflatten(-1, (self.num_heads, -1))[..., : value.shape[-1]].flatten(-2)
         return attended.unflatten(1, (height, width))
-
-    def _split_heads(self, qkv: Tensor) -> Tensor:
-        return rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
 
     def _relative_scores(self, query: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Products of queries `(N, H, h * w, d)` with the relative positions of all rows, and of all columns."""
@@ -217,7 +211,7 @@ class DeepEncoderSAM(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map the pixels of patches `(N, h, w, C*P*P)` to `(N, h / 4, w / 4, c)`."""
-        hidden_states = self.patch_embedding(patches)
+        hidden_states = apply_linear(self.patch_embedding, patches)
         hidden_states = hidden_states + _resample_grid(self.position_embedding, *hidden_states.shape[1:3])
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -303,17 +297,14 @@ class DeepEncoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, DeepEncoderSAMAttention):
-            init.zeros_(module.rel_pos_h)
-            init.zeros_(module.rel_pos_w)
-        elif isinstance(module, DeepEncoderSAM):
-            init.zeros_(module.position_embedding)
+        if isinstance(module, DeepEncoderSAM | DeepEncoderSAMAttention):
+            for table in module.parameters(recurse=False):
+                init.zeros_(table)
         elif isinstance(module, DeepEncoderCLIP):
-            init.normal_(module.class_embedding, mean=0.0, std=std)
-            init.normal_(module.position_embedding, mean=0.0, std=std)
-            if hasattr(module, "unused_patch_embedding"):
-                init.zeros_(module.unused_patch_embedding)
+            for table in module.parameters(recurse=False):
+                init.normal_(table, mean=0.0, std=self.config.initializer_range)
+            for unused in module.buffers(recurse=False):
+                init.zeros_(unused)
 
 
 class DeepEncoderModel(DeepEncoderPreTrainedModel):
@@ -332,6 +323,10 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         """The patch embedding."""
         return self.sam.patch_embedding
 
+    def precompute(self, image_grid_thw: Tensor) -> dict[str, Any]:
+        """Compute the arguments of `forward` that follow from grids: `grid_cpu`, so that it compiles to one graph."""
+        return {"grid_cpu": image_grid_thw.tolist()}
+
     @can_return_tuple
     def forward(
         self,
@@ -339,7 +334,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         image_grid_thw: Tensor,
         grid_cpu: Sequence[Sequence[int]] | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
+        **kwargs: ForwardKwargs,
     ) -> DeepEncoderOutput:
         """Encode views.
 
@@ -355,6 +350,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
             ValueError: If patches have the wrong size, or a grid is malformed, has several frames or other sides, or
                 does not sum to L patches; or pixels are out of the range of normalized ones.
         """
+        check_encoder_kwargs(kwargs)
         if grid_cpu is None:
             validate_grid(image_grid_thw, pixel_values.shape[0], COMPRESSION)
             check_normalized(pixel_values)
@@ -362,15 +358,21 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         check_shape("pixel_values", pixel_values, None, self.sam.patch_embedding.in_features)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be normalized floating-point pixels, got {pixel_values.dtype}.")
-        several = [frames for frames, _, _ in grid_cpu if frames != 1]
-        if several:
-            raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {several[0]}.")
+        for frames, _, _ in grid_cpu:
+            if frames != 1:
+                raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {frames}.")
         layers = len(self.clip.layers)
         feature_layers = [layer + 1 if layer >= 0 else layers + 1 + layer for layer in self.config.feature_layers]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         wanted = range(layers + 1) if output_hidden_states else sorted({*feature_layers, layers})
-        states = dict(zip(wanted, self._encode(pixel_values.to(self.dtype), grid_cpu, wanted), strict=True))
+        states = dict(
+            zip(
+                wanted,
+                self._encode(pixel_values.to(activation_dtype(self, pixel_values.dtype)), grid_cpu, wanted),
+                strict=True,
+            )
+        )
         return DeepEncoderOutput(
             last_hidden_state=states[layers],
             hidden_states=tuple(states.values()) if output_hidden_states else None,

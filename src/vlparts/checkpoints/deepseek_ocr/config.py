@@ -142,7 +142,7 @@ def get_vision_config(config: dict[str, Any]) -> DeepEncoderConfig:
     widths = vision.get("width") if isinstance(vision, dict) else None
     if not isinstance(widths, dict) or not all(isinstance(widths.get(name), dict) for name in (_CLIP, _SAM)):
         raise ValueError(
-            f"`folder` must have a config.json with a vision_config whose width has {_CLIP} and {_SAM}, got {vision!r}."
+            f"`folder` must have a config.json with {_CLIP} and {_SAM} as width of its vision_config, got {vision!r}."
         )
     clip, sam = widths[_CLIP], widths[_SAM]
     _folder.require_fields(vision, "vision_config", "image_size")
