@@ -33,13 +33,13 @@ def test_tokens_of_each_mode(mode: str) -> None:
     assert len(output["pixel_values"]) == output["image_grid_thw"].prod(-1).sum()
     assert processor.get_number_of_image_patches(1100, 1100) == len(output["pixel_values"])
     assert processor.get_number_of_valid_tokens(1100, 1100) == TOKENS[mode]
-    assert output["tile_grid"].tolist() == ([[2, 2]] if mode.startswith("gundam") else [[0, 0]])
+    assert output["image_tile_grid"].tolist() == ([[2, 2]] if mode.startswith("gundam") else [[0, 0]])
 
 
 def test_views_are_tiles_row_after_row_and_then_the_whole_image() -> None:
     image = picture(909, 615)
     output = DeepEncoderImageProcessor(mode="gundam")([image, picture(100, 80)], return_tensors="pt")
-    assert output["tile_grid"].tolist() == [[2, 3], [0, 0]]
+    assert output["image_tile_grid"].tolist() == [[2, 3], [0, 0]]
     assert output["image_grid_thw"].tolist() == [[1, 40, 40]] * 6 + [[1, 64, 64]] * 2
     views = output["pixel_values"].split(output["image_grid_thw"].prod(-1).tolist())
     resized = torch.from_numpy(np.array(image.resize((3 * 640, 2 * 640), Image.Resampling.BICUBIC))).permute(2, 0, 1)

@@ -60,8 +60,7 @@ def recognize(
 
     Args:
         model: A composed model.
-        processor: Its processor. With a chat template, the prompt is the text of the user's turn; without one it is
-            given to the model as it is.
+        processor: Its processor, with a chat template; the prompt is the turn of the user.
         pages: Pages, or images.
         prompt: The prompt, with the placeholder of the image as "<image>".
         batch_size: Pages per batch.
@@ -113,13 +112,18 @@ def _answer(
     """Generate an answer for each image; returns text, whether it is finished, and its number of tokens."""
     if not images:
         return []
-    inputs = processor(
-        images=[[image] for image in images],
-        text=[_model_prompt(processor, prompt)] * len(images),
-        padding=True,
-        padding_side="left",
+    before, after = prompt.split("<image>")
+    conversations = []
+    for image in images:
+        parts = [{"type": "text", "text": before}, {"type": "image", "image": image}, {"type": "text", "text": after}]
+        conversations.append([{"role": "user", "content": [part for part in parts if part.get("text") != ""]}])
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
         return_tensors="pt",
-        **image_options,
+        processor_kwargs={"padding": True, "images_kwargs": image_options},
     ).to(model.device)
     with torch.inference_mode():
         generated = model.generate(**inputs, **generation_options)
@@ -130,17 +134,6 @@ def _answer(
         text = processor.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         answers.append((text, bool(ends), len(tokens)))
     return answers
-
-
-def _model_prompt(processor: Any, prompt: str) -> str:
-    """The prompt in the processor's chat template, if it has one, and with its placeholder."""
-    if getattr(processor, "chat_template", None) is None:
-        return prompt.replace("<image>", processor.image_token)
-    before, after = prompt.split("<image>")
-    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after.lstrip("\n")}]
-    content = [part for part in parts if part.get("text") != ""]
-    turns = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
 def _end_ids(model: Any) -> set[int]:

@@ -7,6 +7,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .utils import NamedPresets, check_minimum
 
+PATCHES_PER_TOKEN = 4
+"""Rows, and columns, of patches that the convolutions with stride 2 compress into one of tokens."""
 _PRESETS: dict[str, dict[str, Any]] = {
     "deepseek_ocr": {},
     "deepencoder_tiny": {
@@ -68,6 +70,8 @@ class DeepEncoderConfig(NamedPresets, PreTrainedConfig):
     model_type = "vlparts_deepencoder"
     named_presets = _PRESETS
     base_config_key = "vision_config"
+    has_views = True
+    """Whether an image may be given as several views, which the projector assembles."""
 
     num_channels: int = 3
     patch_size: int = 16

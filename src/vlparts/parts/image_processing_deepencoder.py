@@ -13,9 +13,11 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_deepencoder import PATCHES_PER_TOKEN
 from .image_packing import ImageArrayProcessor
 from .image_pixels import patchify
 from .utils import positive_integer
+from .vlm_views import count_view_tokens
 
 # arXiv 2510.18234, table 1. Without tiles, small views are resized to a square, large ones padded to it.
 MODES: dict[str, dict[str, Any]] = {
@@ -26,8 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
     "gundam": {"base_size": 1024, "do_pad": True, "do_tile": True, "tile_size": 640},
     "gundam_m": {"base_size": 1280, "do_pad": True, "do_tile": True, "tile_size": 1024},
 }
-PATCHES_PER_TOKEN = 4
-"""Side of a token in patches: the encoder compresses 4 x 4 patches into one token."""
+_SIDES = ("tile_size", "base_size")
 
 
 class DeepEncoderImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -52,8 +53,8 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
     first, row after row. The views are cut into patches, row after row, which are packed into one sequence.
 
     The output holds `pixel_values` `(L, 3*P*P)` float32; `image_grid_thw` `(views, 3)` int64, 1, and the rows and
-    columns of each view in patches; and `tile_grid` `(n, 2)` int64, rows and columns of tiles of each image, 0 and 0
-    without tiles.
+    columns of each view in patches; and `image_tile_grid` `(n, 2)` int64, rows and columns of tiles of each image, 0
+    and 0 without tiles.
 
     Args:
         mode: "tiny", "small", "base", "large", "gundam" or "gundam_m": values for `base_size`, `do_pad`, `do_tile` and
@@ -92,7 +93,7 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
     padding_color = [127, 127, 127]
     patch_size = 16
     valid_kwargs = DeepEncoderImageProcessorKwargs
-    model_input_names = ["pixel_values", "image_grid_thw", "tile_grid"]
+    model_input_names = ["pixel_values", "image_grid_thw", "image_tile_grid"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**_with_mode(kwargs))
@@ -171,7 +172,7 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         data = {
             "pixel_values": np.concatenate(packed),
             "image_grid_thw": np.array(grids, dtype=np.int64),
-            "tile_grid": np.array(tile_grids, dtype=np.int64),
+            "image_tile_grid": np.array(tile_grids, dtype=np.int64),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
 
@@ -217,6 +218,23 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         rows, columns = self.get_tile_grid(height, width, **options)
         pixels = rows * columns * options["tile_size"] ** 2 + options["base_size"] ** 2
         return pixels // options["patch_size"] ** 2
+
+    def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Number of tokens of an assembled image, with newlines and separator. Called by inference servers."""
+        options = self._get_options(images_kwargs or {})
+        tile, whole = ([options[name] // options["patch_size"] // PATCHES_PER_TOKEN] * 2 for name in _SIDES)
+        return count_view_tokens(self.get_tile_grid(height, width, **options), tile, whole)
+
+    def count_tokens(self, image_inputs: Any, index: int) -> int:
+        """Number of tokens of one assembled image of an output of this processor."""
+        tiles = [[int(side) for side in grid] for grid in image_inputs["image_tile_grid"]]
+        first = sum(rows * columns + 1 for rows, columns in tiles[:index])
+        last = first + tiles[index][0] * tiles[index][1]
+        tile, whole = (
+            [int(side) // PATCHES_PER_TOKEN for side in image_inputs["image_grid_thw"][view][1:]]
+            for view in (first, last)
+        )
+        return count_view_tokens(tiles[index], tile, whole)
 
     def get_number_of_valid_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
         """Number of tokens of an image that are not padding (arXiv 2510.18234, equation 1), as the paper counts them.

@@ -6,7 +6,6 @@ views, h rows and w columns, c channels of the current layer, H heads, d channel
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,16 +17,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_deepencoder import DeepEncoderConfig
+from .configuration_deepencoder import PATCHES_PER_TOKEN, DeepEncoderConfig
 from .image_pixels import check_normalized
 from .ops_activations import ExactGELU, get_activation
 from .ops_attention import dense_attention_forward
 from .ops_linear import apply_linear
 from .packed_index import validate_grid
 from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_shape
-
-COMPRESSION = 4
-"""Rows and columns of patches that the two convolutions with stride 2 compress into one row and column of tokens."""
+from .vlm_views import get_view_index
 
 
 class DeepEncoderMLP(nn.Module):
@@ -97,11 +94,10 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` to `(N, h, w, c)`."""
         height, width = hidden_states.shape[1:3]
-        qkv = apply_linear(self.qkv, hidden_states)
-        if self.window_size is None:
+        qkv, side = apply_linear(self.qkv, hidden_states), self.window_size
+        if side is None:
             return apply_linear(self.o_proj, self._attend_to_all(qkv))
         # The published model pads its input with zeros, and attends to the padding.
-        side = self.window_size
         padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
         padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
         padded[:, :height, :width] = qkv
@@ -116,8 +112,7 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
         rows, columns = self._relative_scores(query, height, width)
         bias = rearrange(rows, "n h s y -> n h s y 1") + rearrange(columns, "n h s x -> n h s 1 x")
-        attended = self.attend(query, key, value, bias.flatten(-2), self.scaling)
-        return attended.unflatten(1, (height, width))
+        return self.attend(query, key, value, bias.flatten(-2), self.scaling).unflatten(1, (height, width))
 
     def _attend_to_all(self, qkv: Tensor) -> Tensor:
         """Attend without a bias, whose size would be quadratic in that of the view; as [`_attend_in_windows`].
@@ -274,11 +269,13 @@ class DeepEncoderOutput(BaseModelOutputWithPooling):
         hidden_states: With `output_hidden_states`, the same with the input of each layer of the CLIP encoder, and with
             the output of the last.
         feature_maps: The same with the output of each of `config.feature_layers`.
-        token_grid: `(n, 2)` int64, rows and columns of tokens of each view.
+        view_index: `(L,)` int64, the tokens of each image in the order of [`get_view_index`].
+        tokens_per_image: `(images,)` int64, lengths of the images in `view_index`.
     """
 
     feature_maps: tuple[Tensor, ...] | None = None
-    token_grid: Tensor | None = None
+    view_index: Tensor | None = None
+    tokens_per_image: Tensor | None = None
 
 
 class DeepEncoderPreTrainedModel(PreTrainedModel):
@@ -323,16 +320,14 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         """The patch embedding."""
         return self.sam.patch_embedding
 
-    def precompute(self, image_grid_thw: Tensor) -> dict[str, Any]:
-        """Compute the arguments of `forward` that follow from grids: `grid_cpu`, so that it compiles to one graph."""
-        return {"grid_cpu": image_grid_thw.tolist()}
-
     @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         image_grid_thw: Tensor,
+        tile_grid: Tensor | None = None,
         grid_cpu: Sequence[Sequence[int]] | None = None,
+        tile_grid_cpu: Sequence[Sequence[int]] | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: ForwardKwargs,
     ) -> DeepEncoderOutput:
@@ -342,7 +337,10 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
             pixel_values: `(L, C*P*P)` normalized patches of all views, view after view and row after row, channels
                 first within a patch.
             image_grid_thw: `(n, 3)` int64, 1, and the rows and columns of each view in patches, multiples of 4.
+            tile_grid: `(n, 2)` int64, rows and columns of tiles of each image, 0 and 0 for none; the views of an image
+                are its tiles and then the whole image. None if each view is an image.
             grid_cpu: `image_grid_thw` as host integers, so that they are not copied from the device.
+            tile_grid_cpu: `tile_grid` as host integers.
             output_hidden_states: Whether to return `hidden_states`.
             **kwargs: `return_dict`.
 
@@ -352,15 +350,18 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         """
         check_encoder_kwargs(kwargs)
         if grid_cpu is None:
-            validate_grid(image_grid_thw, pixel_values.shape[0], COMPRESSION)
+            validate_grid(image_grid_thw, pixel_values.shape[0], PATCHES_PER_TOKEN)
             check_normalized(pixel_values)
             grid_cpu = image_grid_thw.tolist()
         check_shape("pixel_values", pixel_values, None, self.sam.patch_embedding.in_features)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be normalized floating-point pixels, got {pixel_values.dtype}.")
-        for frames, _, _ in grid_cpu:
-            if frames != 1:
-                raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {frames}.")
+        if any(frames != 1 for frames, _, _ in grid_cpu):
+            raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {list(grid_cpu)}.")
+        if tile_grid_cpu is None and tile_grid is not None:
+            tile_grid_cpu = tile_grid.tolist()
+        sizes = [(height // PATCHES_PER_TOKEN, width // PATCHES_PER_TOKEN) for _, height, width in grid_cpu]
+        index, lengths = get_view_index(tile_grid_cpu or [(0, 0)] * len(sizes), sizes)
         layers = len(self.clip.layers)
         feature_layers = [layer + 1 if layer >= 0 else layers + 1 + layer for layer in self.config.feature_layers]
         if output_hidden_states is None:
@@ -377,7 +378,8 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
             last_hidden_state=states[layers],
             hidden_states=tuple(states.values()) if output_hidden_states else None,
             feature_maps=tuple(states[layer] for layer in feature_layers),
-            token_grid=image_grid_thw[:, 1:] // COMPRESSION,
+            view_index=index.to(pixel_values.device),
+            tokens_per_image=torch.tensor(lengths, device=pixel_values.device),
         )
 
     def _encode(self, pixel_values: Tensor, grid: Sequence[Sequence[int]], wanted: Collection[int]) -> list[Tensor]:

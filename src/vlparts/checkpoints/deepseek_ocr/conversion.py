@@ -8,6 +8,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
+from ...composition import suppress_tokens
+from ...parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
 from ...parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ...parts.processing_vlm import VisionLanguageProcessor
@@ -36,8 +38,8 @@ def model_from_deepseek_ocr(
     """Build a complete DeepSeek-OCR: encoder, projector with newline and separator, decoder with head.
 
     Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Generation
-    options are those of generation_config.json, if there is one, and of the published README: no sampling, and a ban
-    on repeated n-grams. The model is in evaluation mode.
+    options are those of generation_config.json, if there is one, and for those that it does not have, those of the
+    published README: no sampling, and a ban on repeated n-grams. The model is in evaluation mode.
 
     Args:
         folder: A local folder with config.json and safetensors under the published names. The id of the image
@@ -52,22 +54,24 @@ def model_from_deepseek_ocr(
     check_dtype(dtype)
     path = Path(folder)
     known = _token_ids(path)
-    config = get_composed_config(read_config(path), known[IMAGE_TOKEN])
+    config, generation = get_composed_config(read_config(path), known[IMAGE_TOKEN]), read_generation_config(path)
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
     model = load_weights(model, get_slices(model), list_tensors(path), dtype=dtype, ignored=(*BUFFERS, ROTARY_BUFFERS))
-    read_generation_config(model, path)
-    cells = [known[token] for token in CELL_TOKENS if known[token] < config.text_config.vocab_size]
-    model.generation_config.update(**GENERATION, no_repeat_ngram_allowed_ids=cells)
-    model.generation_config.suppress_tokens = [known[IMAGE_TOKEN]]
+    model.generation_config = generation or model.generation_config
+    options = {**GENERATION, "no_repeat_ngram_allowed_ids": [known[token] for token in CELL_TOKENS]}
+    for name, value in options.items():
+        if getattr(model.generation_config, name, None) is None:
+            setattr(model.generation_config, name, value)
+    suppress_tokens(model, (known[IMAGE_TOKEN],))
     return model
 
 
 def processor_from_deepseek_ocr(folder: PathLike, *, mode: str = "gundam") -> VisionLanguageProcessor:
     """Build the processor of a DeepSeek-OCR: tokenizer and image processor.
 
-    It has no chat template: a prompt is given as it is, with `<image>` in it. The tokenizer puts the token that begins
-    a text in front of it, and pads on the left.
+    The published model has no chat template; that of the processor writes the contents of the turns one after another,
+    after the token that begins a text. It equals a plain prompt with `<image>` in it.
 
     Args:
         folder: A local folder with a tokenizer; other files are not read.
@@ -78,10 +82,13 @@ def processor_from_deepseek_ocr(folder: PathLike, *, mode: str = "gundam") -> Vi
         OSError: If there is no tokenizer.
     """
     # With a base configuration, transformers does not read config.json, nor runs the code that it names.
-    tokenizer = AutoTokenizer.from_pretrained(
-        Path(folder), config=PreTrainedConfig(), local_files_only=True, padding_side="left"
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder), config=PreTrainedConfig(), local_files_only=True)
+    return VisionLanguageProcessor(
+        DeepEncoderImageProcessor(mode=mode),
+        tokenizer,
+        chat_template=DEEPSEEK_OCR_CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
     )
-    return VisionLanguageProcessor(DeepEncoderImageProcessor(mode=mode), tokenizer, image_token=IMAGE_TOKEN)
 
 
 def to_deepseek_ocr(

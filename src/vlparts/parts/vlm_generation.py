@@ -1,4 +1,4 @@
-"""Generation without loops: a ban on n-grams that are repeated within a window of the answer.
+"""Generation of composed models: inputs of each step, and a ban on n-grams that the answer repeats.
 
 Shapes: B rows, S tokens of a row, V vocabulary.
 """
@@ -9,10 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import positive_integer
+
+_ENCODED_ONCE = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_tile_grid",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "mm_encoder_outputs",
+)
+_PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 class WindowedNGramLogitsProcessor(LogitsProcessor):
@@ -67,13 +81,60 @@ class WindowedNGramLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(mask[:, :-1], -torch.inf)
 
 
-class NGramBanMixin(GenerationMixin):
-    """Generation with the options of a [`WindowedNGramLogitsProcessor`].
+class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
+    """`GenerationMixin` of composed models, with the options of a [`WindowedNGramLogitsProcessor`].
 
     They are fields of the generation configuration, or arguments of `generate`: `no_repeat_ngram_size` (n) and
     `no_repeat_ngram_window_size`, and `no_repeat_ngram_allowed_ids`. Without the second, the first is transformers'
     own option, which compares the whole sequence.
     """
+
+    config: PreTrainedConfig
+    model: Any
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare the inputs of one step; images and videos are in the cache after the first."""
+        # transformers reads from this signature that generation takes `inputs_embeds`.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # Newer transformers drop these themselves.
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _ENCODED_ONCE:
+                inputs.pop(name, None)
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        # Each new token gets the next position on all axes, so no state is kept between steps.
+        if not self.config.has_multimodal_positions:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None or not input_ids.shape[1]:
+            input_ids = inputs_tensor
+        is_ids = input_ids.ndim == 2
+        names = ("attention_mask", "image_grid_thw", "video_grid_thw", "pixel_values", "spatial_shapes")
+        return self.model.get_multimodal_position_ids(
+            input_ids=input_ids if is_ids else None,
+            inputs_embeds=None if is_ids else input_ids,
+            **{name: model_kwargs.get(name) for name in names},
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        # Older transformers do not encode images beforehand, and would repeat packed patches one by one.
+        if expand_size > 1 and any(model_kwargs.get(name) is not None for name in _PIXELS):
+            raise ValueError(
+                "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
+            )
+        return super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
 
     def _get_logits_processor(
         self,
@@ -94,4 +155,4 @@ class NGramBanMixin(GenerationMixin):
         return LogitsProcessorList([*processors, ban])
 
 
-__all__ = ["NGramBanMixin", "WindowedNGramLogitsProcessor"]
+__all__ = ["VisionLanguageGenerationMixin", "WindowedNGramLogitsProcessor"]
