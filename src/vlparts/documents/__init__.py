@@ -2,5 +2,24 @@
 
 from .blocks import Block, Cell, PageText, parse_page, table_cells
 from .markdown import page_data, to_markdown
+from .pages import Document, Page, find_documents
+from .recognition import DEEPSEEK_OCR_PROMPTS, PageResult, recognize
+from .run import RunSummary, recognize_documents
 
-__all__ = ["Block", "Cell", "PageText", "page_data", "parse_page", "table_cells", "to_markdown"]
+__all__ = [
+    "DEEPSEEK_OCR_PROMPTS",
+    "Block",
+    "Cell",
+    "Document",
+    "Page",
+    "PageResult",
+    "PageText",
+    "RunSummary",
+    "find_documents",
+    "page_data",
+    "parse_page",
+    "recognize",
+    "recognize_documents",
+    "table_cells",
+    "to_markdown",
+]

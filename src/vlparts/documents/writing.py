@@ -47,7 +47,7 @@ class OutputFolder:
         stems = Counter(document.path.stem for document in documents)
         paths = [document.path for document in documents]
         self.names = {path: path.stem if stems[path.stem] == 1 else path.name for path in paths}
-        names = Counter(self.names.values())
+        names = Counter(self.names[path] for path in paths)
         repeated = [str(path) for path in paths if names[self.names[path]] > 1]
         if repeated:
             raise ValueError(f"Inputs must have different names, got {', '.join(repeated)}.")
