@@ -40,10 +40,8 @@ def ocr(
     """
     console = Console(stderr=True)
     with exit_on_value_error():
-        from ..documents.loading import load_ocr_model
+        from ..documents import DEEPSEEK_OCR_PROMPTS, load_ocr_model, recognize_documents
         from ..documents.pages import parse_page_numbers
-        from ..documents.recognition import DEEPSEEK_OCR_PROMPTS
-        from ..documents.run import recognize_documents
 
         numbers = None if pages is None else parse_page_numbers(pages)
         loaded, processor = load_ocr_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -3,7 +3,7 @@
 from .blocks import Block, Cell, PageText, parse_page, table_cells
 from .markdown import page_data, to_markdown
 from .pages import Document, Page, find_documents
-from .recognition import DEEPSEEK_OCR_PROMPTS, PageResult, recognize
+from .recognition import DEEPSEEK_OCR_PROMPTS, PageResult, load_ocr_model, recognize
 from .run import RunSummary, recognize_documents
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PageText",
     "RunSummary",
     "find_documents",
+    "load_ocr_model",
     "page_data",
     "parse_page",
     "recognize",

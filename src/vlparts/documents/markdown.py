@@ -23,7 +23,7 @@ def to_markdown(page: PageText, figures: Mapping[int, Iterable[str]] | None = No
         page: The page.
         figures: Paths of the pictures of a block, by its index in `page.blocks`; they are linked before its text.
     """
-    parts = []
+    parts: list[str] = []
     for index, block in enumerate(page.blocks):
         parts.extend(f"![{block.type or 'figure'}]({path})\n" for path in (figures or {}).get(index, ()))
         parts.append(block.text)

@@ -16,7 +16,7 @@ from PIL import Image
 from ..show import boxes
 from .blocks import PageText, parse_page
 from .markdown import FIGURE_TYPES, page_data, to_markdown
-from .pages import Document
+from .pages import Document, Page
 from .recognition import PageResult
 
 __all__ = ["OutputFolder"]
@@ -89,7 +89,7 @@ class OutputFolder:
             results: The results of one batch.
         """
         for result in results:
-            if result.text is None or result.image is None:
+            if result.text is None or result.image is None or not isinstance(result.page, Page):
                 continue
             document, number = result.page.document, result.page.number
             name = self.names[document.path]
@@ -161,8 +161,9 @@ class OutputFolder:
         regions = [region for block in page.blocks for region in block.regions]
         if regions:
             suffix = "" if number is None else f"_{number}"
-            axes = boxes(image, regions)
-            axes.figure.savefig(self.folder / f"{name}_layout{suffix}.png")
+            figure = boxes(image, regions).get_figure(root=True)
+            if figure is not None:
+                figure.savefig(self.folder / f"{name}_layout{suffix}.png")
 
 
 def _comment(text: str) -> str:

@@ -188,7 +188,7 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         side = options["base_size"]
         if not options["do_pad"]:
             return self.resize(image, SizeDict(height=side, width=side), options["resample"])
-        height, width = fit_into_square(*image.shape[-2:], side)
+        height, width = fit_into_square(image.shape[-2], image.shape[-1], side)
         top, left = round((side - height) / 2), round((side - width) / 2)
         view = np.empty((3, side, side), dtype=image.dtype)
         view[:] = np.array(options["padding_color"], dtype=image.dtype)[:, None, None]

@@ -140,7 +140,11 @@ def get_vision_config(config: dict[str, Any]) -> DeepEncoderConfig:
     """
     vision = config.get("vision_config")
     widths = vision.get("width") if isinstance(vision, dict) else None
-    if not isinstance(widths, dict) or not all(isinstance(widths.get(name), dict) for name in (_CLIP, _SAM)):
+    if (
+        not isinstance(vision, dict)
+        or not isinstance(widths, dict)
+        or not all(isinstance(widths.get(name), dict) for name in (_CLIP, _SAM))
+    ):
         raise ValueError(
             f"`folder` must have a config.json with {_CLIP} and {_SAM} as width of its vision_config, got {vision!r}."
         )

@@ -1,6 +1,7 @@
 """Names and shapes of DeepSeek-OCR's 2,710 published tensors."""
 
 import re
+from typing import Any
 
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def get_slices(model: VisionLanguageForConditionalGeneration) -> dict[str, Slice
     Args:
         model: The composed model, on any device.
     """
-    vision = model.config.vision_config
+    vision: Any = model.config.vision_config
     patch = (vision.num_channels, vision.patch_size, vision.patch_size)
     slices: dict[str, Slice] = {}
     for name, tensor in own_tensors(model).items():
