@@ -17,6 +17,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CoordinateLogitsProcessor",
     "CoordinateTokenIds",
+    "DeepEncoderConfig",
+    "DeepEncoderImageProcessor",
+    "DeepEncoderModel",
     "GroupedTopKRouter",
     "LocationTokens",
     "LossNormalizer",

@@ -22,7 +22,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
+from .parts.configuration_deepencoder import DeepEncoderConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
+from .parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 
@@ -153,6 +155,8 @@ def default_image_processor(layout: str, vision: PreTrainedConfig, merge_size: i
     if vision.model_type == WindowFreeViTConfig.model_type:
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
+    if vision.model_type == DeepEncoderConfig.model_type:
+        return DeepEncoderImageProcessor(patch_size=vision.patch_size)
     if layout == "packed":
         return NaViTImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
     if layout == "naflex":

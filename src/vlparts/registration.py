@@ -12,14 +12,17 @@ from transformers.processing_utils import ProcessorMixin
 
 from . import moe  # noqa: F401 (registers the experts implementations)
 from .backends import load_backends
+from .parts.configuration_deepencoder import DeepEncoderConfig
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
+from .parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
+from .parts.modeling_deepencoder import DeepEncoderModel
 from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
@@ -62,6 +65,11 @@ PARTS: tuple[Part, ...] = (
         WindowFreeViTConfig,
         {"AutoModel": WindowFreeViTModel},
         image_processor=WindowFreeViTImageProcessor,
+    ),
+    Part(
+        DeepEncoderConfig,
+        {"AutoModel": DeepEncoderModel},
+        image_processor=DeepEncoderImageProcessor,
     ),
     Part(
         PanguEmbeddedConfig,

@@ -14,6 +14,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import vlparts
 from vlparts import (
+    DeepEncoderConfig,
+    DeepEncoderModel,
     MoGEConfig,
     MoGEForCausalLM,
     NaViTDualEncoder,
@@ -103,7 +105,8 @@ def small_models() -> list[PreTrainedModel]:
     decoders = [text, text.model, mixture := MoGEForCausalLM(MoGEConfig.from_preset("tiny")), mixture.model]
     windows = WindowFreeViTModel(WindowFreeViTConfig.from_preset("hybrid_tiny"))
     classifier = NaViTForImageClassification(navit_config(num_labels=2))
-    return [dual, composed, composed.model, *decoders, windows, classifier, navit()]
+    views = DeepEncoderModel(DeepEncoderConfig.from_preset("deepencoder_tiny"))
+    return [dual, composed, composed.model, *decoders, windows, views, classifier, navit()]
 
 
 def test_saved_folders_name_the_class_of_every_auto_class(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_dense_layers_and_no_shared_expert_count_too() -> None:
 
 
 def test_presets() -> None:
-    assert MoGEConfig.presets() == ("pangu_pro_moe_72b", "tiny", "small")
+    assert MoGEConfig.presets() == ("pangu_pro_moe_72b", "deepseek_ocr", "tiny", "small")
     assert MoGEConfig.from_preset("pangu_pro_moe_72b").to_dict() == MoGEConfig().to_dict()
     tiny = MoGEConfig.from_preset("tiny", num_experts_per_tok=8)
     assert (tiny.num_experts, tiny.num_expert_groups, tiny.num_experts_per_tok, tiny.vocab_size) == (8, 4, 8, 512)
@@ -95,5 +95,5 @@ def test_bad_configuration(changes: dict, message: str) -> None:
 
 
 def test_an_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="`name` must be one of pangu_pro_moe_72b, tiny, small, got 'huge'"):
+    with pytest.raises(ValueError, match="`name` must be one of pangu_pro_moe_72b, deepseek_ocr, tiny, small, got 'huge'"):
         MoGEConfig.from_preset("huge")

@@ -6,6 +6,7 @@ A published tensor is one of the model's tensors in another shape, or a slice of
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -43,6 +44,41 @@ class Slice(NamedTuple):
         """
         tensor = tensors[self.name]
         return tensor if self.get_view is None else self.get_view(tensor)
+
+
+_EXPERTS = re.compile(r"(.+\.experts\.)(gate_up_proj|down_proj)")
+
+
+def expert_slices(name: str, published: str, experts: int) -> dict[str, Slice]:
+    """The parts of stacked experts that published tensors hold, one for each expert and projection.
+
+    Published files have `gate_proj`, `up_proj` and `down_proj` of each expert; the model has `gate_up_proj`
+    `(E, 2I, H)` and `down_proj` `(E, H, I)`.
+
+    Args:
+        name: Name of the model's tensor.
+        published: Its name with the published prefix.
+        experts: Number E of experts.
+
+    Returns:
+        The parts by published name; empty for a tensor that is not of stacked experts.
+    """
+    match = _EXPERTS.fullmatch(published)
+    if match is None:
+        return {}
+    projections = ["down_proj"] if match[2] == "down_proj" else ["gate_proj", "up_proj"]
+    return {
+        f"{match[1]}{expert}.{projection}.weight": Slice(
+            name, partial(_expert_rows, expert=expert, index=index, count=len(projections))
+        )
+        for expert in range(experts)
+        for index, projection in enumerate(projections)
+    }
+
+
+def _expert_rows(stacked: Tensor, expert: int, index: int, count: int) -> Tensor:
+    """The rows of one of `count` projections of an expert."""
+    return stacked[expert].chunk(count)[index]
 
 
 def check_dtype(dtype: Any) -> None:
@@ -167,7 +203,8 @@ def _stored_dtypes(slices: Mapping[str, Slice], found: Mapping[str, StoredTensor
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    module = model.get_submodule(owner)
+    setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
 
 
 def _init_buffers(model: PreTrainedModel) -> None:

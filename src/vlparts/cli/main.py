@@ -1,4 +1,4 @@
-"""Command line: `python -m vlparts demo | train | coordinates | info`."""
+"""Command line: `python -m vlparts demo | train | coordinates | ocr | info`."""
 
 import importlib.metadata
 import os
@@ -12,9 +12,11 @@ from rich.text import Text
 
 from .coordinates import app as coordinates_app
 from .errors import exit_on_value_error
+from .ocr import ocr
 
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(coordinates_app, name="coordinates")
+app.command()(ocr)
 console = Console()
 
 

@@ -1,4 +1,4 @@
-"""Chat templates of composed models: ChatML, and openPangu's.
+"""Chat templates of composed models: ChatML, openPangu's, and DeepSeek-OCR's.
 
 A template is Jinja text, which transformers saves with a processor. Its variables are `messages`,
 `add_generation_prompt`, the tokenizer's special tokens, and keyword arguments of `apply_chat_template`; it can call
@@ -10,6 +10,7 @@ from .thinking import THINKING_SWITCHES
 
 __all__ = [
     "CHATML_START",
+    "DEEPSEEK_OCR_CHAT_TEMPLATE",
     "DEFAULT_CHAT_TEMPLATE",
     "OPENPANGU_CHAT_TEMPLATE",
     "OPENPANGU_VISION_TOKENS",
@@ -37,6 +38,22 @@ DEFAULT_CHAT_TEMPLATE = (
     "{{ '\\n' }}"
     "{%- endfor -%}"
     f"{{%- if add_generation_prompt -%}}{{{{ '{CHATML_START}assistant\\n' }}}}{{%- endif -%}}"
+)
+
+# The plain format of DeepSeek-OCR, which has no marks of roles: one beginning token, then the contents of all turns.
+DEEPSEEK_OCR_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- for block in ([{'type': 'text', 'text': content}] if content is string else content) -%}"
+    "{%- if block['type'] == 'image' -%}{{ '<image>' }}"
+    "{%- elif block['type'] == 'text' and message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
+    "{%- elif block['type'] == 'text' -%}{{ block['text'] }}"
+    "{%- else -%}{{ raise_exception('A content block must have the type image or text, got ' + block['type']) }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ eos_token }}{%- endgeneration -%}{%- endif -%}"
+    "{%- endfor -%}"
 )
 
 # Arguments of `VisionLanguageProcessor` for openPangu's template.

@@ -11,6 +11,28 @@ from .utils import NamedPresets, check_minimum
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "pangu_pro_moe_72b": {},
+    # DeepSeek3B-MoE-A570M: every published field and the defaults of the published code.
+    "deepseek_ocr": {
+        "vocab_size": 129280,
+        "hidden_size": 1280,
+        "intermediate_size": 6848,
+        "moe_intermediate_size": 896,
+        "shared_expert_intermediate_size": 1792,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "num_experts_per_tok": 6,
+        "num_expert_groups": 1,
+        "mlp_only_layers": [0],
+        "router_scale": False,
+        "router_aux_loss_coef": 0.001,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -55,7 +77,9 @@ class MoGEConfig(NamedPresets, LlamaConfig):
     """Configuration of [`MoGEModel`], a decoder whose tokens choose the same number of experts in each group.
 
     The defaults are those of Pangu Pro MoE (arXiv 2505.21411, table 1): 71.99 billion parameters, 16.50 billion of
-    them active per token. Fields that are not listed here are those of `LlamaConfig`.
+    them active per token. With one group it is an ordinary mixture of experts: preset "deepseek_ocr" is the decoder of
+    DeepSeek-OCR (arXiv 2510.18234, section 3.3), 2.93 billion parameters, 0.57 billion of them active. Fields that are
+    not listed here are those of `LlamaConfig`.
 
     Args:
         vocab_size: Number of tokens.

@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
 from .utils import check_finite
-from .vlm_projectors import check_projector, projector_names
+from .vlm_projectors import check_projector, projector_names, takes_views
 from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
 
 
@@ -163,6 +163,18 @@ class VisionLanguageConfig(PreTrainedConfig):
             )
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
         check_finite(self, "initializer_range")
+        has_views = getattr(self.vision_config, "has_views", False)
+        if takes_views(self.projector_type) != has_views:
+            raise ValueError(
+                f"`projector_type` must {'' if has_views else 'not '}be one that assembles views, such as "
+                f"'deepseek_ocr', for a vision encoder of type {self.vision_config.model_type!r}, got "
+                f"{self.projector_type!r}."
+            )
+        if has_views and self.has_multimodal_positions:
+            raise ValueError(
+                "`text_config` must have one axis of positions for a vision encoder with several views per image, got "
+                "an 'mrope_section'."
+            )
         if self.spatial_merge_size is not None and self.spatial_merge_size < 1:
             raise ValueError(f"`spatial_merge_size` must be at least 1, got {self.spatial_merge_size}.")
         expected = vision_merge_size(self.vision_config)

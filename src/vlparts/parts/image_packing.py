@@ -1,4 +1,4 @@
-"""Base class of the image processors that cut images into patches and pack them into one sequence."""
+"""Base classes of the image processors that cut images into patches and pack them into one sequence."""
 
 from typing import Any
 
@@ -9,17 +9,12 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from .image_arrays import fetch_images, flat_list_of_images, image_to_array
 
 
-class PackedImageProcessor(PilBackend):
-    """Image processor with options `patch_size` and `merge_size`, whose subclasses define `_target_size`.
+class ImageArrayProcessor(PilBackend):
+    """Image processor of images of any type.
 
     It takes Pillow images, arrays, tensors, paths and URLs, batches and lists of them, and converts each to 8-bit
     levels first, see [`image_to_array`].
     """
-
-    patch_size: int
-    merge_size: int
-    grid_options: tuple[str, ...] = ("size", "patch_size", "merge_size", "max_aspect_ratio")
-    """Options that decide the size of an image."""
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open the images that are given as paths, URLs or base64 text; others are returned unchanged."""
@@ -41,6 +36,15 @@ class PackedImageProcessor(PilBackend):
             ValueError: If the image cannot be read, is empty, or has levels or axes of unknown meaning.
         """
         return image_to_array(image, bool(do_convert_rgb), input_data_format)
+
+
+class PackedImageProcessor(ImageArrayProcessor):
+    """Image processor with options `patch_size` and `merge_size`, whose subclasses define `_target_size`."""
+
+    patch_size: int
+    merge_size: int
+    grid_options: tuple[str, ...] = ("size", "patch_size", "merge_size", "max_aspect_ratio")
+    """Options that decide the size of an image."""
 
     def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
         """Height and width in pixels that an image is resized to; `options` holds `grid_options`."""

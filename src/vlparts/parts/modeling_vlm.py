@@ -21,24 +21,16 @@ from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
 from .part_models import SubmodelInitializationMixin, model_from_config, vision_tower_from_config
-from .rope_multimodal import MultiAxisGenerationMixin
 from .utils import ForwardKwargs, add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
+from .vlm_generation import VisionLanguageGenerationMixin
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
 from .vlm_towers import LEFT_OUT_KEYS
+from .vlm_views import ViewAssembler
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-_ENCODED_ONCE = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "mm_encoder_outputs",
-)
 
 
 class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
@@ -53,6 +45,12 @@ class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ViewAssembler):
+            module.reset_marks()
 
     @classmethod
     def maybe_distribute_model(
@@ -102,6 +100,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_tile_grid: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -121,6 +120,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
             image_grid_thw: `(n, 3)` int64 for packed encoders.
             pixel_attention_mask: `(n, patches)` for padded encoders.
             spatial_shapes: `(n, 2)` for padded encoders.
+            image_tile_grid: `(n, 2)` for encoders of several views per image.
             pixel_values_videos: Packed patches of videos; see [`get_video_features`].
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Outputs of [`get_image_features`] under "image", instead of `pixel_values`, and of
@@ -152,8 +152,11 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         grids: dict[str, Tensor | None] = {}
         if pixel_values is not None:
             grids["image"] = get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes)
+            if image_tile_grid is not None:
+                grids["image"] = None  # its rows are views
+            image_kwargs |= {"image_tile_grid": image_tile_grid, "return_dict": True}
             media["image"] = self.get_image_features(
-                pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, return_dict=True, **image_kwargs
+                pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **image_kwargs
             )
         if pixel_values_videos is not None:
             grids["video"] = video_grid_thw
@@ -191,7 +194,7 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         )
 
 
-class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, MultiAxisGenerationMixin):
+class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, VisionLanguageGenerationMixin):
     """The composed model with a language head, for generation, training and pipelines."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -219,11 +222,12 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_tile_grid: Tensor | None = None,
         **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images; see [`VisionLanguageModel.get_image_features`]."""
         return self.model.get_image_features(
-            pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **kwargs
+            pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, image_tile_grid, **kwargs
         )
 
     def get_video_features(
@@ -249,6 +253,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_tile_grid: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -271,6 +276,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             image_grid_thw: `(n, 3)` int64 for packed encoders.
             pixel_attention_mask: `(n, patches)` for padded encoders.
             spatial_shapes: `(n, 2)` for padded encoders.
+            image_tile_grid: `(n, 2)` for encoders of several views per image.
             pixel_values_videos: Packed patches of videos; see [`get_video_features`].
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Encoded images and videos; see [`VisionLanguageModel.forward`].
@@ -315,6 +321,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             image_grid_thw=image_grid_thw,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            image_tile_grid=image_tile_grid,
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -346,50 +353,6 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Mult
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare the inputs of one step; images and videos are in the cache after the first."""
-        # transformers reads from this signature that generation takes `inputs_embeds`.
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        # Newer transformers drop these themselves.
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in _ENCODED_ONCE:
-                inputs.pop(name, None)
-        return inputs
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        # Each new token gets the next position on all axes, so no state is kept between steps.
-        if not self.config.has_multimodal_positions:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        input_ids = model_kwargs.get("input_ids")
-        if input_ids is None or not input_ids.shape[1]:
-            input_ids = inputs_tensor
-        is_ids = input_ids.ndim == 2
-        names = ("attention_mask", "image_grid_thw", "video_grid_thw", "pixel_values", "spatial_shapes")
-        return self.model.get_multimodal_position_ids(
-            input_ids=input_ids if is_ids else None,
-            inputs_embeds=None if is_ids else input_ids,
-            **{name: model_kwargs.get(name) for name in names},
-        )
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, *args: Any, **model_kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        # Older transformers do not encode images beforehand, and would repeat packed patches one by one.
-        if expand_size > 1 and any(model_kwargs.get(name) is not None for name in _PIXELS.values()):
-            raise ValueError(
-                "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
-            )
-        return super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
 
 
 __all__ = ["VisionLanguageForConditionalGeneration", "VisionLanguageModel", "VisionLanguagePreTrainedModel"]

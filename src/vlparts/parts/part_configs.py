@@ -8,13 +8,15 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .configuration_deepencoder import DeepEncoderConfig
 from .configuration_moge import MoGEConfig
 from .configuration_navit import NaViTConfig
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .configuration_windowfree import WindowFreeViTConfig
 
 PART_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    config.model_type: config for config in (NaViTConfig, WindowFreeViTConfig, PanguEmbeddedConfig, MoGEConfig)
+    config.model_type: config
+    for config in (NaViTConfig, WindowFreeViTConfig, DeepEncoderConfig, PanguEmbeddedConfig, MoGEConfig)
 }
 
 

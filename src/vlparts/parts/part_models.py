@@ -10,6 +10,7 @@ from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .modeling_deepencoder import DeepEncoderModel
 from .modeling_moge import MoGEModel
 from .modeling_navit import NaViTModel
 from .modeling_pangu_embedded import PanguEmbeddedModel
@@ -17,7 +18,8 @@ from .modeling_windowfree import WindowFreeViTModel
 from .vlm_towers import VISION_TOWERS, native_model_class
 
 PART_MODELS: dict[str, type[PreTrainedModel]] = {
-    model.config_class.model_type: model for model in (NaViTModel, WindowFreeViTModel, PanguEmbeddedModel, MoGEModel)
+    model.config_class.model_type: model
+    for model in (NaViTModel, WindowFreeViTModel, DeepEncoderModel, PanguEmbeddedModel, MoGEModel)
 }
 
 

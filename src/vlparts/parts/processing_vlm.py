@@ -224,6 +224,8 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     def count_image_tokens(self, image_inputs: dict[str, Any], image_idx: int) -> int:
         """Return the number of tokens of one image in the output of the image processor."""
+        if hasattr(self.image_processor, "count_tokens"):
+            return self.image_processor.count_tokens(image_inputs, image_idx)
         for name in ("image_grid_thw", "spatial_shapes"):
             if name in image_inputs:
                 patches = 1
@@ -253,6 +255,9 @@ class VisionLanguageProcessor(ProcessorMixin):
         count = self.image_processor.get_number_of_image_patches
         patches = [count(height, width, kwargs) for height, width in image_sizes]
         tokens = [number // self.spatial_merge_size**2 for number in patches]
+        if hasattr(self.image_processor, "get_number_of_image_tokens"):
+            count = self.image_processor.get_number_of_image_tokens
+            tokens = [count(height, width, kwargs) for height, width in image_sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
 

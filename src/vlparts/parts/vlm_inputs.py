@@ -38,6 +38,7 @@ class MultimodalInputsMixin:
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_tile_grid: Tensor | None = None,
         **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
@@ -49,6 +50,7 @@ class MultimodalInputsMixin:
             pixel_attention_mask: `(n, patches)` for Siglip2.
             spatial_shapes: `(n, 2)` rows and columns in patches, for encoders of padded images or rows (Siglip2,
                 Gemma 4, Pixtral).
+            image_tile_grid: `(n, 2)` rows and columns of tiles, for encoders of several views per image (DeepEncoder).
             **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
                 prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
 
@@ -59,6 +61,8 @@ class MultimodalInputsMixin:
         Raises:
             ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.
         """
+        if image_tile_grid is not None:
+            kwargs["image_tile_grid"] = image_tile_grid
         options = get_encoder_options(self.vision_tower, kwargs, "image")
         return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **options)
 
@@ -107,11 +111,13 @@ class MultimodalInputsMixin:
             merge_size=self.config.merge_size,
             **options,
         )
-        tokens = self.projector(*features)
+        view_index = getattr(outputs, "view_index", None)
+        tokens = self.projector(*features, **({} if view_index is None else {"view_index": view_index}))
         if torch.compiler.is_compiling():
             outputs.pooler_output = (tokens,)
         else:
-            outputs.pooler_output = tokens.split((patches // self.config.merge_size**2).tolist())
+            lengths = patches // self.config.merge_size**2 if view_index is None else outputs.tokens_per_image
+            outputs.pooler_output = tokens.split(lengths.tolist())
         return outputs
 
     def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .ops_activations import ExactGELU
 from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
+from .vlm_views import ViewAssembler
 
 
 class MLP2(nn.Module):
@@ -175,6 +176,7 @@ def build_patch_merger(
 class _ProjectorType:
     build: Callable[..., nn.Module]
     takes_patches: bool
+    takes_views: bool
 
     def options(self) -> set[str] | None:
         """Names of the options; None if any is accepted."""
@@ -189,7 +191,9 @@ class _ProjectorType:
 _PROJECTORS: dict[str, _ProjectorType] = {}
 
 
-def register_projector(name: str, build: Callable[..., nn.Module], *, takes_patches: bool = False) -> None:
+def register_projector(
+    name: str, build: Callable[..., nn.Module], *, takes_patches: bool = False, takes_views: bool = False
+) -> None:
     """Register a projector under a name that configurations can use.
 
     Args:
@@ -199,11 +203,13 @@ def register_projector(name: str, build: Callable[..., nn.Module], *, takes_patc
             options by name, and returns a module from one `(L, D)` per feature layer to `(T, E)`.
         takes_patches: Whether the projector merges the patches itself. Only such projectors take several layers and
             options.
+        takes_views: Whether the projector assembles the views of images: the module also takes `view_index`, see
+            [`ViewAssembler`].
 
     Raises:
         ValueError: If the name is taken by another projector.
     """
-    projector = _ProjectorType(build, takes_patches)
+    projector = _ProjectorType(build, takes_patches, takes_views)
     if _PROJECTORS.get(name, projector) != projector:
         raise ValueError(f"`name` {name!r} is taken; registered projectors: {', '.join(_PROJECTORS)}.")
     _PROJECTORS[name] = projector
@@ -213,11 +219,17 @@ register_projector("linear", nn.Linear)
 register_projector("mlp2_gelu", MLP2)
 register_projector("patch_merger", build_patch_merger, takes_patches=True)
 register_projector("multi_tap_merger", MultiTapProjector, takes_patches=True)
+register_projector("deepseek_ocr", ViewAssembler, takes_views=True)
 
 
 def projector_names() -> tuple[str, ...]:
     """Return the names of the registered projectors."""
     return tuple(_PROJECTORS)
+
+
+def takes_views(kind: str) -> bool:
+    """Return whether a registered projector assembles the views of images."""
+    return _PROJECTORS[kind].takes_views
 
 
 def check_projector(kind: str, num_layers: int = 1, options: Mapping[str, Any] | None = None) -> None:
@@ -274,8 +286,12 @@ class Projector(nn.Module):
         else:
             self.projection = _PROJECTORS[kind].build(self.merged_width, text_width)
 
-    def forward(self, *features: Tensor) -> Tensor:
+    def forward(self, *features: Tensor, view_index: Tensor | None = None) -> Tensor:
         """Map the patches of each layer, `(L, D)` in merge order, to `(T, E)` tokens.
+
+        Args:
+            *features: The patches.
+            view_index: `(T,)` int64, for projectors that assemble views only.
 
         Raises:
             ValueError: If the number of layers is not `num_layers`.
@@ -284,4 +300,5 @@ class Projector(nn.Module):
             raise ValueError(f"`features` must hold {self.num_layers} layers, got {len(features)}.")
         if self.merged_width is None:
             return self.projection(*features)
-        return self.projection(features[0].reshape(-1, self.merged_width))
+        options = {} if view_index is None else {"index": view_index}
+        return self.projection(features[0].reshape(-1, self.merged_width), **options)

@@ -1,25 +1,18 @@
-"""Published Pangu Pro MoE folders to models and back.
-
-Shapes: E experts, H hidden size, I intermediate size of an expert.
-"""
+"""Published Pangu Pro MoE folders to models and back."""
 
 import os
-import re
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...parts.modeling_moge import MoGEForCausalLM
 from .._folder import new_folder, read_generation_config, write_config
 from .._safetensors import check_max_shard_size, list_tensors
-from .._weights import ROTARY_BUFFERS, Slice, check_dtype, load_weights, own_tensors, save_weights
+from .._weights import ROTARY_BUFFERS, Slice, check_dtype, expert_slices, load_weights, own_tensors, save_weights
 from .config import published_config, read_config
 
 PathLike = str | os.PathLike[str]
 
-_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)(gate_up_proj|down_proj)")
 _ROUTER_SCALE = ".mlp.gate.router_scale"
 
 
@@ -77,26 +70,11 @@ def to_pangu_pro_moe(model: MoGEForCausalLM, folder: PathLike, *, max_shard_size
 def get_slices(model: MoGEForCausalLM) -> dict[str, Slice]:
     """The part of the model that each published tensor holds, by published name.
 
-    The published files have the projections of each expert one by one; the model has `gate_up_proj (E, 2I, H)` and
-    `down_proj (E, H, I)`.
-
     Args:
         model: The model, on any device.
     """
     slices: dict[str, Slice] = {}
     for name, tensor in own_tensors(model).items():
-        match = _EXPERTS.fullmatch(name)
-        if match is None:
-            slices[name.replace(_ROUTER_SCALE, ".mlp.router_scale")] = Slice(name)
-            continue
-        projections = ["down_proj"] if match[2] == "down_proj" else ["gate_proj", "up_proj"]
-        for expert in range(tensor.shape[0]):
-            for index, projection in enumerate(projections):
-                rows = partial(_expert_rows, expert=expert, index=index, count=len(projections))
-                slices[f"{match[1]}{expert}.{projection}.weight"] = Slice(name, rows)
+        experts = expert_slices(name, name, tensor.shape[0])
+        slices |= experts or {name.replace(_ROUTER_SCALE, ".mlp.router_scale"): Slice(name)}
     return slices
-
-
-def _expert_rows(stacked: Tensor, expert: int, index: int, count: int) -> Tensor:
-    """The rows of one of `count` projections of an expert."""
-    return stacked[expert].chunk(count)[index]

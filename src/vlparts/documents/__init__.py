@@ -1,0 +1,26 @@
+"""Documents: pages in, Markdown, blocks and pictures of the layout out."""
+
+from .blocks import Block, Cell, PageText, parse_page, table_cells
+from .markdown import page_data, to_markdown
+from .pages import Document, Page, find_documents
+from .recognition import DEEPSEEK_OCR_PROMPTS, PageResult, load_ocr_model, recognize
+from .run import RunSummary, recognize_documents
+
+__all__ = [
+    "DEEPSEEK_OCR_PROMPTS",
+    "Block",
+    "Cell",
+    "Document",
+    "Page",
+    "PageResult",
+    "PageText",
+    "RunSummary",
+    "find_documents",
+    "load_ocr_model",
+    "page_data",
+    "parse_page",
+    "recognize",
+    "recognize_documents",
+    "table_cells",
+    "to_markdown",
+]

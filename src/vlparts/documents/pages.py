@@ -1,0 +1,160 @@
+"""Pages of documents: images, folders of images, and PDF files, opened one page at a time."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..parts.image_files import open_image
+
+__all__ = ["Document", "Page", "find_documents", "parse_page_numbers"]
+
+DPI = 144
+"""Resolution at which the published programs of DeepSeek-OCR draw the pages of PDF files."""
+POINTS_PER_INCH = 72
+MAX_PIXELS = 10**8
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that has not been opened.
+
+    Attributes:
+        document: The document.
+        number: Its number in the document, from 1.
+    """
+
+    document: "Document"
+    number: int
+
+    def open(self, dpi: float = DPI, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """Return the page as an RGB image, upright as its EXIF orientation or its rotation in the PDF says.
+
+        Args:
+            dpi: Dots per inch, for PDF pages.
+            max_pixels: Largest number of pixels of a PDF page.
+
+        Raises:
+            ValueError: If the page cannot be read or is too large; names the file and the page.
+        """
+        if not self.document.is_pdf:
+            return open_image(self.document.path)
+        try:
+            with _open_pdf(self.document.path) as pdf:
+                return _draw(pdf[self.number - 1], dpi / POINTS_PER_INCH, max_pixels)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from None
+        except Exception as error:  # pypdfium2 raises its own and others, such as TypeError
+            raise ValueError(f"{self} cannot be read: {error}") from None
+
+    def __str__(self) -> str:
+        return f"{self.document.path}, page {self.number}" if self.document.is_pdf else str(self.document.path)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file with pages.
+
+    Attributes:
+        path: The file.
+        num_pages: Number of its pages; 1 for an image.
+    """
+
+    path: Path
+    num_pages: int
+
+    @property
+    def is_pdf(self) -> bool:
+        """Whether the file is a PDF."""
+        return _is_pdf(self.path)
+
+    def pages(self, numbers: Sequence[int] | None = None) -> list[Page]:
+        """Return its pages.
+
+        Args:
+            numbers: Numbers of the pages, from 1; those that it does not have are left out. None for all.
+        """
+        chosen = range(1, self.num_pages + 1) if numbers is None else numbers
+        return [Page(self, number) for number in chosen if number <= self.num_pages]
+
+
+def find_documents(inputs: Iterable[PathLike]) -> Iterator[Document | ValueError]:
+    """Find documents among files and folders, in the order given; the files of a folder by name, without subfolders.
+
+    Args:
+        inputs: Images, PDF files, and folders of them. Other files of a folder are skipped.
+
+    Yields:
+        Each document; or, in its place, the error of a file that cannot be opened.
+
+    Raises:
+        ValueError: If an input does not exist, or a folder has no document.
+        ImportError: If there is a PDF and pypdfium2 is not installed.
+    """
+    for given in inputs:
+        path = Path(given)
+        if not path.exists():
+            raise ValueError(f"Input {path} does not exist.")
+        if not path.is_dir():
+            yield _open_document(path)
+            continue
+        known = {".pdf", *Image.registered_extensions()}
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in known]
+        if not files:
+            raise ValueError(f"Folder {path} has no images or PDF files.")
+        yield from map(_open_document, files)
+
+
+def _open_document(path: Path) -> Document | ValueError:
+    if not _is_pdf(path):
+        return Document(path, 1)
+    try:
+        with _open_pdf(path) as pdf:
+            return Document(path, len(pdf))
+    except ImportError:
+        raise
+    except Exception as error:
+        return ValueError(f"{path} cannot be opened: {error}")
+
+
+def _is_pdf(path: Path) -> bool:
+    return path.suffix.lower() == ".pdf"
+
+
+def _open_pdf(path: Path) -> Any:
+    try:
+        import pypdfium2
+    except ImportError:
+        raise ImportError("PDF files need pypdfium2: pip install 'vlparts[ocr]'.") from None
+    return pypdfium2.PdfDocument(path)
+
+
+def _draw(page: Any, scale: float, max_pixels: int) -> Image.Image:
+    width, height = page.get_size()
+    if width * height * scale**2 > max_pixels:
+        raise ValueError(
+            f"The page has {width * scale:.0f} x {height * scale:.0f} pixels, more than `max_pixels`={max_pixels}."
+        )
+    return page.render(scale=scale).to_pil().convert("RGB")
+
+
+def parse_page_numbers(text: str) -> list[int]:
+    """Read page numbers such as "1-5" or "1,3,8-9".
+
+    Raises:
+        ValueError: If it is another text, a number is 0, or a range descends.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?\s*", part)
+        first = int(match[1]) if match else 0
+        last = int(match[2] or match[1]) if match else 0
+        if first < 1 or last < first:
+            raise ValueError(f"Page numbers must be like '1-5' or '1,3,8-9', from 1 and ascending, got {text!r}.")
+        numbers.extend(range(first, last + 1))
+    return sorted(set(numbers))

@@ -1,0 +1,194 @@
+"""Recognize the text of pages with a vision-language model."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..checkpoints._folder import CONFIG, read_json
+from ..checkpoints.deepseek_ocr import model_from_deepseek_ocr, processor_from_deepseek_ocr
+from ..checkpoints.deepseek_ocr.config import ARCHITECTURE
+from .blocks import PageText, parse_page
+from .pages import DPI, Page
+
+__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "recognize"]
+
+DEEPSEEK_OCR_PROMPTS = {
+    "markdown": "<image>\n<|grounding|>Convert the document to markdown.",
+    "ocr": "<image>\n<|grounding|>OCR this image.",
+    "free": "<image>\nFree OCR.",
+    "figure": "<image>\nParse the figure.",
+    "describe": "<image>\nDescribe this image in detail.",
+    "locate": "<image>\nLocate <|ref|>{text}<|/ref|> in the image.",
+}
+"""The prompts of DeepSeek-OCR's README; in "locate", `{text}` is what to find."""
+
+
+@dataclass(frozen=True)
+class PageResult:
+    """The result for a page.
+
+    Attributes:
+        page: The page, or the image that was given.
+        image: The page as an image; None if it could not be opened.
+        text: Its blocks; None if it could not be opened.
+        finished: Whether the model ended its answer. An unfinished one reached `max_new_tokens`.
+        num_tokens: Number of tokens of the answer.
+        error: Why the page could not be opened; None if it could.
+    """
+
+    page: Page | Image.Image
+    image: Image.Image | None = None
+    text: PageText | None = None
+    finished: bool = False
+    num_tokens: int = 0
+    error: str | None = None
+
+
+def load_ocr_model(
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model that reads documents, and its processor.
+
+    Args:
+        folder: A folder with DeepSeek-OCR's published files, or one that `save_pretrained` wrote with the processor.
+        device: The device; None for an accelerator if there is one, else the CPU.
+        dtype: Dtype of the weights, or its name; "auto" for that of the files.
+        trust_remote_code: Whether to run code that is in the folder. Folders of composed models do not need it.
+
+    Returns:
+        The model in evaluation mode, and the processor.
+
+    Raises:
+        ValueError: If it is no such folder, or the dtype is unknown.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"`model` must be a folder with a {CONFIG}, got {path}.")
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ValueError(f"`dtype` must be 'auto' or the name of a floating-point dtype, got {dtype!r}.")
+        dtype = named
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    if ARCHITECTURE in (read_json(path / CONFIG).get("architectures") or ()):
+        model = model_from_deepseek_ocr(path, dtype=None if isinstance(dtype, str) else dtype)
+        return model.to(device), processor_from_deepseek_ocr(path)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"`model` {path} cannot be loaded: {error}") from error
+    return model.eval().to(device), processor
+
+
+def recognize(
+    model: Any,
+    processor: Any,
+    pages: Iterable[Page | Image.Image],
+    *,
+    prompt: str = DEEPSEEK_OCR_PROMPTS["markdown"],
+    batch_size: int = 1,
+    dpi: float = DPI,
+    image_options: dict[str, Any] | None = None,
+    **generation_options: Any,
+) -> Iterator[PageResult]:
+    """Recognize pages, batch by batch.
+
+    Args:
+        model: A composed model.
+        processor: Its processor, with a chat template; the prompt is the turn of the user.
+        pages: Pages, or images.
+        prompt: The prompt, with the placeholder of the image as "<image>".
+        batch_size: Pages per batch.
+        dpi: Dots per inch at which pages of PDF files are drawn.
+        image_options: Options of the image processor, such as `{"mode": "tiny"}`.
+        **generation_options: Arguments of `generate`, such as `max_new_tokens`.
+
+    Yields:
+        One result per page, in their order; a page that cannot be opened is one with an error.
+
+    Raises:
+        ValueError: If `batch_size` is not positive, or the prompt does not have one placeholder.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if prompt.count("<image>") != 1:
+        raise ValueError(f"`prompt` must have one '<image>', got {prompt!r}.")
+    remaining = iter(pages)
+    while batch := list(islice(remaining, batch_size)):
+        opened = [_open(page, dpi) for page in batch]
+        images = [image for image in opened if isinstance(image, Image.Image)]
+        answers = iter(_answer(model, processor, images, prompt, image_options or {}, generation_options))
+        for page, image in zip(batch, opened, strict=True):
+            if isinstance(image, str):
+                yield PageResult(page, error=image)
+                continue
+            text, finished, num_tokens = next(answers)
+            yield PageResult(page, image, parse_page(text, image.size), finished, num_tokens)
+
+
+def _open(page: Page | Image.Image, dpi: float) -> Image.Image | str:
+    """The image of a page, or why it cannot be opened."""
+    if isinstance(page, Image.Image):
+        return page
+    try:
+        return page.open(dpi)
+    except ValueError as error:
+        return str(error)
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    prompt: str,
+    image_options: dict[str, Any],
+    generation_options: dict[str, Any],
+) -> list[tuple[str, bool, int]]:
+    """Generate an answer for each image; returns text, whether it is finished, and its number of tokens."""
+    if not images:
+        return []
+    before, after = prompt.split("<image>")
+    conversations = []
+    for image in images:
+        parts: list[dict[str, Any]] = [
+            {"type": "text", "text": before},
+            {"type": "image", "image": image},
+            {"type": "text", "text": after},
+        ]
+        conversations.append([{"role": "user", "content": [part for part in parts if part.get("text") != ""]}])
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "images_kwargs": image_options},
+    ).to(model.device)
+    with torch.inference_mode():
+        generated = model.generate(**inputs, **generation_options)
+    answers = []
+    for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
+        ends = [place for place, token in enumerate(row) if token in _end_ids(model)]
+        tokens = row[: ends[0]] if ends else row
+        text = processor.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        answers.append((text, bool(ends), len(tokens)))
+    return answers
+
+
+def _end_ids(model: Any) -> set[int]:
+    """Ids of tokens that end an answer."""
+    given = model.generation_config.eos_token_id
+    return set() if given is None else {given} if isinstance(given, int) else set(given)

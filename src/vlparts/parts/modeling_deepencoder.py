@@ -1,0 +1,400 @@
+"""DeepSeek-OCR's vision encoder (arXiv 2510.18234, section 3.2): SAM, a convolutional compressor, CLIP.
+
+Shapes: n views, L patches and T = L / 16 tokens of all views, D width of the output. For the views of one size: N
+views, h rows and w columns, c channels of the current layer, H heads, d channels of a head.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_deepencoder import PATCHES_PER_TOKEN, DeepEncoderConfig
+from .image_pixels import check_normalized
+from .ops_activations import ExactGELU, get_activation
+from .ops_attention import dense_attention_forward
+from .ops_linear import apply_linear
+from .packed_index import validate_grid
+from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_shape
+from .vlm_views import get_view_index
+
+
+class DeepEncoderMLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, width: int, inner: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.act_fn = activation
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(..., c)` to `(..., c)`."""
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, hidden_states)))
+
+
+class DeepEncoderAttention(nn.Module):
+    """Multi-head attention over all positions of a sequence.
+
+    Args:
+        config: The configuration, for `attn_implementation`.
+        width: Channels c.
+        heads: Number H of heads.
+    """
+
+    def __init__(self, config: DeepEncoderConfig, width: int, heads: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = heads
+        self.scaling = (width // heads) ** -0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(width, 3 * width)
+        self.o_proj = nn.Linear(width, width)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+        """Attend with `(N, H, S, d)` tensors and a bias on the scores `(N, H, S, S)`; returns `(N, S, c)`."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
+        attended, _ = attention(self, query, key, value, attention_mask=bias, scaling=scaling, is_causal=False)
+        return attended.flatten(-2)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(N, S, c)` to `(N, S, c)`."""
+        query, key, value = rearrange(
+            apply_linear(self.qkv, hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads
+        )
+        return apply_linear(self.o_proj, self.attend(query, key, value, None, self.scaling))
+
+
+class DeepEncoderSAMAttention(DeepEncoderAttention):
+    """Attention with decomposed relative positions (arXiv 2112.01526, section 4.1), in windows or over the whole view.
+
+    The score of query (y, x) and key (y', x') is `q . k / sqrt(d) + q . R_h[y - y'] + q . R_w[x - x']`.
+
+    Args:
+        config: The configuration.
+        window_size: Side of a window in patches, or None for the whole view.
+    """
+
+    def __init__(self, config: DeepEncoderConfig, window_size: int | None) -> None:
+        super().__init__(config, config.sam_hidden_size, config.sam_num_attention_heads)
+        self.window_size = window_size
+        rows = 2 * (window_size or config.sam_position_size) - 1
+        head_dim = config.sam_hidden_size // config.sam_num_attention_heads
+        self.rel_pos_h = nn.Parameter(torch.zeros(rows, head_dim))
+        self.rel_pos_w = nn.Parameter(torch.zeros(rows, head_dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(N, h, w, c)` to `(N, h, w, c)`."""
+        height, width = hidden_states.shape[1:3]
+        qkv, side = apply_linear(self.qkv, hidden_states), self.window_size
+        if side is None:
+            return apply_linear(self.o_proj, self._attend_to_all(qkv))
+        # The published model pads its input with zeros, and attends to the padding.
+        padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
+        padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
+        padded[:, :height, :width] = qkv
+        windows = rearrange(padded, "n (r y) (q x) c -> (n r q) y x c", y=side, x=side)
+        attended = self._attend_in_windows(windows)
+        attended = rearrange(attended, "(n r q) y x c -> n (r y) (q x) c", n=len(padded), r=padded.shape[1] // side)
+        return apply_linear(self.o_proj, attended[:, :height, :width])
+
+    def _attend_in_windows(self, qkv: Tensor) -> Tensor:
+        """Attend with a bias on the scores; `(N, h, w, 3 * c)` to `(N, h, w, c)`."""
+        height, width = qkv.shape[1:3]
+        query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
+        rows, columns = self._relative_scores(query, height, width)
+        bias = rearrange(rows, "n h s y -> n h s y 1") + rearrange(columns, "n h s x -> n h s 1 x")
+        return self.attend(query, key, value, bias.flatten(-2), self.scaling).unflatten(1, (height, width))
+
+    def _attend_to_all(self, qkv: Tensor) -> Tensor:
+        """Attend without a bias, whose size would be quadratic in that of the view; as [`_attend_in_windows`].
+
+        `[q / sqrt(d), q . R_h, q . R_w] . [k, onehot(y'), onehot(x')]` is the score with both relative positions, so
+        wider heads replace the bias.
+        """
+        height, width = qkv.shape[1:3]
+        query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
+        query = torch.cat((query * self.scaling, *self._relative_scores(query, height, width)), dim=-1)
+        row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, 0)
+        column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
+        position = torch.cat((row, column), dim=-1).expand(*key.shape[:2], -1, -1)
+        # Fused kernels take values as wide as keys.
+        padded = F.pad(value, (0, height + width))
+        attended = self.attend(query, torch.cat((key, position), dim=-1), padded, None, scaling=1.0)
+        attended = attended.unflatten(-1, (self.num_heads, -1))[..., : value.shape[-1]].flatten(-2)
+        return attended.unflatten(1, (height, width))
+
+    def _relative_scores(self, query: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Products of queries `(N, H, h * w, d)` with the relative positions of all rows, and of all columns."""
+        query = query.unflatten(2, (height, width))
+        rows = torch.einsum("nhyxd,ykd->nhyxk", query, _relative_positions(self.rel_pos_h, height))
+        columns = torch.einsum("nhyxd,xkd->nhyxk", query, _relative_positions(self.rel_pos_w, width))
+        return rows.flatten(2, 3), columns.flatten(2, 3)
+
+
+def _relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of a table `(2 * N - 1, d)` for all pairs of positions, `(size, size, d)`, resampled if N is not `size`."""
+    if len(table) != 2 * size - 1:
+        longer = table.to(torch.promote_types(table.dtype, torch.float32)).T[None]
+        table = F.interpolate(longer, size=2 * size - 1, mode="linear")[0].T.to(table.dtype)
+    positions = torch.arange(size, device=table.device)
+    return table[positions[:, None] - positions + size - 1]
+
+
+class DeepEncoderSAMLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block of the SAM encoder."""
+
+    def __init__(self, config: DeepEncoderConfig, window_size: int | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.sam_hidden_size, eps=config.sam_layer_norm_eps)
+        self.self_attn = DeepEncoderSAMAttention(config, window_size)
+        self.norm2 = nn.LayerNorm(config.sam_hidden_size, eps=config.sam_layer_norm_eps)
+        self.mlp = DeepEncoderMLP(config.sam_hidden_size, config.sam_intermediate_size, ExactGELU())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(N, h, w, c)` to `(N, h, w, c)`."""
+        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class DeepEncoderCLIPLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block of the CLIP encoder."""
+
+    def __init__(self, config: DeepEncoderConfig) -> None:
+        super().__init__()
+        width = config.clip_hidden_size
+        self.norm1 = nn.LayerNorm(width, eps=config.clip_layer_norm_eps)
+        self.self_attn = DeepEncoderAttention(config, width, config.clip_num_attention_heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.clip_layer_norm_eps)
+        self.mlp = DeepEncoderMLP(width, config.clip_intermediate_size, get_activation("quick_gelu"))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(N, S, c)` to `(N, S, c)`."""
+        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class DeepEncoderSAM(nn.Module):
+    """The SAM encoder, its neck, and the compressor to a sixteenth of the patches."""
+
+    def __init__(self, config: DeepEncoderConfig) -> None:
+        super().__init__()
+        width, channels, side = config.sam_hidden_size, config.neck_channels, config.sam_position_size
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, width)
+        self.position_embedding = nn.Parameter(torch.zeros(side, side, width))
+        self.layers = nn.ModuleList(
+            [
+                DeepEncoderSAMLayer(config, None if index in config.sam_global_layers else config.sam_window_size)
+                for index in range(config.sam_num_hidden_layers)
+            ]
+        )
+        self.conv1 = nn.Conv2d(width, channels, 1, bias=False)
+        self.norm1 = nn.LayerNorm(channels, eps=config.sam_layer_norm_eps)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.LayerNorm(channels, eps=config.sam_layer_norm_eps)
+        middle, last = config.compressor_channels
+        self.compress1 = nn.Conv2d(channels, middle, 3, stride=2, padding=1, bias=False)
+        self.compress2 = nn.Conv2d(middle, last, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map the pixels of patches `(N, h, w, C*P*P)` to `(N, h / 4, w / 4, c)`."""
+        hidden_states = apply_linear(self.patch_embedding, patches)
+        hidden_states = hidden_states + _resample_grid(self.position_embedding, *hidden_states.shape[1:3])
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        hidden_states = self.norm1(_convolve(self.conv1, hidden_states))
+        hidden_states = self.norm2(_convolve(self.conv2, hidden_states))
+        return _convolve(self.compress2, _convolve(self.compress1, hidden_states))
+
+
+def _convolve(convolution: nn.Conv2d, hidden_states: Tensor) -> Tensor:
+    """Apply a convolution to `(N, h, w, c)`, channels last."""
+    return convolution(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _resample_grid(table: Tensor, height: int, width: int) -> Tensor:
+    """Resample a table of positions `(rows, columns, c)` to `(height, width, c)`, bicubic and antialiased."""
+    if table.shape[:2] == (height, width):
+        return table
+    grid = table.float().permute(2, 0, 1)[None]  # in float32, as the published model does
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return grid[0].permute(1, 2, 0).to(table.dtype)
+
+
+class DeepEncoderCLIP(nn.Module):
+    """The body of a CLIP encoder on features in place of patch embeddings, without its last normalization."""
+
+    def __init__(self, config: DeepEncoderConfig) -> None:
+        super().__init__()
+        width, side = config.clip_hidden_size, config.clip_position_size
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.position_embedding = nn.Parameter(torch.zeros(1 + side**2, width))
+        self.norm = nn.LayerNorm(width, eps=config.clip_layer_norm_eps)
+        self.layers = nn.ModuleList([DeepEncoderCLIPLayer(config) for _ in range(config.clip_num_hidden_layers)])
+        if config.clip_patch_embedding is not None:
+            shape = (width, config.num_channels, config.clip_patch_embedding, config.clip_patch_embedding)
+            self.register_buffer("unused_patch_embedding", torch.zeros(shape))
+
+    def forward(self, features: Tensor, wanted: Collection[int]) -> list[Tensor]:
+        """Encode `(N, h, w, c)`; returns the `wanted` states, `(N, h * w, c)` each: 0 is the input of layer 0."""
+        views, height, width = features.shape[:3]
+        positions = self.position_embedding
+        side = int((len(positions) - 1) ** 0.5)
+        grid = _resample_grid(positions[1:].unflatten(0, (side, side)), height, width).flatten(0, 1)
+        class_token = (self.class_embedding + positions[0]).expand(views, 1, -1)
+        hidden_states = self.norm(torch.cat((class_token, features.flatten(1, 2) + grid), dim=1))
+        states = {0: hidden_states}
+        for index, layer in enumerate(self.layers, start=1):
+            hidden_states = layer(hidden_states)
+            states[index] = hidden_states
+            states = {known: state for known, state in states.items() if known in wanted}
+        return [states[index][:, 1:] for index in wanted]
+
+
+@dataclass
+class DeepEncoderOutput(BaseModelOutputWithPooling):
+    """Output of [`DeepEncoderModel`].
+
+    Attributes:
+        last_hidden_state: `(T, D)`, the tokens of all views, view after view and row after row: the output of the CLIP
+            encoder, then that of the compressor.
+        hidden_states: With `output_hidden_states`, the same with the input of each layer of the CLIP encoder, and with
+            the output of the last.
+        feature_maps: The same with the output of each of `config.feature_layers`.
+        view_index: `(L,)` int64, the tokens of each image in the order of [`get_view_index`].
+        tokens_per_image: `(images,)` int64, lengths of the images in `view_index`.
+    """
+
+    feature_maps: tuple[Tensor, ...] | None = None
+    view_index: Tensor | None = None
+    tokens_per_image: Tensor | None = None
+
+
+class DeepEncoderPreTrainedModel(PreTrainedModel):
+    """Base class: weight initialisation and the attributes that transformers expects."""
+
+    config: DeepEncoderConfig
+    base_model_prefix = "deepencoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepEncoderSAMLayer", "DeepEncoderCLIPLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeepEncoderSAM | DeepEncoderSAMAttention):
+            for table in module.parameters(recurse=False):
+                init.zeros_(table)
+        elif isinstance(module, DeepEncoderCLIP):
+            for table in module.parameters(recurse=False):
+                init.normal_(table, mean=0.0, std=self.config.initializer_range)
+            for unused in module.buffers(recurse=False):
+                init.zeros_(unused)
+
+
+class DeepEncoderModel(DeepEncoderPreTrainedModel):
+    """DeepSeek-OCR's vision encoder, over views of any size: a page, or a tile of it.
+
+    The output of a view does not depend on the others of a call. Views of one size are computed together.
+    """
+
+    def __init__(self, config: DeepEncoderConfig) -> None:
+        super().__init__(config)
+        self.sam = DeepEncoderSAM(config)
+        self.clip = DeepEncoderCLIP(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.sam.patch_embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        tile_grid: Tensor | None = None,
+        grid_cpu: Sequence[Sequence[int]] | None = None,
+        tile_grid_cpu: Sequence[Sequence[int]] | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: ForwardKwargs,
+    ) -> DeepEncoderOutput:
+        """Encode views.
+
+        Args:
+            pixel_values: `(L, C*P*P)` normalized patches of all views, view after view and row after row, channels
+                first within a patch.
+            image_grid_thw: `(n, 3)` int64, 1, and the rows and columns of each view in patches, multiples of 4.
+            tile_grid: `(n, 2)` int64, rows and columns of tiles of each image, 0 and 0 for none; the views of an image
+                are its tiles and then the whole image. None if each view is an image.
+            grid_cpu: `image_grid_thw` as host integers, so that they are not copied from the device.
+            tile_grid_cpu: `tile_grid` as host integers.
+            output_hidden_states: Whether to return `hidden_states`.
+            **kwargs: `return_dict`.
+
+        Raises:
+            ValueError: If patches have the wrong size, or a grid is malformed, has several frames or other sides, or
+                does not sum to L patches; or pixels are out of the range of normalized ones.
+        """
+        check_encoder_kwargs(kwargs)
+        if grid_cpu is None:
+            validate_grid(image_grid_thw, pixel_values.shape[0], PATCHES_PER_TOKEN)
+            check_normalized(pixel_values)
+            grid_cpu = image_grid_thw.tolist()
+        check_shape("pixel_values", pixel_values, None, self.sam.patch_embedding.in_features)
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"`pixel_values` must be normalized floating-point pixels, got {pixel_values.dtype}.")
+        if any(frames != 1 for frames, _, _ in grid_cpu):
+            raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {list(grid_cpu)}.")
+        if tile_grid_cpu is None and tile_grid is not None:
+            tile_grid_cpu = tile_grid.tolist()
+        sizes = [(height // PATCHES_PER_TOKEN, width // PATCHES_PER_TOKEN) for _, height, width in grid_cpu]
+        index, lengths = get_view_index(tile_grid_cpu or [(0, 0)] * len(sizes), sizes)
+        layers = len(self.clip.layers)
+        feature_layers = [layer + 1 if layer >= 0 else layers + 1 + layer for layer in self.config.feature_layers]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        wanted = range(layers + 1) if output_hidden_states else sorted({*feature_layers, layers})
+        states = dict(
+            zip(
+                wanted,
+                self._encode(pixel_values.to(activation_dtype(self, pixel_values.dtype)), grid_cpu, wanted),
+                strict=True,
+            )
+        )
+        return DeepEncoderOutput(
+            last_hidden_state=states[layers],
+            hidden_states=tuple(states.values()) if output_hidden_states else None,
+            feature_maps=tuple(states[layer] for layer in feature_layers),
+            view_index=index.to(pixel_values.device),
+            tokens_per_image=torch.tensor(lengths, device=pixel_values.device),
+        )
+
+    def _encode(self, pixel_values: Tensor, grid: Sequence[Sequence[int]], wanted: Collection[int]) -> list[Tensor]:
+        """Encode the views of each size together; returns the `wanted` states of all views, `(T, D)` each."""
+        sizes = [(height, width) for _, height, width in grid]
+        views = pixel_values.split([height * width for height, width in sizes])
+        encoded: list[tuple[Tensor, ...]] = [()] * len(views)
+        for size in dict.fromkeys(sizes):
+            chosen = [index for index, other in enumerate(sizes) if other == size]
+            compressed = self.sam(torch.stack([views[index] for index in chosen]).unflatten(1, size))
+            tokens = compressed.flatten(1, 2)
+            states = [torch.cat((state, tokens), dim=-1) for state in self.clip(compressed, wanted)]
+            for index, *view in zip(chosen, *states, strict=True):
+                encoded[index] = tuple(view)
+        return [torch.cat(views) for views in zip(*encoded, strict=True)]
+
+
+__all__ = ["DeepEncoderModel", "DeepEncoderPreTrainedModel"]

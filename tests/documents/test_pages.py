@@ -1,0 +1,68 @@
+"""Pages of images and PDF files: order, sizes, broken pages and files."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.documents.made import encrypted_pdf, pdf
+from vlparts.documents.pages import Document, find_documents, parse_page_numbers
+
+
+def test_a_folder_in_the_order_of_names(tmp_path: Path) -> None:
+    pdf(tmp_path / "b.pdf")
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "c.JPG")
+    (tmp_path / "notes.txt").write_text("no document")
+    (tmp_path / "inner").mkdir()
+    found = list(find_documents([tmp_path]))
+    assert [document.path.name for document in found] == ["a.png", "b.pdf", "c.JPG"]
+    assert [document.num_pages for document in found] == [1, 3, 1]
+    assert [page.number for page in found[1].pages([2, 3, 9])] == [2, 3]
+
+
+def test_pages_of_a_pdf_at_a_resolution(tmp_path: Path) -> None:
+    (document,) = find_documents([pdf(tmp_path / "a.pdf")])
+    page = document.pages()[1]
+    assert page.open().size == (240, 160)
+    assert page.open(dpi=72).size == (120, 80)
+    assert page.open().mode == "RGB"
+    with pytest.raises(ValueError, match=r"a\.pdf, page 2: The page has 240 x 160 pixels, more than `max_pixels`=100"):
+        page.open(max_pixels=100)
+
+
+def test_broken_pages_name_file_and_page(tmp_path: Path) -> None:
+    (document,) = find_documents([pdf(tmp_path / "a.pdf", 5, broken=(2, 4))])
+    assert document.num_pages == 5
+    for page in document.pages():
+        if page.number in (2, 4):
+            with pytest.raises(ValueError, match=rf"a\.pdf, page {page.number} cannot be read"):
+                page.open()
+        else:
+            assert page.open().size == (240, 160)
+
+
+def test_files_that_cannot_be_opened_do_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4 nothing")
+    encrypted_pdf(tmp_path / "b.pdf")
+    pdf(tmp_path / "c.pdf")
+    first, second, third = find_documents([tmp_path])
+    assert isinstance(first, ValueError)
+    assert "a.pdf cannot be opened" in str(first)
+    assert isinstance(second, ValueError)
+    assert "password" in str(second).lower()
+    assert third == Document(tmp_path / "c.pdf", 3)
+
+
+def test_inputs_that_are_no_documents(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        list(find_documents([tmp_path / "missing.pdf"]))
+    with pytest.raises(ValueError, match="has no images or PDF files"):
+        list(find_documents([tmp_path]))
+
+
+def test_page_numbers() -> None:
+    assert parse_page_numbers("1-3, 2,7") == [1, 2, 3, 7]
+    for text in ("", "0", "3-1", "1-", "a", "1;2", "-3", "1-99999999"):
+        with pytest.raises(ValueError, match="Page numbers must be like"):
+            parse_page_numbers(text)
