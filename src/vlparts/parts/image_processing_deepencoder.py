@@ -74,7 +74,6 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
             `do_convert_rgb`, as in every image processor.
     """
 
-    do_resize = True
     resample = PILImageResampling.BICUBIC
     do_rescale = True
     rescale_factor = 1 / 255
@@ -129,7 +128,7 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         color = kwargs["padding_color"]
         if len(color) != 3 or any(not isinstance(one, int) or not 0 <= one <= 255 for one in color):
             raise ValueError(f"`padding_color` must be three integers from 0 to 255, got {color}.")
-        if not kwargs["do_resize"]:
+        if kwargs["do_resize"] is False:
             raise ValueError("`do_resize` must be True, got False: views have fixed sizes.")
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -146,6 +145,8 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
     def _preprocess(
         self,
         images: list[np.ndarray],
+        do_pad: bool,
+        do_tile: bool,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
@@ -158,10 +159,10 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
             raise ValueError("`images` is empty; expected at least one image.")
         packed, grids, tile_grids = [], [], []
         for image in images:
-            rows, columns = self.get_tile_grid(*image.shape[-2:], **options)
+            rows, columns = self.get_tile_grid(*image.shape[-2:], do_tile=do_tile, **options)
             tile_grids.append((rows, columns))
             views = self._cut_tiles(image, rows, columns, options) if rows else []
-            for view in [*views, self._fit_whole(image, options)]:
+            for view in [*views, self._fit_whole(image, do_pad, options)]:
                 if do_rescale:
                     view = self.rescale(view, rescale_factor)
                 if do_normalize:
@@ -183,10 +184,10 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         resized = self.resize(image, size, options["resample"])
         return [tile for row in np.split(resized, rows, axis=1) for tile in np.split(row, columns, axis=2)]
 
-    def _fit_whole(self, image: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    def _fit_whole(self, image: np.ndarray, do_pad: bool, options: dict[str, Any]) -> np.ndarray:
         """Resize `(3, H, W)` to the view of the whole image, with or without padding around it."""
         side = options["base_size"]
-        if not options["do_pad"]:
+        if not do_pad:
             return self.resize(image, SizeDict(height=side, width=side), options["resample"])
         height, width = fit_into_square(image.shape[-2], image.shape[-1], side)
         top, left = round((side - height) / 2), round((side - width) / 2)

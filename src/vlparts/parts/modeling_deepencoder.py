@@ -27,6 +27,11 @@ from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_
 from .vlm_views import get_view_index
 
 
+def _on_host(grid: Tensor) -> list[list[int]]:
+    """Grids as host integers, since views are stacked by size. Synchronizes with the device."""
+    return grid.tolist()
+
+
 class DeepEncoderMLP(nn.Module):
     """Two linear layers with an activation between them."""
 
@@ -149,37 +154,39 @@ def _relative_positions(table: Tensor, size: int) -> Tensor:
     return table[positions[:, None] - positions + size - 1]
 
 
-class DeepEncoderSAMLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block of the SAM encoder."""
+class DeepEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block of the given attention, MLP, width and epsilon of its normalizations."""
+
+    def __init__(self, self_attn: DeepEncoderAttention, mlp: DeepEncoderMLP, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = self_attn
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(N, h, w, c)` or `(N, S, c)` to the same shape."""
+        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class DeepEncoderSAMLayer(DeepEncoderLayer):
+    """Block of the SAM encoder."""
 
     def __init__(self, config: DeepEncoderConfig, window_size: int | None) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.sam_hidden_size, eps=config.sam_layer_norm_eps)
-        self.self_attn = DeepEncoderSAMAttention(config, window_size)
-        self.norm2 = nn.LayerNorm(config.sam_hidden_size, eps=config.sam_layer_norm_eps)
-        self.mlp = DeepEncoderMLP(config.sam_hidden_size, config.sam_intermediate_size, ExactGELU())
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(N, h, w, c)` to `(N, h, w, c)`."""
-        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        width, attention = config.sam_hidden_size, DeepEncoderSAMAttention(config, window_size)
+        mlp = DeepEncoderMLP(width, config.sam_intermediate_size, ExactGELU())
+        super().__init__(attention, mlp, width, config.sam_layer_norm_eps)
 
 
-class DeepEncoderCLIPLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block of the CLIP encoder."""
+class DeepEncoderCLIPLayer(DeepEncoderLayer):
+    """Block of the CLIP encoder."""
 
     def __init__(self, config: DeepEncoderConfig) -> None:
-        super().__init__()
         width = config.clip_hidden_size
-        self.norm1 = nn.LayerNorm(width, eps=config.clip_layer_norm_eps)
-        self.self_attn = DeepEncoderAttention(config, width, config.clip_num_attention_heads)
-        self.norm2 = nn.LayerNorm(width, eps=config.clip_layer_norm_eps)
-        self.mlp = DeepEncoderMLP(width, config.clip_intermediate_size, get_activation("quick_gelu"))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(N, S, c)` to `(N, S, c)`."""
-        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        attention = DeepEncoderAttention(config, width, config.clip_num_attention_heads)
+        mlp = DeepEncoderMLP(width, config.clip_intermediate_size, get_activation("quick_gelu"))
+        super().__init__(attention, mlp, width, config.clip_layer_norm_eps)
 
 
 class DeepEncoderSAM(nn.Module):
@@ -241,7 +248,7 @@ class DeepEncoderCLIP(nn.Module):
         self.layers = nn.ModuleList([DeepEncoderCLIPLayer(config) for _ in range(config.clip_num_hidden_layers)])
         if config.clip_patch_embedding is not None:
             shape = (width, config.num_channels, config.clip_patch_embedding, config.clip_patch_embedding)
-            self.register_buffer("unused_patch_embedding", torch.zeros(shape))
+            self.unused_patch_embedding = nn.Buffer(torch.zeros(shape))
 
     def forward(self, features: Tensor, wanted: Collection[int]) -> list[Tensor]:
         """Encode `(N, h, w, c)`; returns the `wanted` states, `(N, h * w, c)` each: 0 is the input of layer 0."""
@@ -328,7 +335,6 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         tile_grid: Tensor | None = None,
         grid_cpu: Sequence[Sequence[int]] | None = None,
         tile_grid_cpu: Sequence[Sequence[int]] | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: ForwardKwargs,
     ) -> DeepEncoderOutput:
         """Encode views.
@@ -341,8 +347,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
                 are its tiles and then the whole image. None if each view is an image.
             grid_cpu: `image_grid_thw` as host integers, so that they are not copied from the device.
             tile_grid_cpu: `tile_grid` as host integers.
-            output_hidden_states: Whether to return `hidden_states`.
-            **kwargs: `return_dict`.
+            **kwargs: `output_hidden_states`, `return_dict`.
 
         Raises:
             ValueError: If patches have the wrong size, or a grid is malformed, has several frames or other sides, or
@@ -352,20 +357,19 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         if grid_cpu is None:
             validate_grid(image_grid_thw, pixel_values.shape[0], PATCHES_PER_TOKEN)
             check_normalized(pixel_values)
-            grid_cpu = image_grid_thw.tolist()
+            grid_cpu = _on_host(image_grid_thw)
         check_shape("pixel_values", pixel_values, None, self.sam.patch_embedding.in_features)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be normalized floating-point pixels, got {pixel_values.dtype}.")
         if any(frames != 1 for frames, _, _ in grid_cpu):
             raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {list(grid_cpu)}.")
         if tile_grid_cpu is None and tile_grid is not None:
-            tile_grid_cpu = tile_grid.tolist()
+            tile_grid_cpu = _on_host(tile_grid)
         sizes = [(height // PATCHES_PER_TOKEN, width // PATCHES_PER_TOKEN) for _, height, width in grid_cpu]
         index, lengths = get_view_index(tile_grid_cpu or [(0, 0)] * len(sizes), sizes)
         layers = len(self.clip.layers)
         feature_layers = [layer + 1 if layer >= 0 else layers + 1 + layer for layer in self.config.feature_layers]
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         wanted = range(layers + 1) if output_hidden_states else sorted({*feature_layers, layers})
         states = dict(
             zip(
