@@ -24,12 +24,7 @@ from .ops_attention import dense_attention_forward
 from .ops_linear import apply_linear
 from .packed_index import validate_grid
 from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_shape
-from .vlm_views import get_view_index
-
-
-def _on_host(grid: Tensor) -> list[list[int]]:
-    """Grids as host integers, since views are stacked by size. Synchronizes with the device."""
-    return grid.tolist()
+from .vlm_views import get_view_index, grid_on_host
 
 
 class DeepEncoderMLP(nn.Module):
@@ -357,14 +352,14 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         if grid_cpu is None:
             validate_grid(image_grid_thw, pixel_values.shape[0], PATCHES_PER_TOKEN)
             check_normalized(pixel_values)
-            grid_cpu = _on_host(image_grid_thw)
+            grid_cpu = grid_on_host(image_grid_thw)
         check_shape("pixel_values", pixel_values, None, self.sam.patch_embedding.in_features)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be normalized floating-point pixels, got {pixel_values.dtype}.")
         if any(frames != 1 for frames, _, _ in grid_cpu):
             raise ValueError(f"`image_grid_thw` must have 1 frame in each row, got {list(grid_cpu)}.")
         if tile_grid_cpu is None and tile_grid is not None:
-            tile_grid_cpu = _on_host(tile_grid)
+            tile_grid_cpu = grid_on_host(tile_grid)
         sizes = [(height // PATCHES_PER_TOKEN, width // PATCHES_PER_TOKEN) for _, height, width in grid_cpu]
         index, lengths = get_view_index(tile_grid_cpu or [(0, 0)] * len(sizes), sizes)
         layers = len(self.clip.layers)

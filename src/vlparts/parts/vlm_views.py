@@ -16,6 +16,11 @@ from transformers import initialization as init
 Grid = Sequence[int]
 
 
+def grid_on_host(grid: Tensor) -> list[list[int]]:
+    """Return grids `(n, 2)` or `(n, 3)` as host integers, by which views are stacked. Synchronizes with the device."""
+    return grid.tolist()
+
+
 def count_view_tokens(tile_grid: Grid, tile_tokens: Grid, whole_tokens: Grid) -> int:
     """Number of tokens of an assembled image.
 
