@@ -249,10 +249,8 @@ def test_any_text_gives_regions_or_the_error(fmt: CoordinateFormat, data: Any) -
     assert list(collected.spans) == sorted(collected.spans)
     for region, (start, end) in zip(collected.regions, collected.spans, strict=True):
         assert 0 <= start < end <= len(text)
-        assert (
-            Region(region.kind, region.points, region.label, None, region.image, region.identity, region.times)
-            == region
-        )
+        fields = (region.label, None, region.image, region.identity, region.times, region.attributes)
+        assert Region(region.kind, region.points, *fields) == region
     if raised:
         with pytest.raises(CoordinateError) as caught:
             decode(text, size, fmt)
