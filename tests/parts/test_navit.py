@@ -206,5 +206,7 @@ def test_unknown_arguments_are_refused_and_those_of_every_model_taken() -> None:
     for model in (navit(), NaViTForImageClassification(navit_config())):
         with pytest.raises(ValueError, match=r"`kwargs` must be among .*output_hidden_states.*, got max_seqlens, x;"):
             model(pixels, grid, max_seqlens=6, x=None)
-        outputs = model(pixels, grid, output_hidden_states=True, return_dict=True, num_items_in_batch=1)
+        outputs = model(
+            pixels, grid, output_hidden_states=True, return_dict=True, num_items_in_batch=1, use_cache=False
+        )
         assert len(outputs.hidden_states) > 1

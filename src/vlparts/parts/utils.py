@@ -23,7 +23,10 @@ IGNORE_INDEX = -100
 """Label of a token or an image that losses ignore, as in PyTorch and transformers."""
 
 # What transformers passes to every model, and what batches of packed images say of their images beside the inputs.
-_MODEL_KWARGS = frozenset({*TransformersKwargs.__annotations__, "return_dict", "image_mask", "indices", "labels"})
+# Models that are checkpointed get `use_cache=False`.
+_MODEL_KWARGS = frozenset(
+    {*TransformersKwargs.__annotations__, "return_dict", "use_cache", "image_mask", "indices", "labels"}
+)
 
 
 def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -> None:
