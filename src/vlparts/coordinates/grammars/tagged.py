@@ -18,10 +18,7 @@ class TaggedGrammar(TaggedFields):
     A label is written `label_open label label_close`. Consecutive regions with the same label are written as one group
     if `group_join` is not None; the regions of a group share the label before it (or after it). With empty
     `group_open` and `group_close`, a region that follows another with exactly `group_join` in between belongs to the
-    same group.
-
-    Args:
-        **kwargs: See [`TaggedFields`].
+    same group. The arguments are those of [`TaggedFields`].
     """
 
     def write(self, regions: Sequence[Coded]) -> str:
