@@ -54,6 +54,20 @@ def test_files_that_cannot_be_opened_do_not_stop_the_others(tmp_path: Path) -> N
     assert third == Document(tmp_path / "c.pdf", 3)
 
 
+def test_frames_of_an_image_are_pages(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.tiff", save_all=True, append_images=frames[1:])
+    (document,) = find_documents([tmp_path / "a.tiff"])
+    assert document.num_pages == 3
+    opened = [page.open().getpixel((5, 5)) for page in document.pages()]
+    assert opened == [frame.getpixel((5, 5)) for frame in frames]
+    assert [str(page) for page in document.pages([3])] == [f"{tmp_path / 'a.tiff'}, page 3"]
+    data = (tmp_path / "a.tiff").read_bytes()
+    (tmp_path / "a.tiff").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.tiff"):
+        document.pages()[2].open()
+
+
 def test_inputs_that_are_no_documents(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         list(find_documents([tmp_path / "missing.pdf"]))

@@ -42,9 +42,11 @@ class Page:
         Raises:
             ValueError: If the page cannot be read or is too large; names the file and the page.
         """
-        if not self.document.is_pdf:
+        if self.document.num_pages == 1 and not self.document.is_pdf:
             return open_image(self.document.path)
         try:
+            if not self.document.is_pdf:
+                return open_image(self.document.path, frame=self.number - 1)
             with _open_pdf(self.document.path) as pdf:
                 return _draw(pdf[self.number - 1], dpi / POINTS_PER_INCH, max_pixels)
         except ValueError as error:
@@ -53,7 +55,8 @@ class Page:
             raise ValueError(f"{self} cannot be read: {error}") from None
 
     def __str__(self) -> str:
-        return f"{self.document.path}, page {self.number}" if self.document.is_pdf else str(self.document.path)
+        numbered = self.document.is_pdf or self.document.num_pages > 1
+        return f"{self.document.path}, page {self.number}" if numbered else str(self.document.path)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Document:
 
     Attributes:
         path: The file.
-        num_pages: Number of its pages; 1 for an image.
+        num_pages: Number of its pages; for an image that of its frames, such as the pages of a TIFF file.
     """
 
     path: Path
@@ -112,7 +115,7 @@ def find_documents(inputs: Iterable[PathLike]) -> Iterator[Document | ValueError
 
 def _open_document(path: Path) -> Document | ValueError:
     if not _is_pdf(path):
-        return Document(path, 1)
+        return Document(path, _count_frames(path))
     try:
         with _open_pdf(path) as pdf:
             return Document(path, len(pdf))
@@ -120,6 +123,15 @@ def _open_document(path: Path) -> Document | ValueError:
         raise
     except Exception as error:
         return ValueError(f"{path} cannot be opened: {error}")
+
+
+def _count_frames(path: Path) -> int:
+    """Number of frames of an image; 1 if it cannot be read, which is an error when its page is opened."""
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1)
+    except Exception:  # Pillow's decoders raise many types
+        return 1
 
 
 def _is_pdf(path: Path) -> bool:

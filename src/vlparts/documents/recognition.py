@@ -179,9 +179,9 @@ def _answer(
     ).to(model.device)
     with torch.inference_mode():
         generated = model.generate(**inputs, **generation_options)
-    answers = []
+    answers, end_ids = [], _end_ids(model)
     for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
-        ends = [place for place, token in enumerate(row) if token in _end_ids(model)]
+        ends = [place for place, token in enumerate(row) if token in end_ids]
         tokens = row[: ends[0]] if ends else row
         text = processor.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         answers.append((text, bool(ends), len(tokens)))

@@ -19,7 +19,9 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _limit_lock = threading.Lock()
 
 
-def open_image(source: ImageSource, convert_rgb: bool = True, max_image_pixels: int | None = None) -> Image.Image:
+def open_image(
+    source: ImageSource, convert_rgb: bool = True, max_image_pixels: int | None = None, frame: int = 0
+) -> Image.Image:
     """Open an image file, decode all of it, and apply its EXIF orientation.
 
     Args:
@@ -27,6 +29,7 @@ def open_image(source: ImageSource, convert_rgb: bool = True, max_image_pixels: 
         convert_rgb: Convert the image to RGB, see [`to_rgb`].
         max_image_pixels: Largest number of pixels, against files that are small on disk and huge in memory; None for
             Pillow's own limit, `2 * PIL.Image.MAX_IMAGE_PIXELS` (178,956,970 pixels unless it is changed).
+        frame: Index of the frame, such as a page of a TIFF file.
 
     Returns:
         The upright image, in memory; the file is closed.
@@ -36,6 +39,8 @@ def open_image(source: ImageSource, convert_rgb: bool = True, max_image_pixels: 
             limit, or has levels of unknown range. The message names the path.
     """
     with _opened(source, max_image_pixels) as image:
+        if frame:
+            image.seek(frame)
         return read_image(image, convert_rgb)
 
 

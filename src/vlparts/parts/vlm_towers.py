@@ -28,8 +28,8 @@ class VisionTower:
             columns)` for images of one size, `(L, D)` or `(1, L, D)` for others. None for `last_hidden_state`.
         width: D, from the configuration.
         prefix: Number of class and register tokens before the patches.
-        stride: Side of a patch in pixels, of images of one size. A patch is what one feature stands for, so the
-            product of the strides of a hierarchical encoder.
+        stride: Side in pixels of the square that each feature covers, for images of one size. In a hierarchical
+            encoder it is the product of the strides of its stages.
         has_layers: Whether `hidden_states` hold features of the same shape.
         merges: Whether the encoder merges blocks of m x m patches itself.
         merge_size: m, from the configuration; None for any.
