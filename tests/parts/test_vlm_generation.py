@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.parts.test_vlm_views import composed
 from vlparts.generation import WindowedNGramLogitsProcessor
 
 
@@ -66,3 +67,23 @@ def test_the_prompt_is_not_compared() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WindowedNGramLogitsProcessor(**options)
+
+
+@pytest.mark.parametrize("given", ["configuration", "argument"])
+def test_generate_bans_what_the_answer_repeats(given: str) -> None:
+    model, processor = composed("qwen3")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens are equally likely, so that the first is chosen
+    inputs = processor(text=["no image"], return_tensors="pt")
+    plain = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    start = inputs["input_ids"].shape[1]
+    assert len(set(model.generate(**inputs, **plain)[0, start:].tolist())) == 1
+    options = {"no_repeat_ngram_size": 2, "no_repeat_ngram_window_size": 20}
+    if given == "configuration":
+        for name, value in options.items():
+            setattr(model.generation_config, name, value)
+        options = {}
+    answer = model.generate(**inputs, **plain, **options)[0, start:].tolist()
+    pairs = list(zip(answer, answer[1:], strict=False))
+    assert len(answer) == 9
+    assert len(set(pairs)) == len(pairs)

@@ -26,6 +26,7 @@ _ENCODED_ONCE = (
     "video_grid_thw",
     "mm_encoder_outputs",
 )
+_NGRAM_OPTIONS = ("no_repeat_ngram_window_size", "no_repeat_ngram_allowed_ids")
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
 
@@ -135,6 +136,16 @@ class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
                 "Several beams or sequences for prompts with images need a newer transformers (5.23 works)."
             )
         return super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        # transformers takes as arguments only options that the configuration has already.
+        given = {name: kwargs.pop(name) for name in _NGRAM_OPTIONS if name in kwargs}
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        for name, value in given.items():
+            setattr(prepared, name, value)
+        return prepared, model_kwargs
 
     def _get_logits_processor(
         self,
