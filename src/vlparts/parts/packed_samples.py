@@ -85,7 +85,7 @@ def find_samples(
             starts = starts & attended
         # Whatever their position, the first tokens of rows are starts.
         starts = starts | (torch.arange(tokens, device=starts.device) == 0 if attended is None else _first(attended))
-    if int(starts.sum()) <= rows:
+    if not bool((starts.sum(-1) > 1).any()):
         return None
     if past or use_cache:
         raise ValueError(
