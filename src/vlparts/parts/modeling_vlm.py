@@ -341,7 +341,13 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             )
         aux_loss = None
         if balance_loss is not None:
-            aux_loss = balance_loss(outputs.router_logits, attention_mask)
+            aux_loss = balance_loss(
+                outputs.router_logits,
+                len(outputs.last_hidden_state),
+                attention_mask,
+                position_ids,
+                kwargs.get("cu_seq_lens_q"),
+            )
             if loss is not None:
                 loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import unwrap_peft_model
 
 from .dataset import PackSampler
+from .step_balance import StepBalance, balances_sequences
 from .weighted_inputs import WeightedLabels, ignore_repeated
 from .weighted_loss import WeightedLossTrainer
 
@@ -57,7 +59,8 @@ class _PackTrainer(Trainer):
 class PackedTrainer(_PackTrainer):
     """transformers' Trainer over packs of samples; the loss is the mean over all tokens with loss.
 
-    The balance loss of experts is averaged over the packs of a step, and is not part of the evaluation loss.
+    The balance loss of experts is averaged over the packs of a step, or over its sequences with
+    `router_aux_loss_form="sequence"`, and is not part of the evaluation loss.
 
     Args:
         model: The model.
@@ -67,6 +70,19 @@ class PackedTrainer(_PackTrainer):
         **kwargs: Passed to Trainer.
     """
 
+    _balance: StepBalance | None = None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the packs of a step, after counting their sequences if the balance loss is a mean over them."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        model, self._balance = self._plain_model(), None
+        if balances_sequences(model):
+            self._balance = StepBalance(model)
+            for batch in batches:
+                self._balance.count(batch)
+            self._balance.all_reduce(device)
+        return batches, count
+
     def compute_loss(
         self,
         model: Any,
@@ -74,17 +90,26 @@ class PackedTrainer(_PackTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute Trainer's loss, with the balance loss divided by the number of packs instead of added per pack."""
+        """Compute Trainer's loss, with the share of the pack in the balance loss instead of all of it per pack."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if num_items_in_batch is not None:
-            factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss - self._balance_loss(outputs) * (factor - 1 / self.current_gradient_accumulation_steps)
+            processes = self.accelerator.num_processes
+            factor = processes if self.args.average_tokens_across_devices else 1
+            # Gradients are averaged over processes.
+            share = 1 / self.current_gradient_accumulation_steps
+            if self._balance is not None:
+                share = self._balance.share(inputs) * processes
+            loss = loss - self._balance_loss(outputs) * (factor - share)
         return (loss, outputs) if return_outputs else loss
+
+    def _plain_model(self) -> Any:
+        """The model without wrappers."""
+        return unwrap_peft_model(self.accelerator.unwrap_model(self.model))
 
     def _balance_loss(self, outputs: Any) -> Tensor | float:
         """The balance loss in the model's loss, with its coefficient; 0 without experts."""
         aux_loss = outputs.get("aux_loss")
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        config = self._plain_model().config.get_text_config()
         return 0.0 if aux_loss is None else aux_loss * config.router_aux_loss_coef
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
