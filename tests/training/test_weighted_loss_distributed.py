@@ -98,7 +98,18 @@ def work(rank: int, folder: Path, port: int) -> None:
     distributed.destroy_process_group()
 
 
-PACKED: dict[str, dict[str, Any]] = {"packs": {"capacity": 100}, "batches": {"capacity": 100, "packing": False}}
+BY_SEQUENCE = {"router_aux_loss_coef": 0.3, "router_aux_loss_form": "sequence", "experts_implementation": "eager"}
+PACKED: dict[str, dict[str, Any]] = {
+    "packs": {"capacity": 100},
+    "batches": {"capacity": 100, "packing": False},
+    "packs of experts": {
+        "capacity": 100,
+        "loss": None,
+        "mix": None,
+        "text": {"preset": "moge:tiny", **BY_SEQUENCE},
+        "trainer": {"max_grad_norm": 0.0, "ddp_find_unused_parameters": True},
+    },
+}
 
 
 def packed_settings(folder: Path, name: str, output: str, **changes: Any) -> TrainConfig:
