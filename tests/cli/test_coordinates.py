@@ -316,7 +316,7 @@ def test_reasoning_is_skipped() -> None:
     assert run(*check, input=lines(thought)).exit_code == 1
     assert run(*check, "--skip-thinking", input=lines(thought)).exit_code == 0
     result = run("check", "-", "--skip-thinking", input=lines(thought))
-    assert (result.exit_code, "`--skip-thinking` needs `--text-field`" in said(result)) == (1, True)
+    assert (result.exit_code, "`--skip-thinking` needs `--text-field`" in said(result)) == (2, True)
 
 
 def test_check_reads_training_records_and_texts() -> None:
