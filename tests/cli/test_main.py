@@ -241,7 +241,7 @@ INVALID: dict[str, tuple[list[str], str]] = {
         ["--config", "typo.yaml"],
         "`learning_rat`: Extra inputs are not permitted; the nearest known name is `learning_rate`",
     ),
-    "freeze": (["--freeze", "all"], "`freeze.0`: Input should be 'vision', 'text' or 'projector'"),
+    "freeze": (["--freeze", "all"], "`freeze`: Value error, must be vision, projector, text, or patterns"),
     "capacity": (["--capacity", "0"], "`capacity`: Input should be greater than or equal to 1"),
     "learning rate": (["--learning-rate", "0"], "`learning_rate`: Input should be greater than 0"),
     "epochs": (["--epochs", "0"], "`epochs`: Input should be greater than 0"),

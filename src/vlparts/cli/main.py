@@ -66,10 +66,14 @@ def train(
     model: Annotated[Path | None, typer.Option(help="Folder of a composed model to train further.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
-    freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="vision, text, projector, or a pattern of names of parameters; may be repeated."),
+    ] = None,
     max_image_pixels: Annotated[
         int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
     ] = None,
+    dpi: Annotated[float | None, typer.Option(help="Dots per inch for pages of PDF files, by default 144.")] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
     max_items: Annotated[
         int | None,
