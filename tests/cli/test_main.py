@@ -19,8 +19,10 @@ from vlparts.training.config import TrainConfig
 
 OPTIONS = {
     "capacity",
+    "chat_template",
     "config",
     "data",
+    "dpi",
     "epochs",
     "eval_data",
     "freeze",
@@ -149,9 +151,11 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "text": "folder",
         "model": Path("m"),
         "tokenizer": Path("t"),
+        "chat_template": Path("c.jinja"),
         "projector": "linear",
-        "freeze": ["vision", "text"],
+        "freeze": ["vision", "model.language_model.layers.0.*"],
         "max_image_pixels": 10**6,
+        "dpi": 72.0,
         "capacity": 77,
         "max_items": 6,
         "gradient_accumulation_steps": 5,

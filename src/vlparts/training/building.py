@@ -227,11 +227,19 @@ def select_parameters(model: nn.Module, names: Iterable[str], argument: str) -> 
         patterns = PARTS.get(name, (name,))
         matched = {id(one) for key, one in parameters.items() if any(fnmatchcase(key, each) for each in patterns)}
         if not matched:
-            known = [*PARTS, *(f"{module}.*" for module, _ in model.named_modules() if module), *parameters]
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or ", ".join(PARTS)
+            near = ", ".join(_nearest_names(model, name))
             raise ValueError(f"`{argument}` {name!r} matches no parameter; the nearest known names are {near}.")
         found |= matched
     return {key: one for key, one in parameters.items() if id(one) in found}
+
+
+def _nearest_names(model: nn.Module, name: str) -> list[str]:
+    """Names of parts, and patterns of modules, that are near to a name as a whole or in the last word."""
+    modules = [f"{module}.*" for module, _ in model.named_modules() if module]
+    near = difflib.get_close_matches(name, [*PARTS, *modules], n=3)
+    last = {module.removesuffix(".*").rpartition(".")[2]: module for module in reversed(modules)}
+    words = difflib.get_close_matches(name.strip("*.").rpartition(".")[2], last, n=1)
+    return [*dict.fromkeys([*near, *(last[word] for word in words)])] or list(PARTS)
 
 
 def _freeze(model: VisionLanguageForConditionalGeneration, names: Sequence[str]) -> None:

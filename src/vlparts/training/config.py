@@ -18,6 +18,8 @@ PARTS = {
     "text": ("model.language_model.*", "lm_head.*"),
 }
 """Parts of a composed model, and the patterns of the names of their parameters."""
+SETTINGS = {file.stem: file for file in sorted((Path(__file__).parent / "settings").glob("*.yaml"))}
+"""Settings of published training stages by name."""
 _Fraction = Annotated[float, Field(gt=0, lt=1)]
 _Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -161,7 +163,7 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     """Read settings from a YAML file and override some of them.
 
     Args:
-        path: YAML file with the fields of [`TrainConfig`], or None.
+        path: YAML file with the fields of [`TrainConfig`], or one of [`SETTINGS`], or None.
         changes: Fields that override those of the file.
 
     Raises:
@@ -170,8 +172,9 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     """
     fields: Any = {}
     if path is not None:
+        file = SETTINGS.get(str(path), Path(path))
         try:
-            fields = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
+            fields = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(fields, dict):
