@@ -128,9 +128,8 @@ def _read_template(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(_TEMPLATES)
         raise ValueError(
-            f"`chat_template` must be {names} or a file with a Jinja template, got {path}: {error}"
+            f"`chat_template` must be a file with a Jinja template or {', '.join(_TEMPLATES)}, got {path}: {error}"
         ) from None
 
 
