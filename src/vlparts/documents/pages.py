@@ -38,7 +38,7 @@ class Page:
         Args:
             dpi: Dots per inch, for PDF pages.
             max_pixels: Largest number of pixels of the page; None for 100,000,000 for a PDF page, and for that of
-                [`open_image`][vlparts.parts.image_files.open_image] for an image.
+                `open_image` for an image.
 
         Raises:
             ValueError: If the page cannot be read or is too large; names the file and the page.

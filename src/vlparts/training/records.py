@@ -160,7 +160,7 @@ class PageRecord(_Strict):
     `blocks` are the Markdown with boxes. Both may be given if they have the same text, apart from whitespace.
 
     `prompt` has the placeholder "<image>". The default is DeepSeek-OCR's for Markdown with boxes or without, see
-    [`DEEPSEEK_OCR_PROMPTS`][vlparts.documents.DEEPSEEK_OCR_PROMPTS].
+    `vlparts.documents.DEEPSEEK_OCR_PROMPTS`.
     """
 
     page: str
@@ -219,7 +219,7 @@ class PageRecord(_Strict):
 
         Args:
             page_size: Width and height of the page in pixels.
-            on_outside: Policy for a box that leaves the page, as for [`write_page`][vlparts.documents.write_page].
+            on_outside: Policy for a box that leaves the page, as for `vlparts.documents.write_page`.
 
         Raises:
             ValueError: If a box leaves the page under "raise", no block is left, or a text has marks.
