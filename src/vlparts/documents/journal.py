@@ -45,6 +45,9 @@ class Journal:
             raise ValueError(f"`output` must be a folder, got the file {folder}.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            foreign = any(not path.name.startswith(PREFIX) for path in folder.iterdir())
+            if foreign and not self._path.exists():
+                raise ValueError(f"`output` must be a new or empty folder, or that of an earlier run, got {folder}.")
             self._lock.acquire()
         except Timeout:
             raise ValueError(f"`output` {folder} is in use by another run.") from None
@@ -62,10 +65,6 @@ class Journal:
         data = self._path.read_bytes() if self._path.exists() else b""
         # A kill can leave an incomplete last line, which is cut off.
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
-        if not lines and any(not path.name.startswith(PREFIX) for path in self._path.parent.iterdir()):
-            raise ValueError(
-                f"`output` must be a new or empty folder, or that of an earlier run, got {self._path.parent}."
-            )
         found = self._read(lines) if lines else None
         if self.rows and found != settings:
             raise ValueError(_difference(self._path.parent, found or {}, settings))
