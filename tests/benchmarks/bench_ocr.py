@@ -2,8 +2,8 @@
 
 `python tests/benchmarks/bench_ocr.py WORK` trains a small model into `WORK/model`, unless it is there, draws 50 images
 and a PDF of 50 pages with one to two lines of large text that it has not seen, and runs the command over them. With
-`--kill` it kills further runs at random times until one ends, and compares all files of the two outputs. `--batch-size`
-and `--steps` are those of the command and of the training.
+`--kill` it kills further runs at random times until one ends, and compares all files of the two outputs.
+`--batch-size` and `--steps` are those of the command and of the training.
 """
 
 import argparse
