@@ -102,7 +102,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, nargs="?", default=Path(tempfile.gettempdir()) / "bench_ocr")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--kill", action="store_true")
     arguments = parser.parse_args()

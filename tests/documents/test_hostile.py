@@ -56,6 +56,17 @@ def tiff(path: Path, keep: float = 1.0) -> None:
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
 
 
+def damaged_tiff(path: Path) -> None:
+    """Three frames, the second of which has data that are not compressed as the file says."""
+    frames = [image(color=color) for color in ("red", "lime", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
+    with Image.open(path) as saved:
+        saved.seek(1)
+        ((start,), (count,)) = saved.tag_v2[273], saved.tag_v2[279]  # offsets and sizes of strips
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + b"\xff" * count + data[start + count :])
+
+
 def photograph(path: Path) -> None:
     """A picture and its preview, as cameras write them."""
     image().save(path, "MPO", save_all=True, append_images=[image(size=(6, 4))])
@@ -70,7 +81,8 @@ KINDS: list[tuple[str, Callable[[Path], Any], list[Any]]] = [
     ("deep.png", lambda path: image("I;16", color=257 * 100).save(path), [[60, 40, 100, 100, 100]]),
     ("palette.png", palette, [[60, 40, 228, 178, 152]]),
     ("frames.tif", tiff, [[60, 40, 255, 0, 0], [60, 40, 0, 255, 0], [60, 40, 0, 0, 255]]),
-    ("cut.tif", lambda path: tiff(path, 0.6), [[60, 40, 255, 0, 0], "cut.tif, page 2"]),
+    ("cut.tif", lambda path: tiff(path, 0.6), [[60, 40, 255, 0, 0], "cut.tif, page 2", "cut.tif, page 3"]),
+    ("damaged.tif", damaged_tiff, [[60, 40, 255, 0, 0], "damaged.tif, page 2", [60, 40, 0, 0, 255]]),
     ("photo.jpg", photograph, [[60, 40, *GREY]]),
     ("half.jpg", truncated_jpeg, ["half.jpg cannot be read: image file is truncated"]),
     ("empty.png", Path.touch, ["empty.png cannot be read: cannot identify image file"]),
