@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -20,6 +20,7 @@ from vlparts.cli.main import app
 from vlparts.documents import recognize, recognize_documents
 from vlparts.documents.pages import find_documents
 from vlparts.parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
+from vlparts.show import boxes
 
 PROMPT = "<image>\nFree OCR."
 
@@ -148,6 +149,35 @@ def test_figures_are_cut_out_and_layouts_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a_layout_2.png").stat().st_size > 1000
     text = (tmp_path / "out" / "a.md").read_text()
     assert text == "<!-- page 1: broken - - here -->\n\n<!-- page 2 -->\n![image](a_figures/page2_1.png)\n\n\nb\n"
+
+
+@pytest.mark.parametrize("size", [(6000, 300), (300, 6000), (3000, 3000)])
+def test_layouts_of_large_pages_are_drawn_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    """Boxes are where they are on the page, and the picture takes no more memory than that of a small page."""
+    from vlparts.documents import parse_page, writing
+    from vlparts.documents.recognition import PageResult
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        writing, "boxes", lambda image, regions: drawn.append((image, regions)) or boxes(image, regions)
+    )
+    image = Image.new("RGB", size, "white")
+    image.paste("black", (0, 0, size[0] // 2, size[1] // 4))
+    image.save(tmp_path / "a.png")
+    (document,) = find_documents([tmp_path / "a.png"])
+    text = parse_page("<|ref|>text<|/ref|><|det|>[[0, 0, 500, 250]]<|/det|>\nb", size)
+    folder = writing.OutputFolder(tmp_path / "out", [document], {})
+    folder.add([PageResult(document.pages()[0], image, text, True, 20)])
+    folder.close()
+    ((small, (region,)),) = drawn
+    assert small.width <= 1050
+    assert small.height <= 2100
+    assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.03)
+    black = ImageOps.invert(small.convert("L")).point(lambda level: 255 * (level > 127)).getbbox()
+    assert region.xyxy == pytest.approx(black, abs=2)
+    assert (tmp_path / "out" / "a_layout.png").stat().st_size > 1000
 
 
 def test_the_command(parts: tuple[Any, Any], tmp_path: Path) -> None:

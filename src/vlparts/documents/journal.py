@@ -127,8 +127,10 @@ class Journal:
 
     def close(self) -> None:
         """Close the journal; another run can use the folder."""
-        self._file.close()
-        self._lock.release()
+        try:
+            self._file.close()
+        finally:
+            self._lock.release()
 
 
 def _line(row: dict[str, Any]) -> bytes:

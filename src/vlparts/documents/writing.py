@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..show import boxes
 from .blocks import PageText, parse_page
@@ -21,7 +21,8 @@ from .recognition import PageResult
 
 __all__ = ["OutputFolder"]
 
-LAYOUT_DPI = 150  # pictures are 7 inches wide
+LAYOUT_DPI = 150
+LAYOUT_SIZE = (1050, 2100)  # of pictures, which are 7 inches wide and up to 14 inches high
 
 
 class OutputFolder:
@@ -136,7 +137,9 @@ class OutputFolder:
 
     def _save_layout(self, name: str, number: int | None, image: Image.Image, page: PageText) -> None:
         """Draw the boxes of a page, if it has some, with the types of their blocks."""
-        regions = [region for block in page.blocks for region in block.regions]
+        if image.width > LAYOUT_SIZE[0] or image.height > LAYOUT_SIZE[1]:  # Matplotlib has 60 bytes for each pixel
+            image = ImageOps.contain(image, LAYOUT_SIZE)
+        regions = [region for block in parse_page(page.answer, image.size).blocks for region in block.regions]
         if regions:
             suffix = "" if number is None else f"_{number}"
             figure = boxes(image, regions).get_figure(root=True)
