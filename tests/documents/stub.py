@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from PIL import Image
@@ -15,14 +15,14 @@ MARK = "<|ref|>image<|/ref|><|det|>[[100, 100, 500, 500]]<|/det|>\n"
 class StubProcessor:
     """Reads the size and the mean level of an image. It refuses images of `refused` pixels in width.
 
-    `alive` has the images that it was given and that still exist.
+    `alive` has the images that it was given and that still exist, by id; `most_alive` is their largest number.
     """
 
     tokenizer = SimpleNamespace(decode=lambda ids, **options: bytes(ids).decode())
 
     def __init__(self, refused: int = 0) -> None:
         self.refused = refused
-        self.alive: WeakSet[Image.Image] = WeakSet()
+        self.alive: WeakValueDictionary[int, Image.Image] = WeakValueDictionary()
         self.most_alive = 0
 
     def apply_chat_template(self, conversations: list[Any], **options: Any) -> BatchFeature:
@@ -30,7 +30,7 @@ class StubProcessor:
         for image in images:
             if image.width == self.refused:
                 raise ValueError(f"an image of {image.width} pixels is refused")
-            self.alive.add(image)
+            self.alive[id(image)] = image
         self.most_alive = max(self.most_alive, len(self.alive))
         read = [[*image.size, *(round(sum(level) / 2) for level in image.getextrema())] for image in images]
         return BatchFeature({"input_ids": torch.zeros(len(images), 1, dtype=torch.int64), "read": torch.tensor(read)})
