@@ -7,9 +7,11 @@ import reprlib
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["FIELDS", "DataImage", "convert_record"]
+__all__ = ["FIELDS", "SCORES", "DataImage", "convert_record"]
 
-FIELDS = frozenset({"messages", "image", "images", "conversations", "system", "id"})
+SCORES = "filter_scores"
+"""Key of the scores of `vlparts data filter`, an object; training accepts and ignores it."""
+FIELDS = frozenset({"messages", "image", "images", "conversations", "system", "id", SCORES})
 """Keys of a record in any of the shapes."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
