@@ -33,7 +33,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "section": (
         {"config": {"text_config": None}},
-        "text_config.layers missing instead of 2, text_config None instead",
+        "text_config None instead of missing, text_config.layers missing instead of 2.",
     ),
     "null or missing": ({"config": {"new": None}}, "new None instead of missing"),
     "further tensor": ({"z": torch.zeros(1)}, "further tensors: z."),

@@ -199,7 +199,7 @@ def test_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import sys; print('half'); sys.exit(3)", r"The command `.*/model` failed with exit code 3; last line: 'half'"),
+        ("import sys; print(1); sys.exit(3)", r"The command `.*/model` failed with exit code 3; last line: '1'"),
         ("print('0.5 %')", r"The command `.*` must print a number as its last line, got '0.5 %'"),
         ("pass", r"The command `.*` must print a number as its last line, got ''"),
     ],

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +157,4 @@ def _is_equal(first: StoredTensors, other: StoredTensors, name: str) -> bool:
 
 def _shown(names: Sequence[str]) -> str:
     further = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return ", ".join(chain(names[:SHOWN], further))
+    return ", ".join([*sorted(names)[:SHOWN], *further])
