@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from tests.checkpoints.files import assert_same_bytes, read_folder, write_json
 from tests.checkpoints.soup.making import SHAPES, folder, folders
-from tests.tiny import order_one, text_config, tokenizer
+from tests.tiny import order_one, text_config, tokenizer, vision_config
+from vlparts import compose, compose_processor
 from vlparts.checkpoints.soup import average_folders
 from vlparts.checkpoints.soup.averaging import _mean
 
@@ -159,6 +160,25 @@ def test_saved_models_are_averaged_as_their_parameters(tmp_path: Path) -> None:
     for name, value in mean.named_parameters():
         expected = (models[0].get_parameter(name) + models[1].get_parameter(name)) / 2
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+def test_a_composed_model_comes_with_its_code_and_processor(tmp_path: Path) -> None:
+    words = tokenizer()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = compose(vision_config("navit"), text_config("qwen3", words))
+        order_one(model, seed).save_pretrained(tmp_path / str(seed))
+        compose_processor(model, words).save_pretrained(tmp_path / str(seed))
+    assert average_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "out") == []
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "soup.json", *(path.name for path in (tmp_path / "0").iterdir()),
+    }  # fmt: skip
+    assert (tmp_path / "out" / "modeling_vlm.py").is_file()
+    mean = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    first = read_folder(tmp_path / "0")["model.language_model.norm.weight"]
+    second = read_folder(tmp_path / "1")["model.language_model.norm.weight"]
+    torch.testing.assert_close(mean.model.language_model.norm.weight, (first + second) / 2, rtol=0, atol=1e-6)
+    AutoProcessor.from_pretrained(tmp_path / "out")
 
 
 MEASURED = """

@@ -113,9 +113,9 @@ greedy_soup(sys.argv[3:], sys.argv[2], evaluate, settings={"command": "near 4"})
 """
 
 
-@pytest.mark.parametrize("evaluations", [0, 3, 5])
-def test_a_killed_run_continues_with_the_scores_that_it_has(tmp_path: Path, evaluations: int) -> None:
-    paths = models(tmp_path)
+def test_a_killed_run_continues_with_the_scores_that_it_has(tmp_path: Path) -> None:
+    """Killed while the first mean is evaluated, whose folder is left."""
+    paths, evaluations = models(tmp_path), 4
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(evaluations), tmp_path / "out", *paths],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
@@ -125,6 +125,7 @@ def test_a_killed_run_continues_with_the_scores_that_it_has(tmp_path: Path, eval
         check=False,
     )
     assert done.returncode == 77, done.stderr
+    assert (tmp_path / "out.work" / "mean").is_dir()
     assert not (tmp_path / "out").exists()
     calls: list[Path] = []
     settings = {"command": "near 4"}
