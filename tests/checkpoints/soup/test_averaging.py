@@ -49,6 +49,16 @@ def test_the_mean_is_that_of_float64(tmp_path: Path, weights: list[float] | None
         assert ((mean.double() - expected).abs() <= rounding(mean.dtype, values)).all(), name
 
 
+def test_a_model_of_weight_0_counts_for_nothing(tmp_path: Path) -> None:
+    """Also if it is broken; the files are still those of the first folder."""
+    broken = folder(tmp_path / "broken", 0, **{"a.weight": torch.full((7, 5), float("nan"))})
+    paths = [folder(tmp_path / str(seed), seed, shards=2) for seed in (1, 2)]
+    average_folders([broken, *paths], tmp_path / "out", weights=[0, 1, 1])
+    average_folders(paths, tmp_path / "mean")
+    assert_same_bytes(read_folder(tmp_path / "out"), read_folder(tmp_path / "mean"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+
+
 def bits(tensor: Tensor) -> list[int]:
     return list(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 

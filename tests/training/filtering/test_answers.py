@@ -40,6 +40,7 @@ DIFFERENT: list[tuple[str, str, str]] = [
     ("x < 3", "x > 3", ""),
     ("", "yes", ""),
     ("...", "yes", ""),
+    ("", "...", ""),
     ("twodogs", "two dogs", ""),
     ("A", "B", OPTIONS),
     ("A blue cat", "A", OPTIONS),

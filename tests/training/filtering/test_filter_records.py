@@ -101,8 +101,20 @@ def test_no_other_character_changes(tmp_path: Path) -> None:
     assert third == LINES[3].replace('{"old": 1.0, "tokens": 9}', texts[2]) + "\n"
 
 
-def test_an_empty_object_gets_scores_too() -> None:
-    assert _line_with_scores("{ }", {}, {"a": 1}) == '{ "filter_scores": {"a": 1}}\n'
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{ }", '{ "filter_scores": {"a": 1}}\n'),
+        (
+            '{"filter\\u005fscores": {} , "b": {"filter_scores": {}}}',
+            '{"filter\\u005fscores": {"a": 1} , "b": {"filter_scores": {}}}\n',
+        ),
+        ('{"b": {"filter_scores": {}}}', '{"b": {"filter_scores": {}}, "filter_scores": {"a": 1}}\n'),
+    ],
+)
+def test_scores_get_their_place_in_a_line(line: str, expected: str) -> None:
+    assert _line_with_scores(line, json.loads(line), {"a": 1}) == expected
+    assert _line_with_scores(line, json.loads(line), {}) == f"{line}\n"
 
 
 def test_training_reads_the_output_and_keeps_the_scores(tmp_path: Path) -> None:

@@ -121,13 +121,14 @@ def _mean_pieces(
 ) -> Iterator[bytes | bytearray]:
     """Yield the bytes of the mean of a tensor, in pieces."""
     dtype = FLOATING.get(stored[0].tensors[name].dtype)
-    readers = [files[one.tensors[name].file].read(name, PIECE) for one, files in zip(stored, opened, strict=True)]
+    members = [index for index, share in enumerate(shares) if share]  # without those of weight 0, also if they are NaN
+    readers = [opened[index][stored[index].tensors[name].file].read(name, PIECE) for index in members]
     for piece in readers[0]:
         if dtype is None:  # equal in all folders
             yield piece
             continue
         others = (torch.frombuffer(next(reader), dtype=dtype) for reader in readers[1:])
-        mean = _mean(torch.frombuffer(piece, dtype=dtype), others, shares)
+        mean = _mean(torch.frombuffer(piece, dtype=dtype), others, [shares[index] for index in members])
         yield mean.view(torch.uint8).numpy().tobytes()
 
 

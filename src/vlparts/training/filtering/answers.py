@@ -42,7 +42,8 @@ def is_same_answer(answer: str, expected: str, question: str = "") -> bool:
     letter = _letter(expected)
     if letter in options and {"A", "B"} <= options:
         return _letter(answer) == letter
-    return _normalized(answer) == _normalized(expected)
+    normalized = _normalized(expected)
+    return bool(normalized) and _normalized(answer) == normalized
 
 
 def _letter(text: str) -> str | None:

@@ -1,5 +1,6 @@
 """Files that the filter writes: kept records with their scores, and the report on every record."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -50,18 +51,19 @@ def _line_with_scores(line: str, fields: dict[str, Any], scores: dict[str, Any])
     Args:
         line: The text of the line.
         fields: Its object.
-        scores: JSON values by name.
+        scores: JSON values by name; nothing is written if there are none.
     """
-    written = json_line({**fields.get(SCORES, {}), **scores}).rstrip("\n")
-    if SCORES in fields:
-        *_, outer = objects(line, depth=len(line))
-        (span,) = (value for key, value in outer.members if key == SCORES and isinstance(value, JsonObject))
-        start, end = span.start, span.end
-    else:
+    if scores:
+        written = json_line({**fields.get(SCORES, {}), **scores}).rstrip("\n")
         start = end = line.rindex("}")
-        written = f'{", " if fields else ""}"{SCORES}": {written}'
-    changed = f"{line[:start]}{written}{line[end:]}"
-    return changed if changed.endswith("\n") else f"{changed}\n"
+        if SCORES in fields:
+            *_, outer = objects(line, depth=len(line))
+            spans = (value for key, value in outer.members if json.loads(f'"{key}"') == SCORES)
+            start, end = next((one.start, one.end) for one in spans if isinstance(one, JsonObject))
+        else:
+            written = f'{", " if fields else ""}"{SCORES}": {written}'
+        line = f"{line[:start]}{written}{line[end:]}"
+    return line if line.endswith("\n") else f"{line}\n"
 
 
 @contextmanager

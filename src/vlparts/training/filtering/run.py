@@ -118,7 +118,8 @@ def filter_records(
     Raises:
         ValueError: If an argument is invalid, if `output` has results of a run with other settings and `restart` is
             off, or if the model gives a perplexity that is not finite.
-        RecordError: If a record is invalid and `on_error` is "raise".
+        RecordError: If a record is invalid and `on_error` is "raise", if none is valid, or if the chat template cannot
+            render a question.
     """
     if keep is None and max_perplexity is None and not drop_answerable:
         keep = KEEP
