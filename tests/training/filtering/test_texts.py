@@ -34,12 +34,22 @@ SHAREGPT = {
     "images": ["a.png"],
 }
 LLAVA = {"id": "7", "image": "a.png", "conversations": SHAREGPT["conversations"][:2]}
+PAGE = {"page": "a.pdf", "page_number": 2, "markdown": "# Title\n\nText.\n"}
+BLOCKS = [{"type": "title", "box": [0, 0, 9, 9], "text": "# Title\n"}, {"type": "image", "box": [0, 0, 9, 9]}]
+BLOCKS.append({"type": "text", "box": [0, 0, 9, 9], "text": "Text."})
 TEXTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "ours": (OURS, "It is a cat.", "Where is it?\nIt is a cat."),
     "OpenAI": (OPENAI, "A cat.", "Be brief.\nWhat is it?\nA cat."),
     "ShareGPT": (SHAREGPT, "A cat.\nRed", "Be brief.\nWhat is it?\nA cat.\nIts colour?\nRed"),
     "LLaVA": (LLAVA, "A cat.", "What is it?\nA cat."),
     "a box without a label": (asked("Where?", {"box": [1, 2, 3, 4]}), "", "Where?"),
+    "a page": ({**PAGE, "prompt": "<image>\nRead it."}, "# Title\n\nText.", "Read it.\n# Title\n\nText."),
+    "blocks of a page": (
+        {"page": "a.png", "blocks": BLOCKS, "prompt": "<image>\nRead it."},
+        "# Title\nText.",
+        "Read it.\n# Title\nText.",
+    ),
+    "keys of a page in a conversation": ({**LLAVA, "markdown": 5, "prompt": "?"}, "A cat.", "What is it?\nA cat."),
     "white space": (asked("Where?", " \n"), "", "Where?"),
     "a caption": (asked({"type": "image"}, "A cat."), "A cat.", "A cat."),
 }
@@ -68,6 +78,7 @@ QUESTIONS: dict[str, tuple[dict[str, Any], list[Question]]] = {
     "an answer with a region": (OURS, []),
     "no image": (asked("What?", "A cat.", None), []),
     "a caption": (TEXTS["a caption"][0], []),
+    "a page": (PAGE, []),
     "no text in the answer": (asked("What?", ""), []),
     "two turns of the user": (
         {
@@ -93,3 +104,8 @@ def test_the_questions(name: str) -> None:
 def test_scores_must_be_an_object() -> None:
     with pytest.raises(ValueError, match="filter_scores: Expected an object, got float."):
         open_record({**OURS, "filter_scores": 1.5})
+
+
+def test_a_record_of_two_shapes() -> None:
+    with pytest.raises(ValueError, match="messages: Extra inputs are not permitted"):
+        open_record({**PAGE, **OURS})

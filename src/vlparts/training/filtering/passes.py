@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ...coordinates.io.json_lines import parse_object
 from ...journal import Journal
-from ..records import Record, RecordError, numbered_lines
+from ..records import PageRecord, Record, RecordError, numbered_lines
 from .answers import answer_batch, encode_question
 from .perplexity import encode, like_length, score_batch, select_lowest
 from .texts import open_record, read_questions, scored_text
@@ -101,7 +101,7 @@ class RecordPasses:
             return RecordStatus.INVALID, str(error)
         return RecordStatus.VALID, ""
 
-    def _encode(self, record: Record) -> list[int]:
+    def _encode(self, record: Record | PageRecord) -> list[int]:
         return encode(self.model, self.tokenizer, scored_text(record, self.text or "all"), self.max_length)
 
     def score(self, journal: Journal, batch_size: int) -> None:
@@ -185,7 +185,7 @@ class RecordPasses:
         for _ in _replay(journal, items(), batch_size, compute):
             pass
 
-    def _records(self, wanted: np.ndarray) -> Iterator[tuple[int, Record]]:
+    def _records(self, wanted: np.ndarray) -> Iterator[tuple[int, Record | PageRecord]]:
         """Read the records of the lines that are True in `wanted`."""
         for number, line in numbered_lines(self.source):
             if wanted[number]:

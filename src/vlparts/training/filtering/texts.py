@@ -2,14 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from ..record_formats import FIELDS
-from ..records import Message, Record, RegionBlock, TextBlock, parse_record, pop_scores
+from ..record_formats import FIELDS, PAGE_FIELDS
+from ..records import Message, PageRecord, Record, RegionBlock, TextBlock, parse_record, pop_scores
 
 __all__ = ["TEXTS", "Question", "open_record", "read_questions", "scored_text"]
 
 TEXTS = ("assistant", "all")
 """Which turns are scored: those of the assistant, or all."""
-_SHAPE = FIELDS - {"id"}
 
 
 class Question(NamedTuple):
@@ -26,22 +25,23 @@ class Question(NamedTuple):
     answer: str
 
 
-def open_record(fields: dict[str, Any]) -> Record:
+def open_record(fields: dict[str, Any]) -> Record | PageRecord:
     """Return the record of a JSON object in any of the shapes that training reads; other keys may be there too.
 
     Raises:
         ValueError: If it is not a record, or has scores that are not an object; names the field.
     """
-    known = {name: value for name, value in fields.items() if name in _SHAPE}
+    names = FIELDS - {"id"} - (frozenset() if "page" in fields else PAGE_FIELDS)
+    known = {name: value for name, value in fields.items() if name in names}
     pop_scores(known)
     return parse_record(known)
 
 
-def scored_text(record: Record, text: str = "assistant") -> str:
+def scored_text(record: Record | PageRecord, text: str = "assistant") -> str:
     """Return the text of a record that is scored: the texts of its turns, one per line.
 
     Images are left out. A region has the text of its label, since a language model without the image cannot know its
-    coordinates.
+    coordinates. The turn of the assistant in a record of a page is its Markdown, or the texts of its blocks.
 
     Args:
         record: The record.
@@ -55,21 +55,24 @@ def scored_text(record: Record, text: str = "assistant") -> str:
     """
     if text not in TEXTS:
         raise ValueError(f"`text` must be one of {', '.join(TEXTS)}, got {text!r}.")
-    turns = (_turn_text(message) for message in record.messages if text == "all" or message.role == text)
-    return "\n".join(turn for turn in turns if turn)
+    if isinstance(record, PageRecord):
+        turns = _page_turns(record)
+    else:
+        turns = [(message.role, _turn_text(message)) for message in record.messages]
+    return "\n".join(turn for role, turn in turns if turn and text in ("all", role))
 
 
-def read_questions(record: Record) -> list[Question]:
+def read_questions(record: Record | PageRecord) -> list[Question]:
     """Return the questions of a record that can be asked without its image: each with the answer that follows it.
 
     Args:
         record: The record.
 
     Returns:
-        One question for each turn of the assistant. Empty for a record that cannot be judged by its text: one without
-        images, with a region in an answer, or with an empty question or answer.
+        One question for each turn of the assistant. Empty for a record that cannot be judged by its text: one of a
+        page, without images, with a region in an answer, or with an empty question or answer.
     """
-    if not record.paths:
+    if isinstance(record, PageRecord) or not record.paths:
         return []
     questions: list[Question] = []
     system, asked = "", []
@@ -86,6 +89,12 @@ def read_questions(record: Record) -> list[Question]:
             questions.append(Question(system, question, text))
             asked = []
     return questions
+
+
+def _page_turns(record: PageRecord) -> list[tuple[str, str]]:
+    prompt = "".join(part.get("text", "") for part in record.user_content).strip()
+    texts = [record.markdown] if record.markdown is not None else [block.text for block in record.blocks or ()]
+    return [("user", prompt), ("assistant", "\n".join(text.strip() for text in texts if text.strip()))]
 
 
 def _turn_text(message: Message) -> str:
