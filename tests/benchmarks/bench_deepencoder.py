@@ -7,6 +7,7 @@ time.
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,12 +50,10 @@ def models(names: list[str], dtype: torch.dtype) -> dict[str, nn.Module]:
     for name in names:
         if name.startswith(OURS):
             found[name] = ours_of(native, config)
-        elif name == EAGER:
-            native.config._attn_implementation = "eager"
-            found[name] = type(native)._from_config(native.config, attn_implementation="eager").to(dtype).eval()
-            found[name].load_state_dict(native.state_dict(), assign=True)
-        else:
-            found[name] = native
+            continue
+        settings, attention = copy.deepcopy(native.config), "eager" if name == EAGER else "sdpa"
+        found[name] = type(native)._from_config(settings, attn_implementation=attention).to(dtype).eval()
+        found[name].load_state_dict(native.state_dict())
     for name in {CHECKPOINTED, NATIVE_CHECKPOINTED} & found.keys():
         found[name].train().gradient_checkpointing_enable()  # neither has dropout
     return found
