@@ -194,7 +194,7 @@ def test_counted_operations_are_pytorchs(onednn: list[tuple[int, ...]]) -> None:
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types_are_pytorchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: False)
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: False)
     module = layer().to(dtype)
     x = torch.randn(70, 24, dtype=dtype)
     assert torch.equal(module(x), F.linear(x, module.inner.weight, module.inner.bias))
@@ -205,7 +205,7 @@ def test_other_types_are_pytorchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.
 def test_bfloat16_is_float32_rounded_once_where_it_is_emulated(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
 ) -> None:
-    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: True)
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
     module, x = layer(bias=bias).bfloat16(), torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
     found, expected = module(x), exact(precise)
@@ -220,7 +220,7 @@ def test_bfloat16_is_float32_rounded_once_where_it_is_emulated(
 
 
 def test_few_rows_in_bfloat16_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: True)
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
     rows: list[int] = []
 
     def noted(x: Tensor, *rest: Any, multiply: Any = linear_cpu._multiply) -> Tensor:
@@ -236,7 +236,7 @@ def test_few_rows_in_bfloat16_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("out", [True, False])
 def test_weight_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch, out: bool) -> None:
-    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: True)
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
     x, grad = torch.randn(70, 24).bfloat16(), torch.randn(70, 40).bfloat16()
     target = torch.empty(40, 24, dtype=torch.bfloat16) if out else None
     with torch.no_grad():
@@ -246,9 +246,11 @@ def test_weight_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch, out: bool
 
 
 @pytest.mark.parametrize(("capability", "emulated"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
-def test_which_processors_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch, capability: str, emulated: bool) -> None:
+def test_which_processors_emulate_products_of_16_bits(
+    monkeypatch: pytest.MonkeyPatch, capability: str, emulated: bool
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert linear_cpu.bfloat16_is_emulated.__wrapped__() == emulated
+    assert linear_cpu.half_is_emulated.__wrapped__() == emulated
 
 
 @pytest.mark.usefixtures("kernel")
@@ -321,6 +323,23 @@ def test_no_change_where_mkl_is_fast(monkeypatch: pytest.MonkeyPatch, maker: str
     monkeypatch.setattr(linear_cpu, "_processor", lambda: f"vendor_id : {maker}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert not linear_cpu.mkl_is_slow.__wrapped__()
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_with_avx2_only_products_without_transposes_are_onednns(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool
+) -> None:
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for name in ("mkl_is_slow", "mkl_is_slow_in_layers"):
+        monkeypatch.setattr(linear_cpu, name, getattr(linear_cpu, name).__wrapped__)
+    shapes, multiply = [], linear_cpu.product
+    monkeypatch.setattr(linear_cpu, "product", lambda x, *rest: shapes.append(x.shape) or multiply(x, *rest))
+    weight = torch.randn(400, 500).t() if transposed else torch.randn(500, 400)
+    weight, x = weight.requires_grad_(), torch.randn(100, 400, requires_grad=True)
+    torch.ops.vlparts.linear(x, weight).sum().backward()
+    assert shapes == [x.shape] * (has_onednn and not transposed)
 
 
 def test_the_processor_is_known_or_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
