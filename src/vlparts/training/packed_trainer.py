@@ -1,5 +1,6 @@
 """Trainers over packs of samples, with the mean over tokens or the weighted loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,20 @@ __all__ = ["PackedTrainer", "WeightedPackedTrainer"]
 class _PackTrainer(Trainer):
     """transformers' Trainer with packs of samples as batches; see [`PackedTrainer`]."""
 
-    def __init__(self, model: Any, *args: Any, capacity: int, max_items: int | None = None, **kwargs: Any) -> None:
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        model: Any,
+        *args: Any,
+        capacity: int,
+        max_items: int | None = None,
+        learning_rate_steps: Sequence[tuple[float, float]] = (),
+        **kwargs: Any,
+    ) -> None:
         self._capacity = capacity
         self._max_items = max_items
+        self._learning_rate_steps = learning_rate_steps
         use_cache = vars(model.config).get("use_cache")
         super().__init__(model, *args, **kwargs)
         # Trainer sets use_cache=False in the configuration and every checkpoint; `compute_loss` passes it instead.
@@ -35,6 +47,20 @@ class _PackTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
         world = self.args.world_size
         return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=world)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create Trainer's scheduler, or with `learning_rate_steps` one by steps, with Trainer's warmup."""
+        if self.lr_scheduler is None and self._learning_rate_steps:
+            steps = [(fraction * num_training_steps, factor) for fraction, factor in self._learning_rate_steps]
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def factor_at(step: int) -> float:
+                reached = [factor for start, factor in steps if step >= start]
+                return min(1.0, step / max(warmup, 1)) * (reached[-1] if reached else 1.0)
+
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor_at)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute Trainer's loss with use_cache=False."""
@@ -67,6 +93,8 @@ class PackedTrainer(_PackTrainer):
         *args: Passed to Trainer.
         capacity: Tokens of a pack.
         max_items: Maximum number of samples in a pack; None for no limit.
+        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
+            Trainer's schedule.
         **kwargs: Passed to Trainer.
     """
 
@@ -135,6 +163,8 @@ class WeightedPackedTrainer(WeightedLossTrainer, _PackTrainer):
         *args: Passed to Trainer.
         capacity: Tokens of a pack.
         max_items: Maximum number of samples in a pack; None for no limit.
+        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
+            Trainer's schedule.
         **kwargs: Passed to [`WeightedLossTrainer`].
     """
 
