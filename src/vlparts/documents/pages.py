@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..parts.image_files import open_image, opened_image
 
-__all__ = ["Document", "Page", "find_documents", "parse_page_numbers"]
+__all__ = ["Document", "Page", "find_documents", "open_page", "parse_page_numbers"]
 
 DPI = 144
 """Resolution at which the published programs of DeepSeek-OCR draw the pages of PDF files."""
@@ -108,7 +108,7 @@ def find_documents(inputs: Iterable[PathLike]) -> Iterator[Document | ValueError
     found: dict[str, Path] = {}
     for file in _find_files(inputs):
         found.setdefault(os.path.abspath(file), file)
-    yield from map(_open_document, found.values())
+    yield from map(_document_or_error, found.values())
 
 
 def _find_files(inputs: Iterable[PathLike]) -> Iterator[Path]:
@@ -129,7 +129,38 @@ def _find_files(inputs: Iterable[PathLike]) -> Iterator[Path]:
         yield from files
 
 
-def _open_document(path: Path) -> Document | ValueError:
+def open_page(
+    path: PathLike, number: int | None = None, *, dpi: float = DPI, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
+    """Open a page of a file as an RGB image.
+
+    Args:
+        path: An image or a PDF file.
+        number: Number of the page, from 1; None if the file has only one.
+        dpi: Dots per inch at which the page of a PDF file is drawn.
+        max_image_pixels: Largest number of pixels.
+
+    Raises:
+        ValueError: If the file or the page cannot be read, or is too large, or the file has no page of this number, or
+            several and there is no number.
+        ImportError: If it is a PDF and pypdfium2 is not installed.
+    """
+    document = _open_document(Path(path))
+    if number is None and document.num_pages != 1:
+        raise ValueError(f"{path} has {document.num_pages} pages; expected the number of one.")
+    if number is not None and not 1 <= number <= document.num_pages:
+        raise ValueError(f"{path} has {document.num_pages} pages, got page number {number}.")
+    return Page(document, number or 1).open(dpi, max_image_pixels)
+
+
+def _document_or_error(path: Path) -> Document | ValueError:
+    try:
+        return _open_document(path)
+    except ValueError as error:
+        return error
+
+
+def _open_document(path: Path) -> Document:
     if not _is_pdf(path):
         return Document(path, _count_frames(path))
     try:
@@ -137,8 +168,8 @@ def _open_document(path: Path) -> Document | ValueError:
             return Document(path, len(pdf))
     except ImportError:
         raise
-    except Exception as error:
-        return ValueError(f"{path} cannot be opened: {error}")
+    except Exception as error:  # as in `Page.open`
+        raise ValueError(f"{path} cannot be opened: {error}") from None
 
 
 def _count_frames(path: Path) -> int:

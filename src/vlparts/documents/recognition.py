@@ -19,7 +19,7 @@ from ..checkpoints.deepseek_ocr.config import ARCHITECTURE, MODEL_TYPE
 from .blocks import PageText, parse_page
 from .pages import DPI, MAX_IMAGE_PIXELS, Page
 
-__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "recognize"]
+__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "prompt_content", "recognize"]
 
 DEEPSEEK_OCR_PROMPTS = {
     "markdown": "<image>\n<|grounding|>Convert the document to markdown.",
@@ -160,7 +160,7 @@ def recognize(
         raise ValueError(f"`dpi` must be positive, got {dpi}.")
 
     def prepare(images: Sequence[Image.Image]) -> Any:
-        return _prepare(processor, images, get_prompt(prompt), image_options or {})
+        return _prepare(processor, images, prompt, image_options or {})
 
     prepare([Image.new("RGB", (64, 64))])  # what fails with this one is no fault of a page
     return _recognize(model, processor, pages, batch_size, dpi, max_image_pixels, prepare, generation_options)
@@ -193,6 +193,21 @@ def _recognize(
             yield PageResult(page, image, parse_page(text, image.size), finished, num_tokens)
 
 
+def prompt_content(prompt: str, **image: Any) -> list[dict[str, Any]]:
+    """Return a prompt as the content of a turn of the user.
+
+    Args:
+        prompt: A name in `DEEPSEEK_OCR_PROMPTS`, or a prompt with one placeholder "<image>".
+        **image: Further fields of the block of the image, such as the image itself.
+
+    Raises:
+        ValueError: See [`get_prompt`].
+    """
+    before, after = get_prompt(prompt).split("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image", **image}, {"type": "text", "text": after}]
+    return [part for part in parts if part.get("text") != ""]
+
+
 def _open(page: Page | Image.Image, dpi: float, max_image_pixels: int) -> Image.Image | str:
     """The image of a page, or why it cannot be opened."""
     if isinstance(page, Image.Image):
@@ -219,15 +234,7 @@ def _prepare(processor: Any, images: Sequence[Image.Image], prompt: str, image_o
     """Inputs of the model for images, one conversation each; None without images."""
     if not images:
         return None
-    before, after = prompt.split("<image>")
-    conversations = []
-    for image in images:
-        parts: list[dict[str, Any]] = [
-            {"type": "text", "text": before},
-            {"type": "image", "image": image},
-            {"type": "text", "text": after},
-        ]
-        conversations.append([{"role": "user", "content": [part for part in parts if part.get("text") != ""]}])
+    conversations = [[{"role": "user", "content": prompt_content(prompt, image=image)}] for image in images]
     return processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
