@@ -84,11 +84,11 @@ KINDS: list[tuple[str, Callable[[Path], Any], list[Any]]] = [
     ("cut.tif", lambda path: tiff(path, 0.6), [[60, 40, 255, 0, 0], "cut.tif, page 2", "cut.tif, page 3"]),
     ("damaged.tif", damaged_tiff, [[60, 40, 255, 0, 0], "damaged.tif, page 2", [60, 40, 0, 0, 255]]),
     ("photo.jpg", photograph, [[60, 40, *GREY]]),
-    ("half.jpg", truncated_jpeg, ["half.jpg cannot be read: image file is truncated"]),
+    ("half.jpg", truncated_jpeg, ["half.jpg cannot be read: .*truncated"]),
     ("empty.png", Path.touch, ["empty.png cannot be read: cannot identify image file"]),
     ("text.png", lambda path: path.write_text("no image"), ["text.png cannot be read: cannot identify image file"]),
-    ("empty.pdf", Path.touch, "empty.pdf cannot be opened"),
-    ("text.pdf", lambda path: path.write_text("no PDF"), "text.pdf cannot be opened"),
+    ("void.pdf", Path.touch, "void.pdf cannot be opened"),
+    ("words.pdf", lambda path: path.write_text("no PDF"), "words.pdf cannot be opened"),
     ("locked.pdf", encrypted_pdf, "locked.pdf cannot be opened: .*password"),
     ("open.pdf", lambda path: encrypted_pdf(path, password=""), [[72, 144, 255, 255, 255]]),
     ("my scan (1), ü 文.png", lambda path: image().save(path), [[60, 40, *GREY]]),
@@ -102,14 +102,11 @@ def test_a_folder_of_unusual_and_damaged_files(tmp_path: Path, batch_size: int) 
         make(tmp_path / "in" / name)
     output = tmp_path / "out"
     summary = run([tmp_path / "in"], output, batch_size=batch_size)
-    names = {"cmyk.tif": "cmyk"}
-    stems = [Path(name).stem for name, *_ in KINDS]
     for name, _, expected in KINDS:
         if isinstance(expected, str):
             assert [error for error in summary.errors if re.search(expected, error)], name
             continue
-        result = names.get(name, name if stems.count(Path(name).stem) > 1 else Path(name).stem)
-        found = answers(output, result)
+        found = answers(output, Path(name).stem)
         assert len(found) == len(expected), name
         for got, wanted in zip(found, expected, strict=True):
             if isinstance(wanted, str):
@@ -227,7 +224,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image().save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="`output` must not be a folder with inputs"):
+    with pytest.raises(ValueError, match="`output` must not be a folder of inputs"):
         run([tmp_path], tmp_path)
     run([tmp_path], tmp_path / "out")  # a folder inside that of the inputs is none of them
     assert run([tmp_path], tmp_path / "out").skipped == 1

@@ -252,3 +252,17 @@ def test_the_command_after_ctrl_c_and_without_space(
     assert third.output.startswith("1 pages of 3 documents recognized in ")
     assert third.output.endswith(f"pages per minute), 4 done before. Results are in {tmp_path / 'out'}.\n")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_pages"] == 3
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlparts.documents.load_ocr_model", lambda *given, **options: (StubModel(), StubProcessor()))
+    arguments = ["ocr", str(inputs), "--model", str(tmp_path), "--output"]
+    silent = CliRunner().invoke(app, [*arguments, str(tmp_path / "silent")])
+    assert len(silent.output.splitlines()) == 1
+    monkeypatch.setattr("vlparts.cli.ocr.LOG_SECONDS", -1.0)
+    *lines, last = CliRunner().invoke(app, [*arguments, str(tmp_path / "out")]).output.splitlines()
+    assert lines[0] == f"1 of 5 pages, {inputs / '0.png'}"
+    assert lines[4] == f"5 of 5 pages, {inputs / 'report.pdf'}, page 3"
+    assert last.startswith("5 pages of 3 documents recognized in ")
