@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.training.filtering.making import Knowing, asked, language_model
+from vlparts.journal import Journal
 from vlparts.training.filtering import compute_perplexities, filter_records, scored_text, select_lowest
 from vlparts.training.filtering.output import _line_with_scores
 from vlparts.training.filtering.texts import open_record
@@ -231,25 +232,11 @@ run(Path(sys.argv[1]), keep=0.5, drop_answerable=True, max_new_tokens=3)
 """
 
 
-@pytest.mark.parametrize("batches", [4, 12])
-def test_a_killed_run_continues_at_its_batch(tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 10 batches of perplexities and 5 of answers."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        folder.mkdir()
-        write(folder / "data.jsonl", RECORDS)
-    options: dict[str, Any] = {"keep": 0.5, "drop_answerable": True, "max_new_tokens": 3}
-    run(whole, **options)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, cut, str(batches)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 77, done.stderr
-    assert not (cut / "out.jsonl").exists()
+CUT: dict[str, Any] = {"keep": 0.5, "drop_answerable": True, "max_new_tokens": 3}  # 10 and 5 batches
+
+
+def assert_continues(cut: Path, whole: Path, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run in `cut`, which has finished some batches, computes the others and ends as a whole one."""
     calls: list[int] = []
     for name in ("score_batch", "answer_batch"):
         original = getattr(sys.modules["vlparts.training.filtering.passes"], name)
@@ -257,10 +244,45 @@ def test_a_killed_run_continues_at_its_batch(tmp_path: Path, batches: int, monke
             f"vlparts.training.filtering.passes.{name}",
             lambda *args, original=original: calls.append(1) or original(*args),
         )
-    run(cut, **options)
+    assert not (cut / "out.jsonl").exists()
+    run(cut, RECORDS, **CUT)
     assert len(calls) == 15 - batches
+    run(whole, RECORDS, **CUT)
     for name in ("out.jsonl", "report.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("batches", [0, 4, 10, 14])
+def test_an_interrupted_run_continues_at_its_batch(
+    tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [None] * batches
+    add = Journal.add
+    for name in ("cut", "whole"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", lambda self, row: left.pop() or add(self, row))
+        with pytest.raises(IndexError):
+            run(tmp_path / "cut", RECORDS, **CUT)
+    assert_continues(tmp_path / "cut", tmp_path / "whole", batches, monkeypatch)
+
+
+def test_a_killed_run_continues_at_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within a line of the journal of answers."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    write(cut / "data.jsonl", RECORDS)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, cut, "12"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 77, done.stderr
+    assert_continues(cut, whole, 12, monkeypatch)
 
 
 def test_other_thresholds_use_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
