@@ -135,6 +135,7 @@ def composed(
 
 LAYERS = {"num_hidden_layers": 2}
 WINDOWS = {"attention_pattern": {"window_size": 8, "full_attention_layers": [1]}, "gated_mlp": True}
+POSITIONS = {"position_grid_size": 3, "patch_bias": True, "norm_type": "layer_norm", "final_norm": False}
 
 SETUPS: dict[str, Setup] = {
     "NaViT": of_encoder(NaViTModel, config=navit_config),
@@ -145,6 +146,9 @@ SETUPS: dict[str, Setup] = {
     "WindowFreeViT": of_encoder(WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS)),
     "WindowFreeViTWithWindows": of_encoder(
         WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **WINDOWS, pooling="mean")
+    ),
+    "WindowFreeViTWithPositions": of_encoder(
+        WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **POSITIONS, pooling="mean")
     ),
     "PanguEmbedded": of_text(PanguEmbeddedModel, config=lambda: PanguEmbeddedConfig(**TEXT)),
     "PanguEmbeddedHead": of_text(
