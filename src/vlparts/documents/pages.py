@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..parts.image_files import open_image
 
-__all__ = ["Document", "Page", "find_documents", "parse_page_numbers"]
+__all__ = ["Document", "Page", "find_documents", "open_page", "parse_page_numbers"]
 
 DPI = 144
 """Resolution at which the published programs of DeepSeek-OCR draw the pages of PDF files."""
@@ -32,23 +32,25 @@ class Page:
     document: "Document"
     number: int
 
-    def open(self, dpi: float = DPI, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    def open(self, dpi: float = DPI, max_pixels: int | None = None) -> Image.Image:
         """Return the page as an RGB image, upright as its EXIF orientation or its rotation in the PDF says.
 
         Args:
             dpi: Dots per inch, for PDF pages.
-            max_pixels: Largest number of pixels of a PDF page.
+            max_pixels: Largest number of pixels of the page; None for 100,000,000 for a PDF page, and for that of
+                `open_image` for an image.
 
         Raises:
             ValueError: If the page cannot be read or is too large; names the file and the page.
         """
         if self.document.num_pages == 1 and not self.document.is_pdf:
-            return open_image(self.document.path)
+            return open_image(self.document.path, max_image_pixels=max_pixels)
         try:
             if not self.document.is_pdf:
-                return open_image(self.document.path, frame=self.number - 1)
+                return open_image(self.document.path, max_image_pixels=max_pixels, frame=self.number - 1)
             with _open_pdf(self.document.path) as pdf:
-                return _draw(pdf[self.number - 1], dpi / POINTS_PER_INCH, max_pixels)
+                limit = MAX_PIXELS if max_pixels is None else max_pixels
+                return _draw(pdf[self.number - 1], dpi / POINTS_PER_INCH, limit)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from None
         except Exception as error:  # pypdfium2 raises its own and others, such as TypeError
@@ -104,16 +106,47 @@ def find_documents(inputs: Iterable[PathLike]) -> Iterator[Document | ValueError
         if not path.exists():
             raise ValueError(f"Input {path} does not exist.")
         if not path.is_dir():
-            yield _open_document(path)
+            yield _document_or_error(path)
             continue
         known = {".pdf", *Image.registered_extensions()}
         files = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in known]
         if not files:
             raise ValueError(f"Folder {path} has no images or PDF files.")
-        yield from map(_open_document, files)
+        yield from map(_document_or_error, files)
 
 
-def _open_document(path: Path) -> Document | ValueError:
+def open_page(
+    path: PathLike, number: int | None = None, *, dpi: float = DPI, max_pixels: int | None = None
+) -> Image.Image:
+    """Open a page of a file as an RGB image.
+
+    Args:
+        path: An image or a PDF file.
+        number: Number of the page, from 1; None if the file has only one.
+        dpi: Dots per inch at which the page of a PDF file is drawn.
+        max_pixels: Largest number of pixels, as for [`Page.open`].
+
+    Raises:
+        ValueError: If the file or the page cannot be read, or is too large, or the file has no page of this number, or
+            several and there is no number.
+        ImportError: If it is a PDF and pypdfium2 is not installed.
+    """
+    document = _open_document(Path(path))
+    if number is None and document.num_pages != 1:
+        raise ValueError(f"{path} has {document.num_pages} pages; expected the number of one.")
+    if number is not None and not 1 <= number <= document.num_pages:
+        raise ValueError(f"{path} has {document.num_pages} pages, got page number {number}.")
+    return Page(document, number or 1).open(dpi, max_pixels)
+
+
+def _document_or_error(path: Path) -> Document | ValueError:
+    try:
+        return _open_document(path)
+    except ValueError as error:
+        return error
+
+
+def _open_document(path: Path) -> Document:
     if not _is_pdf(path):
         return Document(path, _count_frames(path))
     try:
@@ -121,8 +154,8 @@ def _open_document(path: Path) -> Document | ValueError:
             return Document(path, len(pdf))
     except ImportError:
         raise
-    except Exception as error:
-        return ValueError(f"{path} cannot be opened: {error}")
+    except Exception as error:  # as in `Page.open`
+        raise ValueError(f"{path} cannot be opened: {error}") from None
 
 
 def _count_frames(path: Path) -> int:

@@ -17,7 +17,7 @@ from ..checkpoints.deepseek_ocr.config import ARCHITECTURE
 from .blocks import PageText, parse_page
 from .pages import DPI, Page
 
-__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "recognize"]
+__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "prompt_content", "recognize"]
 
 DEEPSEEK_OCR_PROMPTS = {
     "markdown": "<image>\n<|grounding|>Convert the document to markdown.",
@@ -124,8 +124,7 @@ def recognize(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if prompt.count("<image>") != 1:
-        raise ValueError(f"`prompt` must have one '<image>', got {prompt!r}.")
+    prompt_content(prompt)  # raises for a prompt without a placeholder
     remaining = iter(pages)
     while batch := list(islice(remaining, batch_size)):
         opened = [_open(page, dpi) for page in batch]
@@ -137,6 +136,23 @@ def recognize(
                 continue
             text, finished, num_tokens = next(answers)
             yield PageResult(page, image, parse_page(text, image.size), finished, num_tokens)
+
+
+def prompt_content(prompt: str, **image: Any) -> list[dict[str, Any]]:
+    """Return a prompt as the content of a turn of the user.
+
+    Args:
+        prompt: The prompt, with the placeholder of the image as "<image>".
+        **image: Further fields of the block of the image, such as the image itself.
+
+    Raises:
+        ValueError: If the prompt does not have one placeholder.
+    """
+    if prompt.count("<image>") != 1:
+        raise ValueError(f"`prompt` must have one '<image>', got {prompt!r}.")
+    before, after = prompt.split("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image", **image}, {"type": "text", "text": after}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _open(page: Page | Image.Image, dpi: float) -> Image.Image | str:
@@ -160,15 +176,7 @@ def _answer(
     """Generate an answer for each image; returns text, whether it is finished, and its number of tokens."""
     if not images:
         return []
-    before, after = prompt.split("<image>")
-    conversations = []
-    for image in images:
-        parts: list[dict[str, Any]] = [
-            {"type": "text", "text": before},
-            {"type": "image", "image": image},
-            {"type": "text", "text": after},
-        ]
-        conversations.append([{"role": "user", "content": [part for part in parts if part.get("text") != ""]}])
+    conversations = [[{"role": "user", "content": prompt_content(prompt, image=image)}] for image in images]
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
