@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -13,22 +13,26 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from ...parts.configuration_windowfree import WindowFreeViTConfig
 from .. import _folder
 
-# Model type: the configuration of its vision tower, which has the values of fields that a folder leaves out. The tower
-# of the models with experts is that of the others.
-VISION_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "qwen2_vl": Qwen2VLVisionConfig,
-    "qwen2_5_vl": Qwen2_5_VLVisionConfig,
-    "qwen3_vl": Qwen3VLVisionConfig,
-    "qwen3_vl_moe": Qwen3VLVisionConfig,
+
+class _Model(NamedTuple):
+    """What the folders of a model type have: the configuration of the tower, our preset, and architectures."""
+
+    vision_config: type[PreTrainedConfig]
+    preset: str
+    architectures: tuple[str, ...]
+
+
+# The vision towers of the models with experts are those of the others.
+MODELS = {
+    "qwen2_vl": _Model(Qwen2VLVisionConfig, "qwen2_vl_vit", ("Qwen2VLForConditionalGeneration", "Qwen2VLModel")),
+    "qwen2_5_vl": _Model(
+        Qwen2_5_VLVisionConfig, "qwen2_5_vl_vit", ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
+    ),
+    "qwen3_vl": _Model(Qwen3VLVisionConfig, "qwen3_vl_vit", ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")),
+    "qwen3_vl_moe": _Model(
+        Qwen3VLVisionConfig, "qwen3_vl_vit", ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeModel")
+    ),
 }
-_ARCHITECTURES = {
-    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLModel"),
-    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel"),
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLModel"),
-    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeModel"),
-}
-_PRESETS = {Qwen2VLVisionConfig: "qwen2_vl_vit", Qwen2_5_VLVisionConfig: "qwen2_5_vl_vit"}
-_PRESETS[Qwen3VLVisionConfig] = "qwen3_vl_vit"
 # Published name: our name.
 _FIELDS = {
     "depth": "num_hidden_layers",
@@ -51,17 +55,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: If there is none, or if it belongs to another model or to quantized weights.
     """
     path = folder / _folder.CONFIG
+    # Without a file, the call below raises the error.
     model_type = _folder.read_json(path).get("model_type") if path.is_file() else "qwen2_vl"
-    if model_type not in tuple(VISION_CONFIGS):
-        raise ValueError(f"`folder` must have one of the model_types {', '.join(VISION_CONFIGS)}, got {model_type!r}.")
-    return _folder.read_config(folder, model_type, _ARCHITECTURES[model_type])
+    if model_type not in tuple(MODELS):
+        raise ValueError(f"`folder` must have one of the model_types {', '.join(MODELS)}, got {model_type!r}.")
+    return _folder.read_config(folder, model_type, MODELS[model_type].architectures)
 
 
 def get_vision_config(model_type: str, fields: Any, **changes: Any) -> WindowFreeViTConfig:
     """Build the encoder's configuration.
 
     Args:
-        model_type: One of `VISION_CONFIGS`.
+        model_type: One of `MODELS`.
         fields: The published "vision_config"; fields that are left out have transformers' values.
         **changes: Fields that other files decide.
 
@@ -76,7 +81,7 @@ def get_vision_config(model_type: str, fields: Any, **changes: Any) -> WindowFre
     # Old files name the channels otherwise.
     channels = {} if fields.get("in_chans") is None else {"in_channels": fields["in_chans"]}
     known = {name: value for name, value in {**channels, **fields}.items() if name not in ("model_type", "in_chans")}
-    native = _folder.build_config(VISION_CONFIGS[model_type], "vision_config", **known)
+    native = _folder.build_config(MODELS[model_type].vision_config, "vision_config", **known)
     values = native.to_dict()
     _folder.require_fields(values, "vision_config", *_FIELDS)
     _folder.require_numbers(values, "vision_config", *_INTEGERS, *_WIDTHS, integers=True)
@@ -84,7 +89,7 @@ def get_vision_config(model_type: str, fields: Any, **changes: Any) -> WindowFre
     return _folder.build_config(
         WindowFreeViTConfig.from_preset,
         "vision_config",
-        name=_PRESETS[type(native)],
+        name=MODELS[model_type].preset,
         **{ours: values[published] for published, ours in _FIELDS.items()},
         rotary_theta=_get_rotary_theta(values),
         **_get_own_fields(native),
