@@ -151,7 +151,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({**PAGE, "messages": []}, "with 'page': Expected the keys .*; unknown: 'messages'"),
     "a prompt without an image": (
         {**PAGE, "prompt": "Free OCR."},
-        "`prompt` must have one '<image>', got 'Free OCR.'",
+        "`prompt` must have one '<image>', or be one of",
     ),
     "page 0": ({**PAGE, "page_number": 0}, "page_number: .*greater than or equal to 1"),
     "a page number of a URI": ({**PAGE, "page": "data:,", "page_number": 1}, "requires the path of a file as 'page'"),

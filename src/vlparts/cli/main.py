@@ -1,4 +1,4 @@
-"""Command line: `python -m vlparts demo | train | coordinates | ocr | info`."""
+"""Command line: `python -m vlparts demo | train | data | soup | coordinates | ocr | info`."""
 
 import importlib.metadata
 import os
@@ -11,12 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from .coordinates import app as coordinates_app
+from .data import app as data_app
 from .errors import exit_on_value_error
 from .ocr import ocr
+from .soup import soup
 
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(coordinates_app, name="coordinates")
+app.add_typer(data_app, name="data")
 app.command()(ocr)
+app.command()(soup)
 console = Console()
 
 

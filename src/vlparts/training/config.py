@@ -45,8 +45,7 @@ class TrainConfig(BaseModel):
             parameters, such as "model.vision_tower.sam.*".
         image_processor: Options that override those of the image processor, such as `{"size": {...}}` or
             `{"mode": "base"}`.
-        max_image_pixels: Largest number of pixels of an image file or a page; None for Pillow's limit, 178,956,970,
-            and 100,000,000 for pages of PDF files.
+        max_image_pixels: Largest number of pixels of an image file or a page; None for Pillow's limit, 178,956,970.
         dpi: Dots per inch at which pages of PDF files are drawn.
         coordinate_format: Name of a coordinate format; None for the default.
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.

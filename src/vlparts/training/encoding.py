@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import as_seen
 from ..documents import open_page
-from ..documents.pages import DPI
+from ..documents.pages import DPI, MAX_IMAGE_PIXELS
 from ..parts.chat_placeholders import end_of_turn_id
 from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
@@ -76,7 +76,7 @@ class SampleEncoder:
             that crop.
         max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
         max_image_pixels: Largest number of pixels of an image file or a page, see [`open_image`]; None for Pillow's
-            limit, and for pages of PDF files 100,000,000.
+            limit.
         dpi: Dots per inch at which pages of PDF files are drawn.
 
     Raises:
@@ -134,8 +134,8 @@ class SampleEncoder:
     def _open_page(self, record: PageRecord) -> Image.Image:
         if record.page.startswith("data:"):
             return self._open(record.page)
-        path = self.root / record.page
-        return open_page(path, record.page_number, dpi=self.dpi, max_pixels=self.max_image_pixels)
+        limit = MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
+        return open_page(self.root / record.page, record.page_number, dpi=self.dpi, max_image_pixels=limit)
 
     def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
         try:

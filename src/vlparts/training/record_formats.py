@@ -8,10 +8,12 @@ from collections.abc import Set
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["FIELDS", "DataImage", "convert_record"]
+__all__ = ["FIELDS", "SCORES", "DataImage", "convert_record"]
 
+SCORES = "filter_scores"
+"""Key of the scores of `vlparts data filter`, an object; training accepts and ignores it."""
 PAGE_FIELDS = frozenset({"page", "page_number", "markdown", "blocks", "prompt"})
-FIELDS = PAGE_FIELDS | {"messages", "image", "images", "conversations", "system", "id"}
+FIELDS = PAGE_FIELDS | {"messages", "image", "images", "conversations", "system", "id", SCORES}
 """Keys of a record in any of the shapes."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -15,7 +15,7 @@ from ..coordinates.regions import Region
 from ..documents import DEEPSEEK_OCR_PROMPTS, write_page
 from ..documents import Block as AnswerBlock
 from ..documents.recognition import prompt_content
-from .record_formats import convert_record
+from .record_formats import SCORES, convert_record
 from .weighted_inputs import checked_weight
 
 
@@ -245,11 +245,13 @@ class Line:
         number: Line number, from 1.
         record: The record.
         weight: Its loss weight, if it has one.
+        scores: The scores that `vlparts data filter` gave it, if any; not used in training.
     """
 
     number: int
     record: Record | PageRecord
     weight: float | None = None
+    scores: dict[str, Any] | None = None
 
 
 @dataclass
@@ -298,7 +300,7 @@ def read_records(
     if not path.is_file():
         raise ValueError(f"`{argument}` must be a JSON Lines file, got {path}, which is not a file.")
     found = RecordFile(path)
-    for number, text in _numbered(path):
+    for number, text in numbered_lines(path):
         try:
             found.lines.append(Line(number, *_parse(text, sample_weight_field)))
         except (ValueError, RecursionError) as error:
@@ -311,7 +313,7 @@ def read_records(
     return found
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the number and bytes of each non-empty line; decoded later, so that invalid bytes fail per line."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -321,14 +323,40 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record | PageRecord, float | None]:
+def _parse(
+    line: bytes, sample_weight_field: str | None
+) -> tuple[Record | PageRecord, float | None, dict[str, Any] | None]:
     fields = parse_object(line)
     weight = None
     if sample_weight_field is not None and sample_weight_field in fields:
         weight = checked_weight(fields.pop(sample_weight_field), sample_weight_field)
+    scores = pop_scores(fields)
+    return parse_record(fields), weight, scores
+
+
+def pop_scores(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove the scores of `vlparts data filter` from the fields of a record and return them; None without scores.
+
+    Raises:
+        ValueError: If they are not an object.
+    """
+    if SCORES not in fields:
+        return None
+    scores = fields.pop(SCORES)
+    if not isinstance(scores, dict):
+        raise ValueError(f"{SCORES}: Expected an object, got {type(scores).__name__}.")
+    return scores
+
+
+def parse_record(fields: dict[str, Any]) -> Record | PageRecord:
+    """Return the record of a JSON object in any of the shapes.
+
+    Raises:
+        ValueError: If it is not a record; names the field.
+    """
     kind = PageRecord if "page" in fields else Record
     try:
-        return kind.model_validate(convert_record(fields)), weight
+        return kind.model_validate(convert_record(fields))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
