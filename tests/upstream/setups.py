@@ -156,6 +156,7 @@ def composed(
 
 LAYERS = {"num_hidden_layers": 2}
 WINDOWS = {"attention_pattern": {"window_size": 8, "full_attention_layers": [1]}, "gated_mlp": True}
+POSITIONS = {"position_grid_size": 3, "patch_bias": True, "norm_type": "layer_norm", "final_norm": False}
 
 SETUPS: dict[str, Setup] = {
     "NaViT": of_encoder(NaViTModel, config=navit_config),
@@ -168,6 +169,9 @@ SETUPS: dict[str, Setup] = {
         WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **WINDOWS, pooling="mean")
     ),
     "DeepEncoder": of_encoder(DeepEncoderModel, config=deepencoder),
+    "WindowFreeViTWithPositions": of_encoder(
+        WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **POSITIONS, pooling="mean")
+    ),
     "PanguEmbedded": of_text(PanguEmbeddedModel, config=lambda: PanguEmbeddedConfig(**TEXT)),
     "PanguEmbeddedHead": of_text(
         PanguEmbeddedForCausalLM, config=lambda: PanguEmbeddedConfig(**TEXT, tie_word_embeddings=True)
