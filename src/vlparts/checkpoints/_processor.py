@@ -1,5 +1,6 @@
-"""Published image processors: the fields of preprocessor_config.json."""
+"""Published processors: the fields of preprocessor_config.json, and ids of special tokens."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,23 @@ def read_statistics(folder: Path) -> dict[str, Any]:
     """Read the image mean and standard deviation of a folder, without those that its files do not have."""
     fields = read_processor(folder) or {}
     return {name: fields[name] for name in ("image_mean", "image_std") if fields.get(name) is not None}
+
+
+def read_token_ids(folder: Path, published: Mapping[str, int], required: str) -> dict[str, int]:
+    """Read the ids of special tokens from tokenizer.json; without the file they are the published ones.
+
+    Args:
+        folder: The folder.
+        published: The published ids by token, also those of tokens that the file does not have.
+        required: A token that the file must have.
+
+    Raises:
+        ValueError: If there is a file without the required token.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return dict(published)
+    added = {token["content"]: token["id"] for token in read_json(file).get("added_tokens") or []}
+    if required not in added:
+        raise ValueError(f"`folder` must have a tokenizer.json with the added token {required!r}, got none.")
+    return {token: added.get(token, index) for token, index in published.items()}

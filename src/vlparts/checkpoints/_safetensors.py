@@ -8,15 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ._folder import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -134,20 +136,45 @@ def check_max_shard_size(max_shard_size: Any) -> None:
 def write_tensors(
     folder: Path, meta: dict[str, Tensor], get_tensor: Callable[[str], Tensor], max_shard_size: int | str
 ) -> None:
-    """Write safetensors, and an index if there are several files.
+    """Write safetensors, and an index if there are several files. One tensor after the other is made and written.
 
     Args:
         folder: An existing folder.
         meta: All tensors by name, on the meta device.
-        get_tensor: Returns the tensor of a name; called for the tensors of one file at a time.
+        get_tensor: Returns the tensor of a name.
         max_shard_size: Largest size of a file, in bytes or like "5GB"; a larger tensor gets a file of its own.
+
+    Raises:
+        ValueError: If a tensor is not floating-point.
     """
     split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: get_tensor(name).detach().contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _write_file(folder / file, {name: meta[name] for name in names}, get_tensor)
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _write_file(path: Path, meta: dict[str, Tensor], get_tensor: Callable[[str], Tensor]) -> None:
+    """Write one file: the length of the header, the header, and the data without gaps."""
+    dtypes = {dtype: name for name, dtype in FLOATING.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Wide types first, so that all data is aligned.
+    names, end = sorted(meta, key=lambda name: (-meta[name].element_size(), name)), 0
+    for name in names:
+        tensor = meta[name]
+        if tensor.dtype not in dtypes:
+            raise ValueError(
+                f"`model` must have weights of the dtypes {', '.join(dtypes.values())}, got {tensor.dtype} in {name}."
+            )
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            data = get_tensor(name).detach().cpu().contiguous().reshape(-1)
+            file.write(data.view(torch.uint8).numpy().data)
 
 
 class TensorBytes:

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..parts.utils import mark_initialized
-from ._safetensors import StoredTensor, StoredTensors, write_tensors
+from ._safetensors import FLOATING, StoredTensor, StoredTensors, write_tensors
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 # Names of the text model's rotary buffers, which old versions of transformers saved. They follow from config.json.
 ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
-
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Slice(NamedTuple):

@@ -1,4 +1,4 @@
-"""Chat templates of composed models: ChatML, openPangu's, and DeepSeek-OCR's.
+"""Chat templates of composed models: ChatML, openPangu's, DeepSeek-OCR's, and that of POINTS1.5.
 
 A template is Jinja text, which transformers saves with a processor. Its variables are `messages`,
 `add_generation_prompt`, the tokenizer's special tokens, and keyword arguments of `apply_chat_template`; it can call
@@ -14,6 +14,8 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "OPENPANGU_CHAT_TEMPLATE",
     "OPENPANGU_VISION_TOKENS",
+    "POINTS_CHAT_TEMPLATE",
+    "POINTS_VISION_TOKENS",
     "default_chat_template",
 ]
 
@@ -54,6 +56,38 @@ DEEPSEEK_OCR_CHAT_TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ eos_token }}{%- endgeneration -%}{%- endif -%}"
     "{%- endfor -%}"
+)
+
+# Arguments of `VisionLanguageProcessor` for the template of POINTS1.5.
+POINTS_VISION_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+
+# ChatML of POINTS1.5 (arXiv 2412.08443): turns of the user and the assistant alone, a line per image. The published
+# code reads `max_pixels` of an image; here it would be without effect, which is an error.
+POINTS_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['user', 'assistant'] -%}"
+    "{{ raise_exception('A role must be user or assistant, got ' + message['role']) }}"
+    "{%- endif -%}"
+    f"{{{{ '{CHATML_START}' + message['role'] + '\n' }}}}"
+    "{%- set content = message['content'] -%}"
+    "{%- for block in ([{'type': 'text', 'text': content}] if content is string else content) -%}"
+    "{%- if block['type'] == 'image' and block['max_pixels'] is defined -%}"
+    "{{ raise_exception('An image must not have max_pixels; pass the image through shrink_image') }}"
+    "{%- elif block['type'] == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>\n' }}"
+    "{%- elif block['type'] == 'text' and message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
+    "{%- elif block['type'] == 'text' -%}{{ block['text'] }}"
+    "{%- else -%}{{ raise_exception('A content block must have the type image or text, got ' + block['type']) }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ '<|im_end|>' }}{%- endgeneration -%}"
+    "{%- else -%}{{ '<|im_end|>' }}{%- endif -%}"
+    "{{ '\n' }}"
+    "{%- endfor -%}"
+    f"{{%- if add_generation_prompt -%}}{{{{ '{CHATML_START}assistant\n' }}}}{{%- endif -%}}"
 )
 
 # Arguments of `VisionLanguageProcessor` for openPangu's template.

@@ -13,7 +13,8 @@ from ...parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
 from ...parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ...parts.processing_vlm import VisionLanguageProcessor
-from .._folder import new_folder, read_generation_config, read_json, write_config, write_json
+from .._folder import new_folder, read_generation_config, write_config, write_json
+from .._processor import read_token_ids
 from .._safetensors import check_max_shard_size, list_tensors
 from .._weights import ROTARY_BUFFERS, check_dtype, load_weights, save_weights
 from .config import IMAGE_TOKEN, IMAGE_TOKEN_ID, get_composed_config, published_config, read_config
@@ -53,7 +54,7 @@ def model_from_deepseek_ocr(
     """
     check_dtype(dtype)
     path = Path(folder)
-    known = _token_ids(path)
+    known = read_token_ids(path, {IMAGE_TOKEN: IMAGE_TOKEN_ID, **CELL_TOKENS}, IMAGE_TOKEN)
     config, generation = get_composed_config(read_config(path), known[IMAGE_TOKEN]), read_generation_config(path)
     with torch.device("meta"):
         model = VisionLanguageForConditionalGeneration(config)
@@ -135,15 +136,3 @@ def _published_processor(fields: dict[str, Any]) -> dict[str, Any]:
         "processor_class": "DeepseekVLV2Processor",
         "sft_format": "deepseek",
     }
-
-
-def _token_ids(path: Path) -> dict[str, int]:
-    """Ids of the image placeholder and of the tokens of cells: those of tokenizer.json, else the published ones."""
-    ids = {IMAGE_TOKEN: IMAGE_TOKEN_ID, **CELL_TOKENS}
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return ids
-    added = {token["content"]: token["id"] for token in read_json(file).get("added_tokens") or []}
-    if IMAGE_TOKEN not in added:
-        raise ValueError(f"`folder` must have a tokenizer.json with the added token {IMAGE_TOKEN!r}, got none.")
-    return {token: added.get(token, published) for token, published in ids.items()}

@@ -14,7 +14,7 @@ from .._processor import read_statistics
 from .._safetensors import StoredTensors, list_tensors
 from .._weights import check_dtype, check_tensors, load_weights
 from .config import get_vision_config, read_config
-from .names import BUFFER, MERGERS, TEXT_MODEL, get_merger_names, get_slices, without_nesting
+from .names import BUFFER, MERGERS, TEXT_MODEL, get_merger_names, get_merger_shapes, get_slices, without_nesting
 from .processor import get_image_processor
 
 logger = logging.getLogger(__name__)
@@ -90,18 +90,10 @@ def merger_from_qwen_vl(folder: PathLike, *, dtype: torch.dtype | None = None) -
     stored = list_tensors(path).renamed(without_nesting)
     names = get_merger_names(config["model_type"])
     found = {published: name for name, published in names.items()}
-    merged = vision.hidden_size * vision.spatial_merge_size**2
     last = stored.tensors.get(names["fc2.bias"])
     width = last.shape[0] if last is not None and last.shape else 0
-    shapes = {
-        "norm.weight": (vision.hidden_size,),
-        "norm.bias": (vision.hidden_size,),
-        "fc1.weight": (merged, merged),
-        "fc1.bias": (merged,),
-        "fc2.weight": (width, merged),
-        "fc2.bias": (width,),
-    }
-    check_tensors({names[name]: shapes[name] for name in names}, stored, (r".+",))
+    shapes = get_merger_shapes(config["model_type"], vision.hidden_size, vision.spatial_merge_size, width)
+    check_tensors(shapes, stored, (r".+",))
     return {
         found[published]: tensor.clone() if dtype is None else tensor.to(dtype, copy=True)
         for published, tensor in stored.read(found)

@@ -75,6 +75,31 @@ def get_merger_names(model_type: str) -> dict[str, str]:
     return published
 
 
+def get_merger_shapes(
+    model_type: str, vision_width: int, merge_size: int, out_features: int, prefix: str = _PUBLISHED
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of the merger, by published name.
+
+    Args:
+        model_type: The published model's.
+        vision_width: Width of the encoder.
+        merge_size: Side of a merge block in patches.
+        out_features: Output width of the merger.
+        prefix: As in [`get_slices`].
+    """
+    merged = vision_width * merge_size**2
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm.weight": (vision_width,),
+        "norm.bias": (vision_width,),
+        "fc1.weight": (merged, merged),
+        "fc1.bias": (merged,),
+        "fc2.weight": (out_features, merged),
+        "fc2.bias": (out_features,),
+    }
+    names = get_merger_names(model_type)
+    return {prefix + published.removeprefix(_PUBLISHED): shapes[name] for name, published in names.items()}
+
+
 def _published_name(name: str, model_type: str) -> str:
     for pattern, published in _NAMES:
         match = re.fullmatch(pattern, name)
