@@ -162,7 +162,7 @@ def test_passes_and_chunks_of_the_mlp_change_nothing(pattern: str, monkeypatch: 
     model, (pixels, grids) = windowfree(**PATTERNS[pattern]), packed_images(GRIDS)
     outcomes = []
     for limit in (0, 7):  # one pass; seven tokens per pass and chunk
-        monkeypatch.setattr(packed_segments, "_tokens_per_pass", lambda hidden_states, width, limit=limit: limit)
+        monkeypatch.setattr(packed_segments, "tokens_per_pass", lambda hidden_states, width, limit=limit: limit)
         model.zero_grad()
         hidden = model(pixels, grids).last_hidden_state
         hidden.pow(2).mean().backward()

@@ -193,10 +193,62 @@ def test_counted_operations_are_pytorchs(onednn: list[tuple[int, ...]]) -> None:
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_types_are_pytorchs(dtype: torch.dtype) -> None:
+def test_other_types_are_pytorchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: False)
     module = layer().to(dtype)
     x = torch.randn(70, 24, dtype=dtype)
     assert torch.equal(module(x), F.linear(x, module.inner.weight, module.inner.bias))
+
+
+@pytest.mark.parametrize("shape", [(70, 24), (2, 35, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_is_float32_rounded_once_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
+) -> None:
+    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: True)
+    module, x = layer(bias=bias).bfloat16(), torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+    exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    found, expected = module(x), exact(precise)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=2**-8)
+    mine = gradients(found, [x, *module.parameters()])
+    theirs = gradients(expected, [precise, *exact.parameters()])
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=0.02 * float(other.abs().max()), rtol=0)
+    with torch.no_grad():
+        assert torch.equal(module(x), found)
+
+
+def test_few_rows_in_bfloat16_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: True)
+    rows: list[int] = []
+
+    def noted(x: Tensor, *rest: Any, multiply: Any = linear_cpu._multiply) -> Tensor:
+        rows.append(len(x))
+        return multiply(x, *rest)
+
+    monkeypatch.setattr(linear_cpu, "_multiply", noted)
+    module = layer().bfloat16()
+    for count in (linear_cpu.ROWS_TO_WIDEN_FROM - 1, linear_cpu.ROWS_TO_WIDEN_FROM):
+        module(torch.randn(count, 24, dtype=torch.bfloat16)).sum().backward()
+    assert rows == [linear_cpu.ROWS_TO_WIDEN_FROM]
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_weight_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch, out: bool) -> None:
+    monkeypatch.setattr(linear_cpu, "bfloat16_is_emulated", lambda: True)
+    x, grad = torch.randn(70, 24).bfloat16(), torch.randn(70, 40).bfloat16()
+    target = torch.empty(40, 24, dtype=torch.bfloat16) if out else None
+    with torch.no_grad():
+        found = linear_cpu.weight_gradient(x, grad, target)
+    assert not out or found is target
+    torch.testing.assert_close(found.double(), grad.double().t() @ x.double(), atol=1e-5, rtol=2**-8)
+
+
+@pytest.mark.parametrize(("capability", "emulated"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_which_processors_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch, capability: str, emulated: bool) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear_cpu.bfloat16_is_emulated.__wrapped__() == emulated
 
 
 @pytest.mark.usefixtures("kernel")
