@@ -1,8 +1,9 @@
-"""Linear layers on CPU: float32 by oneDNN where it is faster than MKL, bfloat16 by float32 where it is emulated.
+"""Linear layers on CPU: float32 where MKL is slow, and bfloat16 by float32 where it is emulated.
 
 PyTorch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors only. On AMD processors with
 AVX-512, oneDNN, also part of PyTorch, is 2.2 times as fast (one and two cores of a Zen 5, layers of a ViT-S and a
-ViT-B); with AVX2 alone the two are equal. `torch.backends.mkldnn.flags(enabled=False)` restores MKL.
+ViT-B); with AVX2 alone the two are equal, except for the few rows of decoding: see `MAX_FEW_ROWS`.
+`torch.backends.mkldnn.flags(enabled=False)` restores MKL.
 
 On processors without instructions for bfloat16, its products are a fifth as fast as those in float32. There the
 factors are converted, which is exact, and the float32 result is rounded once, as in PyTorch's own product.
@@ -31,6 +32,11 @@ ROWS_PER_CHUNK = 1024
 # Rows of a weight gradient beyond the last multiple of this are left to MKL, so that few shapes occur: oneDNN compiles
 # each new one, which takes a millisecond and half a megabyte.
 ROW_MULTIPLE = 64
+
+# Most rows for which MKL is slow on AMD processors with AVX2 alone. With one row oneDNN reads the weights at 16 GB/s,
+# MKL at 10. The transposed product takes 0.4 of MKL's time with 2 rows, 0.27 with 4, 0.4 with 8 and 0.6 with 16,
+# oneDNN 0.6, 0.35, 0.4 and 1.1 (weights of 1 to 13 million elements, 2 cores of a Zen 3).
+MAX_FEW_ROWS = 16
 
 # Fewest rows from which a bfloat16 product in float32 repays the conversion of the weight.
 ROWS_TO_WIDEN_FROM = 32
@@ -61,7 +67,30 @@ def onednn_is_faster(rows: int, inner: int, columns: int) -> bool:
         rows * inner * columns >= MULTIPLICATIONS_FROM * torch.get_num_threads()
         and columns >= 8
         and mkl_is_slow()
-        and bool(torch.backends.mkldnn.enabled)
+        and _onednn_is_allowed()
+    )
+
+
+def _few_rows_are_faster(rows: int, inner: int, columns: int) -> bool:
+    """Whether [`_multiply_few_rows`] may be used and is faster than MKL."""
+    return (
+        1 <= rows <= MAX_FEW_ROWS
+        and inner * columns >= MULTIPLICATIONS_FROM
+        and mkl_is_slow_with_few_rows()
+        and _onednn_is_allowed()
+    )
+
+
+def is_faster(dtype: torch.dtype, rows: int, inner: int, columns: int) -> bool:
+    """Whether [`linear_cpu`] of `(rows, inner)` and `(columns, inner)` has a faster product than PyTorch's own."""
+    if dtype == torch.float32:
+        return onednn_is_faster(rows, inner, columns) or _few_rows_are_faster(rows, inner, columns)
+    return _widening_is_faster(dtype, rows)
+
+
+def _onednn_is_allowed() -> bool:
+    return (
+        bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
         and not _is_observed()
     )
@@ -81,11 +110,21 @@ def bfloat16_is_emulated() -> bool:
 @cache
 def mkl_is_slow() -> bool:
     """Whether PyTorch has MKL and oneDNN, and the processor has AVX-512 but MKL does not use it."""
+    return _has_both_on_amd("AVX512")
+
+
+@cache
+def mkl_is_slow_with_few_rows() -> bool:
+    """Whether PyTorch has MKL and oneDNN, and the processor is AMD's with AVX2 alone."""
+    return _has_both_on_amd("AVX2")
+
+
+def _has_both_on_amd(capability: str) -> bool:
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.cpu.get_cpu_capability() == capability
         and "AuthenticAMD" in _processor()
     )
 
@@ -129,7 +168,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     columns, inner = weight.shape
     rows = x.numel() // max(inner, 1)
     return (
-        (onednn_is_faster(rows, inner, columns) if x.dtype == torch.float32 else _widening_is_faster(x.dtype, rows))
+        is_faster(x.dtype, rows, inner, columns)
         and all(y is None or (is_plain(y) and y.dtype == x.dtype) for y in (x, weight, bias))
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and (bias is None or (bias.shape == (columns,) and bias.is_contiguous()))
@@ -144,8 +183,16 @@ def _widening_is_faster(dtype: torch.dtype, rows: int) -> bool:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer without gradients, for inputs to which [`_applies`] applies."""
     if x.dtype == torch.float32:
-        return product(x, weight, bias)
+        rows = x.numel() // x.shape[-1]
+        few = rows > 1 and _few_rows_are_faster(rows, x.shape[-1], len(weight))
+        return _multiply_few_rows(x, weight, bias) if few else product(x, weight, bias)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _multiply_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer as `(weight @ x.T).T`; arguments and result are those of [`product`]."""
+    output = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
+    return (output if bias is None else output + bias).contiguous().view(*x.shape[:-1], len(weight))
 
 
 def is_plain(tensor: Tensor) -> bool:
