@@ -166,7 +166,7 @@ def test_many_experts(implementation: str, dtype: torch.dtype, tolerance: float)
         assert (mine.double() - exact).pow(2).mean().sqrt() < tolerance * exact.pow(2).mean().sqrt()
 
 
-@pytest.mark.parametrize("name", ["mkl_is_slow_with_few_rows", "mkl_is_slow"])
+@pytest.mark.parametrize("name", ["mkl_is_slow_in_layers", "mkl_is_slow"])
 def test_other_products_in_float32(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The products of `linear_cpu` are used wherever they are faster."""
     monkeypatch.setattr(linear, name, torch.backends.mkldnn.is_available)

@@ -146,11 +146,12 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: list[_Segme
         return F.grouped_mm(x, weight[experts].transpose(1, 2), offs=ends[experts] - first)
     if len(chunk) == 1:
         return linear_cpu(x, weight[chunk[0].expert], None if bias is None else bias[chunk[0].expert])
-    output = x.new_empty(len(x), weight.shape[1])
+    (outer, inner), transposed = weight.shape[1:], not weight[0].is_contiguous()
+    output = x.new_empty(len(x), outer)
     for expert, start, end in chunk:
         rows = x[start - first : end - first]
         target = output[start - first : end - first]
-        if is_faster(x.dtype, len(rows), *reversed(weight.shape[1:])):
+        if is_faster(x.dtype, len(rows), inner, outer, transposed=transposed):
             target.copy_(linear_cpu(rows, weight[expert], None if bias is None else bias[expert]))
         elif bias is None:
             torch.mm(rows, weight[expert].t(), out=target)
@@ -167,7 +168,9 @@ def _use_grouped_mm(x: Tensor, weight: Tensor, chunk: list[_Segment]) -> bool:
     outer, inner = weight.shape[1:]
     if len(chunk) < MIN_GROUPED_EXPERTS or (outer | inner) * x.element_size() % 16:
         return False
-    return x.dtype in (torch.float32, torch.bfloat16) and not is_faster(x.dtype, len(x) // len(chunk), inner, outer)
+    rows, transposed = len(x) // len(chunk), not weight[0].is_contiguous()
+    is_supported = x.dtype in (torch.float32, torch.bfloat16)
+    return is_supported and not is_faster(x.dtype, rows, inner, outer, transposed=transposed)
 
 
 class _SortedExperts(torch.autograd.Function):

@@ -37,6 +37,7 @@ class DeepEncoderMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, activation: nn.Module) -> None:
         super().__init__()
+        self.width = inner
         self.fc1 = nn.Linear(width, inner)
         self.act_fn = activation
         self.fc2 = nn.Linear(inner, width)
@@ -122,13 +123,10 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         height, width = qkv.shape[2:4]
         rows = torch.einsum("gyxd,ykd->gyxk", qkv[0], _relative_positions(self.rel_pos_h, height)).flatten(1, 2)
         columns = torch.einsum("gyxd,xkd->gyxk", qkv[0], _relative_positions(self.rel_pos_w, width)).flatten(1, 2)
-        query, key, value = qkv.flatten(2, 3)
-        keys = height * width
+        keys, inputs = height * width, (*qkv.flatten(2, 3), rows, columns)
         queries = tokens_per_pass(qkv, keys) or max(1, MAX_SCORES // keys)
         attended = []
-        for q, k, v, r, c in zip(
-            *(x.split(max(1, queries // keys)) for x in (query, key, value, rows, columns)), strict=True
-        ):
+        for q, k, v, r, c in zip(*(x.split(max(1, queries // keys)) for x in inputs), strict=True):
             chunks = zip(*(x.split(queries, dim=1) for x in (q, r, c)), strict=True)
             parts = [checkpoint(self._attend_with_bias, *x, k, v, use_reentrant=False) for x in chunks]
             attended.append(torch.cat(parts, dim=1))
@@ -162,7 +160,10 @@ class DeepEncoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` or `(N, S, c)` to the same shape."""
         hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        rows = hidden_states.flatten(0, -2)
+        chunks = rows.split(tokens_per_pass(rows, self.mlp.width) or len(rows))
+        outputs = [chunk + self.mlp(self.norm2(chunk)) for chunk in chunks]
+        return torch.cat(outputs).view_as(hidden_states)
 
 
 class DeepEncoderSAMLayer(DeepEncoderLayer):

@@ -86,6 +86,17 @@ def test_both_forms_of_the_configuration(tmp_path: Path, form: str) -> None:
     assert (text.router_aux_loss_coef, text.rms_norm_eps, text.rope_parameters["rope_theta"]) == (0.001, 1e-6, 1e4)
 
 
+@pytest.mark.parametrize(("published", "form"), [(None, "sequence"), (True, "sequence"), (False, "batch")])
+def test_the_form_of_the_balance_loss(tmp_path: Path, published: bool | None, form: str) -> None:
+    fields = {} if published is None else {"seq_aux": published}
+    folder = folder_of(tmp_path / "in", **fields, language_config={**CONFIG["language_config"], **fields})
+    model = model_from_deepseek_ocr(folder)
+    assert model.config.text_config.router_aux_loss_form == form
+    to_deepseek_ocr(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.get("seq_aux", True) == (form == "sequence")
+
+
 def test_the_encoder_computes_what_the_published_names_say(tmp_path: Path) -> None:
     encoder = model_from_deepseek_ocr(folder_of(tmp_path / "in"), dtype=torch.float64).model.vision_tower
     native = native_of(encoder.config).double()
@@ -150,6 +161,7 @@ def test_a_processor_whose_prompt_is_plain(tmp_path: Path) -> None:
         ({"topk_method": "noaux_tc"}, "one value of topk_method, got 'noaux_tc' and 'greedy'"),
         ({"hidden_size": 64}, "one value of hidden_size, got 64 and 32 in language_config"),
         ({"scoring_func": "sigmoid"}, "scoring_func 'softmax' or without scoring_func, got 'sigmoid'"),
+        ({"seq_aux": 1}, "seq_aux true or false, got 1"),
         ({"tile_tag": "1D"}, "tile_tag '2D', got '1D'"),
         ({"projector_config": {"projector_type": "mlp_gelu"}}, "must have a linear projector"),
         ({"vision_config": {"image_size": 128}}, "as width of its vision_config"),
@@ -172,6 +184,9 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_written(tmp_path: Path) -> None:
     model = model_from_deepseek_ocr(folder_of(tmp_path / "in"))
+    model.config.text_config.router_aux_loss_form = "global"
+    with pytest.raises(ValueError, match="`router_aux_loss_form` 'sequence' or 'batch' .* got 'global'"):
+        to_deepseek_ocr(model, tmp_path / "out")
     model.config.text_config.renormalize = True
     with pytest.raises(ValueError, match="renormalize"):
         to_deepseek_ocr(model, tmp_path / "out")
