@@ -137,7 +137,7 @@ def mkl_is_slow() -> bool:
 def mkl_is_slow_in_layers() -> bool:
     """The same for AVX2, where this holds only if no factor is transposed.
 
-    Times of MKL as multiples of oneDNN's (768 to 4,096 channels, two cores of a Zen 3): 1.1 to 2.2 with 8 to 101 rows,
+    Times of MKL as multiples of oneDNN's (768 to 4,096 channels, two cores of a Zen 3): 0.7 to 2.6 with 8 to 101 rows,
     1.0 to 1.5 with 257 to 1,600, 1.0 to 1.2 with 4,096; for gradients of weights 0.4 to 1.0.
     """
     return _is_amd_with("AVX2")
