@@ -16,12 +16,13 @@ import torch
 import transformers
 
 
-def compare(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def compare(candidates: dict[str, Callable[[], Any]], repeats: int, *, warm: bool = True) -> dict[str, float]:
     """Time every candidate `repeats` times, in turn, so that all meet the same state of the machine.
 
     Args:
-        candidates: name to function; each is called once beforehand to warm up.
+        candidates: name to function.
         repeats: rounds. Every round starts with another candidate.
+        warm: whether each is called once beforehand; not needed if it has been called.
 
     Returns:
         Name to median seconds for one call.
@@ -33,7 +34,7 @@ def compare(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for function in candidates.values():
+    for function in candidates.values() if warm else ():
         function()
     for turn in range(repeats):
         start = turn % len(names)

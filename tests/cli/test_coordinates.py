@@ -308,6 +308,17 @@ def test_check_writes_problems_to_the_standard_output() -> None:
     assert "1 region checked" in result.stderr
 
 
+def test_reasoning_is_skipped() -> None:
+    thought = {**ROW, "text": "<think>cat (0,5)</think>" + ROW["text"]}
+    result = run(*CONVERT, "-", "--skip-thinking", input=lines(thought))
+    assert rows(result.stdout) == [{**ROW, "text": "<think>cat (0,5)</think><see cat>(00,05),(10,10)."}]
+    check = ("check", "-", "--text-field", "text")
+    assert run(*check, input=lines(thought)).exit_code == 1
+    assert run(*check, "--skip-thinking", input=lines(thought)).exit_code == 0
+    result = run("check", "-", "--skip-thinking", input=lines(thought))
+    assert (result.exit_code, "`--skip-thinking` needs `--text-field`" in said(result)) == (2, True)
+
+
 def test_check_reads_training_records_and_texts() -> None:
     block = {"label": "cat", "box": [60, 0, 50, 20]}
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ["so: ", block]}]

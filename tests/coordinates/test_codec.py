@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vlparts.coordinates.codec import THINKING_MARKERS, CoordinateError, decode, encode, without_thinking
+from vlparts.coordinates.codec import CoordinateError, decode, encode
 from vlparts.coordinates.formats.openpangu import PADDED, padded_format
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
 from vlparts.coordinates.frames.rules import PaddedSquare, Resized, SmartResize
@@ -17,7 +15,6 @@ from vlparts.coordinates.grammars.base import Coded, DecodeError, Found, WritesA
 from vlparts.coordinates.grammars.openpangu import PairGrammar
 from vlparts.coordinates.quantization import NumberRule
 from vlparts.coordinates.regions import Region
-from vlparts.parts.thinking import THINKING_END, THINKING_START, split_thinking
 
 SIZE = (999, 999)  # one code per pixel
 
@@ -323,17 +320,3 @@ def test_thinking_is_skipped_and_positions_stay() -> None:
     assert decode("[unused16](001,002)[unused17](003,004)", (999, 999), skip_thinking=True).regions == (
         Region.point(3, 4),
     )
-
-
-@pytest.mark.parametrize("markers", THINKING_MARKERS)
-@given(st.lists(st.integers(0, 3), max_size=8))
-def test_thinking_is_that_of_split_thinking(markers: tuple[str, str], choices: list[int]) -> None:
-    start, end = markers
-    text = "".join([start, end, "ab", "c"][choice] for choice in choices)
-    answer = without_thinking(text)
-    assert len(answer) == len(text)
-    assert answer.replace("\n", "") == split_thinking(text, start=start, end=end).answer
-
-
-def test_the_markers_are_those_of_openpangu() -> None:
-    assert (THINKING_START, THINKING_END) in THINKING_MARKERS

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlparts.documents import page_data, parse_page, table_cells, to_markdown
+from vlparts.coordinates import Region
+from vlparts.documents import Block, page_data, parse_page, table_cells, to_markdown, write_page
 
 SIZE = (1000, 2000)
 ANSWER = (
@@ -119,3 +120,103 @@ def test_tables_are_read_cell_by_cell() -> None:
 def test_spans_that_are_no_counts(span: str) -> None:
     ((cell, *_),) = table_cells(f'<table><tr><td colspan="{span}">a</td></tr></table>')
     assert 1 <= cell.column_span <= 1000
+
+
+PAGE = Block("title", (Region.box(0, 0, 1000, 200),), "\n# Report\n\n", 0)
+TYPES = st.text(alphabet="abcxyz_ -é", min_size=1, max_size=8).filter(lambda kind: kind == kind.strip())
+TEXTS = st.lists(st.sampled_from(["[[1, 2, 3, 4]]", "text", "\n", "<", "|>", "é", "<td>"]), max_size=6).map("".join)
+MARKED = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+
+@st.composite
+def codes(draw: st.DrawFn) -> tuple[int, ...]:
+    (left, right), (top, bottom) = (sorted(draw(st.tuples(*[st.integers(0, 999)] * 2))) for _ in "xy")
+    return left, top, right, bottom
+
+
+@given(
+    st.lists(st.tuples(TYPES, st.lists(codes(), min_size=1, max_size=3), TEXTS), max_size=5),
+    TEXTS,
+    st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+)
+def test_written_blocks_are_read_back(given: list[tuple], before: str, size: tuple[int, int]) -> None:
+    """Boxes whose edges are on codes come back as they were."""
+    scale = (size[0] / 999, size[1] / 999) * 2
+    blocks = [
+        Block(kind, tuple(Region.box(*map(lambda a, b: a * b, box, scale)) for box in boxes), text, 0)
+        for kind, boxes, text in given
+    ]
+    if before:
+        blocks.insert(0, Block(None, (), before, 0))
+    answer = write_page(blocks, size)
+    read = [block for block in parse_page(answer, size).blocks if block.type is not None or block.text]
+    assert [(block.type, block.text) for block in read] == [(block.type, block.text) for block in blocks]
+    for ours, theirs in zip(read, blocks, strict=True):
+        assert [region.xyxy for region in ours.regions] == [pytest.approx(region.xyxy) for region in theirs.regions]
+    assert write_page(read, size) == answer
+
+
+@given(st.lists(st.floats(0, 1000), min_size=4, max_size=4))
+def test_boxes_come_back_within_half_a_code(edges: list[float]) -> None:
+    (left, right), (top, bottom) = sorted(edges[:2]), sorted(edges[2:])
+    box = (left, 2 * top, right, 2 * bottom)
+    ((region,),) = [
+        block.regions for block in parse_page(write_page([Block("a", (Region.box(*box),), "", 0)], SIZE), SIZE).blocks
+    ]
+    for ours, theirs, side in zip(region.xyxy, box, SIZE * 2, strict=True):
+        assert abs(ours - theirs) <= side / 999 / 2 + 1e-9
+
+
+@given(st.lists(MARKED, min_size=1, max_size=3))
+def test_text_with_marks_is_read_back_or_refused(texts: list[str]) -> None:
+    blocks = [Block("text", (Region.box(0, 0, 10, 10),), text, 0) for text in texts]
+    try:
+        answer = write_page(blocks, SIZE)
+    except ValueError:
+        with pytest.raises(ValueError, match="must have no marks"):
+            write_page(blocks, SIZE)
+        return
+    assert [(block.type, block.text) for block in parse_page(answer, SIZE).blocks] == [("text", one) for one in texts]
+
+
+def test_the_layout_of_an_answer() -> None:
+    blocks = [PAGE, Block("image", (Region.box(100, 300, 500, 900), Region.box(600, 300, 1000, 900)), "\n", 0)]
+    assert write_page(blocks, SIZE) == (
+        "<|ref|>title<|/ref|><|det|>[[0, 0, 999, 100]]<|/det|>\n# Report\n\n"
+        "<|ref|>image<|/ref|><|det|>[[100, 150, 500, 450], [599, 150, 999, 450]]<|/det|>\n"
+    )
+    assert write_page([], SIZE) == ""
+
+
+def test_boxes_outside_the_page() -> None:
+    block = Block("text", (Region.box(900, 0, 1001, 10), Region.box(0, 0, 10, 10)), "text", 0)
+    with pytest.raises(ValueError, match=r"`blocks\[1\]`: .*leaves the image of size \(1000, 2000\)"):
+        write_page([PAGE, block], SIZE)
+    assert "[[899, 0, 999, 5], [0, 0, 10, 5]]" in write_page([block], SIZE, on_outside="clamp")
+    assert write_page([block], SIZE, on_outside="skip") == "<|ref|>text<|/ref|><|det|>[[0, 0, 10, 5]]<|/det|>text"
+    alone = Block("text", block.regions[:1], "text", 0)
+    assert write_page([alone, PAGE], SIZE, on_outside="skip") == write_page([PAGE], SIZE)
+
+
+REFUSED = {
+    "no boxes": ([Block("text", (), "a", 0)], "Expected a type and boxes, or neither, got 'text' and 0 boxes"),
+    "no type": ([Block(None, PAGE.regions, "a", 0)], "Expected a type and boxes, or neither, got None and 1 boxes"),
+    "a second text without a mark": (
+        [PAGE, Block(None, (), "a", 0)],
+        "would not be read back; .*but the first a type",
+    ),
+    "marks in a text": ([Block("a", PAGE.regions, ANSWER, 0)], r"`blocks\[0\]` of type 'a' and text .*no marks"),
+    "a mark in a type": (
+        [Block("a<|/ref|>", PAGE.regions, "", 0)],
+        r"`blocks\[0\]`: Label 'a<\|/ref\|>' cannot be read",
+    ),
+    "an empty type": ([Block("", PAGE.regions, "", 0)], r"`blocks\[0\]`: Label ''"),
+    "a point": ([Block("a", (Region.point(1, 1),), "", 0)], r"`blocks\[0\]`: .*is a point"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_blocks_that_cannot_be_written(name: str) -> None:
+    blocks, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        write_page(blocks, SIZE)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.documents.made import encrypted_pdf, pdf
-from vlparts.documents.pages import Document, find_documents, parse_page_numbers
+from vlparts.documents.pages import Document, find_documents, open_page, parse_page_numbers
 
 
 def test_a_folder_in_the_order_of_names(tmp_path: Path) -> None:
@@ -27,8 +27,8 @@ def test_pages_of_a_pdf_at_a_resolution(tmp_path: Path) -> None:
     assert page.open().size == (240, 160)
     assert page.open(dpi=72).size == (120, 80)
     assert page.open().mode == "RGB"
-    with pytest.raises(ValueError, match=r"a\.pdf, page 2: The page has 240 x 160 pixels, more than `max_pixels`=100"):
-        page.open(max_pixels=100)
+    with pytest.raises(ValueError, match=r"a\.pdf, page 2: The page has 240 x 160 pixels, more than 100; pass"):
+        page.open(max_image_pixels=100)
 
 
 def test_broken_pages_name_file_and_page(tmp_path: Path) -> None:
@@ -80,3 +80,42 @@ def test_page_numbers() -> None:
     for text in ("", "0", "3-1", "1-", "a", "1;2", "-3", "1-99999999"):
         with pytest.raises(ValueError, match="Page numbers must be like"):
             parse_page_numbers(text)
+
+
+def test_one_page_of_a_file(tmp_path: Path) -> None:
+    three = pdf(tmp_path / "a.pdf")
+    assert open_page(three, 2).tobytes() == find(three).pages()[1].open().tobytes()
+    assert open_page(three, 3, dpi=72).size == (120, 80)
+    assert open_page(pdf(tmp_path / "one.pdf", 1)).size == (240, 160)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    assert open_page(tmp_path / "a.png").getpixel((0, 0)) == open_page(tmp_path / "a.png", 1).getpixel((0, 0))
+    Image.new("RGB", (30, 20), "red").save(
+        tmp_path / "a.tiff", save_all=True, append_images=[Image.new("RGB", (30, 20), "blue")]
+    )
+    assert open_page(tmp_path / "a.tiff", 2).getpixel((0, 0)) == (0, 0, 255)
+
+
+def find(path: Path) -> Document:
+    (document,) = find_documents([path])
+    assert isinstance(document, Document)
+    return document
+
+
+def test_pages_that_a_file_does_not_have(tmp_path: Path) -> None:
+    three = pdf(tmp_path / "a.pdf", broken=(2,))
+    with pytest.raises(ValueError, match=r"a\.pdf has 3 pages; expected the number of one"):
+        open_page(three)
+    for number in (0, 4):
+        with pytest.raises(ValueError, match=rf"a\.pdf has 3 pages, got page number {number}"):
+            open_page(three, number)
+    with pytest.raises(ValueError, match=r"a\.pdf, page 2 cannot be read"):
+        open_page(three, 2)
+    with pytest.raises(ValueError, match=r"none\.pdf cannot be opened"):
+        open_page(tmp_path / "none.pdf")
+    with pytest.raises(ValueError, match=r"none\.png does not exist"):
+        open_page(tmp_path / "none.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has more than 100 pixels"):
+        open_page(tmp_path / "a.png", max_image_pixels=100)
+    with pytest.raises(ValueError, match=r"page 1: The page has 240 x 160 pixels, more than 100"):
+        open_page(three, 1, max_image_pixels=100)

@@ -68,8 +68,8 @@ def test_rotary_base() -> None:
         ({"scoring": "softmax_over_chosen", "renormalize": True}, "`renormalize` must be False if .* got True"),
         ({"router_jitter": 1.0}, "`router_jitter` must be a finite number of at least 0 and below 1, got 1.0"),
         (
-            {"router_aux_loss_form": "sequence"},
-            "`router_aux_loss_form` must be one of 'batch', 'global', got 'sequence'",
+            {"router_aux_loss_form": "token"},
+            "`router_aux_loss_form` must be one of 'batch', 'sequence', 'global', got 'token'",
         ),
         ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be .* at least 0, got -0.1"),
         ({"routed_scaling_factor": float("nan")}, "`routed_scaling_factor` must be a finite number, got nan"),

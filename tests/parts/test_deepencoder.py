@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.tiny import order_one
 from vlparts import DeepEncoderConfig, DeepEncoderModel
+from vlparts.parts import modeling_deepencoder
 
 GRIDS = [(1, 8, 8), (1, 4, 12), (1, 8, 8), (1, 4, 4)]
 
@@ -96,7 +97,9 @@ def test_bfloat16_is_near() -> None:
     assert (found.float() - expected).norm() < 0.05 * expected.norm()
 
 
-def test_no_score_of_a_pair_of_patches_has_a_bias_in_global_layers() -> None:
+def test_relative_attention_makes_no_bias_of_all_pairs_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_deepencoder, "tokens_per_pass", lambda tokens, width: 0)
+    monkeypatch.setattr(modeling_deepencoder, "MAX_SCORES", 2**16)
     model = small(sam_global_layers=[0, 1])
     pixels, grids = views([(1, 32, 32)], torch.float32)
     sizes = []
@@ -107,10 +110,28 @@ def test_no_score_of_a_pair_of_patches_has_a_bias_in_global_layers() -> None:
             sizes.extend(one.numel() for one in torch.utils._pytree.tree_leaves(output) if isinstance(one, Tensor))
             return output
 
-    with Sizes(), torch.no_grad():
-        model(pixels, grids)
+    with Sizes():
+        model(pixels, grids).last_hidden_state.sum().backward()
     assert sizes
-    assert max(sizes) < 2 * 1024**2  # heads x patches x patches
+    assert max(sizes) < 1024**2  # patches x patches of one head
+
+
+@pytest.mark.parametrize("queries", [7, 50, 64, 150])
+def test_chunks_of_relative_attention_change_nothing(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    model = small().double()
+    pixels, grids = views([(1, 8, 8)] * 2)
+
+    def results() -> list[Tensor]:
+        model.zero_grad()
+        tokens = model(pixels, grids).last_hidden_state
+        tokens.square().sum().backward()
+        return [tokens.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    monkeypatch.setattr(modeling_deepencoder, "tokens_per_pass", lambda tokens, width: 0)
+    expected = results()
+    monkeypatch.setattr(modeling_deepencoder, "tokens_per_pass", lambda tokens, width: queries)
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_compiled_with_sizes_from_the_host() -> None:

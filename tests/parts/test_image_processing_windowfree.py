@@ -113,6 +113,21 @@ def test_a_tiny_image_is_resized_twice() -> None:
     assert not torch.equal(inputs["pixel_values"], once["pixel_values"])
 
 
+@pytest.mark.parametrize("size", [(20, 31), (3, 5), (28, 28), (29, 29)], ids=str)
+def test_tiny_images_as_qwen2_vl_resizes_them(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    processor = WindowFreeViTImageProcessor(size=LIMITS, enlarge_tiny=False)
+    inputs = processor(image, return_tensors="pt")
+    assert processor.get_grid_thw(*size[::-1]) == tuple(inputs["image_grid_thw"][0].tolist())
+    expected = native(image, do_rescale=False, do_normalize=False)
+    torch.testing.assert_close(inputs["pixel_values"].float(), expected, atol=0, rtol=0)
+    usual = WindowFreeViTImageProcessor(size=LIMITS)
+    assert usual.get_grid_thw(*size[::-1], enlarge_tiny=False) == processor.get_grid_thw(*size[::-1])
+    once = usual(image, enlarge_tiny=False, return_tensors="pt")
+    assert torch.equal(once["pixel_values"], inputs["pixel_values"])
+    assert WindowFreeViTImageProcessor.from_dict(processor.to_dict()).enlarge_tiny is False
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
 def test_every_mode_is_taken(mode: str) -> None:
     inputs = WindowFreeViTImageProcessor()(Image.new(mode, (224, 224)), return_tensors="pt")

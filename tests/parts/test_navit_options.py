@@ -135,7 +135,7 @@ def test_large_sequences_are_encoded_in_passes(monkeypatch: pytest.MonkeyPatch) 
     patches.requires_grad_()
     whole = model(patches, grids, output_hidden_states=True)
     expected = torch.autograd.grad(whole.pooler_output.pow(2).sum(), patches)[0]
-    monkeypatch.setattr(packed_segments, "_tokens_per_pass", lambda hidden_states, width: 20)
+    monkeypatch.setattr(packed_segments, "tokens_per_pass", lambda hidden_states, width: 20)
     outputs = model(patches, grids, output_hidden_states=True)
     assert len(outputs.hidden_states) == len(whole.hidden_states)
     for mine, theirs in zip(outputs.hidden_states, whole.hidden_states, strict=True):

@@ -79,6 +79,16 @@ def test_several_rows_of_several_samples_with_padding() -> None:
             torch.testing.assert_close(found[row, part], hidden[0])
 
 
+@torch.no_grad()
+def test_a_row_of_padding_hides_no_samples_of_another() -> None:
+    """Two rows with two samples in all, both in one of them."""
+    model, ids = small_model("moge"), torch.tensor([[0, 0, 0, 0], [5, 6, 7, 8]])
+    positions = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1]])
+    logits = model(input_ids=ids, attention_mask=(ids > 0).long(), position_ids=positions).logits
+    for part in (slice(0, 2), slice(2, 4)):
+        torch.testing.assert_close(logits[1, part], model(input_ids=ids[1:, part]).logits[0])
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "moge"])
 def test_gradients_and_losses_are_those_of_single_samples(kind: str) -> None:
     model = small_model(kind)

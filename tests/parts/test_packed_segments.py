@@ -21,7 +21,7 @@ def split(
     cu_seqlens_cpu = cu_seqlens.tolist() if with_host_lengths else None
     segments = Segments(cu_seqlens, max(lengths), cu_seqlens_cpu, rotary)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_segments, "_tokens_per_pass", lambda hidden_states, width: LIMIT)
+        patch.setattr(packed_segments, "tokens_per_pass", lambda hidden_states, width: LIMIT)
         return segments, split_passes(segments, torch.zeros(total, 2), 8)
 
 

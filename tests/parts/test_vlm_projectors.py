@@ -1,4 +1,4 @@
-"""Projectors against loops over tokens, and against Qwen2.5-VL's merger."""
+"""Projectors against loops over tokens, and against the mergers of Qwen2-VL and Qwen2.5-VL."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
+from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
 
 from tests.tiny import order_one
 from vlparts.parts import vlm_projectors as projectors
@@ -51,21 +52,27 @@ def test_a_patch_merger_equals_a_loop_over_tokens(merge_size: int) -> None:
     torch.testing.assert_close(tokens, merged(merger, features, merge_size))
 
 
-def test_a_patch_merger_is_qwen2_5_vls() -> None:
-    ours, theirs = order_one(BlockMerger(12, MERGE, TEXT)), Qwen2_5_VLPatchMerger(TEXT, 12, MERGE)
+@pytest.mark.parametrize(
+    ("kind", "merger"),
+    [("patch_merger", Qwen2_5_VLPatchMerger), ("points_merger", PatchMerger)],
+    ids=["Qwen2.5-VL", "Qwen2-VL and POINTS1.5"],
+)
+def test_the_mergers_are_the_native_ones(kind: str, merger: type[nn.Module]) -> None:
+    ours, theirs = order_one(Projector(kind, 12, TEXT, MERGE).projection).double(), merger(TEXT, 12, MERGE).double()
     names = {"norm.": "ln_q.", "fc1.": "mlp.0.", "fc2.": "mlp.2."}
 
     def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return {names[name[: name.index(".") + 1]] + name.split(".")[1]: weight for name, weight in weights.items()}
 
     theirs.load_state_dict(renamed(ours.state_dict()), strict=True)
-    features, target = torch.randn(16, 12), torch.randn(4, TEXT)
-    torch.testing.assert_close(ours(features), theirs(features))
+    features, target = rows(16, 12), rows(4, TEXT)
+    close = {"atol": 1e-6, "rtol": 1e-6}  # the native RMS normalization is computed in float32
+    torch.testing.assert_close(ours(features), theirs(features), **close)
     for one in (ours, theirs):
         (one(features) * target).sum().backward()
     gradients = renamed({name: parameter.grad for name, parameter in ours.named_parameters()})
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad)
+        torch.testing.assert_close(gradients[name], parameter.grad, **close)
 
 
 @pytest.mark.parametrize("merge_size", [1, 2])
@@ -177,6 +184,10 @@ def test_a_name_is_registered_for_one_projector() -> None:
         (
             lambda: Projector("patch_merger", 3, 5, num_layers=2),
             "`num_layers` must be 1 for the projector 'patch_merger', got 2",
+        ),
+        (
+            lambda: Projector("points_merger", 3, 5, num_layers=2),
+            "`num_layers` must be 1 for the projector 'points_merger', got 2",
         ),
         (lambda: Projector("mlp2_gelu", 3, 5, hidden_size=4), "'mlp2_gelu' has no option hidden_size; it has none"),
         (

@@ -15,6 +15,7 @@ from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_posit
 PATTERNS: dict[str, dict[str, Any]] = {
     "full": {},
     "hybrid": {"attention_pattern": WINDOWED, "feature_layers": [-1, -3]},
+    "positions": {"position_grid_size": 5, "norm_type": "layer_norm", "final_norm": False},
 }
 BATCHES = [[(4, 6), (2, 2), (8, 6)], [(2, 4), (6, 4)], [(6, 6), (2, 2), (2, 8)]]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)

@@ -15,6 +15,14 @@ from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
 VARIANTS = {
     "full": {"pooling": "mean"},
     "hybrid": {"pooling": "mean", "attention_pattern": WINDOWED, "feature_layers": [-1, -3]},
+    "positions": {
+        "pooling": "mean",
+        "position_grid_size": 5,
+        "norm_type": "layer_norm",
+        "final_norm": False,
+        "hidden_act": "quick_gelu",
+        "feature_layers": [-1, 1],
+    },
 }
 GRIDS = st.lists(
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)).map(lambda g: (g[0], 2 * g[1], 2 * g[2])),

@@ -15,9 +15,16 @@ from vlparts.demo.isolation import run_without
 OUTPUTS = ENCODER.replace('"pooled": found.pooler_output', '"taps": torch.stack(found.feature_maps)')
 
 
-@pytest.mark.parametrize("pattern", ["full", WINDOWED], ids=["full", "hybrid"])
-def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path, pattern: str | dict) -> None:
-    model = windowfree(attention_pattern=pattern, feature_layers=[-1, -3])
+VARIANTS = {
+    "full": {},
+    "hybrid": {"attention_pattern": WINDOWED},
+    "positions": {"position_grid_size": 3, "patch_bias": True, "norm_type": "layer_norm", "final_norm": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path, variant: str) -> None:
+    model = windowfree(**VARIANTS[variant], feature_layers=[-1, -3])
     processor = WindowFreeViTImageProcessor(patch_size=4, size={"shortest_edge": 256, "longest_edge": 4096})
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")

@@ -216,7 +216,9 @@ def test_a_tokenizer_without_template_needs_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`chat_template` must be given: the tokenizer has none"):
         train(settings(tmp_path, **options))
     file = tmp_path / "chat.jinja"
-    with pytest.raises(ValueError, match="`chat_template` must be a file with a Jinja template, got .*chat.jinja"):
+    with pytest.raises(
+        ValueError, match="`chat_template` must be a file with a Jinja template or deepseek_ocr, got .*chat.jinja"
+    ):
         train(settings(tmp_path, chat_template=file, **options))
     file.write_text(with_placeholders(template, {"image": "<image>"}), encoding="utf-8")
     result = train(settings(tmp_path, chat_template=file, **options))

@@ -13,7 +13,17 @@ from tests.parts.test_moge import config_of
 from tests.tiny import SIZES, order_one, vision_config
 from tests.training.making import losses, settings, weights
 from tests.training.test_weighted_loss_native import assert_same
-from tests.training.weighted_making import VOCABULARY, Rows, arguments, expected_loss, llama, padded
+from tests.training.weighted_making import (
+    VOCABULARY,
+    Rows,
+    arguments,
+    expected_loss,
+    llama,
+    one_row,
+    one_row_by_positions,
+    padded,
+    padded_left,
+)
 from vlparts import MoGEForCausalLM, compose
 from vlparts.training.train import train
 from vlparts.training.weighted_inputs import WeightedCollator
@@ -34,9 +44,10 @@ NATIVE = {
 TEXTS: dict[str, Any] = {
     "mixtral": MixtralConfig(**NATIVE, num_local_experts=4, sliding_window=None),
     "moge": config_of(router_aux_loss_coef=COEFFICIENT, pad_token_id=0),
+    "sequences": config_of(router_aux_loss_coef=COEFFICIENT, router_aux_loss_form="sequence", pad_token_id=0),
 }
-HEADS = {"mixtral": MixtralForCausalLM, "moge": MoGEForCausalLM}
-MODELS = [*TEXTS, "composed mixtral", "composed moge"]
+HEADS = {"mixtral": MixtralForCausalLM, "moge": MoGEForCausalLM, "sequences": MoGEForCausalLM}
+MODELS = ["mixtral", "moge", "composed mixtral", "composed moge"]
 
 
 def model_of(name: str) -> nn.Module:
@@ -48,7 +59,9 @@ def model_of(name: str) -> nn.Module:
     return model
 
 
-def step(folder: Path, name: str, balance_over: str, **changes: Any) -> tuple[float, dict[str, Tensor]]:
+def step(
+    folder: Path, name: str, balance_over: str, collator: Any = padded, **changes: Any
+) -> tuple[float, dict[str, Tensor]]:
     """The loss of one step of gradient descent, and the gradients."""
     model = model_of(name)
     before = {key: one.detach().clone() for key, one in model.named_parameters()}
@@ -56,7 +69,7 @@ def step(folder: Path, name: str, balance_over: str, **changes: Any) -> tuple[fl
         model=model,
         args=arguments(folder, learning_rate=0.01, **changes),
         train_dataset=Rows(),
-        data_collator=WeightedCollator(padded),
+        data_collator=WeightedCollator(collator),
         preset="square",
         balance_over=balance_over,
     )
@@ -98,6 +111,23 @@ def test_the_balance_loss_of_a_step_is_that_of_one_batch(tmp_path: Path, name: s
     assert abs(mean[0] - wanted[0]) > 1e-4
 
 
+@pytest.mark.parametrize("balance_over", ["micro_batch", "step"])
+@pytest.mark.parametrize("collator", [padded, padded_left, one_row, one_row_by_positions])
+@pytest.mark.parametrize("name", ["sequences", "composed sequences"])
+def test_the_balance_loss_of_sequences_is_their_mean(
+    tmp_path: Path, name: str, collator: Any, balance_over: str
+) -> None:
+    """Over all sequences of a step, whatever micro-batches they are in: 3, 3 and 2."""
+    model = model_of(name)
+    samples = [Rows()[index] for index in range(8)]
+    balance = [model(sample["input_ids"][None], output_router_logits=True).aux_loss for sample in samples]
+    loss = expected_loss(model, samples, "square") + COEFFICIENT * torch.stack(balance).mean()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    wanted = loss.item(), dict(zip(names, gradients, strict=True))
+    assert_same(step(tmp_path, name, balance_over, collator, **MICRO_BATCHES), wanted)
+
+
 @pytest.mark.parametrize(
     ("model", "balance_over", "message"),
     [
@@ -115,9 +145,10 @@ def test_a_model_without_a_balance_loss_raises(tmp_path: Path, model: Any, balan
         WeightedLossTrainer(model(), arguments(tmp_path), data_collator=padded, balance_over=balance_over)
 
 
-def test_a_packed_run_has_the_mean_of_its_packs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["batch", "sequence"])
+def test_a_packed_run_has_the_mean_of_its_packs(tmp_path: Path, form: str) -> None:
     """The command's Trainer of the mean over tokens, against the weighted one with the same mean."""
-    text = {"preset": "moge:tiny", "router_aux_loss_coef": COEFFICIENT}
+    text = {"preset": "moge:tiny", "router_aux_loss_coef": COEFFICIENT, "router_aux_loss_form": form}
     text |= {"experts_implementation": "eager"}
     options = {"capacity": 100, "gradient_accumulation_steps": 3, "max_steps": 2, "max_items": 2}
     options |= {"text": text, "eval_data": tmp_path / "train.jsonl", "trainer": {"max_grad_norm": 0.0}}

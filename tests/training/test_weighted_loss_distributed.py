@@ -33,6 +33,8 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
 }
 
+EXPERTS = {"mixtral": "step", "sequences": "micro_batch"}
+
 
 def trainer_for(folder: Path, name: str) -> WeightedLossTrainer:
     preset, collator, options = RUNS[name]
@@ -60,9 +62,9 @@ def trained(folder: Path, name: str) -> dict[str, Tensor]:
     return {**found, "loss": torch.tensor(loss), "evaluated": torch.tensor(evaluated, dtype=torch.float64)}
 
 
-def trained_experts(folder: Path) -> dict[str, Tensor]:
-    """Loss and gradients of a step with the balance loss of the whole step."""
-    model = model_of("mixtral")
+def trained_experts(folder: Path, name: str) -> dict[str, Tensor]:
+    """Loss and gradients of a step with the balance loss of the whole step, or of its sequences."""
+    model = model_of(name)
     before = {key: one.detach().clone() for key, one in model.named_parameters()}
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
     trainer = WeightedLossTrainer(
@@ -71,7 +73,7 @@ def trained_experts(folder: Path) -> dict[str, Tensor]:
         train_dataset=Rows(SAMPLES),
         data_collator=WeightedCollator(padded),
         preset="square",
-        balance_over="step",
+        balance_over=EXPERTS[name],
     )
     loss = trainer.train().training_loss
     found = {key: (before[key] - one.detach()) / 0.01 for key, one in trainer.model.named_parameters()}
@@ -86,8 +88,9 @@ def work(rank: int, folder: Path, port: int) -> None:
     for name in RUNS:
         found = trained(folder / f"{rank}", name)
         save_file({key: one.contiguous() for key, one in found.items()}, folder / f"{name} {rank}.safetensors")
-    found = trained_experts(folder / f"{rank}")
-    save_file({key: one.contiguous() for key, one in found.items()}, folder / f"experts {rank}.safetensors")
+    for name in EXPERTS:
+        found = trained_experts(folder / f"{rank}", name)
+        save_file({key: one.contiguous() for key, one in found.items()}, folder / f"{name} {rank}.safetensors")
     for path in sorted(folder.glob("*.json")):
         result = train(TrainConfig.model_validate_json(path.read_text(encoding="utf-8")))
         found = {"loss": torch.tensor(losses(result)), "evaluated": torch.tensor(losses(result, "eval_loss"))}
@@ -95,7 +98,18 @@ def work(rank: int, folder: Path, port: int) -> None:
     distributed.destroy_process_group()
 
 
-PACKED: dict[str, dict[str, Any]] = {"packs": {"capacity": 100}, "batches": {"capacity": 100, "packing": False}}
+BY_SEQUENCE = {"router_aux_loss_coef": 0.3, "router_aux_loss_form": "sequence", "experts_implementation": "eager"}
+PACKED: dict[str, dict[str, Any]] = {
+    "packs": {"capacity": 100},
+    "batches": {"capacity": 100, "packing": False},
+    "packs of experts": {
+        "capacity": 100,
+        "loss": None,
+        "mix": None,
+        "text": {"preset": "moge:tiny", **BY_SEQUENCE},
+        "trainer": {"max_grad_norm": 0.0, "ddp_find_unused_parameters": True},
+    },
+}
 
 
 def packed_settings(folder: Path, name: str, output: str, **changes: Any) -> TrainConfig:
@@ -134,13 +148,14 @@ def test_a_step_does_not_depend_on_the_number_of_processes(folder: Path, name: s
             torch.testing.assert_close(found[key], one.grad, atol=5e-7, rtol=1e-5)  # norms work in float32
 
 
-def test_the_balance_loss_of_a_step_is_that_of_one_process(folder: Path) -> None:
-    model, samples = model_of("mixtral"), Rows(SAMPLES)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_balance_loss_of_a_step_is_that_of_one_process(folder: Path, name: str) -> None:
+    model, samples = model_of(name), Rows(SAMPLES)
     loss = expected_loss(model, [samples[index] for index in range(SAMPLES)], "square")
     loss = loss + COEFFICIENT * balance_of(model, range(SAMPLES))
     loss.backward()
     for rank in range(2):
-        found = load_file(folder / f"experts {rank}.safetensors")
+        found = load_file(folder / f"{name} {rank}.safetensors")
         assert abs(float(found["loss"]) - loss.item()) < 1e-6
         for key, one in model.named_parameters():
             assert one.grad is not None

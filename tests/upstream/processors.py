@@ -6,7 +6,12 @@ from typing import Any
 import vlparts
 from tests.tiny import navit_config, text_config, tokenizer, windowfree_config
 from tests.upstream.loading import load
-from vlparts import NaViTImageProcessor, VisionLanguageProcessor, WindowFreeViTImageProcessor
+from vlparts import (
+    DeepEncoderImageProcessor,
+    NaViTImageProcessor,
+    VisionLanguageProcessor,
+    WindowFreeViTImageProcessor,
+)
 
 VIDEO_TOKENS = {"video_token": "<video>", "vision_start_token": "<vision>", "vision_end_token": "</vision>"}
 
@@ -30,6 +35,11 @@ class NaViTImages(images.ImageProcessingTestMixin, unittest.TestCase):
 
 class WindowFreeViTImages(images.ImageProcessingTestMixin, unittest.TestCase):
     tested = WindowFreeViTImageProcessor
+    image_processor_tester_class = ImageTester
+
+
+class DeepEncoderImages(images.ImageProcessingTestMixin, unittest.TestCase):
+    tested = DeepEncoderImageProcessor
     image_processor_tester_class = ImageTester
 
 

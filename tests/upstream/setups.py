@@ -18,6 +18,8 @@ from transformers import (
 
 from tests.tiny import SIZES, navit_config, packed_images, windowfree_config
 from vlparts import (
+    DeepEncoderConfig,
+    DeepEncoderModel,
     MoGEConfig,
     MoGEForCausalLM,
     MoGEModel,
@@ -63,6 +65,12 @@ def packed() -> dict[str, Tensor]:
     return {"pixel_values": pixels, "image_grid_thw": grids}
 
 
+def views() -> dict[str, Tensor]:
+    """Images of one view of 4 x 8 patches, which become two tokens, a newline and a separator."""
+    pixels, grids = packed_images([(4, 8)] * BATCH, patch_width=768)
+    return {"pixel_values": pixels, "image_grid_thw": grids}
+
+
 def square() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(BATCH, 3, 8, 8)}
 
@@ -95,9 +103,17 @@ def clip() -> CLIPVisionConfig:
     return CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
 
 
+def deepencoder() -> DeepEncoderConfig:
+    return DeepEncoderConfig.from_preset("deepencoder_tiny")
+
+
+IMAGES: dict[Callable[[], PreTrainedConfig], Callable[[], dict[str, Tensor]]] = {clip: square, deepencoder: views}
+
+
 def of_encoder(model: type[PreTrainedModel], config: Callable[[], PreTrainedConfig]) -> Setup:
+    images = IMAGES.get(config, packed)
     return Setup(
-        model, config, packed, {"test_resize_embeddings": False, "additional_model_inputs": ["image_grid_thw"]}
+        model, config, images, {"test_resize_embeddings": False, "additional_model_inputs": ["image_grid_thw"]}
     )
 
 
@@ -106,7 +122,7 @@ def of_text(model: type[PreTrainedModel], config: Callable[[], PreTrainedConfig]
 
 
 def dual(vision: Callable[[], PreTrainedConfig], text: Callable[[], PreTrainedConfig], **changes: Any) -> Setup:
-    images = square if vision is clip else packed
+    images = IMAGES.get(vision, packed)
     return Setup(
         NaViTDualEncoder,
         lambda: NaViTDualEncoderConfig(
@@ -118,12 +134,17 @@ def dual(vision: Callable[[], PreTrainedConfig], text: Callable[[], PreTrainedCo
 
 
 def composed(
-    model: type[PreTrainedModel], vision: Callable[[], PreTrainedConfig], text: Callable[[], PreTrainedConfig]
+    model: type[PreTrainedModel],
+    vision: Callable[[], PreTrainedConfig],
+    text: Callable[[], PreTrainedConfig],
+    **changes: Any,
 ) -> Setup:
-    images = square if vision is clip else packed
+    images = IMAGES.get(vision, packed)
     return Setup(
         model,
-        lambda: VisionLanguageConfig(vision_config=vision(), text_config=text(), image_token_id=IMAGE_TOKEN),
+        lambda: VisionLanguageConfig(
+            vision_config=vision(), text_config=text(), image_token_id=IMAGE_TOKEN, **changes
+        ),
         lambda: with_placeholders(images()),
         {
             "_is_composite": True,
@@ -135,6 +156,7 @@ def composed(
 
 LAYERS = {"num_hidden_layers": 2}
 WINDOWS = {"attention_pattern": {"window_size": 8, "full_attention_layers": [1]}, "gated_mlp": True}
+POSITIONS = {"position_grid_size": 3, "patch_bias": True, "norm_type": "layer_norm", "final_norm": False}
 
 SETUPS: dict[str, Setup] = {
     "NaViT": of_encoder(NaViTModel, config=navit_config),
@@ -145,6 +167,10 @@ SETUPS: dict[str, Setup] = {
     "WindowFreeViT": of_encoder(WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS)),
     "WindowFreeViTWithWindows": of_encoder(
         WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **WINDOWS, pooling="mean")
+    ),
+    "DeepEncoder": of_encoder(DeepEncoderModel, config=deepencoder),
+    "WindowFreeViTWithPositions": of_encoder(
+        WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **POSITIONS, pooling="mean")
     ),
     "PanguEmbedded": of_text(PanguEmbeddedModel, config=lambda: PanguEmbeddedConfig(**TEXT)),
     "PanguEmbeddedHead": of_text(
@@ -160,4 +186,7 @@ SETUPS: dict[str, Setup] = {
     "VisionLanguageHead": composed(VisionLanguageForConditionalGeneration, navit_config, lambda: LlamaConfig(**TEXT)),
     "VisionLanguageHeadOfCLIPAndFalconH1": composed(VisionLanguageForConditionalGeneration, clip, falcon),
     "VisionLanguageHeadOfMoGE": composed(VisionLanguageForConditionalGeneration, navit_config, moe),
+    "VisionLanguageHeadOfDeepEncoder": composed(
+        VisionLanguageForConditionalGeneration, deepencoder, lambda: LlamaConfig(**TEXT), projector_type="deepseek_ocr"
+    ),
 }

@@ -168,7 +168,7 @@ def build_config(config_class: Callable[..., ConfigT], where: str, **fields: Any
     """
     try:
         return config_class(**fields)
-    except (StrictDataclassError, ValueError, TypeError, RecursionError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, RecursionError) as error:
         # Strict configurations wrap the errors of their validators.
         reason = error.__cause__ or error
         raise ValueError(f"`folder` has a config.json whose {where or 'fields'} do not fit: {reason}") from error

@@ -1,9 +1,11 @@
 """Folders of safetensors in one or several files: list, read and write tensors."""
 
+import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -15,6 +17,10 @@ from ._folder import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+# Bytes of tensors that are read before their file is opened anew: pages of a mapped file count as memory of the
+# process until it is closed, and the published DeepSeek-OCR is one file of 6.7 GB.
+BYTES_PER_OPENING = 2**29
 
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -65,13 +71,21 @@ class StoredTensors:
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Read tensors file by file; their memory is mapped from the file where the system can.
 
+        A tensor that is not kept takes memory only until some more have been read.
+
         Args:
             names: The tensors to read.
         """
         for file in sorted({self.tensors[name].file for name in names}):
-            with safe_open(self.folder / file, framework="pt") as opened:
-                for name in sorted(name for name in names if self.tensors[name].file == file):
-                    yield name, opened.get_tensor(self.tensors[name].name)
+            waiting = sorted((name for name in names if self.tensors[name].file == file), reverse=True)
+            while waiting:
+                read = 0
+                with safe_open(self.folder / file, framework="pt") as opened:
+                    while waiting and read < BYTES_PER_OPENING:
+                        name = waiting.pop()
+                        tensor = opened.get_tensor(self.tensors[name].name)
+                        read += tensor.nbytes
+                        yield name, tensor
 
 
 def list_tensors(folder: Path) -> StoredTensors:
@@ -146,3 +160,54 @@ def write_tensors(
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+class TensorBytes:
+    """The tensors of a safetensors file as pieces of bytes, read without mapping the file into memory.
+
+    Use it in a `with` block.
+
+    Args:
+        path: A file that [`list_tensors`] has read without an error.
+
+    Attributes:
+        names: The names of the tensors in the order of their data.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._header = self._file.read(int.from_bytes(self._file.read(8), "little"))
+        entries = {name: entry for name, entry in json.loads(self._header).items() if name != "__metadata__"}
+        self._spans: dict[str, tuple[int, int]] = {name: entry["data_offsets"] for name, entry in entries.items()}
+        self.names = sorted(self._spans, key=lambda name: self._spans[name])
+
+    def read(self, name: str, size: int) -> Iterator[bytearray]:
+        """Yield the bytes of a tensor in pieces of at most `size`."""
+        start, end = self._spans[name]
+        for position in range(start, end, size):
+            piece = bytearray(min(size, end - position))
+            self._file.seek(8 + len(self._header) + position)
+            if self._file.readinto(piece) != len(piece):
+                raise ValueError(f"`folder` has a {self._file.name} that has become shorter.")
+            yield piece
+
+    def write_like(self, path: Path, get_pieces: Callable[[str], Iterable[bytes | bytearray | memoryview]]) -> None:
+        """Write a file with the same header and other values.
+
+        Args:
+            path: The file.
+            get_pieces: Returns the bytes of the tensor of a name, in pieces.
+        """
+        with path.open("wb") as file:
+            file.write(len(self._header).to_bytes(8, "little") + self._header)
+            for name in self.names:
+                for piece in get_pieces(name):
+                    file.write(piece)
+
+    def __enter__(self) -> "TensorBytes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

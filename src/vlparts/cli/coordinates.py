@@ -49,6 +49,7 @@ MaxImagePixels = Annotated[
     int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
 ]
 TextField = Annotated[str, typer.Option(help="Field with the text, or with messages that contain it.")]
+SkipThinking = Annotated[bool, typer.Option("--skip-thinking", help="Leave out reasoning, such as in <think>.")]
 RegionsField = Annotated[str, typer.Option(help="Field with regions.")]
 
 
@@ -87,6 +88,7 @@ def convert(
         str,
         typer.Option(help="If a line cannot be converted: raise, skip it, or collect (keep it with `convert_error`)."),
     ] = "raise",
+    skip_thinking: SkipThinking = False,
 ) -> None:
     """Convert the coordinates in texts to another format; no other character of a line changes."""
     with exit_on_value_error():
@@ -100,7 +102,11 @@ def convert(
                 try:
                     _check_field(row, text_field)
                     change = partial(
-                        convert_text, source=source_format, target=target_format, image_size=sizes.size(row)
+                        convert_text,
+                        source=source_format,
+                        target=target_format,
+                        image_size=sizes.size(row),
+                        skip_thinking=skip_thinking,
                     )
                     changed, warned = _with_warnings(partial(changed_line, line, row, text_field, change))
                 except ValueError as error:
@@ -174,14 +180,21 @@ def _texts(row: dict[str, Any], field: str) -> list[str]:
 
 
 def _checked(
-    source: str, sizes: SizeFields, fmt: CoordinateFormat, regions: str, texts: str | None, most: float
+    source: str,
+    sizes: SizeFields,
+    fmt: CoordinateFormat,
+    regions: str,
+    texts: str | None,
+    most: float,
+    skip_thinking: bool,
 ) -> Iterator[tuple[int, int, list[Problem]]]:
     """Yield line number, index in the line, and problems of each region or text."""
     for number, row in read_rows(source):
         try:
             size = sizes.size(row)
             if texts is not None:
-                items: Iterable[list[Problem]] = (check_text(text, size, fmt) for text in _texts(row, texts))
+                check = partial(check_text, image_size=size, format=fmt, skip_thinking=skip_thinking)
+                items: Iterable[list[Problem]] = map(check, _texts(row, texts))
             else:
                 items = (check_region(fields, size, fmt, most=most) for fields in _region_fields(row, regions))
             for index, found in enumerate(items):
@@ -209,15 +222,18 @@ def check(
         float, typer.Option(help="Maximum pixels that a coordinate may move when written and read.")
     ] = 1.0,
     examples: Annotated[int, typer.Option(help="Number of examples per kind of problem.")] = 3,
+    skip_thinking: SkipThinking = False,
 ) -> None:
     """Report invalid regions, and regions that a format cannot write or moves; the exit code is 1 if there are any."""
     total, counts, shown = 0, Counter[str](), dict[str, list[str]]()
     with exit_on_value_error():
         fmt = get_format(format)
+        if skip_thinking and text_field is None:
+            raise ValueError("`--skip-thinking` needs `--text-field`, since regions have no reasoning.")
         _check_output(source, output or STANDARD)
         sizes = _sizes(source, width_field, height_field, image_field, image_root, max_image_pixels)
         with nullcontext() if output is None else open_output(output) as file:
-            for number, index, found in _checked(source, sizes, fmt, regions_field, text_field, most):
+            for number, index, found in _checked(source, sizes, fmt, regions_field, text_field, most, skip_thinking):
                 total += 1
                 for name, detail in found:
                     counts[name] += 1

@@ -1,4 +1,4 @@
-"""Command line: `python -m vlparts demo | train | coordinates | ocr | info`."""
+"""Command line: `python -m vlparts demo | train | data | soup | coordinates | ocr | info`."""
 
 import importlib.metadata
 import os
@@ -11,12 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from .coordinates import app as coordinates_app
+from .data import app as data_app
 from .errors import exit_on_value_error
 from .ocr import ocr
+from .soup import soup
 
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(coordinates_app, name="coordinates")
+app.add_typer(data_app, name="data")
 app.command()(ocr)
+app.command()(soup)
 console = Console()
 
 
@@ -59,17 +63,27 @@ def demo(
 def train(
     data: Annotated[Path | None, typer.Option(help="JSON Lines file of training records.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the trained model.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings, which options override.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings, or a name such as deepseek_ocr_model; options override them."),
+    ] = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSON Lines file of evaluation records.")] = None,
     vision: Annotated[str | None, typer.Option(help="Preset such as navit:tiny, folder, or JSON file.")] = None,
     text: Annotated[str | None, typer.Option(help="Preset such as qwen3:tiny, folder, or JSON file.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a composed model to train further.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File of a Jinja chat template, or deepseek_ocr for its plain format.")
+    ] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
-    freeze: Annotated[list[str] | None, typer.Option(help="vision, text or projector; may be repeated.")] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="vision, text, projector, or a pattern of names of parameters; may be repeated."),
+    ] = None,
     max_image_pixels: Annotated[
         int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
     ] = None,
+    dpi: Annotated[float | None, typer.Option(help="Dots per inch for pages of PDF files, by default 144.")] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a pack.")] = None,
     max_items: Annotated[
         int | None,

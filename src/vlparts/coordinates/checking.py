@@ -12,6 +12,7 @@ from .frames.maps import clip_points
 from .grammars.base import DecodeError, Suspicion
 from .io.annotations import region_from_dict
 from .resolving import check_sizes
+from .thinking import without_thinking
 
 __all__ = ["PROBLEMS", "Problem", "check_region", "check_text"]
 
@@ -80,7 +81,13 @@ def check_region(
     return problems
 
 
-def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str | None = None) -> list[Problem]:
+def check_text(
+    text: str,
+    image_size: ImageSizes,
+    format: CoordinateFormat | str | None = None,
+    *,
+    skip_thinking: bool = False,
+) -> list[Problem]:
     """Return the problems of a text in a format.
 
     Malformed and unfinished regions are "unreadable". Text that looks like coordinates but is not a region, such as
@@ -92,10 +99,12 @@ def check_text(text: str, image_size: ImageSizes, format: CoordinateFormat | str
         text: Any text.
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         format: A format or its name; None for openPangu's.
+        skip_thinking: Whether to check only the answer, without reasoning; see [`decode`].
 
     Raises:
         ValueError: If the format is unknown or `image_size` is invalid.
     """
+    text = without_thinking(text) if skip_thinking and isinstance(text, str) else text
     errors = decode(text, image_size, format, on_error="collect").errors
     names = ["suspicious" if isinstance(error, Suspicion) else "unreadable" for error in errors]
     problems = [_text_problem(name, error) for name, error in zip(names, errors, strict=True)]

@@ -1,7 +1,6 @@
 """Regions as text and back: `encode` writes and `decode` reads any format."""
 
 import gc
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from .json_values import NO_ATTRIBUTES, as_attributes
 from .regions import Region
 from .resolving import CoordinateError, by_image, check_sizes, frame_of, position_error, resolve, swapped
 from .suspicion import find_suspicions, warn_of_suspicions
+from .thinking import without_thinking
 from .validation import check_choice
 
-__all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode", "without_thinking"]
+__all__ = ["CoordinateError", "DecodeResult", "ImageSizes", "decode", "encode"]
 
 ImageSizes = tuple[int, int] | Sequence[tuple[int, int]]
 # As in `vlparts.parts.thinking`, whose room imports transformers; a test holds both to the same rules.
-THINKING_MARKERS = (("<think>", "</think>"), ("[unused16]", "[unused17]"))
 
 
 @dataclass(frozen=True)
@@ -143,31 +142,6 @@ def decode(
             warn_of_suspicions(suspicions, 2)
     spans = tuple([item[:2] for item in kept])
     return DecodeResult(tuple(regions), spans, tuple(errors) if on_error == "collect" else ())
-
-
-def without_thinking(text: str) -> str:
-    """Return a text of the same length with line breaks in place of reasoning and its markers."""
-    for start, end in THINKING_MARKERS:
-        if start in text or end in text:
-            text = _without_blocks(text, start, end)
-    return text
-
-
-def _without_blocks(text: str, start: str, end: str) -> str:
-    """Replace the text between two markers, and the markers, by line breaks."""
-    pieces: list[str] = []
-    position, is_open, is_first = 0, False, True
-    for match in re.finditer(f"{re.escape(start)}|{re.escape(end)}", text):
-        is_reasoning = is_open or (is_first and match[0] == end)
-        pieces.append(_blank(text[position : match.start()]) if is_reasoning else text[position : match.start()])
-        pieces.append(_blank(match[0]))
-        position, is_open, is_first = match.end(), match[0] == start, False
-    rest = text[position:]
-    return "".join([*pieces, _blank(rest) if is_open else rest])
-
-
-def _blank(text: str) -> str:
-    return "\n" * len(text)
 
 
 @contextmanager

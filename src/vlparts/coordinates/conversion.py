@@ -14,6 +14,7 @@ from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, position_error, resolve
 from .suspicion import find_suspicions, warn_of_suspicions
+from .thinking import without_thinking
 from .validation import check_choice
 
 __all__ = ["convert", "lost_parts"]
@@ -26,6 +27,7 @@ def convert(
     image_size: ImageSizes,
     *,
     on_error: str = "raise",
+    skip_thinking: bool = False,
 ) -> str:
     """Write the regions of a text in another format. The text around them does not change.
 
@@ -45,6 +47,8 @@ def convert(
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         on_error: What to do with coordinates that cannot be read: "raise", or "keep" to leave their text unchanged.
             With "keep", regions with text that would be lost stay unchanged too, and so does their list.
+        skip_thinking: Whether to convert only the answer; reasoning (see [`decode`]) stays as it is. Reasoning between
+            the regions of one list would be lost, which is an error.
 
     Returns:
         The text with its regions in the target's format.
@@ -58,6 +62,7 @@ def convert(
     check_choice(on_error, "on_error", ("raise", "keep"))
     if not isinstance(text, str):
         raise CoordinateError(f"`text` must be a str, got {type(text).__name__}.")
+    original, text = text, without_thinking(text) if skip_thinking else text
     found, malformed = source_format.grammar.scan(text)
     kept, regions, errors = resolve(text, found, malformed, sizes, source_format)
     if errors and on_error == "raise":
@@ -75,13 +80,17 @@ def convert(
         values = [read[item.start] for item in run if item.start in read]
         if len(values) < len(run) or bisect_left(positions, start) < bisect_right(positions, stop):
             continue
+        if original[start:stop] != text[start:stop]:
+            if on_error == "raise":
+                raise CoordinateError(f"Position {start}: reasoning between regions would be lost.", start)
+            continue
         try:
             piece = _encode_run(values, image_size, target_format)
         except CoordinateError as error:
             raise CoordinateError(f"Position {start}: {error}", start) from None
-        pieces += [text[end:start], piece]
+        pieces += [original[end:start], piece]
         end = stop
-    return "".join([*pieces, text[end:]])
+    return "".join([*pieces, original[end:]])
 
 
 def lost_parts(text: str, fmt: CoordinateFormat, target: CoordinateFormat) -> list[DecodeError]:

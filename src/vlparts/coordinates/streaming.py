@@ -10,6 +10,7 @@ from .grammars.tagged import TaggedGrammar
 from .regions import Region
 from .resolving import CoordinateError, check_sizes, resolve
 from .suspicion import can_be_suspicious, find_suspicions
+from .thinking import ThinkingFilter
 from .validation import check_choice
 
 __all__ = ["StreamDecoder"]
@@ -32,6 +33,8 @@ class StreamDecoder:
         image_size: (width, height) of the original image in pixels, or a sequence of them for several images.
         format: A format or its name; None for openPangu's.
         on_outside: See [`decode`].
+        skip_thinking: See [`decode`]. Text before a first marker of reasoning may be reasoning that the prompt opened,
+            so its regions are returned with that marker, or when the stream is closed.
 
     Raises:
         CoordinateError: If `image_size` is invalid.
@@ -39,7 +42,12 @@ class StreamDecoder:
     """
 
     def __init__(
-        self, image_size: ImageSizes, format: CoordinateFormat | str | None = None, *, on_outside: str = "error"
+        self,
+        image_size: ImageSizes,
+        format: CoordinateFormat | str | None = None,
+        *,
+        on_outside: str = "error",
+        skip_thinking: bool = False,
     ) -> None:
         self._format, self._sizes = get_format(format), check_sizes(image_size)
         check_choice(on_outside, "on_outside", ("error", "clamp"))
@@ -53,6 +61,7 @@ class StreamDecoder:
         if isinstance(grammar, TaggedGrammar) and grammar.label_place == "after":
             self._label_after = grammar.label_open.strip(), grammar.label_close.strip()
         self._can_nest = isinstance(grammar, TaggedGrammar) and grammar.can_nest
+        self._thinking = ThinkingFilter() if skip_thinking else None
         self._text, self._offset = "", 0  # the text that is kept, and its position in the whole text
         self._chunks: list[str] = []
         self._whole: list[str] | None = [] if can_be_suspicious(self._format) else None
@@ -83,10 +92,9 @@ class StreamDecoder:
             raise CoordinateError(f"`chunk` must be a str, got {type(chunk).__name__}.")
         if self._closed:
             raise CoordinateError("The stream is closed; create another StreamDecoder for another text.")
-        self._chunks.append(chunk)
-        if self._whole is not None:
-            self._whole.append(chunk)
-        self._pending += len(chunk)
+        if self._thinking is not None:
+            chunk = self._thinking.feed(chunk)
+        self._add(chunk)
         if len(self._text) > SHORT_TEXT and self._pending * GROWTH < len(self._text):
             return []
         return self._scan(False)
@@ -100,12 +108,20 @@ class StreamDecoder:
         if self._closed:
             return []
         self._closed = True
+        if self._thinking is not None:
+            self._add(self._thinking.close())
         regions = self._scan(True)
         if self._whole is not None:
             text = "".join(self._whole)
             self._errors += find_suspicions(text, *self._format.grammar.scan(text), self._sizes, self._format)
         self._errors.sort(key=lambda error: error.position)
         return regions
+
+    def _add(self, chunk: str) -> None:
+        self._chunks.append(chunk)
+        if self._whole is not None:
+            self._whole.append(chunk)
+        self._pending += len(chunk)
 
     def _scan(self, final: bool) -> list[Region]:
         """Scan the text and return the regions that are final and new."""

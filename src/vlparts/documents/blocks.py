@@ -1,18 +1,19 @@
-"""Answers of document models: text with marks of blocks, such as DeepSeek-OCR's, to blocks with boxes and text.
+"""Answers of document models: text with marks of blocks, such as DeepSeek-OCR's, to blocks and back.
 
 A mark is `<|ref|>type<|/ref|><|det|>[[x1, y1, x2, y2], ...]<|/det|>`; the text of a block follows its mark.
 """
 
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from typing import Any
 
-from ..coordinates import decode
+from ..coordinates import decode, encode
 from ..coordinates.regions import Region
 
-__all__ = ["Block", "Cell", "PageText", "parse_page", "table_cells"]
+__all__ = ["Block", "Cell", "PageText", "parse_page", "table_cells", "write_page"]
 
 FORMAT = "deepseek_ocr"
 # A mark ends at the next "<|" that does not belong to it, so that a damaged one does not take in the next.
@@ -90,6 +91,52 @@ def parse_page(answer: str, page_size: tuple[int, int]) -> PageText:
 def _any_between(places: list[int], start: int, end: int) -> bool:
     """Whether one of the ascending places is at least `start` and less than `end`."""
     return bisect_left(places, start) < bisect_left(places, end)
+
+
+def write_page(blocks: Iterable[Block], page_size: tuple[int, int], *, on_outside: str = "raise") -> str:
+    """Write blocks as the answer for a page; [`parse_page`] reads them back.
+
+    Text is written unchanged, so its line breaks are those of the answer. Boxes become codes from 0 to 999.
+
+    Args:
+        blocks: The blocks. Their positions are not used. Only the first may be without a mark (type None, no boxes).
+        page_size: Width and height of the page in pixels.
+        on_outside: What to do with a box that leaves the page: "raise"; "clamp" it to the edges; or "skip" it, and the
+            block with its text if none of its boxes is left.
+
+    Raises:
+        ValueError: If a box leaves the page under "raise", or a block would be read back as another one, as with marks
+            in its text; names the block by its index.
+    """
+    written: dict[int, Block] = {}
+    parts: list[str] = []
+    for index, block in enumerate(blocks):
+        try:
+            part = _write_block(block, page_size, on_outside)
+        except ValueError as error:
+            raise ValueError(f"`blocks[{index}]`: {error}") from None
+        if part:
+            written[index] = block
+            parts.append(part)
+    answer = "".join(parts)
+    read = iter(parse_page(answer, page_size).blocks if answer else ())
+    for index, block in written.items():
+        found = next(read, None)
+        if found is None or (found.type, found.text) != (block.type, block.text):
+            raise ValueError(
+                f"`blocks[{index}]` of type {block.type!r:.80} and text {block.text!r:.80} would not be read back; "
+                "types and texts must have no marks, and all blocks but the first a type."
+            )
+    return answer
+
+
+def _write_block(block: Block, page_size: tuple[int, int], on_outside: str) -> str:
+    """The mark and the text of a block; empty if all of its boxes are skipped."""
+    if (block.type is None) != (not block.regions):
+        raise ValueError(f"Expected a type and boxes, or neither, got {block.type!r} and {len(block.regions)} boxes.")
+    regions = [replace(region, label=block.type) for region in block.regions]
+    mark = encode(regions, page_size, FORMAT, on_outside=on_outside)
+    return mark + block.text if mark or not regions else ""
 
 
 @dataclass(frozen=True)

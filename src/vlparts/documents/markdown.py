@@ -1,7 +1,9 @@
 """Blocks of pages as Markdown and as plain data."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from .blocks import Block, PageText, table_cells
 
@@ -21,11 +23,13 @@ def to_markdown(page: PageText, figures: Mapping[int, Iterable[str]] | None = No
 
     Args:
         page: The page.
-        figures: Paths of the pictures of a block, by its index in `page.blocks`; they are linked before its text.
+        figures: Paths of the pictures of a block, by its index in `page.blocks`; they are linked before its text, with
+            percent signs in place of what links may not have.
     """
     parts: list[str] = []
     for index, block in enumerate(page.blocks):
-        parts.extend(f"![{block.type or 'figure'}]({path})\n" for path in (figures or {}).get(index, ()))
+        links = map(quote, map(os.fsencode, (figures or {}).get(index, ())))
+        parts.extend(f"![{block.type or 'figure'}]({link})\n" for link in links)
         parts.append(block.text)
     text = "".join(parts)
     for published, replacement in SUBSTITUTIONS.items():

@@ -1,7 +1,8 @@
 """Recognize the text of pages with a vision-language model."""
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..checkpoints._folder import CONFIG, read_json
 from ..checkpoints.deepseek_ocr import model_from_deepseek_ocr, processor_from_deepseek_ocr
-from ..checkpoints.deepseek_ocr.config import ARCHITECTURE
+from ..checkpoints.deepseek_ocr.config import ARCHITECTURE, MODEL_TYPE
 from .blocks import PageText, parse_page
-from .pages import DPI, Page
+from .pages import DPI, MAX_IMAGE_PIXELS, Page
 
-__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "recognize"]
+__all__ = ["DEEPSEEK_OCR_PROMPTS", "PageResult", "load_ocr_model", "prompt_content", "recognize"]
 
 DEEPSEEK_OCR_PROMPTS = {
     "markdown": "<image>\n<|grounding|>Convert the document to markdown.",
@@ -36,11 +38,11 @@ class PageResult:
 
     Attributes:
         page: The page, or the image that was given.
-        image: The page as an image; None if it could not be opened.
-        text: Its blocks; None if it could not be opened.
+        image: The page as an image; None with an error.
+        text: Its blocks; None with an error.
         finished: Whether the model ended its answer. An unfinished one reached `max_new_tokens`.
         num_tokens: Number of tokens of the answer.
-        error: Why the page could not be opened; None if it could.
+        error: Why the page could not be opened, or why the processor refuses it; None if it was recognized.
     """
 
     page: Page | Image.Image
@@ -70,7 +72,7 @@ def load_ocr_model(
         The model in evaluation mode, and the processor.
 
     Raises:
-        ValueError: If it is no such folder, or the dtype is unknown.
+        ValueError: If it is no such folder, if its files are damaged, or if the dtype or the device is unknown.
     """
     path = Path(folder)
     if not (path / CONFIG).is_file():
@@ -80,17 +82,43 @@ def load_ocr_model(
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise ValueError(f"`dtype` must be 'auto' or the name of a floating-point dtype, got {dtype!r}.")
         dtype = named
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
-    if ARCHITECTURE in (read_json(path / CONFIG).get("architectures") or ()):
-        model = model_from_deepseek_ocr(path, dtype=None if isinstance(dtype, str) else dtype)
-        return model.to(device), processor_from_deepseek_ocr(path)
+    device = _check_device(device)
+    config = read_json(path / CONFIG)
+    published = config.get("model_type") == MODEL_TYPE or ARCHITECTURE in (config.get("architectures") or ())
     try:
+        if published:
+            model = model_from_deepseek_ocr(path, dtype=None if isinstance(dtype, str) else dtype)
+            return model.to(device), processor_from_deepseek_ocr(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"`model` {path} cannot be loaded: {error}") from error
     return model.eval().to(device), processor
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    """The device, which is tried before the weights are read."""
+    try:
+        chosen = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter without CUDA
+        raise ValueError(f"`device` must be a device of this machine, got {str(device)!r}: {error}") from None
+    return chosen
+
+
+def get_prompt(prompt: str) -> str:
+    """Return the prompt of a name in `DEEPSEEK_OCR_PROMPTS`, or a prompt as it is.
+
+    Raises:
+        ValueError: If it has not one placeholder "<image>", or if there is nothing to find for "locate".
+    """
+    text = DEEPSEEK_OCR_PROMPTS.get(prompt, prompt)
+    if text.count("<image>") != 1:
+        names = ", ".join(DEEPSEEK_OCR_PROMPTS)
+        raise ValueError(f"`prompt` must have one '<image>', or be one of {names}; got {prompt!r}.")
+    if text == DEEPSEEK_OCR_PROMPTS["locate"]:
+        raise ValueError(f"`prompt` must name what to find in place of '{{text}}', got {text!r}.")
+    return text
 
 
 def recognize(
@@ -101,36 +129,62 @@ def recognize(
     prompt: str = DEEPSEEK_OCR_PROMPTS["markdown"],
     batch_size: int = 1,
     dpi: float = DPI,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     image_options: dict[str, Any] | None = None,
     **generation_options: Any,
 ) -> Iterator[PageResult]:
-    """Recognize pages, batch by batch.
+    """Recognize pages, batch by batch; a page is opened when its batch begins.
 
     Args:
         model: A composed model.
         processor: Its processor, with a chat template; the prompt is the turn of the user.
         pages: Pages, or images.
-        prompt: The prompt, with the placeholder of the image as "<image>".
+        prompt: The prompt, with the placeholder of the image as "<image>", or a name in `DEEPSEEK_OCR_PROMPTS`.
         batch_size: Pages per batch.
         dpi: Dots per inch at which pages of PDF files are drawn.
+        max_image_pixels: Largest number of pixels of a page that is opened.
         image_options: Options of the image processor, such as `{"mode": "tiny"}`.
         **generation_options: Arguments of `generate`, such as `max_new_tokens`.
 
-    Yields:
-        One result per page, in their order; a page that cannot be opened is one with an error.
+    Returns:
+        An iterator over one result per page, in their order; a page that cannot be opened, or that the processor
+        refuses, is one with an error.
 
     Raises:
-        ValueError: If `batch_size` is not positive, or the prompt does not have one placeholder.
+        ValueError: If `batch_size` or `dpi` is not positive, `prompt` is invalid, or the processor refuses `prompt` or
+            `image_options`.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if prompt.count("<image>") != 1:
-        raise ValueError(f"`prompt` must have one '<image>', got {prompt!r}.")
+    if not 0 < dpi < math.inf:
+        raise ValueError(f"`dpi` must be positive, got {dpi}.")
+
+    def prepare(images: Sequence[Image.Image]) -> Any:
+        return _prepare(processor, images, prompt, image_options or {})
+
+    prepare([Image.new("RGB", (64, 64))])  # what fails with this one is no fault of a page
+    return _recognize(model, processor, pages, batch_size, dpi, max_image_pixels, prepare, generation_options)
+
+
+def _recognize(
+    model: Any,
+    processor: Any,
+    pages: Iterable[Page | Image.Image],
+    batch_size: int,
+    dpi: float,
+    max_image_pixels: int,
+    prepare: Callable[[Sequence[Image.Image]], Any],
+    generation_options: dict[str, Any],
+) -> Iterator[PageResult]:
     remaining = iter(pages)
     while batch := list(islice(remaining, batch_size)):
-        opened = [_open(page, dpi) for page in batch]
-        images = [image for image in opened if isinstance(image, Image.Image)]
-        answers = iter(_answer(model, processor, images, prompt, image_options or {}, generation_options))
+        opened = [_open(page, dpi, max_image_pixels) for page in batch]
+        try:
+            inputs = prepare([image for image in opened if isinstance(image, Image.Image)])
+        except ValueError:
+            opened = [_refused(page, image, prepare) for page, image in zip(batch, opened, strict=True)]
+            inputs = prepare([image for image in opened if isinstance(image, Image.Image)])
+        answers = iter(() if inputs is None else _answer(model, processor, inputs, generation_options))
         for page, image in zip(batch, opened, strict=True):
             if isinstance(image, str):
                 yield PageResult(page, error=image)
@@ -139,46 +193,64 @@ def recognize(
             yield PageResult(page, image, parse_page(text, image.size), finished, num_tokens)
 
 
-def _open(page: Page | Image.Image, dpi: float) -> Image.Image | str:
+def prompt_content(prompt: str, **image: Any) -> list[dict[str, Any]]:
+    """Return a prompt as the content of a turn of the user.
+
+    Args:
+        prompt: A name in `DEEPSEEK_OCR_PROMPTS`, or a prompt with one placeholder "<image>".
+        **image: Further fields of the block of the image, such as the image itself.
+
+    Raises:
+        ValueError: See [`get_prompt`].
+    """
+    before, after = get_prompt(prompt).split("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image", **image}, {"type": "text", "text": after}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _open(page: Page | Image.Image, dpi: float, max_image_pixels: int) -> Image.Image | str:
     """The image of a page, or why it cannot be opened."""
     if isinstance(page, Image.Image):
         return page
     try:
-        return page.open(dpi)
+        return page.open(dpi, max_image_pixels)
     except ValueError as error:
         return str(error)
 
 
-def _answer(
-    model: Any,
-    processor: Any,
-    images: Sequence[Image.Image],
-    prompt: str,
-    image_options: dict[str, Any],
-    generation_options: dict[str, Any],
-) -> list[tuple[str, bool, int]]:
-    """Generate an answer for each image; returns text, whether it is finished, and its number of tokens."""
+def _refused(
+    page: Page | Image.Image, image: Image.Image | str, prepare: Callable[[Sequence[Image.Image]], Any]
+) -> Image.Image | str:
+    """The image of a page, or why the processor refuses it."""
+    if isinstance(image, Image.Image):
+        try:
+            prepare([image])
+        except ValueError as error:
+            return f"{page}: {error}"
+    return image
+
+
+def _prepare(processor: Any, images: Sequence[Image.Image], prompt: str, image_options: dict[str, Any]) -> Any:
+    """Inputs of the model for images, one conversation each; None without images."""
     if not images:
-        return []
-    before, after = prompt.split("<image>")
-    conversations = []
-    for image in images:
-        parts: list[dict[str, Any]] = [
-            {"type": "text", "text": before},
-            {"type": "image", "image": image},
-            {"type": "text", "text": after},
-        ]
-        conversations.append([{"role": "user", "content": [part for part in parts if part.get("text") != ""]}])
-    inputs = processor.apply_chat_template(
+        return None
+    conversations = [[{"role": "user", "content": prompt_content(prompt, image=image)}] for image in images]
+    return processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True, "images_kwargs": image_options},
-    ).to(model.device)
+    )
+
+
+def _answer(
+    model: Any, processor: Any, inputs: Any, generation_options: dict[str, Any]
+) -> list[tuple[str, bool, int]]:
+    """Generate an answer for each image; returns text, whether it is finished, and its number of tokens."""
     with torch.inference_mode():
-        generated = model.generate(**inputs, **generation_options)
+        generated = model.generate(**inputs.to(model.device), **generation_options)
     answers, end_ids = [], _end_ids(model)
     for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
         ends = [place for place, token in enumerate(row) if token in end_ids]

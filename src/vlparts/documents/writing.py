@@ -1,86 +1,64 @@
 """Write the results of documents into a folder: Markdown, JSON, figures and pictures of the layout; resumable.
 
-The folder's journal has one line for each page that is done. It is written after each batch, before the files that are
-made from it, so that an interrupted run continues with the pages that are not in it.
+The journal gets the pages of each batch before the files that are made from it are written, so that an interrupted run
+continues with the pages that are not in it.
 """
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..show import boxes
 from .blocks import PageText, parse_page
+from .journal import Journal
 from .markdown import FIGURE_TYPES, page_data, to_markdown
 from .pages import Document, Page
 from .recognition import PageResult
 
 __all__ = ["OutputFolder"]
 
-JOURNAL = ".vlparts_ocr.jsonl"
+LAYOUT_DPI = 150
+LAYOUT_SIZE = (1050, 2100)  # of pictures, which are 7 inches wide and up to 14 inches high
 
 
 class OutputFolder:
     """The output of a run over documents.
 
     For a document `report.pdf` the folder gets `report.md`, `report.json`, `report_layout_1.png` and so on for each
-    page with boxes (`scan_layout.png` for an image), and the figures in `report_figures/`. If documents have the same
-    name without suffix, the outputs have the complete name.
+    page with boxes (`scan_layout.png` for an image), and the figures in `report_figures/`. Documents with the same
+    name without suffix get their complete names, and if these are the same, also those of their folders
+    (`first_scan.png.md`); names stay in later runs.
 
     Args:
-        folder: A new or empty folder, or that of an interrupted or finished run with the same settings.
+        folder: A new or empty folder, or that of an interrupted or finished run with the same settings; not one of
+            the documents'.
         documents: The documents of the run.
-        settings: What the results depend on, as JSON data. A folder with other settings is refused.
+        settings: What the results depend on, as JSON data. A folder with pages of other settings is refused.
 
     Raises:
-        ValueError: If the folder cannot be made, has files and no journal, or the journal of other settings.
+        ValueError: If the folder cannot be made or written, holds an input, is used by another run, has files and no
+            journal, or has pages with other settings.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], documents: Sequence[Document], settings: dict[str, Any]
     ) -> None:
         self.folder = Path(folder)
-        stems = Counter(document.path.stem for document in documents)
-        paths = [document.path for document in documents]
-        self.names = {path: path.stem if stems[path.stem] == 1 else path.name for path in paths}
-        names = Counter(self.names[path] for path in paths)
-        repeated = [str(path) for path in paths if names[self.names[path]] > 1]
-        if repeated:
-            raise ValueError(f"Inputs must have different names, got {', '.join(repeated)}.")
-        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
-        self._journal = self._open_journal(json.loads(json.dumps(settings)))
-
-    def _open_journal(self, settings: dict[str, Any]) -> IO[str]:
-        path = self.folder / JOURNAL
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`output` must be a folder, got the file {self.folder}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(self.folder.iterdir()):
+        for document in documents:
+            if document.path.parent.resolve() == self.folder.resolve():
                 raise ValueError(
-                    f"`output` must be a new or empty folder, or that of an earlier run, got {self.folder}."
+                    f"`output` must not be a folder of inputs, got {folder}, which holds {document.path}."
                 )
-            path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
-        # A kill can leave an incomplete last line, which is cut off.
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        first, *rows = (json.loads(line) for line in whole.splitlines())
-        if first.get("settings") != settings:
-            raise ValueError(
-                f"`output` {self.folder} has results with other settings: {first.get('settings')}, not {settings}."
-            )
-        self._rows = {(row["document"], row["page"]): row for row in rows}
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-        return path.open("a", encoding="utf-8")
+        self._journal = Journal(self.folder, [document.path for document in documents], settings)
+        self.names = {document.path: self._journal.names[os.path.abspath(document.path)] for document in documents}
 
     def is_done(self, document: Document, page: int) -> bool:
         """Whether a page is in the journal."""
-        return (self.names[document.path], page) in self._rows
+        return page in self._journal.rows[self.names[document.path]]
 
     def add(self, results: Iterable[PageResult]) -> None:
         """Write figures and layout pictures of pages, and enter the pages into the journal; pages with errors are not.
@@ -88,6 +66,7 @@ class OutputFolder:
         Args:
             results: The results of one batch.
         """
+        rows = []
         for result in results:
             if result.text is None or result.image is None or not isinstance(result.page, Page):
                 continue
@@ -95,32 +74,32 @@ class OutputFolder:
             name = self.names[document.path]
             figures = self._save_figures(name, number, result.image, result.text)
             self._save_layout(name, number if document.num_pages > 1 else None, result.image, result.text)
-            row = {
-                "document": name,
-                "page": number,
-                "size": list(result.image.size),
-                "finished": result.finished,
-                "num_tokens": result.num_tokens,
-                "figures": figures,
-                "answer": result.text.answer,
-            }
-            self._rows[name, number] = row
-            self._journal.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+            rows.append(
+                {
+                    "document": name,
+                    "page": number,
+                    "size": list(result.image.size),
+                    "finished": result.finished,
+                    "num_tokens": result.num_tokens,
+                    "figures": figures,
+                    "answer": result.text.answer,
+                }
+            )
+        self._journal.add(rows)
 
     def write_document(self, document: Document, pages: Sequence[int], errors: dict[int, str]) -> None:
-        """Write the Markdown and JSON of a document from the journal.
+        """Write the Markdown and JSON of a document from the journal, with the pages of earlier runs.
 
         Args:
             document: The document.
-            pages: Numbers of its pages that were asked for.
+            pages: Numbers of its pages that were asked for now.
             errors: Reasons of the pages that could not be read, by number.
         """
         name = self.names[document.path]
         parts, data = [], []
-        for number in pages:
-            row = self._rows.get((name, number))
+        rows = self._journal.rows[name]
+        for number in sorted({*pages, *rows}):
+            row = rows.get(number)
             if row is None:
                 reason = errors.get(number, "not recognized")
                 parts.append(f"<!-- page {number}: {_comment(reason)} -->\n")
@@ -137,7 +116,7 @@ class OutputFolder:
         _write(self.folder / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal; another run can use the folder."""
         self._journal.close()
 
     def _save_figures(self, name: str, number: int, image: Image.Image, page: PageText) -> dict[int, list[str]]:
@@ -158,12 +137,14 @@ class OutputFolder:
 
     def _save_layout(self, name: str, number: int | None, image: Image.Image, page: PageText) -> None:
         """Draw the boxes of a page, if it has some, with the types of their blocks."""
-        regions = [region for block in page.blocks for region in block.regions]
+        if image.width > LAYOUT_SIZE[0] or image.height > LAYOUT_SIZE[1]:  # Matplotlib has 60 bytes for each pixel
+            image = ImageOps.contain(image, LAYOUT_SIZE)
+        regions = [region for block in parse_page(page.answer, image.size).blocks for region in block.regions]
         if regions:
             suffix = "" if number is None else f"_{number}"
             figure = boxes(image, regions).get_figure(root=True)
             if figure is not None:
-                figure.savefig(self.folder / f"{name}_layout{suffix}.png")
+                figure.savefig(self.folder / f"{name}_layout{suffix}.png", dpi=LAYOUT_DPI)
 
 
 def _comment(text: str) -> str:
@@ -174,5 +155,6 @@ def _comment(text: str) -> str:
 def _write(path: Path, text: str) -> None:
     """Write a file that is whole or absent."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    # Bytes of paths that are no text are written as escapes, which JSON has too.
+    part.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(part, path)

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from .decoders import check_decoder_sizes, merge_rope_parameters
-from .moe_options import RoutingOptions, check_name, check_number
+from .moe_options import BALANCE_FORMS, RoutingOptions, check_name, check_number
 from .utils import NamedPresets, check_minimum
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -26,6 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         "router_scale": False,
         "router_aux_loss_coef": 0.001,
+        "router_aux_loss_form": "sequence",
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
         "attention_bias": False,
@@ -106,9 +107,10 @@ class MoGEConfig(NamedPresets, LlamaConfig):
             weights have it; the paper does not mention it.
         router_jitter: In training, the router's inputs are multiplied by uniform noise from 1 - jitter to 1 + jitter.
         router_aux_loss_coef: Coefficient of the balance loss (equation 8); 0 for none. The published value is unknown.
-        router_aux_loss_form: Tokens over which the balance loss is computed in training: "batch" for those of a
-            forward pass, or "global" for those of all processes of the default process group, which then all take part
-            in every forward and backward pass; see [`balance_loss`].
+        router_aux_loss_form: Tokens over which the balance loss is computed: "batch" for those of a forward pass,
+            "sequence" for those of each sequence, of which the mean is taken (DeepSeek-V2 and V3), or "global" for
+            those of all processes of the default process group in training, which then all take part in every forward
+            and backward pass. A packed sample is a sequence. See [`balance_loss`].
         output_router_logits: Whether outputs hold the router's logits and the balance loss.
         max_position_embeddings: Longest sequence in tokens. The default is that of Pangu Pro MoE's last training
             stages.
@@ -207,7 +209,7 @@ class MoGEConfig(NamedPresets, LlamaConfig):
         RoutingOptions(self.num_experts, self.num_experts_per_tok, **self.get_router_options())
         check_number("router_jitter", self.router_jitter, lowest=0.0, below=1.0)
         check_number("router_aux_loss_coef", self.router_aux_loss_coef, lowest=0.0)
-        check_name("router_aux_loss_form", self.router_aux_loss_form, ("batch", "global"))
+        check_name("router_aux_loss_form", self.router_aux_loss_form, BALANCE_FORMS)
 
     def get_router_options(self) -> dict[str, Any]:
         """Return the options of [`RoutingOptions`] that this configuration determines."""

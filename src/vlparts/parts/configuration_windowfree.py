@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .utils import NamedPresets, check_finite, check_finite_number
 
@@ -27,6 +27,37 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "attention_pattern": {"window_size": 64, "full_attention_layers": [1, 3]},
         "feature_layers": [-1, -3],
     },
+    "qwen2_vl_vit": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "hidden_act": "quick_gelu",
+        "norm_type": "layer_norm",
+        "final_norm": False,
+    },
+    "qwen2_5_vl_vit": {
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_hidden_layers": 32,
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        "final_norm": False,
+        "attention_pattern": {"window_size": 112, "full_attention_layers": [7, 15, 23, 31]},
+    },
+    "qwen3_vl_vit": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_type": "layer_norm",
+        "final_norm": False,
+        "patch_bias": True,
+        "position_grid_size": 48,
+        "feature_layers": [-1, 8, 16, 24],
+        "image_mean": IMAGENET_STANDARD_MEAN,
+        "image_std": IMAGENET_STANDARD_STD,
+    },
 }
 
 
@@ -39,6 +70,10 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
     normalization, 2-D rotary positions, an MLP of two layers with the exact GELU. The released encoder is a hybrid of
     22 layers with windows and 4 without: preset "openpangu_vl_vit". "window_free_tiny" and "hybrid_tiny" are small
     encoders of each kind.
+
+    "qwen2_vl_vit" (631,183,360 parameters), "qwen2_5_vl_vit" and "qwen3_vl_vit" are the encoders of Qwen2-VL (arXiv
+    2409.12191; also POINTS1.5's, arXiv 2412.08443), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (the one of 27 layers),
+    without their mergers.
 
     Args:
         hidden_size: Width D of the residual stream.
@@ -53,15 +88,20 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
             patches.
         hidden_act: Activation of the MLP.
         gated_mlp: Whether the MLP is gated, `down(act(gate(x)) * up(x))` as in Qwen2.5-VL, or `down(act(up(x)))`.
-        rms_norm_eps: Epsilon of the normalizations.
+        norm_type: Kind of the normalizations: "rms_norm", or "layer_norm" with biases.
+        rms_norm_eps: Epsilon of the normalizations, of either kind.
+        final_norm: Whether the output is normalized. In the Qwen-VL family the merger normalizes it.
         qkv_bias: Whether the attention projections have biases.
         mlp_bias: Whether the MLP has biases.
+        patch_bias: Whether the patch embedding has a bias.
         attention_dropout: Must be 0.0: packed kernels do not support dropout.
         rotary_theta: Base of the 2-D axial rotary positions.
+        position_grid_size: Rows and columns N of a learned position table, which is interpolated to each image and
+            added to the embedded patches, as in Qwen3-VL; None for rotary positions only.
         attention_pattern: "full" if every layer attends over the whole frame; or a dictionary with "window_size", the
             side of a window in pixels, and "full_attention_layers", the indices of the layers without windows.
-        feature_layers: Layers whose output, normalized by the final norm, is returned in `feature_maps`; -1 is the
-            last.
+        feature_layers: Layers whose output, normalized by the final norm if there is one, is returned in
+            `feature_maps`; -1 is the last.
         pooling: "mean" over the patches of each image, or "none".
         image_mean: Mean of each channel in [0, 1], for raw pixels.
         image_std: Standard deviation of each channel in [0, 1], for raw pixels.
@@ -82,11 +122,15 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
     spatial_merge_size: int = 2
     hidden_act: str = "gelu"
     gated_mlp: bool = False
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     rms_norm_eps: float = 1e-6
+    final_norm: bool = True
     qkv_bias: bool = True
     mlp_bias: bool = True
+    patch_bias: bool = False
     attention_dropout: float = 0.0
     rotary_theta: float = 10000.0
+    position_grid_size: int | None = None
     attention_pattern: Literal["full"] | dict[str, Any] = "full"
     feature_layers: list[int] | tuple[int, ...] = (-1,)
     pooling: Literal["none", "mean"] = "none"
@@ -136,6 +180,8 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
                 f"`num_attention_heads` must divide `hidden_size` into heads of a multiple of 4 channels, got "
                 f"{self.num_attention_heads} and {self.hidden_size}."
             )
+        if self.position_grid_size is not None and self.position_grid_size < 1:
+            raise ValueError(f"`position_grid_size` must be at least 1, or None, got {self.position_grid_size}.")
         check_finite(self, "rotary_theta", positive=True)
         check_finite(self, "rms_norm_eps", "initializer_range")
         if self.attention_dropout != 0.0:

@@ -38,7 +38,7 @@ def open_image(
         ValueError: If the file does not exist, is not an image, is truncated or damaged, has more pixels than the
             limit, or has levels of unknown range. The message names the path.
     """
-    with _opened(source, max_image_pixels) as image:
+    with opened_image(source, max_image_pixels) as image:
         if frame:
             image.seek(frame)
         return read_image(image, convert_rgb)
@@ -54,7 +54,7 @@ def image_size(source: ImageSource, max_image_pixels: int | None = None) -> tupl
     Raises:
         ValueError: If the file does not exist, is not an image, or has more pixels than the limit.
     """
-    with _opened(source, max_image_pixels) as image:
+    with opened_image(source, max_image_pixels) as image:
         return upright_size(image)
 
 
@@ -68,8 +68,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(source: ImageSource, max_image_pixels: int | None) -> Iterator[Image.Image]:
-    """Open an image file; whatever fails inside is a ValueError that names the file."""
+def opened_image(source: ImageSource, max_image_pixels: int | None) -> Iterator[Image.Image]:
+    """Open an image file without decoding it; whatever fails inside is a ValueError that names the file."""
     if max_image_pixels is not None and (isinstance(max_image_pixels, bool) or max_image_pixels < 1):
         raise ValueError(f"`max_image_pixels` must be an integer of at least 1 or None, got {max_image_pixels!r}.")
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "from memory")

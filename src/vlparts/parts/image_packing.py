@@ -64,7 +64,8 @@ class PackedImageProcessor(ImageArrayProcessor):
             width: Width of the image in pixels.
             **images_kwargs: Options that replace the processor's own.
         """
-        options = {name: images_kwargs.get(name) or getattr(self, name) for name in self.grid_options}
+        given = {name: images_kwargs[name] for name in self.grid_options if images_kwargs.get(name) is not None}
+        options = {name: getattr(self, name) for name in self.grid_options} | given
         new_height, new_width = self._target_size(height, width, options)
         return 1, new_height // options["patch_size"], new_width // options["patch_size"]
 

@@ -98,6 +98,11 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         super().__init__(**_with_mode(kwargs))
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from saved options, and options that replace them, of which those of a `mode` are some."""
+        return super().from_dict(image_processor_dict, **_with_mode(kwargs))
+
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """Cut images into views; see the class for options and output.
 

@@ -36,6 +36,7 @@ class WindowFreeViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ign
     temporal_patch_size: int
     merge_size: int
     max_aspect_ratio: float
+    enlarge_tiny: bool
     video_dynamic_pixels: bool
     video_min_total_pixels: int
     video_max_total_pixels: int
@@ -60,6 +61,8 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         temporal_patch_size: Must be 1: a row holds one frame, and the model repeats it where its weights have two.
         size: Smallest and largest area of an image in pixels, with the keys "shortest_edge" and "longest_edge".
         max_aspect_ratio: Largest ratio of the longer to the shorter side.
+        enlarge_tiny: Whether images with a side of at most 28 pixels are enlarged first, as in openPangu-VL but not in
+            Qwen2-VL.
         do_rescale: Divide by 255; only together with `do_normalize`.
         do_normalize: Subtract `image_mean` and divide by `image_std`; only together with `do_rescale`.
         video_dynamic_pixels: Divide the total areas by the number of frames of a call instead of using the limits of a
@@ -85,11 +88,13 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
     temporal_patch_size = 1
     merge_size = 2
     max_aspect_ratio = 200.0
+    enlarge_tiny = True
     video_dynamic_pixels = True
     video_min_total_pixels = 100352
     video_max_total_pixels = 11239424
     video_min_frame_pixels = 100352
     video_max_frame_pixels = 200704
+    grid_options = (*PackedImageProcessor.grid_options, "enlarge_tiny")
     valid_kwargs = WindowFreeViTImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"]
 
@@ -139,7 +144,8 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         smallest, largest = get_area_limits(options["size"])
         factor = options["patch_size"] * options["merge_size"]
         check_image_size(height, width, options["max_aspect_ratio"])  # so that the message has the original size
-        return smart_resize(*enlarge_tiny(height, width), factor, smallest, largest, options["max_aspect_ratio"])
+        first = enlarge_tiny(height, width) if options["enlarge_tiny"] else (height, width)
+        return smart_resize(*first, factor, smallest, largest, options["max_aspect_ratio"])
 
     def _preprocess(
         self,
@@ -163,7 +169,8 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
             if do_resize:
                 height, width = image.shape[-2:]
                 target = self._target_size(height, width, options)
-                image = self._resize_to(image, enlarge_tiny(height, width), resample)
+                if options["enlarge_tiny"]:
+                    image = self._resize_to(image, enlarge_tiny(height, width), resample)
                 image = self._resize_to(image, target, resample)
             patches, grid = patchify(image[None], patch_size, merge_size)
             packed.append(patches)

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -23,8 +24,12 @@ from .ops_activations import ExactGELU, get_activation
 from .ops_attention import dense_attention_forward
 from .ops_linear import apply_linear
 from .packed_index import validate_grid
+from .packed_segments import tokens_per_pass
 from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_shape
 from .vlm_views import get_view_index, grid_on_host
+
+# Scores of relative attention that are computed together where `vlparts::tokens_per_pass` sets no limit.
+MAX_SCORES = 2**26
 
 
 class DeepEncoderMLP(nn.Module):
@@ -32,6 +37,7 @@ class DeepEncoderMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, activation: nn.Module) -> None:
         super().__init__()
+        self.width = inner
         self.fc1 = nn.Linear(width, inner)
         self.act_fn = activation
         self.fc2 = nn.Linear(inner, width)
@@ -94,50 +100,42 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` to `(N, h, w, c)`."""
         height, width = hidden_states.shape[1:3]
-        qkv, side = apply_linear(self.qkv, hidden_states), self.window_size
+        qkv, side, heads = apply_linear(self.qkv, hidden_states), self.window_size, self.num_heads
         if side is None:
-            return apply_linear(self.o_proj, self._attend_to_all(qkv))
+            attended = self._attend_relatively(rearrange(qkv, "n y x (t h d) -> t (n h) y x d", t=3, h=heads))
+            return apply_linear(self.o_proj, rearrange(attended, "(n h) y x d -> n y x (h d)", h=heads))
         # The published model pads its input with zeros, and attends to the padding.
         padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
         padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
         padded[:, :height, :width] = qkv
-        windows = rearrange(padded, "n (r y) (q x) c -> (n r q) y x c", y=side, x=side)
-        attended = self._attend_in_windows(windows)
-        attended = rearrange(attended, "(n r q) y x c -> n (r y) (q x) c", n=len(padded), r=padded.shape[1] // side)
+        layout = {"r": padded.shape[1] // side, "q": padded.shape[2] // side, "h": heads}
+        windows = rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
+        attended = self._attend_relatively(windows)
+        attended = rearrange(attended, "(n r q h) y x d -> n (r y) (q x) (h d)", **layout)
         return apply_linear(self.o_proj, attended[:, :height, :width])
 
-    def _attend_in_windows(self, qkv: Tensor) -> Tensor:
-        """Attend with a bias on the scores; `(N, h, w, 3 * c)` to `(N, h, w, c)`."""
-        height, width = qkv.shape[1:3]
-        query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
-        rows, columns = self._relative_scores(query, height, width)
-        bias = rearrange(rows, "n h s y -> n h s y 1") + rearrange(columns, "n h s x -> n h s 1 x")
-        return self.attend(query, key, value, bias.flatten(-2), self.scaling).unflatten(1, (height, width))
+    def _attend_relatively(self, qkv: Tensor) -> Tensor:
+        """Attend within maps of G heads, of views or windows; `(3, G, h, w, d)` to `(G, h, w, d)`.
 
-    def _attend_to_all(self, qkv: Tensor) -> Tensor:
-        """Attend without a bias, whose size would be quadratic in that of the view; as [`_attend_in_windows`].
-
-        `[q / sqrt(d), q . R_h, q . R_w] . [k, onehot(y'), onehot(x')]` is the score with both relative positions, so
-        wider heads replace the bias.
+        The relative positions are a bias on the scores. It is made for some maps or some queries at a time, and made
+        again in the backward pass, so that it is not quadratic in the size of a view.
         """
-        height, width = qkv.shape[1:3]
-        query, key, value = rearrange(qkv, "n y x (t h d) -> t n h (y x) d", t=3, h=self.num_heads)
-        query = torch.cat((query * self.scaling, *self._relative_scores(query, height, width)), dim=-1)
-        row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, 0)
-        column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
-        position = torch.cat((row, column), dim=-1).expand(*key.shape[:2], -1, -1)
-        # Fused kernels take values as wide as keys.
-        padded = F.pad(value, (0, height + width))
-        attended = self.attend(query, torch.cat((key, position), dim=-1), padded, None, scaling=1.0)
-        attended = attended.unflatten(-1, (self.num_heads, -1))[..., : value.shape[-1]].flatten(-2)
-        return attended.unflatten(1, (height, width))
+        height, width = qkv.shape[2:4]
+        rows = torch.einsum("gyxd,ykd->gyxk", qkv[0], _relative_positions(self.rel_pos_h, height)).flatten(1, 2)
+        columns = torch.einsum("gyxd,xkd->gyxk", qkv[0], _relative_positions(self.rel_pos_w, width)).flatten(1, 2)
+        keys, inputs = height * width, (*qkv.flatten(2, 3), rows, columns)
+        queries = tokens_per_pass(qkv, keys) or max(1, MAX_SCORES // keys)
+        attended = []
+        for q, k, v, r, c in zip(*(x.split(max(1, queries // keys)) for x in inputs), strict=True):
+            chunks = zip(*(x.split(queries, dim=1) for x in (q, r, c)), strict=True)
+            parts = [checkpoint(self._attend_with_bias, *x, k, v, use_reentrant=False) for x in chunks]
+            attended.append(torch.cat(parts, dim=1))
+        return torch.cat(attended).unflatten(1, (height, width))
 
-    def _relative_scores(self, query: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Products of queries `(N, H, h * w, d)` with the relative positions of all rows, and of all columns."""
-        query = query.unflatten(2, (height, width))
-        rows = torch.einsum("nhyxd,ykd->nhyxk", query, _relative_positions(self.rel_pos_h, height))
-        columns = torch.einsum("nhyxd,xkd->nhyxk", query, _relative_positions(self.rel_pos_w, width))
-        return rows.flatten(2, 3), columns.flatten(2, 3)
+    def _attend_with_bias(self, query: Tensor, rows: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend with `(G, S, d)` queries and their products `(G, S, h)`, `(G, S, w)` with the relative positions."""
+        bias = rearrange(rows, "g s y -> g 1 s y 1") + rearrange(columns, "g s x -> g 1 s 1 x")
+        return self.attend(query[:, None], key[:, None], value[:, None], bias.flatten(-2), self.scaling)
 
 
 def _relative_positions(table: Tensor, size: int) -> Tensor:
@@ -162,7 +160,10 @@ class DeepEncoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` or `(N, S, c)` to the same shape."""
         hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        rows = hidden_states.flatten(0, -2)
+        chunks = rows.split(tokens_per_pass(rows, self.mlp.width) or len(rows))
+        outputs = [chunk + self.mlp(self.norm2(chunk)) for chunk in chunks]
+        return torch.cat(outputs).view_as(hidden_states)
 
 
 class DeepEncoderSAMLayer(DeepEncoderLayer):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,14 +21,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moge import MoGEConfig
-from .decoders import prepare_decoder_inputs
+from .decoders import GrowingCacheGenerationMixin, prepare_decoder_inputs
 from .moe_experts import RoutedExperts, check_whole_groups
 from .moe_losses import balance_loss
 from .moe_router import GroupedTopKRouter
-from .moe_routing import RoutingOptions, choose_experts, router_scores
+from .moe_routing import RoutingOptions, choose_experts, get_token_mask, router_scores
 from .ops_activations import get_activation
+from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
-from .packed_samples import keep_samples_apart
+from .packed_samples import keep_samples_apart, sequence_bounds
 from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
 
 
@@ -57,7 +57,8 @@ class MoGEMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Map `(B, S, H)` to `(B, S, H)`; the mask is ignored."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.act_fn(apply_linear(self.gate_proj, hidden_states))
+        return apply_linear(self.down_proj, gate * apply_linear(self.up_proj, hidden_states))
 
 
 class MoGEBlock(nn.Module):
@@ -115,7 +116,7 @@ class MoGEDecoderLayer(GradientCheckpointingLayer):
             token_mask: `(T,)` bool, false at padding.
             **kwargs: Passed to attention.
         """
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        attended, _ = apply_linear(self.self_attn, hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
 
@@ -161,30 +162,42 @@ class MoGEPreTrainedModel(PreTrainedModel):
         options = RoutingOptions(config.num_experts, config.num_experts_per_tok, **config.get_router_options())
         return choose_experts(router_scores(router_logits.detach(), options.scoring), options)
 
-    def get_balance_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Any = None) -> Tensor:
+    def get_balance_loss(
+        self,
+        router_logits: tuple[Tensor, ...],
+        batch_size: int,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+    ) -> Tensor:
         """Compute the mean balance loss (equation 8) of the layers with experts; 0 without such layers.
 
         Args:
             router_logits: `(T, E)` of each layer, from the outputs.
+            batch_size: B.
             attention_mask: The mask given to `forward`: `(B, past + S)`, 0 at padding, which is not counted.
+            position_ids: As given to `forward`, for the form "sequence": each sample of a row is a sequence.
+            cu_seq_lens_q: As given to `forward`, for the same.
 
         Raises:
-            ValueError: If the logits were not recorded.
+            ValueError: If the logits were not recorded; or as [`sequence_bounds`].
         """
         if router_logits is None:
             raise ValueError("`router_logits` must be a tuple, got None: the forward pass did not record them.")
         if not router_logits:
             return torch.zeros((), device=self.device)
-        mask = None
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            mask = get_token_mask(attention_mask, len(router_logits[0]) // len(attention_mask))
-        losses = []
-        # Processes may evaluate different numbers of batches, so they are joined in training only.
-        form = self.config.router_aux_loss_form if self.training else "batch"
+        tokens = len(router_logits[0]) // batch_size
+        form, bounds = self.config.router_aux_loss_form, None
+        if form == "sequence":
+            bounds = sequence_bounds((batch_size, tokens), attention_mask, position_ids, cu_seq_lens_q)
+        elif not self.training:
+            form = "batch"  # processes may evaluate different numbers of batches, so they are joined in training only
+        mask, losses = get_token_mask(attention_mask, tokens), []
         for logits in router_logits:
-            token_mask = None if mask is None else mask.to(logits.device)
+            parts = {"token_mask": mask, "cu_seqlens": bounds}
+            parts = {name: None if one is None else one.to(logits.device) for name, one in parts.items()}
             indices = self.get_chosen_experts(logits)
-            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, form=form, token_mask=token_mask))
+            losses.append(balance_loss(logits, indices, scoring=self.config.scoring, form=form, **parts))
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @classmethod
@@ -288,22 +301,7 @@ class MoGEModel(MoGEPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def get_token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
-    """Return the mask of the new tokens that are not padding.
-
-    Args:
-        attention_mask: `(B, past + S)`, 0 at padding. None and prepared masks of other shapes mark no padding.
-        tokens: S.
-
-    Returns:
-        `(T,)` bool, or None without padding.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -tokens:].reshape(-1).bool()
-
-
-class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
+class MoGEForCausalLM(MoGEPreTrainedModel, GrowingCacheGenerationMixin):
     """Pangu Pro MoE with its language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -369,10 +367,16 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
             output_router_logits=balanced,
             **kwargs,
         )
-        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
+        logits = apply_linear(self.lm_head, slice_for_logits(outputs.last_hidden_state, logits_to_keep))
         aux_loss = None
         if balanced:
-            aux_loss = self.get_balance_loss(outputs.router_logits, attention_mask).to(logits.device)
+            aux_loss = self.get_balance_loss(
+                outputs.router_logits,
+                len(outputs.last_hidden_state),
+                attention_mask,
+                position_ids,
+                kwargs.get("cu_seq_lens_q"),
+            ).to(logits.device)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -23,7 +23,7 @@ from .moe_losses import find_balance_loss
 from .part_models import SubmodelInitializationMixin, model_from_config, vision_tower_from_config
 from .utils import ForwardKwargs, add_auto_classes, check_shape, check_token_inputs, slice_for_logits
 from .vlm_features import get_image_grids
-from .vlm_generation import VisionLanguageGenerationMixin
+from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
@@ -239,6 +239,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model and its code; `AutoModel` loads the model without its head from the same folder."""
         add_auto_classes(self, AutoModel=VisionLanguageModel, AutoModelForMultimodalLM=type(self))
+        keep_ngram_options(self.generation_config)
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
@@ -341,7 +342,13 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             )
         aux_loss = None
         if balance_loss is not None:
-            aux_loss = balance_loss(outputs.router_logits, attention_mask)
+            aux_loss = balance_loss(
+                outputs.router_logits,
+                len(outputs.last_hidden_state),
+                attention_mask,
+                position_ids,
+                kwargs.get("cu_seq_lens_q"),
+            )
             if loss is not None:
                 loss = loss + text_model.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(

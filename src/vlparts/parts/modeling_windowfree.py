@@ -1,4 +1,4 @@
-"""Window-free vision transformer over packed images, and the hybrid with windows that openPangu-VL released.
+"""Window-free vision transformer over packed images, and its relatives: openPangu-VL's hybrid, Qwen-VL's encoders.
 
 Shapes: `L` patches of all images, `n` images, `D` width, `H` heads, `C` channels, `T` frames of a patch, `P` side of a
 patch, `m` side of a merge block, `B = L / m^2` merge blocks, `w` blocks along the side of a window.
@@ -36,6 +36,7 @@ from .packed_index import (
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
 from .packed_pooling import mean_pooling
 from .packed_segments import Segments, precompute_inputs
+from .pos_embed_tables import resample_grid
 from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, positive_integer
 
 __all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
@@ -121,13 +122,13 @@ def permute_blocks(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class WindowFreeViTPatchEmbedding(nn.Module):
-    """Patch embedding: a linear layer on the flattened pixels, without bias or positions."""
+    """Patch embedding: a linear layer on the flattened pixels."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.channels, self.frames = config.num_channels, config.temporal_patch_size
         self.features = config.num_channels * config.patch_size**2
-        self.projection = nn.Linear(self.features * self.frames, config.hidden_size, bias=False)
+        self.projection = nn.Linear(self.features * self.frames, config.hidden_size, bias=config.patch_bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed `(L, C*P*P)` patches of one frame, or `(L, C*T*P*P)` of T frames, as `(L, D)`.
@@ -144,6 +145,19 @@ class WindowFreeViTPatchEmbedding(nn.Module):
         if pixel_values.shape[1] != all_frames:
             pixel_values = repeat(pixel_values, "l (c p) -> l (c t p)", c=self.channels, t=self.frames)
         return apply_linear(self.projection, pixel_values)
+
+
+class WindowFreeViTPositionTable(nn.Embedding):
+    """Learned table of N x N positions, interpolated bilinearly to each image; the corners of both coincide."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config.position_grid_size**2, config.hidden_size)
+        self.grid_size = config.position_grid_size
+
+    def forward(self, position_ids: Tensor, grid_sizes: Tensor) -> Tensor:  # type: ignore[override]
+        """Embed rows and columns `(L, 2)` in grids of `grid_sizes` `(L, 2)` patches as `(L, D)`."""
+        table = self.weight.unflatten(0, (self.grid_size, self.grid_size))
+        return resample_grid(table, position_ids, grid_sizes, "bilinear", align_corners=True)
 
 
 class WindowFreeViTMLP(nn.Module):
@@ -170,11 +184,15 @@ class WindowFreeViTAttention(PackedSelfAttention):
 
 
 class WindowFreeViTLayer(PackedLayer):
-    """Pre-norm transformer block with RMS normalizations."""
+    """Pre-norm transformer block."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        norms = [RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)]
-        super().__init__(WindowFreeViTAttention(config), WindowFreeViTMLP(config), *norms)
+        super().__init__(WindowFreeViTAttention(config), WindowFreeViTMLP(config), _norm(config), _norm(config))
+
+
+def _norm(config: PreTrainedConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.norm_type == "layer_norm" else RMSNorm
+    return kind(config.hidden_size, config.rms_norm_eps)
 
 
 @dataclass
@@ -182,12 +200,12 @@ class WindowFreeViTOutput(BaseModelOutputWithPooling):
     """Output of [`WindowFreeViTModel`].
 
     Attributes:
-        last_hidden_state: `(L, D)`, one normalized vector per row of `pixel_values`.
+        last_hidden_state: `(L, D)`, one vector per row of `pixel_values`, normalized if there is a final norm.
         pooler_output: `(n, D)`, the mean of each image; None if `pooling` is "none".
         hidden_states: With `output_hidden_states`, the input of each layer and the output of the last, `(L, D)` each,
             in window order; see `patch_index`.
         attentions: With `output_attentions` ("eager" only), `(1, H, L, L)` per layer, in window order.
-        feature_maps: The normalized output `(L, D)` of each of `config.feature_layers`.
+        feature_maps: The output `(L, D)` of each of `config.feature_layers`, normalized likewise.
         patch_index: `(L,)` int64 indices of the patches in each of `hidden_states`; None without windows.
     """
 
@@ -227,8 +245,9 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
     def __init__(self, config: WindowFreeViTConfig) -> None:
         super().__init__(config)
         self.patch_embedding = WindowFreeViTPatchEmbedding(config)
+        self.position_table = None if config.position_grid_size is None else WindowFreeViTPositionTable(config)
         self.layers = nn.ModuleList([WindowFreeViTLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = _norm(config) if config.final_norm else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -300,6 +319,10 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         known = patches if torch.compiler.is_exporting() else None  # elsewhere the grids are checked against it
         if position_ids is None:
             position_ids = get_position_ids(image_grid_thw, merge_size, known)
+        positions = None
+        if self.position_table is not None:
+            image_ids = segment_ids(get_cu_seqlens(image_grid_thw, merge_temporal=True), patches)
+            positions = self.position_table(position_ids, image_grid_thw[image_ids, 1:].long())
 
         inverse = None
         if self.config.window_blocks is not None:
@@ -310,7 +333,8 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             else:
                 inverse = _invert(window_index)
             pixel_values, position_ids = (permute_blocks(rows, window_index) for rows in (pixel_values, position_ids))
-        maps = self._encode(self._embed(pixel_values), position_ids, segments, cu_window_seqlens, kwargs)
+            positions = None if positions is None else permute_blocks(positions, window_index)
+        maps = self._encode(self._embed(pixel_values, positions), position_ids, segments, cu_window_seqlens, kwargs)
         if inverse is not None:
             maps = {layer: permute_blocks(states, inverse) for layer, states in maps.items()}
         layers = self.config.num_hidden_layers
@@ -322,14 +346,15 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             patch_index=None if inverse is None else _patches_of_blocks(inverse, merge_size),
         )
 
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        """Embed raw or normalized patches `(L, C*P*P)` as `(L, D)`."""
+    def _embed(self, pixel_values: Tensor, positions: Tensor | None) -> Tensor:
+        """Embed raw or normalized patches `(L, C*P*P)` as `(L, D)`, and add the embedded positions `(L, D)`."""
         dtype = activation_dtype(self, torch.float32)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(dtype)
         else:
             pixel_values = normalize_raw_pixels(pixel_values, self.config.image_mean, self.config.image_std, dtype)
-        return self.patch_embedding(pixel_values)
+        hidden_states = self.patch_embedding(pixel_values)
+        return hidden_states if positions is None else hidden_states + positions.to(hidden_states.dtype)
 
     def _encode(
         self,
@@ -339,7 +364,7 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         cu_window_seqlens: Tensor | None,
         options: dict[str, Any],
     ) -> dict[int, Tensor]:
-        """Run the layers; returns the normalized output `(L, D)` of each feature layer and of the last layer."""
+        """Run the layers; returns the output `(L, D)` of each feature layer and of the last, after the final norm."""
         config = self.config
         rotary = axial_rotary(position_ids, config.hidden_size // config.num_attention_heads, config.rotary_theta)
         full = windows = plan_passes(segments._replace(rotary=rotary), hidden_states, config)

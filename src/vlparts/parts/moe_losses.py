@@ -14,13 +14,11 @@ from torch import distributed as dist
 from transformers.modeling_utils import PreTrainedModel
 
 from .distributed import resolve_group
-from .moe_options import SCORINGS, check_name
+from .moe_options import BALANCE_FORMS, SCORINGS, check_name
 from .moe_routing import check_token_mask, expert_counts, router_scores
 from .packed_index import segment_ids
 
 __all__ = ["BALANCE_FORMS", "balance_loss", "find_balance_loss", "normalized_scores", "router_z_loss"]
-
-BALANCE_FORMS = ("batch", "sequence", "global")
 
 
 def balance_loss(
@@ -182,7 +180,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return gradient, None
 
 
-def find_balance_loss(model: PreTrainedModel) -> Callable[[tuple[Tensor, ...] | None, Any], Tensor]:
+def find_balance_loss(model: PreTrainedModel) -> Callable[..., Tensor]:
     """Return the function that computes the balance loss of a model with experts, as its own head computes it.
 
     Args:
@@ -190,9 +188,10 @@ def find_balance_loss(model: PreTrainedModel) -> Callable[[tuple[Tensor, ...] | 
             `load_balancing_loss_func` in its modeling file.
 
     Returns:
-        A function of the `router_logits` of the outputs, `(T, E)` per layer with experts, and the `attention_mask`
-        `(B, past + S)` of the inputs. It returns the loss, of shape `()`, without its coefficient, and raises a
-        ValueError if the router logits were not recorded.
+        A function of the `router_logits` of the outputs, `(T, E)` per layer with experts, the batch size B, and
+        `attention_mask` `(B, past + S)`, `position_ids` and `cu_seq_lens_q` of the inputs; native losses ignore the
+        last two. It returns the loss, of shape `()`, without its coefficient, and raises a ValueError if the router
+        logits were not recorded.
 
     Raises:
         ValueError: If the model has no known balance loss.
@@ -211,12 +210,14 @@ def find_balance_loss(model: PreTrainedModel) -> Callable[[tuple[Tensor, ...] | 
             f"{type(model).__name__}."
         )
 
-    def native_balance_loss(router_logits: tuple[Tensor, ...] | None, attention_mask: Any) -> Tensor:
+    def native_balance_loss(
+        router_logits: tuple[Tensor, ...] | None, batch_size: int, attention_mask: Any, *_: Any
+    ) -> Tensor:
         if router_logits is None:
             raise ValueError(f"`router_logits` must be a tuple, got None: {type(model).__name__} records none.")
         mask = None
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            mask = attention_mask[:, -(len(router_logits[0]) // len(attention_mask)) :]
+            mask = attention_mask[:, -(len(router_logits[0]) // batch_size) :]
         return function(
             router_logits, num_experts=config.num_experts, top_k=config.num_experts_per_tok, attention_mask=mask
         )

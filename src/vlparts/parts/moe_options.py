@@ -9,13 +9,14 @@ from typing import Any
 
 from .utils import positive_integer
 
-__all__ = ["GROUPINGS", "GROUP_MASKS", "GROUP_SCORES", "SCORINGS", "RoutingOptions"]
+__all__ = ["BALANCE_FORMS", "GROUPINGS", "GROUP_MASKS", "GROUP_SCORES", "SCORINGS", "RoutingOptions"]
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_over_chosen")
 GROUPINGS = ("none", "equal", "limited")
 GROUP_SCORES = ("max", "top2_sum", "topm_sum")
 GROUP_MASKS = ("exclude", "zero")
 ROUTER_DTYPES = ("float32", "float64")
+BALANCE_FORMS = ("batch", "sequence", "global")
 
 
 @dataclass(frozen=True)

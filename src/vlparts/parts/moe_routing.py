@@ -4,13 +4,23 @@ Shapes: `T` tokens, `E` experts, `K` chosen, `G` groups. No function synchronize
 on data; the check for NaN runs only on CPU and outside of compiled code.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .moe_options import RoutingOptions
 
-__all__ = ["RoutingOptions", "check_token_mask", "choose_experts", "expert_counts", "route", "router_scores"]
+__all__ = [
+    "RoutingOptions",
+    "check_token_mask",
+    "choose_experts",
+    "expert_counts",
+    "get_token_mask",
+    "route",
+    "router_scores",
+]
 
 
 def route(
@@ -142,6 +152,21 @@ def _keep_voted(grouped: Tensor, count: int, token_mask: Tensor | None) -> Tenso
     kept = votes.new_zeros(votes.shape[1:]).scatter(1, _best(votes.sum(dim=0), count), True)
     # The published code sets masked scores to 0, which would tie with scores that underflow to 0.
     return grouped.masked_fill(~kept, -torch.inf)
+
+
+def get_token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
+    """Return the mask of the new tokens that are not padding.
+
+    Args:
+        attention_mask: `(B, past + S)`, 0 at padding. None and prepared masks of other shapes mark no padding.
+        tokens: S.
+
+    Returns:
+        `(B * S,)` bool, or None without padding.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -tokens:].reshape(-1).bool()
 
 
 def check_token_mask(token_mask: Tensor | None, tokens: int) -> None:

@@ -85,7 +85,7 @@ def find_samples(
             starts = starts & attended
         # Whatever their position, the first tokens of rows are starts.
         starts = starts | (torch.arange(tokens, device=starts.device) == 0 if attended is None else _first(attended))
-    if int(starts.sum()) <= rows:
+    if not bool((starts.sum(-1) > 1).any()):
         return None
     if past or use_cache:
         raise ValueError(
@@ -98,6 +98,43 @@ def find_samples(
         )
     ids = starts.flatten().cumsum(0).sub(1).view(shape)
     return ids if attended is None else ids.to(attended.device).masked_fill(~attended, -1)
+
+
+def sequence_bounds(
+    shape: tuple[int, int],
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+) -> Tensor:
+    """Find where the sequences of a batch begin and end: its samples, or its rows if each is one sample.
+
+    Args:
+        shape: B and S.
+        attention_mask: `(B, past + S)`, 0 at padding, or a prepared mask, as given to the text model.
+        position_ids: As given to the text model.
+        cu_seq_lens_q: `(n + 1,)` boundaries of the samples of one row, as given to the text model.
+
+    Returns:
+        `(n + 1,)` cumulative lengths over all B * S tokens, row after row. Padding is in the sequence before it, or
+        in the first.
+
+    Raises:
+        ValueError: As [`find_samples`].
+    """
+    rows, tokens = shape
+    if torch.compiler.is_compiling():  # as `run_text_model`, which cannot look for samples either
+        ids = None
+        if cu_seq_lens_q is not None:
+            return cu_seq_lens_q
+    else:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, -tokens:]
+        bounds = None if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+        ids = find_samples(torch.Size(shape), attention_mask, position_ids, None, None, bounds)
+    if ids is None:
+        return torch.arange(rows + 1) * tokens
+    lengths = ids.flatten().cummax(0).values.clamp_min(0).bincount()
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def _first(attended: Tensor) -> Tensor:

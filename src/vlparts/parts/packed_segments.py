@@ -82,9 +82,10 @@ def _tokens_per_pass_reference(hidden_states: Tensor, width: int) -> int:
     return 0
 
 
-_tokens_per_pass = define_operation(
+tokens_per_pass = define_operation(
     "tokens_per_pass(Tensor hidden_states, int width) -> int", _tokens_per_pass_reference
 )
+"""Number of tokens whose activations of `width` channels are best computed together; 0 for all."""
 
 
 def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[Pass]:
@@ -102,7 +103,7 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
         One or more passes. A segment is never divided; in a pass that is longer than the limit, the MLP runs in
         chunks.
     """
-    limit = _tokens_per_pass(hidden_states, width)
+    limit = tokens_per_pass(hidden_states, width)
     if not limit or hidden_states.shape[0] <= limit:
         return [Pass(segments)]
     bounds = segments.cu_seqlens.tolist() if segments.cu_seqlens_cpu is None else segments.cu_seqlens_cpu

@@ -1,7 +1,7 @@
 """Tables of positions: sinusoids, and resampling along one or two axes for the patches of packed images.
 
-Position `i` of an axis of `size` patches is at `(i + 1/2) * N / size - 1/2` in a table of `N` rows, as in
-`torch.nn.functional.interpolate(..., align_corners=False)`; whole grids equal its results.
+Position `i` of an axis of `size` patches is at `(i + 1/2) * N / size - 1/2` in a table of `N` rows, or with aligned
+corners at `i * (N - 1) / (size - 1)`, as in `torch.nn.functional.interpolate`; whole grids equal its results.
 
 Shapes: `L` patches of all images, `N` rows of a table (`R` rows and `C` columns of one with two axes), `D` width.
 """
@@ -31,7 +31,9 @@ def sinusoids(positions: Tensor, width: int, dtype: torch.dtype = torch.float32)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-def axis_taps(index: Tensor, size: Tensor, rows: int, interpolation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def axis_taps(
+    index: Tensor, size: Tensor, rows: int, interpolation: str, dtype: torch.dtype, align_corners: bool = False
+) -> tuple[Tensor, Tensor]:
     """The 2 (linear) or 4 (cubic) neighbouring rows that a position is interpolated from, and their weights.
 
     Antialiased kernels are wider where an axis has fewer patches than the table has rows: see [`axis_weights`].
@@ -42,12 +44,16 @@ def axis_taps(index: Tensor, size: Tensor, rows: int, interpolation: str, dtype:
         rows: Rows N of the table.
         interpolation: "bilinear", "bicubic", or either with "_antialias".
         dtype: Floating-point dtype of the weights.
+        align_corners: Whether the first and the last patch of an axis are the first and the last row of the table.
 
     Returns:
         `(L, 2 or 4)` int64 rows, and their weights; the weights of a patch sum to 1.
     """
     # The position in the table is numerator / denominator; integer division finds its neighbours without rounding.
-    numerator, denominator = (2 * index + 1) * rows - size, 2 * size
+    if align_corners:
+        numerator, denominator = index * (rows - 1), (size - 1).clamp(min=1)
+    else:
+        numerator, denominator = (2 * index + 1) * rows - size, 2 * size
     below = torch.div(numerator, denominator, rounding_mode="floor")
     share = (numerator - below * denominator).to(dtype) / denominator
     first, last = (-1, 2) if interpolation.startswith("bicubic") else (0, 1)
@@ -115,7 +121,12 @@ def resample_axis(table: Tensor, index: Tensor, size: Tensor, interpolation: str
 
 
 def resample_grid(
-    table: Tensor, position_ids: Tensor, sizes: Tensor, interpolation: str, enlarging: bool = False
+    table: Tensor,
+    position_ids: Tensor,
+    sizes: Tensor,
+    interpolation: str,
+    enlarging: bool = False,
+    align_corners: bool = False,
 ) -> Tensor:
     """Resample a table of two axes to the patches of grids of any size.
 
@@ -128,15 +139,23 @@ def resample_grid(
         sizes: `(L, 2)` int64, patches of both axes, at least 1.
         interpolation: "bilinear", "bicubic", or either with "_antialias".
         enlarging: The caller's promise that all sizes are at least R and C.
+        align_corners: Whether the corners of an image are those of the table; not with "_antialias".
 
     Returns:
         `(L, D)` in the table's dtype.
+
+    Raises:
+        ValueError: If `align_corners` is combined with an antialiased interpolation.
     """
+    if align_corners and interpolation.endswith("_antialias"):
+        raise ValueError(f"`align_corners` must be False with `interpolation`={interpolation!r}, got True.")
     if _widens(interpolation, enlarging):
         return _resample_grid_by_grid(table, position_ids, sizes, interpolation)
     (height, width), dtype = table.shape[:2], _weight_dtype(table)
-    row_taps, row_weights = axis_taps(position_ids[:, 0], sizes[:, 0], height, interpolation, dtype)
-    column_taps, column_weights = axis_taps(position_ids[:, 1], sizes[:, 1], width, interpolation, dtype)
+    row_taps, row_weights = axis_taps(position_ids[:, 0], sizes[:, 0], height, interpolation, dtype, align_corners)
+    column_taps, column_weights = axis_taps(
+        position_ids[:, 1], sizes[:, 1], width, interpolation, dtype, align_corners
+    )
     taps = row_taps.unsqueeze(2) * width + column_taps.unsqueeze(1)
     weights = row_weights.unsqueeze(2) * column_weights.unsqueeze(1)
     return _mix(table.flatten(0, 1), taps.flatten(1), weights.flatten(1))

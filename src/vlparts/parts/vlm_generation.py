@@ -87,7 +87,7 @@ class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
 
     They are fields of the generation configuration, or arguments of `generate`: `no_repeat_ngram_size` (n) and
     `no_repeat_ngram_window_size`, and `no_repeat_ngram_allowed_ids`. Without the second, the first is transformers'
-    own option, which compares the whole sequence.
+    own option, which compares the whole sequence. An argument without effect raises a ValueError.
     """
 
     config: PreTrainedConfig
@@ -145,6 +145,9 @@ class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name, value in given.items():
             setattr(prepared, name, value)
+        for name, needed in zip(_NGRAM_OPTIONS, ("no_repeat_ngram_size", _NGRAM_OPTIONS[0]), strict=True):
+            if given.get(name) and not getattr(prepared, needed, None):
+                raise ValueError(f"`{name}` needs `{needed}`, got {given[name]!r} without it.")
         return prepared, model_kwargs
 
     def _get_logits_processor(
@@ -166,4 +169,11 @@ class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
         return LogitsProcessorList([*processors, ban])
 
 
-__all__ = ["VisionLanguageGenerationMixin", "WindowedNGramLogitsProcessor"]
+def keep_ngram_options(generation_config: GenerationConfig) -> None:
+    """Make the options of a [`WindowedNGramLogitsProcessor`] part of what is loaded from a saved configuration."""
+    # transformers loads only fields of its own from a configuration that it has made from that of the model.
+    if any(getattr(generation_config, name, None) is not None for name in _NGRAM_OPTIONS):
+        generation_config._from_model_config = False
+
+
+__all__ = ["VisionLanguageGenerationMixin", "WindowedNGramLogitsProcessor", "keep_ngram_options"]

@@ -34,19 +34,23 @@ class MLP2(nn.Module):
 class BlockMerger(nn.Module):
     """Normalise each patch, concatenate the patches of a block, and apply two linear layers with an exact GELU.
 
-    This is the merger of Qwen2.5-VL (arXiv 2502.13923, section 2.1), which openPangu-VL also uses.
+    With RMS normalisation this is the merger of Qwen2.5-VL (arXiv 2502.13923, section 2.1), which openPangu-VL also
+    uses; with layer normalisation that of Qwen2-VL, and POINTS1.5's projector (arXiv 2412.08443).
 
     Args:
         vision_width: D.
         merge_size: m.
         out_features: Width of the tokens.
         eps: Epsilon of the normalisation.
+        layer_norm: Whether it is a layer normalisation, with bias, instead of an RMS normalisation.
     """
 
-    def __init__(self, vision_width: int, merge_size: int, out_features: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self, vision_width: int, merge_size: int, out_features: int, eps: float = 1e-6, layer_norm: bool = False
+    ) -> None:
         super().__init__()
         self.merged_width = vision_width * merge_size**2
-        self.norm = RMSNorm(vision_width, eps)
+        self.norm = nn.LayerNorm(vision_width, eps) if layer_norm else RMSNorm(vision_width, eps)
         self.fc1 = nn.Linear(self.merged_width, self.merged_width)
         self.act_fn = ExactGELU()
         self.fc2 = nn.Linear(self.merged_width, out_features)
@@ -152,7 +156,7 @@ class MultiTapProjector(nn.Module):
 def build_patch_merger(
     vision_width: int, text_width: int, merge_size: int, num_layers: int, eps: float = 1e-6
 ) -> BlockMerger:
-    """Build a [`BlockMerger`] to the text width.
+    """Build a [`BlockMerger`] with RMS normalisation to the text width.
 
     Args:
         vision_width: D.
@@ -164,12 +168,26 @@ def build_patch_merger(
     Raises:
         ValueError: If there are several layers.
     """
+    _check_one_layer("patch_merger", num_layers)
+    return BlockMerger(vision_width, merge_size, text_width, eps)
+
+
+def build_points_merger(
+    vision_width: int, text_width: int, merge_size: int, num_layers: int, eps: float = 1e-6
+) -> BlockMerger:
+    """Build a [`BlockMerger`] with layer normalisation to the text width, as in POINTS1.5 and Qwen2-VL.
+
+    Arguments and errors are those of [`build_patch_merger`].
+    """
+    _check_one_layer("points_merger", num_layers)
+    return BlockMerger(vision_width, merge_size, text_width, eps, layer_norm=True)
+
+
+def _check_one_layer(kind: str, num_layers: int) -> None:
     if num_layers != 1:
         raise ValueError(
-            f"`num_layers` must be 1 for the projector 'patch_merger', got {num_layers}; 'multi_tap_merger' takes "
-            "several."
+            f"`num_layers` must be 1 for the projector {kind!r}, got {num_layers}; 'multi_tap_merger' takes several."
         )
-    return BlockMerger(vision_width, merge_size, text_width, eps)
 
 
 @dataclass(frozen=True)
@@ -218,6 +236,7 @@ def register_projector(
 register_projector("linear", nn.Linear)
 register_projector("mlp2_gelu", MLP2)
 register_projector("patch_merger", build_patch_merger, takes_patches=True)
+register_projector("points_merger", build_points_merger, takes_patches=True)
 register_projector("multi_tap_merger", MultiTapProjector, takes_patches=True)
 register_projector("deepseek_ocr", ViewAssembler, takes_views=True)
 

@@ -1,26 +1,31 @@
 """Builds or loads the model and processor of a training run from its settings."""
 
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..composition import compose, compose_processor
 from ..coordinates.codec import encode
 from ..coordinates.regions import Region
+from ..parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.part_configs import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
-from .config import TrainConfig
+from .config import PARTS, TrainConfig
 from .presets import config_from_preset, preset_names
-from .records import RecordFile, RegionBlock, TextBlock
+from .records import PageRecord, Record, RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
+_TEMPLATES = {"deepseek_ocr": DEEPSEEK_OCR_CHAT_TEMPLATE}
 _COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer", "chat_template")
 
 
@@ -48,26 +53,42 @@ def build(
         processor = _load(VisionLanguageProcessor, config.model, "model")
     else:
         model, processor = _compose(config, texts)
-    _set_options(processor.image_processor, config.image_processor)
+    if config.image_processor:
+        processor.image_processor = _with_options(processor.image_processor, config.image_processor)
     _freeze(model, config.freeze)
     return model, processor
 
 
 def conversation_texts(records: RecordFile) -> Iterable[str]:
-    """Yield the texts of the records for training a tokenizer; all coordinates are zeros."""
+    """Yield the texts of the records for training a tokenizer; coordinates are those of an image of one pixel."""
     for line in records.lines:
-        for message in line.record.messages:
-            yield f"{message.role}\n"
-            for block in message.content:
-                if isinstance(block, TextBlock):
-                    yield block.text
-                elif isinstance(block, RegionBlock):
-                    region = block.region()
-                    origin = Region(region.kind, ((0.0, 0.0),) * len(region.points), region.label)
-                    try:
-                        yield encode([origin], (1, 1))
-                    except ValueError:  # a label that the format cannot write; reported when the record is encoded
-                        continue
+        if isinstance(line.record, PageRecord):
+            yield from _page_texts(line.record)
+        else:
+            yield from _message_texts(line.record)
+
+
+def _page_texts(record: PageRecord) -> Iterator[str]:
+    yield from (part["text"] for part in record.user_content if part["type"] == "text")
+    try:
+        yield record.answer((1, 1), on_outside="clamp")
+    except ValueError:  # as below
+        return
+
+
+def _message_texts(record: Record) -> Iterator[str]:
+    for message in record.messages:
+        yield f"{message.role}\n"
+        for block in message.content:
+            if isinstance(block, TextBlock):
+                yield block.text
+            elif isinstance(block, RegionBlock):
+                region = block.region()
+                origin = Region(region.kind, ((0.0, 0.0),) * len(region.points), region.label)
+                try:
+                    yield encode([origin], (1, 1))
+                except ValueError:  # a label that the format cannot write; reported when the record is encoded
+                    continue
 
 
 def _compose(
@@ -102,10 +123,14 @@ def _compose(
 
 
 def _read_template(path: Path | None) -> str | None:
+    if path is None or str(path) in _TEMPLATES:
+        return _TEMPLATES.get(str(path))
     try:
-        return None if path is None else path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`chat_template` must be a file with a Jinja template, got {path}: {error}") from None
+        raise ValueError(
+            f"`chat_template` must be a file with a Jinja template or {', '.join(_TEMPLATES)}, got {path}: {error}"
+        ) from None
 
 
 def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path:
@@ -169,21 +194,55 @@ def _load(loader: Any, folder: Path, argument: str, options: dict[str, Any] | No
         raise ValueError(f"`{argument}` {folder} cannot be loaded: {error}") from error
 
 
-def _set_options(image_processor: Any, options: dict[str, Any]) -> None:
-    for name, value in options.items():
+def _with_options(image_processor: Any, options: dict[str, Any]) -> Any:
+    """A copy of an image processor with other options."""
+    for name in options:
         if name not in image_processor.valid_kwargs.__annotations__:
             raise ValueError(f"`image_processor` has no option {name!r}.")
-        setattr(image_processor, name, value)
+    try:
+        return type(image_processor).from_dict(image_processor.to_dict(), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`image_processor` {options}: {error}") from None
 
 
-def _freeze(model: VisionLanguageForConditionalGeneration, parts: Sequence[str]) -> None:
-    modules = {
-        "vision": [model.model.vision_tower],
-        "text": [model.model.language_model, model.lm_head],
-        "projector": [model.model.projector],
-    }
-    for part in parts:
-        for module in modules[part]:
-            module.requires_grad_(False)
+def select_parameters(model: nn.Module, names: Iterable[str], argument: str) -> dict[str, nn.Parameter]:
+    """Select parameters of a composed model by part or by name.
+
+    Args:
+        model: The model.
+        names: "vision", "projector", "text" (with the language head), or patterns of the names of parameters, in which
+            `*` stands for any characters, such as "model.vision_tower.sam.*".
+        argument: Name of `names` in error messages.
+
+    Returns:
+        The selected parameters by name, in the model's order. Those that share a tensor are selected together.
+
+    Raises:
+        ValueError: If a name matches no parameter; lists the nearest ones.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: set[int] = set()
+    for name in names:
+        patterns = PARTS.get(name, (name,))
+        matched = {id(one) for key, one in parameters.items() if any(fnmatchcase(key, each) for each in patterns)}
+        if not matched:
+            near = ", ".join(_nearest_names(model, name))
+            raise ValueError(f"`{argument}` {name!r} matches no parameter; the nearest known names are {near}.")
+        found |= matched
+    return {key: one for key, one in parameters.items() if id(one) in found}
+
+
+def _nearest_names(model: nn.Module, name: str) -> list[str]:
+    """Names of parts, and patterns of modules, that are near to a name as a whole or in the last word."""
+    modules = [f"{module}.*" for module, _ in model.named_modules() if module]
+    near = difflib.get_close_matches(name, [*PARTS, *modules], n=3)
+    last = {module.removesuffix(".*").rpartition(".")[2]: module for module in reversed(modules)}
+    words = difflib.get_close_matches(name.strip("*.").rpartition(".")[2], last, n=1)
+    return [*dict.fromkeys([*near, *(last[word] for word in words)])] or list(PARTS)
+
+
+def _freeze(model: VisionLanguageForConditionalGeneration, names: Sequence[str]) -> None:
+    for parameter in select_parameters(model, names, "freeze").values():
+        parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"`freeze` must leave parameters to train, got {list(parts)}.")
+        raise ValueError(f"`freeze` must leave parameters to train, got {list(names)}.")

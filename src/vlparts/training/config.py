@@ -3,13 +3,25 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..documents.pages import DPI
 from ..losses.weights import PRESETS
 from .record_formats import FIELDS
+
+PARTS = {
+    "vision": ("model.vision_tower.*",),
+    "projector": ("model.projector.*",),
+    "text": ("model.language_model.*", "lm_head.*"),
+}
+"""Parts of a composed model, and the patterns of the names of their parameters."""
+SETTINGS = {file.stem: file for file in sorted((Path(__file__).parent / "settings").glob("*.yaml"))}
+"""Settings of published training stages by name."""
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+_Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TrainConfig(BaseModel):
@@ -25,12 +37,16 @@ class TrainConfig(BaseModel):
         model: Folder of a composed model to train further, instead of `vision` and `text`.
         tokenizer: Folder of a tokenizer. By default that of the text model; for a new text model, one is trained on
             the texts of `data`.
-        chat_template: File of a Jinja chat template, for a tokenizer that has none and for which ChatML is no default.
+        chat_template: File of a Jinja chat template, for a tokenizer that has none and for which ChatML is no default;
+            or "deepseek_ocr" for the plain format of DeepSeek-OCR.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
-        freeze: Parts whose weights are not trained: "vision", "text" (with the language head), "projector".
-        image_processor: Options that override those of the image processor, such as `{"size": {...}}`.
-        max_image_pixels: Largest number of pixels of an image file; None for Pillow's limit, 178,956,970.
+        freeze: What is not trained: "vision", "text" (with the language head), "projector", or patterns of names of
+            parameters, such as "model.vision_tower.sam.*".
+        image_processor: Options that override those of the image processor, such as `{"size": {...}}` or
+            `{"mode": "base"}`.
+        max_image_pixels: Largest number of pixels of an image file or a page; None for Pillow's limit, 178,956,970.
+        dpi: Dots per inch at which pages of PDF files are drawn.
         coordinate_format: Name of a coordinate format; None for the default.
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
         max_items: Maximum number of samples in a pack; None for no limit.
@@ -39,7 +55,9 @@ class TrainConfig(BaseModel):
         max_steps: Optimizer steps; overrides `epochs` if positive.
         optimizer: "adamw", or "muon": Muon for the weight matrices of layers and AdamW for the rest, which learns
             faster from random weights.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate. It falls along a cosine to 0, or as `lr_scheduler_type` in `trainer` says.
+        learning_rate_steps: A schedule by steps instead: pairs of a fraction of all optimizer steps and the factor of
+            the peak learning rate from there on, such as `[[0.8, 0.316], [0.9, 0.1]]`.
         warmup_ratio: Fraction of the steps with linear warmup.
         weight_decay: Decoupled weight decay.
         gradient_accumulation_steps: Micro-batches per optimizer step.
@@ -73,9 +91,10 @@ class TrainConfig(BaseModel):
     chat_template: Path | None = None
     projector: str = "mlp2_gelu"
     projector_options: dict[str, Any] | None = None
-    freeze: list[Literal["vision", "text", "projector"]] = []
+    freeze: list[str] = []
     image_processor: dict[str, Any] = {}
     max_image_pixels: int | None = Field(default=None, ge=1)
+    dpi: float = Field(default=DPI, gt=0, allow_inf_nan=False)
     coordinate_format: str | None = None
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
@@ -84,6 +103,7 @@ class TrainConfig(BaseModel):
     max_steps: int = Field(default=-1, ge=-1)
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    learning_rate_steps: list[tuple[_Fraction, _Factor]] = []
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -115,6 +135,22 @@ class TrainConfig(BaseModel):
             raise ValueError(f"must not be a field that records have already, got {value!r}")
         return value
 
+    @field_validator("freeze")
+    @classmethod
+    def _check_freeze(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in PARTS and not {".", "*"} & set(name):
+                raise ValueError(f"must be {', '.join(PARTS)}, or patterns of names of parameters, got {name!r}")
+        return value
+
+    @field_validator("learning_rate_steps")
+    @classmethod
+    def _check_learning_rate_steps(cls, value: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        fractions = [fraction for fraction, _ in value]
+        if fractions != sorted(set(fractions)):
+            raise ValueError(f"must have ascending fractions, got {fractions}")
+        return value
+
     @model_validator(mode="after")
     def _check_mix(self) -> "TrainConfig":
         if self.mix is not None and self.loss != "openpangu_mix":
@@ -126,7 +162,7 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     """Read settings from a YAML file and override some of them.
 
     Args:
-        path: YAML file with the fields of [`TrainConfig`], or None.
+        path: YAML file with the fields of [`TrainConfig`], or one of [`SETTINGS`], or None.
         changes: Fields that override those of the file.
 
     Raises:
@@ -135,8 +171,9 @@ def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig
     """
     fields: Any = {}
     if path is not None:
+        file = SETTINGS.get(str(path), Path(path))
         try:
-            fields = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
+            fields = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(fields, dict):

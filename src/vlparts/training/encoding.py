@@ -15,12 +15,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import as_seen
+from ..documents import open_page
+from ..documents.pages import DPI, MAX_IMAGE_PIXELS
 from ..parts.chat_placeholders import end_of_turn_id
 from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
 from .record_formats import DataImage
-from .records import ImageBlock, Message, Record, RegionBlock, TextBlock
+from .records import ImageBlock, Message, PageRecord, Record, RegionBlock, TextBlock
 
 # transformers looks for the same.
 _MARK = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
@@ -73,7 +75,9 @@ class SampleEncoder:
         coordinate_format: Name of a coordinate format; None for the default. See [`as_seen`] for image processors
             that crop.
         max_length: Maximum length of a sample in tokens. Longer samples raise; nothing is truncated.
-        max_image_pixels: Largest number of pixels of an image file, see [`open_image`]; None for Pillow's limit.
+        max_image_pixels: Largest number of pixels of an image file or a page, see [`open_image`]; None for Pillow's
+            limit.
+        dpi: Dots per inch at which pages of PDF files are drawn.
 
     Raises:
         ValueError: If `on_outside` or `coordinate_format` is unknown.
@@ -87,6 +91,7 @@ class SampleEncoder:
         coordinate_format: str | None = None,
         max_length: int | None = None,
         max_image_pixels: int | None = None,
+        dpi: float = DPI,
     ) -> None:
         encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
@@ -95,16 +100,20 @@ class SampleEncoder:
         self.format = as_seen(coordinate_format, processor)
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
+        self.dpi = dpi
         self._ends = {processor.tokenizer.eos_token_id, end_of_turn_id(processor.tokenizer, processor.chat_template)}
 
-    def __call__(self, record: Record) -> Sample:
+    def __call__(self, record: Record | PageRecord) -> Sample:
         """Encode one record.
 
         Raises:
-            ValueError: If an image cannot be read or processed, a region is outside its image under "raise", the
-                template rewrites earlier turns, or the sample is longer than `max_length`.
+            ValueError: If an image or page cannot be read or processed, a region is outside its image under "raise",
+                the template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        images = [self._open(path) for path in record.paths]
+        if isinstance(record, PageRecord):
+            images = [self._open_page(record)]
+        else:
+            images = [self._open(path) for path in record.paths]
         inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images])
@@ -122,6 +131,12 @@ class SampleEncoder:
         source: Any = DataImage(path) if path.startswith("data:") else self.root / path
         return open_image(source, max_image_pixels=self.max_image_pixels)
 
+    def _open_page(self, record: PageRecord) -> Image.Image:
+        if record.page.startswith("data:"):
+            return self._open(record.page)
+        limit = MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
+        return open_page(self.root / record.page, record.page_number, dpi=self.dpi, max_image_pixels=limit)
+
     def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
@@ -129,7 +144,7 @@ class SampleEncoder:
             shown = DataImage(path) if path.startswith("data:") else self.root / path
             raise ValueError(f"Image {shown} cannot be processed: {error}") from None
 
-    def render(self, record: Record, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    def render(self, record: Record | PageRecord, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """Convert a record to chat messages, with regions written as text and images as blocks.
 
         Args:
@@ -139,6 +154,9 @@ class SampleEncoder:
         Returns:
             Messages for the chat template.
         """
+        if isinstance(record, PageRecord):
+            answer = [{"type": "text", "text": record.answer(sizes[0], self.on_outside)}]
+            return [{"role": "user", "content": record.user_content}, {"role": "assistant", "content": answer}]
         placed = any(isinstance(block, ImageBlock) for message in record.messages for block in message.content)
         first_user = next((m for m in record.messages if m.role == "user"), None)
         chat = []

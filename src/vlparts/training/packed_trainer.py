@@ -1,12 +1,15 @@
 """Trainers over packs of samples, with the mean over tokens or the weighted loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import unwrap_peft_model
 
 from .dataset import PackSampler
+from .step_balance import StepBalance, balances_sequences
 from .weighted_inputs import WeightedLabels, ignore_repeated
 from .weighted_loss import WeightedLossTrainer
 
@@ -16,9 +19,20 @@ __all__ = ["PackedTrainer", "WeightedPackedTrainer"]
 class _PackTrainer(Trainer):
     """transformers' Trainer with packs of samples as batches; see [`PackedTrainer`]."""
 
-    def __init__(self, model: Any, *args: Any, capacity: int, max_items: int | None = None, **kwargs: Any) -> None:
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        model: Any,
+        *args: Any,
+        capacity: int,
+        max_items: int | None = None,
+        learning_rate_steps: Sequence[tuple[float, float]] = (),
+        **kwargs: Any,
+    ) -> None:
         self._capacity = capacity
         self._max_items = max_items
+        self._learning_rate_steps = learning_rate_steps
         use_cache = vars(model.config).get("use_cache")
         super().__init__(model, *args, **kwargs)
         # Trainer sets use_cache=False in the configuration and every checkpoint; `compute_loss` passes it instead.
@@ -33,6 +47,20 @@ class _PackTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
         world = self.args.world_size
         return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=world)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create Trainer's scheduler, or with `learning_rate_steps` one by steps, with Trainer's warmup."""
+        if self.lr_scheduler is None and self._learning_rate_steps:
+            steps = [(fraction * num_training_steps, factor) for fraction, factor in self._learning_rate_steps]
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def factor_at(step: int) -> float:
+                reached = [factor for start, factor in steps if step >= start]
+                return min(1.0, step / max(warmup, 1)) * (reached[-1] if reached else 1.0)
+
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor_at)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute Trainer's loss with use_cache=False."""
@@ -57,15 +85,31 @@ class _PackTrainer(Trainer):
 class PackedTrainer(_PackTrainer):
     """transformers' Trainer over packs of samples; the loss is the mean over all tokens with loss.
 
-    The balance loss of experts is averaged over the packs of a step, and is not part of the evaluation loss.
+    The balance loss of experts is averaged over the packs of a step, or over its sequences with
+    `router_aux_loss_form="sequence"`, and is not part of the evaluation loss.
 
     Args:
         model: The model.
         *args: Passed to Trainer.
         capacity: Tokens of a pack.
         max_items: Maximum number of samples in a pack; None for no limit.
+        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
+            Trainer's schedule.
         **kwargs: Passed to Trainer.
     """
+
+    _balance: StepBalance | None = None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the packs of a step, after counting their sequences if the balance loss is a mean over them."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        model, self._balance = self._plain_model(), None
+        if balances_sequences(model):
+            self._balance = StepBalance(model)
+            for batch in batches:
+                self._balance.count(batch)
+            self._balance.all_reduce(device)
+        return batches, count
 
     def compute_loss(
         self,
@@ -74,17 +118,26 @@ class PackedTrainer(_PackTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute Trainer's loss, with the balance loss divided by the number of packs instead of added per pack."""
+        """Compute Trainer's loss, with the share of the pack in the balance loss instead of all of it per pack."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if num_items_in_batch is not None:
-            factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss - self._balance_loss(outputs) * (factor - 1 / self.current_gradient_accumulation_steps)
+            processes = self.accelerator.num_processes
+            factor = processes if self.args.average_tokens_across_devices else 1
+            # Gradients are averaged over processes.
+            share = 1 / self.current_gradient_accumulation_steps
+            if self._balance is not None:
+                share = self._balance.share(inputs) * processes
+            loss = loss - self._balance_loss(outputs) * (factor - share)
         return (loss, outputs) if return_outputs else loss
+
+    def _plain_model(self) -> Any:
+        """The model without wrappers."""
+        return unwrap_peft_model(self.accelerator.unwrap_model(self.model))
 
     def _balance_loss(self, outputs: Any) -> Tensor | float:
         """The balance loss in the model's loss, with its coefficient; 0 without experts."""
         aux_loss = outputs.get("aux_loss")
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        config = self._plain_model().config.get_text_config()
         return 0.0 if aux_loss is None else aux_loss * config.router_aux_loss_coef
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +163,8 @@ class WeightedPackedTrainer(WeightedLossTrainer, _PackTrainer):
         *args: Passed to Trainer.
         capacity: Tokens of a pack.
         max_items: Maximum number of samples in a pack; None for no limit.
+        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
+            Trainer's schedule.
         **kwargs: Passed to [`WeightedLossTrainer`].
     """
 

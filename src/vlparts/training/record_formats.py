@@ -1,15 +1,19 @@
-"""Training records in the shapes of OpenAI, ShareGPT and LLaVA, converted to those of `records`."""
+"""Training records in the shapes of OpenAI, ShareGPT and LLaVA, and of pages, converted to those of `records`."""
 
 import base64
 import binascii
 import io
 import reprlib
+from collections.abc import Set
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["FIELDS", "DataImage", "convert_record"]
+__all__ = ["FIELDS", "SCORES", "DataImage", "convert_record"]
 
-FIELDS = frozenset({"messages", "image", "images", "conversations", "system", "id"})
+SCORES = "filter_scores"
+"""Key of the scores of `vlparts data filter`, an object; training accepts and ignores it."""
+PAGE_FIELDS = frozenset({"page", "page_number", "markdown", "blocks", "prompt"})
+FIELDS = PAGE_FIELDS | {"messages", "image", "images", "conversations", "system", "id", SCORES}
 """Keys of a record in any of the shapes."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -43,23 +47,26 @@ class DataImage(io.BytesIO):
 def convert_record(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a record with `messages`, image blocks and `images`.
 
-    The shape is found by the keys: `conversations` is ShareGPT's or LLaVA's, `messages` ours, or OpenAI's if a part
-    has the type "image_url". What is no known shape is returned as it is, for the checks of `Record`.
+    The shape is found by the keys: `page` is that of `PageRecord`, `conversations` ShareGPT's or LLaVA's, `messages`
+    ours, or OpenAI's if a part has the type "image_url". What is no known shape is returned as it is, for the checks
+    of `Record`.
 
     Args:
         fields: The JSON object.
 
     Raises:
-        ValueError: If the shape is ambiguous, `conversations` come with unknown keys, or an image is neither a local
-            file nor a `data:` URI.
+        ValueError: If the shape is ambiguous, `page` or `conversations` come with unknown keys, or an image is neither
+            a local file nor a `data:` URI.
     """
-    if "conversations" in fields:
+    if "page" in fields:
+        _check_keys("A record with 'page'", fields, PAGE_FIELDS)
+    elif "conversations" in fields:
         fields = _from_conversations(fields)
     elif isinstance(fields.get("messages"), list):
         fields = _from_image_urls(fields)
-    changes: dict[str, Any] = {}
-    if isinstance(fields.get("image"), str):
-        changes["image"] = _local_path(fields["image"])
+    changes: dict[str, Any] = {
+        name: _local_path(fields[name]) for name in ("image", "page") if isinstance(fields.get(name), str)
+    }
     if isinstance(fields.get("images"), list):
         changes["images"] = [_local_path(one) if isinstance(one, str) else one for one in fields["images"]]
     return {**fields, **changes}
@@ -153,7 +160,7 @@ def _local_path(image: str) -> str:
     raise ValueError(f"Image {image:.100} is neither a local file nor a data: URI; download it first.")
 
 
-def _check_keys(place: str, fields: dict[str, Any], known: set[str], required: bool = False) -> None:
+def _check_keys(place: str, fields: dict[str, Any], known: Set[str], required: bool = False) -> None:
     unknown = [name for name in fields if name not in known]
     missing = [name for name in sorted(known) if name not in fields] if required else []
     if unknown or missing:

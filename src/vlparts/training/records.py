@@ -1,17 +1,21 @@
 """Training records: one JSON object per line of a file, validated line by line."""
 
 import codecs
+import os
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..coordinates.io.json_lines import parse_object
 from ..coordinates.regions import Region
-from .record_formats import convert_record
+from ..documents import DEEPSEEK_OCR_PROMPTS, write_page
+from ..documents import Block as AnswerBlock
+from ..documents.recognition import prompt_content
+from .record_formats import SCORES, convert_record
 from .weighted_inputs import checked_weight
 
 
@@ -24,6 +28,7 @@ class _Strict(BaseModel):
 
 
 _Number = Annotated[float, Field(strict=True)]  # refuses strings and bools
+_Box = tuple[_Number, _Number, _Number, _Number]
 
 
 class TextBlock(_Strict):
@@ -47,7 +52,7 @@ class RegionBlock(_Strict):
     """
 
     label: str | None = None
-    box: tuple[_Number, _Number, _Number, _Number] | None = None
+    box: _Box | None = None
     point: tuple[_Number, _Number] | None = None
     image: int = Field(default=0, ge=0, strict=True)
     attributes: dict[str, Any] = Field(default_factory=dict)
@@ -128,6 +133,110 @@ class Record(_Strict):
         return (self.image,) if self.image is not None else self.images
 
 
+class PageBlock(_Strict):
+    """A part of a page: its type, such as "title" or "table", its box or boxes in pixels of the page, and its text."""
+
+    type: str
+    box: _Box | None = None
+    boxes: tuple[_Box, ...] = ()
+    text: str = ""
+
+    @model_validator(mode="after")
+    def _has_boxes(self) -> "PageBlock":
+        if (self.box is None) == (not self.boxes):
+            raise ValueError("A block must have either 'box' or 'boxes', got both or neither.")
+        self.regions()
+        return self
+
+    def regions(self) -> tuple[Region, ...]:
+        """The boxes in pixels."""
+        return tuple(Region.box(*box) for box in self.boxes or (self.box,))  # type: ignore[misc]
+
+
+class PageRecord(_Strict):
+    """A page and its Markdown, for document models: `{"page": path, "markdown": "..."}`.
+
+    `page` is an image or a PDF file, `page_number`, from 1, its page, which may be left out if it has only one.
+    `blocks` are the Markdown with boxes. Both may be given if they have the same text, apart from whitespace.
+
+    `prompt` has the placeholder "<image>". The default is DeepSeek-OCR's for Markdown with boxes or without, see
+    `vlparts.documents.DEEPSEEK_OCR_PROMPTS`.
+    """
+
+    page: str
+    page_number: int | None = Field(default=None, ge=1, strict=True)
+    markdown: str | None = None
+    blocks: tuple[PageBlock, ...] | None = Field(default=None, min_length=1)
+    prompt: str | None = None
+
+    @field_validator("markdown")
+    @classmethod
+    def _check_markdown(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("The Markdown is empty.")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, value: str | None) -> str | None:
+        if value is not None:
+            prompt_content(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PageRecord":
+        if self.page_number is not None and self.page.startswith("data:"):
+            raise ValueError("'page_number' requires the path of a file as 'page', got a data: URI.")
+        if self.markdown is None and self.blocks is None:
+            raise ValueError("A record of a page must have 'markdown' or 'blocks', got neither.")
+        if self.markdown is not None and self.blocks is not None:
+            ours, theirs = ("".join(text.split()) for text in (self.markdown, "".join(b.text for b in self.blocks)))
+            if ours != theirs:
+                same = len(os.path.commonprefix([ours, theirs]))
+                raise ValueError(
+                    "'markdown' and the texts of 'blocks' must be the same apart from whitespace, got "
+                    f"{ours[same : same + 30]!r} and {theirs[same : same + 30]!r} after {same} characters; leave one "
+                    "of the two out."
+                )
+        return self
+
+    @property
+    def paths(self) -> tuple[str]:
+        """Path of the page as in the record."""
+        return (self.page,)
+
+    @property
+    def user_content(self) -> list[dict[str, Any]]:
+        """The turn of the user for a chat template: the prompt with the image."""
+        default = DEEPSEEK_OCR_PROMPTS["free" if self.blocks is None else "markdown"]
+        return prompt_content(default if self.prompt is None else self.prompt)
+
+    def answer(self, page_size: tuple[int, int], on_outside: str = "raise") -> str:
+        """Write the answer: the Markdown, or the blocks with marks in DeepSeek-OCR's format.
+
+        The text of a block begins on the line after its mark, and an empty line precedes the next mark, whatever the
+        line breaks around it in the record.
+
+        Args:
+            page_size: Width and height of the page in pixels.
+            on_outside: Policy for a box that leaves the page, as for `vlparts.documents.write_page`.
+
+        Raises:
+            ValueError: If a box leaves the page under "raise", no block is left, or a text has marks.
+        """
+        if self.blocks is None:
+            return self.markdown or ""
+        texts = [block.text.strip("\n") for block in self.blocks]
+        blocks = [
+            AnswerBlock(block.type, block.regions(), f"\n{text}\n\n" if text else "\n\n", 0)
+            for block, text in zip(self.blocks, texts, strict=True)
+        ]
+        answer = write_page(blocks, page_size, on_outside=on_outside).removesuffix("\n\n")
+        if not answer:
+            raise ValueError("No block has a box inside the page; expected at least one.")
+        return answer
+
+
 @dataclass(frozen=True)
 class Line:
     """A record with its line number.
@@ -136,11 +245,13 @@ class Line:
         number: Line number, from 1.
         record: The record.
         weight: Its loss weight, if it has one.
+        scores: The scores that `vlparts data filter` gave it, if any; not used in training.
     """
 
     number: int
-    record: Record
+    record: Record | PageRecord
     weight: float | None = None
+    scores: dict[str, Any] | None = None
 
 
 @dataclass
@@ -169,8 +280,8 @@ def read_records(
     """Read a file of records.
 
     Args:
-        path: A JSON Lines file. Empty lines are ignored. Each line is a [`Record`], or in the shape of OpenAI,
-            ShareGPT or LLaVA; see [`convert_record`].
+        path: A JSON Lines file. Empty lines are ignored. Each line is a [`Record`], a [`PageRecord`], or in the shape
+            of OpenAI, ShareGPT or LLaVA; see [`convert_record`].
         on_error: "raise" on the first invalid record, or "skip" it and append the reason to `skipped`.
         argument: Name of `path` in error messages.
         sample_weight_field: Name of a further field that records may have: their loss weight, a finite number of at
@@ -189,7 +300,7 @@ def read_records(
     if not path.is_file():
         raise ValueError(f"`{argument}` must be a JSON Lines file, got {path}, which is not a file.")
     found = RecordFile(path)
-    for number, text in _numbered(path):
+    for number, text in numbered_lines(path):
         try:
             found.lines.append(Line(number, *_parse(text, sample_weight_field)))
         except (ValueError, RecursionError) as error:
@@ -202,7 +313,7 @@ def read_records(
     return found
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the number and bytes of each non-empty line; decoded later, so that invalid bytes fail per line."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -212,13 +323,40 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(line: bytes, sample_weight_field: str | None) -> tuple[Record, float | None]:
+def _parse(
+    line: bytes, sample_weight_field: str | None
+) -> tuple[Record | PageRecord, float | None, dict[str, Any] | None]:
     fields = parse_object(line)
     weight = None
     if sample_weight_field is not None and sample_weight_field in fields:
         weight = checked_weight(fields.pop(sample_weight_field), sample_weight_field)
+    scores = pop_scores(fields)
+    return parse_record(fields), weight, scores
+
+
+def pop_scores(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove the scores of `vlparts data filter` from the fields of a record and return them; None without scores.
+
+    Raises:
+        ValueError: If they are not an object.
+    """
+    if SCORES not in fields:
+        return None
+    scores = fields.pop(SCORES)
+    if not isinstance(scores, dict):
+        raise ValueError(f"{SCORES}: Expected an object, got {type(scores).__name__}.")
+    return scores
+
+
+def parse_record(fields: dict[str, Any]) -> Record | PageRecord:
+    """Return the record of a JSON object in any of the shapes.
+
+    Raises:
+        ValueError: If it is not a record; names the field.
+    """
+    kind = PageRecord if "page" in fields else Record
     try:
-        return Record.model_validate(convert_record(fields)), weight
+        return kind.model_validate(convert_record(fields))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

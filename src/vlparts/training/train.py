@@ -91,6 +91,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         optimizer_cls_and_kwargs=_optimizer_factory(config),
         capacity=config.capacity,
         max_items=config.max_items,
+        learning_rate_steps=config.learning_rate_steps,
         **loss_options,
     )
     skipped = records.skipped + (eval_records.skipped if eval_records else [])
@@ -117,6 +118,7 @@ def _build_dataset(
         config.coordinate_format,
         max_length=config.capacity,
         max_image_pixels=config.max_image_pixels,
+        dpi=config.dpi,
     )
     show = not args.disable_tqdm and args.process_index == 0
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
@@ -215,6 +217,10 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
     for name in config.trainer:
         if name in settings:
             raise ValueError(f"`trainer` must not contain {name!r}, which has its own setting.")
+    if config.learning_rate_steps and "lr_scheduler_type" in config.trainer:
+        raise ValueError(
+            "`learning_rate_steps` replaces 'lr_scheduler_type' in `trainer`; expected only one of the two."
+        )
     try:
         return TrainingArguments(**settings, **{**defaults, **config.trainer})
     except TypeError as error:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from ..losses.causal_lm import weighted_causal_lm_loss
 from ..losses.normalizer import LossNormalizer, sum_over_processes
 from ..losses.weights import Denominators, resolve_mix, weigh_tokens
-from .step_balance import StepBalance
+from .step_balance import StepBalance, balances_sequences
 from .weighted_inputs import WEIGHT_INPUTS, WeightedLabels, ignore_repeated, take_weights
 
 __all__ = ["WeightedLossTrainer"]
@@ -114,8 +114,9 @@ class WeightedLossTrainer(Trainer):
 
     What the model adds to its loss in training, such as the balance loss of experts, is averaged over the
     micro-batches and processes of a step (Trainer itself adds it up). The load of an expert is a ratio of counts, so
-    this mean differs from the balance loss of the whole step, which `balance_over="step"` computes. The evaluation
-    loss is the weighted cross-entropy over the whole evaluation set, without such terms.
+    this mean differs from the balance loss of the whole step, which `balance_over="step"` computes. With
+    `router_aux_loss_form="sequence"` the balance loss is the mean over all sequences of the step in either case. The
+    evaluation loss is the weighted cross-entropy over the whole evaluation set, without such terms.
 
     `compute_loss` of `SomeTrainer` must call the model with its inputs and return the model's loss. TRL's `SFTTrainer`
     computes its loss without the model's loss function, so its `compute_loss` is replaced, which also adds the entropy
@@ -127,7 +128,8 @@ class WeightedLossTrainer(Trainer):
         mix: Share of sample averaging, from 0 to 1; see [`weigh_tokens`].
         length_exponent: See [`weigh_tokens`].
         balance_over: "micro_batch", or "step" for the balance loss of a whole step, see [`StepBalance`]. It takes a
-            further forward pass over each micro-batch, without gradients and dropout, to count the choices of experts.
+            further forward pass over each micro-batch, without gradients and dropout, to count the choices of experts;
+            with `router_aux_loss_form="sequence"` it has no effect and takes none.
         **kwargs: Passed to Trainer.
 
     Raises:
@@ -218,23 +220,28 @@ class WeightedLossTrainer(Trainer):
         for _, targets in taken:
             normalizer.add(targets.labels, **targets.options)
         normalizer.all_reduce(device=device)
-        if self.balance_over == "step":
-            self._balance = self._count_choices([inputs for inputs, _ in taken])
+        if self.balance_over == "step" or balances_sequences(self._plain_model()):
+            self._balance = self._count_balanced([inputs for inputs, _ in taken], device)
         return [{**inputs, "loss_weights": self._weigh(targets, normalizer)} for inputs, targets in taken], count
 
     @torch.no_grad()
-    def _count_choices(self, batches: list[dict[str, Any]]) -> StepBalance:
-        """Count the choices of experts in the micro-batches of a step."""
+    def _count_balanced(self, batches: list[dict[str, Any]], device: torch.device) -> StepBalance:
+        """Count the choices of experts, or the sequences, in the micro-batches of a step."""
         balance, model = StepBalance(self._plain_model()), self.model_wrapped
+        if balance.by_sequence:
+            for batch in batches:
+                balance.count(batch)
+            balance.all_reduce(device)
+            return balance
         model.eval()
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
             options = {"output_router_logits": True, "use_cache": False}
             with self.compute_loss_context_manager():
                 outputs = model(**{**self._prepare_inputs(inputs), **options})
-            balance.count(outputs.router_logits, batch.get("attention_mask"))
+            balance.count(batch, outputs.router_logits)
         model.train()
-        balance.all_reduce()
+        balance.all_reduce(device)
         return balance
 
     def _check_columns_kept(self, batch: Any) -> None:
@@ -293,7 +300,7 @@ class WeightedLossTrainer(Trainer):
                 f"{self._next_compute_loss().__name__}.compute_loss must return the loss of that forward."
             )
         if targets is None:
-            loss = self._scale(loss, balance, outputs, inputs.get("attention_mask"))
+            loss = self._scale(loss, balance, outputs, inputs)
         elif self._evaluation is not None:
             self._evaluation.add(
                 _logits(outputs), self._without_repeated(targets), inputs.get("shift_labels") is not None
@@ -319,7 +326,7 @@ class WeightedLossTrainer(Trainer):
         owner = self._next_compute_loss()
         return owner.__name__ == "SFTTrainer" and owner.__module__.startswith("trl.")
 
-    def _scale(self, loss: Tensor, balance: StepBalance | None, outputs: Any, attention_mask: Any) -> Tensor:
+    def _scale(self, loss: Tensor, balance: StepBalance | None, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """Scale the loss of a micro-batch so that the sum over a step's micro-batches is right after averaging.
 
         Gradients are averaged over processes, and losses over DataParallel's devices.
@@ -329,7 +336,7 @@ class WeightedLossTrainer(Trainer):
         added = loss.sum() - total
         if balance is not None:
             added = added - balance.coefficient * outputs["aux_loss"].sum()
-            total = total + balance.loss(outputs["router_logits"], attention_mask).to(total)
+            total = total + balance.loss(inputs, outputs["router_logits"]).to(total)
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
         return total * processes + added / (max(1, self.args.n_gpu) * micro_batches)
 

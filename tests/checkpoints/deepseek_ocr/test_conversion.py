@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from tests.checkpoints.deepseek_ocr.files import CONFIG, LANGUAGE, TOKENIZER, shapes, tensors
@@ -15,6 +16,7 @@ from tests.checkpoints.files import assert_same_bytes, read_folder, write_folder
 from tests.parity.unlimited_ocr import native_of
 from tests.tiny import tokenizer
 from vlparts import DeepEncoderConfig, MoGEConfig, VisionLanguageConfig, VisionLanguageForConditionalGeneration
+from vlparts.checkpoints import _safetensors
 from vlparts.checkpoints.deepseek_ocr import model_from_deepseek_ocr, processor_from_deepseek_ocr, to_deepseek_ocr
 from vlparts.checkpoints.deepseek_ocr.names import get_slices
 
@@ -55,6 +57,23 @@ def test_reading_and_writing_keeps_every_bit(tmp_path: Path) -> None:
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
 
 
+def test_pages_of_one_large_file_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of a mapped file is memory of the process until the file is closed."""
+    folder, openings = write_folder(tmp_path / "in", tensors(), CONFIG, shards=1), []
+    write_json(folder / "tokenizer.json", TOKENIZER)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        openings.append(args)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(_safetensors, "safe_open", counting)
+    # Some tensors are larger than a tenth.
+    monkeypatch.setattr(_safetensors, "BYTES_PER_OPENING", sum(tensor.nbytes for tensor in tensors().values()) // 10)
+    to_deepseek_ocr(model_from_deepseek_ocr(folder), tmp_path / "out")
+    assert_same_bytes(read_folder(tmp_path / "out"), tensors())
+    assert len(openings) >= 4
+
+
 @pytest.mark.parametrize("form", ["top level", "language_config"])
 def test_both_forms_of_the_configuration(tmp_path: Path, form: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name not in LANGUAGE}
@@ -65,6 +84,17 @@ def test_both_forms_of_the_configuration(tmp_path: Path, form: str) -> None:
     text = model_from_deepseek_ocr(folder).config.text_config
     assert (text.num_experts, text.mlp_only_layers, text.shared_expert_intermediate_size) == (4, [0], 32)
     assert (text.router_aux_loss_coef, text.rms_norm_eps, text.rope_parameters["rope_theta"]) == (0.001, 1e-6, 1e4)
+
+
+@pytest.mark.parametrize(("published", "form"), [(None, "sequence"), (True, "sequence"), (False, "batch")])
+def test_the_form_of_the_balance_loss(tmp_path: Path, published: bool | None, form: str) -> None:
+    fields = {} if published is None else {"seq_aux": published}
+    folder = folder_of(tmp_path / "in", **fields, language_config={**CONFIG["language_config"], **fields})
+    model = model_from_deepseek_ocr(folder)
+    assert model.config.text_config.router_aux_loss_form == form
+    to_deepseek_ocr(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.get("seq_aux", True) == (form == "sequence")
 
 
 def test_the_encoder_computes_what_the_published_names_say(tmp_path: Path) -> None:
@@ -131,6 +161,7 @@ def test_a_processor_whose_prompt_is_plain(tmp_path: Path) -> None:
         ({"topk_method": "noaux_tc"}, "one value of topk_method, got 'noaux_tc' and 'greedy'"),
         ({"hidden_size": 64}, "one value of hidden_size, got 64 and 32 in language_config"),
         ({"scoring_func": "sigmoid"}, "scoring_func 'softmax' or without scoring_func, got 'sigmoid'"),
+        ({"seq_aux": 1}, "seq_aux true or false, got 1"),
         ({"tile_tag": "1D"}, "tile_tag '2D', got '1D'"),
         ({"projector_config": {"projector_type": "mlp_gelu"}}, "must have a linear projector"),
         ({"vision_config": {"image_size": 128}}, "as width of its vision_config"),
@@ -153,6 +184,9 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_written(tmp_path: Path) -> None:
     model = model_from_deepseek_ocr(folder_of(tmp_path / "in"))
+    model.config.text_config.router_aux_loss_form = "global"
+    with pytest.raises(ValueError, match="`router_aux_loss_form` 'sequence' or 'batch' .* got 'global'"):
+        to_deepseek_ocr(model, tmp_path / "out")
     model.config.text_config.renormalize = True
     with pytest.raises(ValueError, match="renormalize"):
         to_deepseek_ocr(model, tmp_path / "out")

@@ -32,6 +32,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return multiply(x, weight, bias)
 
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: has_onednn)
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: False)
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
     monkeypatch.setattr(linear_cpu, "product", noted)
     return shapes
@@ -193,10 +194,103 @@ def test_counted_operations_are_pytorchs(onednn: list[tuple[int, ...]]) -> None:
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_types_are_pytorchs(dtype: torch.dtype) -> None:
+def test_other_types_are_pytorchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: False)
     module = layer().to(dtype)
     x = torch.randn(70, 24, dtype=dtype)
     assert torch.equal(module(x), F.linear(x, module.inner.weight, module.inner.bias))
+
+
+@pytest.mark.parametrize("shape", [(70, 24), (2, 35, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_is_float32_rounded_once_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
+) -> None:
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
+    module, x = layer(bias=bias).bfloat16(), torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+    exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    found, expected = module(x), exact(precise)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=2**-8)
+    mine = gradients(found, [x, *module.parameters()])
+    theirs = gradients(expected, [precise, *exact.parameters()])
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=0.02 * float(other.abs().max()), rtol=0)
+    with torch.no_grad():
+        assert torch.equal(module(x), found)
+
+
+def test_few_rows_in_bfloat16_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
+    rows: list[int] = []
+
+    def noted(x: Tensor, *rest: Any, multiply: Any = linear_cpu._multiply) -> Tensor:
+        rows.append(len(x))
+        return multiply(x, *rest)
+
+    monkeypatch.setattr(linear_cpu, "_multiply", noted)
+    module = layer().bfloat16()
+    for count in (linear_cpu.ROWS_TO_WIDEN_FROM - 1, linear_cpu.ROWS_TO_WIDEN_FROM):
+        module(torch.randn(count, 24, dtype=torch.bfloat16)).sum().backward()
+    assert rows == [linear_cpu.ROWS_TO_WIDEN_FROM]
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_weight_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch, out: bool) -> None:
+    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
+    x, grad = torch.randn(70, 24).bfloat16(), torch.randn(70, 40).bfloat16()
+    target = torch.empty(40, 24, dtype=torch.bfloat16) if out else None
+    with torch.no_grad():
+        found = linear_cpu.weight_gradient(x, grad, target)
+    assert not out or found is target
+    torch.testing.assert_close(found.double(), grad.double().t() @ x.double(), atol=1e-5, rtol=2**-8)
+
+
+@pytest.mark.parametrize(("capability", "emulated"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_which_processors_emulate_products_of_16_bits(
+    monkeypatch: pytest.MonkeyPatch, capability: str, emulated: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear_cpu.half_is_emulated.__wrapped__() == emulated
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (16, 24), (17, 24), (2, 3, 24), (1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_in_float32(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool) -> None:
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: has_onednn)
+    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+    module, x = layer(bias=bias), torch.randn(shape, requires_grad=True)
+    exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    found, expected = module(x), exact(precise)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    mine = gradients(found, [x, *module.parameters()])
+    theirs = gradients(expected, [precise, *exact.parameters()])
+    torch.testing.assert_close([one.double() for one in mine], list(theirs), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(module(x), found)
+        assert module(x).is_contiguous()
+
+
+@pytest.mark.parametrize(("maker", "capability"), [("AuthenticAMD", "AVX512"), ("GenuineIntel", "AVX2"), ("", "AVX2")])
+def test_few_rows_elsewhere_are_pytorchs(monkeypatch: pytest.MonkeyPatch, maker: str, capability: str) -> None:
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not linear_cpu.mkl_is_slow_in_layers.__wrapped__()
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert linear_cpu.mkl_is_slow_in_layers.__wrapped__() == has_onednn
+
+
+def test_few_rows_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: True)
+    for rows in (1, linear_cpu.MAX_FEW_ROWS):
+        assert linear_cpu._few_rows_are_faster(rows, 1024, 1024, False) == torch.backends.mkldnn.enabled
+        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1023, False)
+        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1024, True)
+        assert not linear_cpu.is_faster(torch.float64, rows, 1024, 1024)
+    for rows in (0, linear_cpu.MAX_FEW_ROWS + 1):
+        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1024, False)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -269,6 +363,23 @@ def test_no_change_where_mkl_is_fast(monkeypatch: pytest.MonkeyPatch, maker: str
     monkeypatch.setattr(linear_cpu, "_processor", lambda: f"vendor_id : {maker}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert not linear_cpu.mkl_is_slow.__wrapped__()
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_with_avx2_only_products_without_transposes_are_onednns(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool
+) -> None:
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for name in ("mkl_is_slow", "mkl_is_slow_in_layers"):
+        monkeypatch.setattr(linear_cpu, name, getattr(linear_cpu, name).__wrapped__)
+    shapes, multiply = [], linear_cpu.product
+    monkeypatch.setattr(linear_cpu, "product", lambda x, *rest: shapes.append(x.shape) or multiply(x, *rest))
+    weight = torch.randn(400, 500).t() if transposed else torch.randn(500, 400)
+    weight, x = weight.requires_grad_(), torch.randn(100, 400, requires_grad=True)
+    torch.ops.vlparts.linear(x, weight).sum().backward()
+    assert shapes == [x.shape] * (has_onednn and not transposed)
 
 
 def test_the_processor_is_known_or_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

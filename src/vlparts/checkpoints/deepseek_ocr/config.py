@@ -42,6 +42,7 @@ _TEXT_DEFAULTS = {
     "initializer_range": ("initializer_range", 0.02),
 }
 _ROPE_THETA = 10000.0
+_BALANCE_FORMS = {True: "sequence", False: "batch"}  # of seq_aux, which is True where it is absent
 # Options of the published class that have one value in DeepSeek-OCR.
 _TEXT_FIXED = {
     "use_mla": False,
@@ -52,7 +53,6 @@ _TEXT_FIXED = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
     "moe_layer_freq": 1,
-    "seq_aux": True,
     "attention_bias": False,
     "rope_scaling": None,
     "tie_word_embeddings": False,
@@ -98,7 +98,7 @@ def get_text_config(config: dict[str, Any]) -> MoGEConfig:
     inner = config.get("language_config") or {}
     if not isinstance(inner, dict):
         raise ValueError(f"`folder` must have a config.json whose language_config is an object, got {inner!r}.")
-    names = {*_TEXT_FIELDS, *_COUNTS, *_TEXT_DEFAULTS, *_TEXT_FIXED, "rope_theta"}
+    names = {*_TEXT_FIELDS, *_COUNTS, *_TEXT_DEFAULTS, *_TEXT_FIXED, "rope_theta", "seq_aux"}
     for name in sorted(names & config.keys() & inner.keys()):
         if config[name] != inner[name]:
             raise ValueError(
@@ -114,6 +114,9 @@ def get_text_config(config: dict[str, Any]) -> MoGEConfig:
             raise ValueError(
                 f"`folder` must have a config.json with {name} {value!r} or without {name}, got {fields[name]!r}."
             )
+    by_sequence = fields.get("seq_aux", True)
+    if not isinstance(by_sequence, bool):
+        raise ValueError(f"`folder` must have a config.json with seq_aux true or false, got {by_sequence!r}.")
     return _folder.build_config(
         MoGEConfig,
         "language_config",
@@ -124,6 +127,7 @@ def get_text_config(config: dict[str, Any]) -> MoGEConfig:
         mlp_only_layers=list(range(fields["first_k_dense_replace"])),
         num_expert_groups=1,
         router_scale=False,
+        router_aux_loss_form=_BALANCE_FORMS[by_sequence],
         attention_bias=False,
         rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_theta", _ROPE_THETA)},
     )
@@ -281,6 +285,13 @@ def _published_text_config(text: MoGEConfig) -> dict[str, Any]:
         )
     optional = {published: getattr(text, ours) for published, (ours, _) in _TEXT_DEFAULTS.items()}
     changed = {name: value for name, value in optional.items() if value != _TEXT_DEFAULTS[name][1]}
+    if text.router_aux_loss_form not in _BALANCE_FORMS.values():
+        raise ValueError(
+            f"`model` must have the `router_aux_loss_form` 'sequence' or 'batch' for {FAMILY}, got "
+            f"{text.router_aux_loss_form!r}."
+        )
+    if text.router_aux_loss_form == "batch":
+        changed["seq_aux"] = False
     if theta != _ROPE_THETA:
         changed["rope_theta"] = theta
     fixed = ("use_mla", "topk_method", "n_group", "topk_group", "lm_head", "rm_head", "q_lora_rank", "kv_lora_rank")

@@ -15,11 +15,12 @@ from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ...parts.modeling_windowfree import WindowFreeViTModel
 from ...parts.processing_vlm import VisionLanguageProcessor
 from .._folder import CONFIG, new_folder, read_generation_config, write_config, write_json
+from .._processor import read_statistics
 from .._safetensors import check_max_shard_size, list_tensors
 from .._weights import ModelT, check_dtype, load_weights, save_weights
 from .config import TOKEN_IDS, get_composed_config, get_vision_config, published_config, read_config
 from .names import BUFFERS, NOT_ENCODER, get_slices, get_stored_slices, without_nesting
-from .processor import check_token_ids, get_image_processor, published_processor, read_statistics
+from .processor import check_token_ids, get_image_processor, published_processor
 
 PathLike = str | os.PathLike[str]
 

@@ -8,11 +8,10 @@ from ...parts.chat_templates import OPENPANGU_VISION_TOKENS
 from ...parts.configuration_windowfree import WindowFreeViTConfig
 from ...parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from ...parts.image_transforms import get_area_limits
-from .._folder import read_json
+from .._processor import require_processor
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("preprocessor_config.json", "processor_config.json")
 # Published name: our name.
 _FIELDS = {
     "patch_size": "patch_size",
@@ -41,37 +40,13 @@ _IGNORED = {
 }
 
 
-def read_processor(folder: Path) -> dict[str, Any] | None:
-    """Read the fields of a folder's image processor; None if there is no file with them.
-
-    Raises:
-        ValueError: If the file is malformed.
-    """
-    for name in _FILES:
-        if (folder / name).is_file():
-            fields = read_json(folder / name)
-            inner = fields.get("image_processor", fields)
-            if not isinstance(inner, dict):
-                raise ValueError(f"`folder` must have a {name} whose image_processor is an object, got {inner!r}.")
-            return inner
-    return None
-
-
-def read_statistics(folder: Path) -> dict[str, Any]:
-    """Read the image mean and standard deviation of a folder, without those that its files do not have."""
-    fields = read_processor(folder) or {}
-    return {name: fields[name] for name in ("image_mean", "image_std") if fields.get(name) is not None}
-
-
 def get_image_processor(folder: Path) -> WindowFreeViTImageProcessor:
     """Build the image processor that a folder describes. Fields without counterpart are logged as a warning.
 
     Raises:
         ValueError: If there is no file, or if a field is missing or invalid.
     """
-    fields = read_processor(folder)
-    if fields is None:
-        raise ValueError(f"`folder` must have one of {', '.join(_FILES)}, got {str(folder)!r}.")
+    fields = require_processor(folder)
     missing = [name for name in (*_AREAS, *_FIELDS) if fields.get(name) is None]
     if missing:
         raise ValueError(f"`folder` must have {', '.join(missing)} for its image processor, got none.")

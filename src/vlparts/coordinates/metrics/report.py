@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..codec import CoordinateError, ImageSizes, decode, encode, without_thinking
+from ..codec import CoordinateError, ImageSizes, decode, encode
 from ..formats.registry import CoordinateFormat, get_format
 from ..regions import Region
+from ..thinking import without_thinking
 from .iou import contains, paired_box_iou
 from .matching import match_regions
 
