@@ -38,7 +38,7 @@ PATCH = 8  # pixels; an image of 4 * PATCH * rows pixels has rows x rows vision 
 PAGES_PER_STEP, EPOCHS = 16, 2
 LEARNING_RATE = 3e-3
 STAGES = {"one size": (100, LINES[:1], False), "all sizes": (120, LINES, False), "full": (None, LINES, True)}
-"""Steps, numbers of lines of the pages, and whether pages are full. From few digits, reading is learned soonest."""
+"""Steps, numbers of lines of the pages, and whether pages are full."""
 HELD_OUT = 32  # pages of each length
 WIDTH = 96
 TEXT = {
@@ -53,7 +53,7 @@ TEXT = {
     "tie_word_embeddings": True,
     "initializer_range": 0.08,
 }
-POSITIONS = 10  # The first position tables are so many times as large: such models learn places sooner.
+POSITIONS = 10  # times the initial position tables, which begin larger, as in the demo
 
 
 def vision(rows: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
             trainer={
                 "disable_tqdm": True,
                 "save_strategy": "no",
-                "adam_beta2": 0.95,  # a short training
+                "adam_beta2": 0.95,
                 "lr_scheduler_type": schedule,
             },
         )
