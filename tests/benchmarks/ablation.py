@@ -59,7 +59,9 @@ def arguments(
     return parser.parse_args()
 
 
-def run_all(run: Run, options: argparse.Namespace, title: str, columns: dict[str, str]) -> None:
+def run_all(
+    run: Run, options: argparse.Namespace, title: str, columns: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
     """Run every way with every seed, and print each run, then for each way the mean and the range over seeds.
 
     What was run already with the same settings is not run again.
@@ -69,6 +71,9 @@ def run_all(run: Run, options: argparse.Namespace, title: str, columns: dict[str
         options: What [`arguments`] returned.
         title: Head of the column of ways.
         columns: Head to figure of the other columns.
+
+    Returns:
+        The figures of each way, one mapping per seed.
     """
     print(machine_line(), flush=True)
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
@@ -87,6 +92,7 @@ def run_all(run: Run, options: argparse.Namespace, title: str, columns: dict[str
     print_table(
         [title, *columns], [[way, *(spread(runs, key) for key in columns.values())] for way, runs in found.items()]
     )
+    return found
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

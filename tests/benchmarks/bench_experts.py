@@ -2,8 +2,9 @@
 
 `python tests/benchmarks/bench_experts.py` prints, per layer, dtype, pass and number of tokens, the time of each
 implementation as a multiple of the fastest of transformers', and a lower limit: the time to read the weights of the
-chosen experts, in training also to write their gradients, at this machine's memory copy speed. `--launches` prints the
-number of operations of a call instead.
+chosen experts, in training also to write their gradients, at this machine's memory copy speed. With `--rotate 3` a run
+passes through three layers with weights and routings of their own, as in a model, so that few weights are still in the
+cache; times are per layer. `--launches` prints the number of operations of a call instead.
 """
 
 import argparse
@@ -49,21 +50,23 @@ def routing(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def run_of(
-    module: nn.Module, implementation: str, arguments: tuple[Tensor, ...], trains: bool
+    modules: list[nn.Module], implementation: str, arguments: list[tuple[Tensor, ...]], trains: bool
 ) -> Callable[[], Tensor]:
-    """A call, or a call and its backward pass."""
-    hidden, index, weights = arguments
+    """A call of each layer with its own arguments, or calls and their backward passes; returns the last output."""
 
     def forward() -> Tensor:
-        module.config._experts_implementation = implementation
         with torch.no_grad():
-            return module(hidden, index, weights)
+            for module, (hidden, index, weights) in zip(modules, arguments, strict=True):
+                module.config._experts_implementation = implementation
+                output = module(hidden, index, weights)
+        return output
 
     def training() -> Tensor:
-        module.config._experts_implementation = implementation
-        inputs = hidden.clone().requires_grad_()
-        output = module(inputs, index, weights)
-        torch.autograd.grad(output, [inputs, *module.parameters()], torch.ones_like(output))
+        for module, (hidden, index, weights) in zip(modules, arguments, strict=True):
+            module.config._experts_implementation = implementation
+            inputs = hidden.clone().requires_grad_()
+            output = module(inputs, index, weights)
+            torch.autograd.grad(output, [inputs, *module.parameters()], torch.ones_like(output))
         return output
 
     return training if trains else forward
@@ -80,14 +83,15 @@ def copy_speed() -> float:
 def measure(arguments: argparse.Namespace) -> None:
     """Print the row of each setting as soon as it is measured."""
     names = [*THEIRS, *OURS]
-    for name, dtype, trains in product(arguments.layers, arguments.types, (False, True)):
-        module = layer(name, DTYPES[dtype])
-        bytes_of_expert = sum(one[0].numel() * one.element_size() for one in module.parameters())
+    passes = [one == "training" for one in arguments.passes]
+    for name, dtype, trains in product(arguments.layers, arguments.types, passes):
+        modules = [layer(name, DTYPES[dtype]) for _ in range(arguments.rotate)]
+        bytes_of_expert = sum(one[0].numel() * one.element_size() for one in modules[0].parameters())
         for tokens in arguments.tokens:
-            inputs = routing(name, tokens, DTYPES[dtype])
-            hit = len(inputs[1].unique())
-            runs = {one: run_of(module, one, inputs, trains) for one in names}
-            if inputs[1].numel() * bytes_of_expert > MOST_COPIES:
+            inputs = [routing(name, tokens, DTYPES[dtype]) for _ in modules]
+            hit = sum(len(index.unique()) for _, index, _ in inputs) / len(modules)
+            runs = {one: run_of(modules, one, inputs, trains) for one in names}
+            if inputs[0][1].numel() * bytes_of_expert > MOST_COPIES:
                 del runs["batched_mm"]
             if tokens > MOST_MERGED:
                 del runs["vlparts_merged"]
@@ -95,16 +99,17 @@ def measure(arguments: argparse.Namespace) -> None:
                 del runs["eager"]
             check(runs)
             speed = copy_speed()
-            seconds = compare(runs, arguments.repeats)
+            seconds = {one: time / len(modules) for one, time in compare(runs, arguments.repeats).items()}
             best = min(seconds[one] for one in THEIRS if one in seconds)
             moved = (
-                hit * bytes_of_expert * (2 if trains else 1) + (len(module.gate_up_proj) * bytes_of_expert) * trains
+                hit * bytes_of_expert * (2 if trains else 1)
+                + (len(modules[0].gate_up_proj) * bytes_of_expert) * trains
             )
             label = f"{name}, {'training' if trains else 'inference'}, {dtype}, {tokens} tokens"
             cells = [seconds[one] / best if one in seconds else "" for one in names]
             print_table(
                 ["setting", "experts hit", "limit, ms", "best of transformers', ms", *names],
-                [[label, hit, moved / speed * 1e3, best * 1e3, *cells]],
+                [[label, round(hit), moved / speed * 1e3, best * 1e3, *cells]],
             )
 
 
@@ -139,7 +144,7 @@ def launches(arguments: argparse.Namespace) -> None:
         for tokens in (1, 64):
             counts = []
             for one in ("eager", "grouped_mm", "vlparts_merged"):
-                run = run_of(module, one, routing(name, tokens, torch.bfloat16), False)
+                run = run_of([module], one, [routing(name, tokens, torch.bfloat16)], False)
                 with Launches() as counter:
                     run()
                 counts.append(counter.count)
@@ -154,6 +159,8 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="LAYER")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512, 4096])
+    parser.add_argument("--passes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--rotate", type=int, default=1, help="layers with weights of their own in a run")
     parser.add_argument("--launches", action="store_true", help="print only numbers of operations")
     arguments = parser.parse_args()
     torch.manual_seed(0)

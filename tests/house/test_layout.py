@@ -40,7 +40,6 @@ ALLOWED_PACKAGES = {
 MAX_LINES = 400
 SMALL = 80
 SMALL_FILES = {
-    "vlparts.cli.ocr": "one command per file",
     "vlparts.cli.soup": "one command per file",
     "vlparts._public": "loaded on first use, so that `import vlparts` is lazy",
     "vlparts.demo.ask": "a script for a Python without vlparts",

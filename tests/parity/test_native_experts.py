@@ -14,8 +14,10 @@ from transformers import (
     PreTrainedConfig,
     Qwen3MoeConfig,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tests.tiny import order_one
+from vlparts import MoGEConfig, MoGEForCausalLM
 from vlparts.moe import set_experts_implementation
 
 SIZES = {
@@ -58,6 +60,28 @@ def test_a_native_model_loads_with_it(tmp_path: Path, name: str, implementation:
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(results[1][1], results[0][1], atol=1e-4, rtol=1e-3)
     assert torch.equal(results[1][2], results[0][2])
+
+
+@every_implementation
+def test_remote_code_and_the_decoder_of_deepseek_ocr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    """The code in a saved folder takes an implementation of the installed library; in float64 it equals "eager"."""
+    small = {"num_key_value_heads": 2, "head_dim": 16, "mlp_only_layers": [0], "num_experts": 8, "eos_token_id": None}
+    sizes = {**SIZES, **small, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48}
+    order_one(MoGEForCausalLM(MoGEConfig.from_preset("deepseek_ocr", **sizes))).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
+    remote = get_class_from_dynamic_module("modeling_moge.MoGEForCausalLM", tmp_path / "model")
+    assert remote.__module__.startswith("transformers_modules.")
+    ids, results = torch.randint(0, 64, (2, 9)), []
+    for kind in ("eager", implementation):
+        model = remote.from_pretrained(tmp_path / "model", dtype=torch.float64, experts_implementation=kind).eval()
+        assert model.config._experts_implementation == kind
+        outputs = model(input_ids=ids, labels=ids)
+        outputs.loss.backward()
+        tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+        results.append((outputs.logits, {name: one.grad for name, one in model.named_parameters()}, tokens))
+    torch.testing.assert_close(results[1], results[0])
 
 
 @every_model

@@ -20,6 +20,10 @@ INDEX = "model.safetensors.index.json"
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# Bytes of tensors that are read before their file is opened anew: pages of a mapped file count as memory of the
+# process until it is closed, and the published DeepSeek-OCR is one file of 6.7 GB.
+BYTES_PER_OPENING = 2**29
+
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -69,13 +73,21 @@ class StoredTensors:
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Read tensors file by file; their memory is mapped from the file where the system can.
 
+        A tensor that is not kept takes memory only until some more have been read.
+
         Args:
             names: The tensors to read.
         """
         for file in sorted({self.tensors[name].file for name in names}):
-            with safe_open(self.folder / file, framework="pt") as opened:
-                for name in sorted(name for name in names if self.tensors[name].file == file):
-                    yield name, opened.get_tensor(self.tensors[name].name)
+            waiting = sorted((name for name in names if self.tensors[name].file == file), reverse=True)
+            while waiting:
+                read = 0
+                with safe_open(self.folder / file, framework="pt") as opened:
+                    while waiting and read < BYTES_PER_OPENING:
+                        name = waiting.pop()
+                        tensor = opened.get_tensor(self.tensors[name].name)
+                        read += tensor.nbytes
+                        yield name, tensor
 
 
 def list_tensors(folder: Path) -> StoredTensors:

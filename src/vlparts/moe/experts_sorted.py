@@ -1,8 +1,8 @@
 """The experts implementation `vlparts_sorted`: token-expert pairs sorted by expert, in chunks that fit the cache.
 
-On CPU each product is that of one expert with its tokens, by the faster of PyTorch's two libraries, written to where
-the next step reads it. Elementwise steps between the products run for many experts at once, in memory that is reused.
-On other devices and in compiled programs it is transformers' `grouped_mm`.
+On CPU each product is that of one expert with its tokens, by the fastest kernel, written to where the next step reads
+it. Elementwise steps between the products run for many experts at once, in memory that is reused. On other devices and
+in compiled programs it is transformers' `grouped_mm`.
 
 Shapes: T tokens, K experts per token, E experts, H width, I intermediate size of an expert, N = 2 I with a gate, I
 without; P pairs of a token and an expert.
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from ..kernels.cpu.linear import linear_cpu, onednn_is_faster, weight_gradient
+from ..kernels.cpu.linear import is_faster, linear_cpu, weight_gradient
 from ..parts.ops_library import define_operation
 from .expert_weights import ExpertWeights, check_routing, get_expert_weights
 
@@ -146,11 +146,12 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: list[_Segme
         return F.grouped_mm(x, weight[experts].transpose(1, 2), offs=ends[experts] - first)
     if len(chunk) == 1:
         return linear_cpu(x, weight[chunk[0].expert], None if bias is None else bias[chunk[0].expert])
-    output = x.new_empty(len(x), weight.shape[1])
+    (outer, inner), transposed = weight.shape[1:], not weight[0].is_contiguous()
+    output = x.new_empty(len(x), outer)
     for expert, start, end in chunk:
         rows = x[start - first : end - first]
         target = output[start - first : end - first]
-        if x.dtype == torch.float32:
+        if is_faster(x.dtype, len(rows), inner, outer, transposed=transposed):
             target.copy_(linear_cpu(rows, weight[expert], None if bias is None else bias[expert]))
         elif bias is None:
             torch.mm(rows, weight[expert].t(), out=target)
@@ -162,14 +163,14 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: list[_Segme
 def _use_grouped_mm(x: Tensor, weight: Tensor, chunk: list[_Segment]) -> bool:
     """Return whether PyTorch's grouped product supports these operands and is not slower.
 
-    It needs rows of a multiple of 16 bytes, and is not slower with many experts if oneDNN has no faster product.
+    It needs rows of a multiple of 16 bytes, and is not slower with many experts if `linear_cpu` has no faster product.
     """
     outer, inner = weight.shape[1:]
     if len(chunk) < MIN_GROUPED_EXPERTS or (outer | inner) * x.element_size() % 16:
         return False
-    if x.dtype == torch.float32:
-        return not onednn_is_faster(len(x) // len(chunk), inner, outer)
-    return x.dtype == torch.bfloat16
+    rows, transposed = len(x) // len(chunk), not weight[0].is_contiguous()
+    is_supported = x.dtype in (torch.float32, torch.bfloat16)
+    return is_supported and not is_faster(x.dtype, rows, inner, outer, transposed=transposed)
 
 
 class _SortedExperts(torch.autograd.Function):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,12 +21,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moge import MoGEConfig
-from .decoders import prepare_decoder_inputs
+from .decoders import GrowingCacheGenerationMixin, prepare_decoder_inputs
 from .moe_experts import RoutedExperts, check_whole_groups
 from .moe_losses import balance_loss
 from .moe_router import GroupedTopKRouter
 from .moe_routing import RoutingOptions, choose_experts, get_token_mask, router_scores
 from .ops_activations import get_activation
+from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 from .packed_samples import keep_samples_apart, sequence_bounds
 from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
@@ -57,7 +57,8 @@ class MoGEMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Map `(B, S, H)` to `(B, S, H)`; the mask is ignored."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.act_fn(apply_linear(self.gate_proj, hidden_states))
+        return apply_linear(self.down_proj, gate * apply_linear(self.up_proj, hidden_states))
 
 
 class MoGEBlock(nn.Module):
@@ -115,7 +116,7 @@ class MoGEDecoderLayer(GradientCheckpointingLayer):
             token_mask: `(T,)` bool, false at padding.
             **kwargs: Passed to attention.
         """
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        attended, _ = apply_linear(self.self_attn, hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
 
@@ -300,7 +301,7 @@ class MoGEModel(MoGEPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
+class MoGEForCausalLM(MoGEPreTrainedModel, GrowingCacheGenerationMixin):
     """Pangu Pro MoE with its language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -366,7 +367,7 @@ class MoGEForCausalLM(MoGEPreTrainedModel, GenerationMixin):
             output_router_logits=balanced,
             **kwargs,
         )
-        logits = self.lm_head(slice_for_logits(outputs.last_hidden_state, logits_to_keep))
+        logits = apply_linear(self.lm_head, slice_for_logits(outputs.last_hidden_state, logits_to_keep))
         aux_loss = None
         if balanced:
             aux_loss = self.get_balance_loss(

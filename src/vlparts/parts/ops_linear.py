@@ -27,8 +27,8 @@ _PLAIN = (Tensor, nn.Parameter, type(None))
 _linear_operation = _LinearOperation()
 
 
-def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
-    """Apply a `torch.nn.Linear`, or what replaced it, by `vlparts::linear`.
+def apply_linear(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """Apply a `torch.nn.Linear`, or what replaced it, or a module with several, by `vlparts::linear`.
 
     The layer is called, so its hooks run, and adapters and quantized layers in its place work. Only the product of
     plain tensors is computed by the operation, whose kernels may differ from PyTorch's by rounding; tensor subclasses,
@@ -36,13 +36,14 @@ def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
     linear layer.
 
     Args:
-        layer: Maps `(..., in_features)` to `(..., out_features)`.
-        input: `(..., in_features)`.
+        layer: For a linear layer: maps `(..., in_features)` to `(..., out_features)`.
+        *inputs: Its inputs; `(..., in_features)`.
+        **options: Its named inputs.
 
     Returns:
-        `(..., out_features)`.
+        Its outputs; `(..., out_features)`.
     """
     if torch.compiler.is_compiling():
-        return layer(input)
+        return layer(*inputs, **options)
     with _linear_operation:
-        return layer(input)
+        return layer(*inputs, **options)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMixin
 
+from .decoders import GrowingCacheGenerationMixin
 from .packed_index import INTEGER_DTYPES, check_grid_layout
 from .utils import positive_integer
 
@@ -297,7 +297,7 @@ def get_multimodal_position_ids(
     return position_ids.to(input_ids.device), rope_deltas.to(input_ids.device)
 
 
-class MultiAxisGenerationMixin(GenerationMixin):
+class MultiAxisGenerationMixin(GrowingCacheGenerationMixin):
     """`GenerationMixin` for `position_ids` of shape `(B, S)`, `(3, B, S)` or `(4, B, S)`."""
 
     def _expand_inputs_for_generation(

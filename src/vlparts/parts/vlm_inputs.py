@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .ops_linear import apply_linear
 from .packed_samples import positions_in_samples, run_text_model
 from .utils import ForwardKwargs, check_token_inputs
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
@@ -235,7 +236,7 @@ def compute_logits(head: nn.Module, hidden_states: Tensor, config: PreTrainedCon
         _text_number(config, name) for name in (rule.hidden_divisor, rule.multiplier, rule.divisor, rule.softcap)
     )
     hidden_divisor, multiplier, divisor, softcap = numbers
-    logits = head(hidden_states if hidden_divisor is None else hidden_states / hidden_divisor)
+    logits = apply_linear(head, hidden_states if hidden_divisor is None else hidden_states / hidden_divisor)
     if multiplier is not None:
         logits = logits * multiplier
     if divisor is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from tests.checkpoints.deepseek_ocr.files import CONFIG, LANGUAGE, TOKENIZER, shapes, tensors
@@ -15,6 +16,7 @@ from tests.checkpoints.files import assert_same_bytes, read_folder, write_folder
 from tests.parity.unlimited_ocr import native_of
 from tests.tiny import tokenizer
 from vlparts import DeepEncoderConfig, MoGEConfig, VisionLanguageConfig, VisionLanguageForConditionalGeneration
+from vlparts.checkpoints import _safetensors
 from vlparts.checkpoints.deepseek_ocr import model_from_deepseek_ocr, processor_from_deepseek_ocr, to_deepseek_ocr
 from vlparts.checkpoints.deepseek_ocr.names import get_slices
 
@@ -53,6 +55,23 @@ def test_reading_and_writing_keeps_every_bit(tmp_path: Path) -> None:
     again = model_from_deepseek_ocr(tmp_path / "out")
     assert again.config.to_dict() == model.config.to_dict()
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+def test_pages_of_one_large_file_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of a mapped file is memory of the process until the file is closed."""
+    folder, openings = write_folder(tmp_path / "in", tensors(), CONFIG, shards=1), []
+    write_json(folder / "tokenizer.json", TOKENIZER)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        openings.append(args)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(_safetensors, "safe_open", counting)
+    # Some tensors are larger than a tenth.
+    monkeypatch.setattr(_safetensors, "BYTES_PER_OPENING", sum(tensor.nbytes for tensor in tensors().values()) // 10)
+    to_deepseek_ocr(model_from_deepseek_ocr(folder), tmp_path / "out")
+    assert_same_bytes(read_folder(tmp_path / "out"), tensors())
+    assert len(openings) >= 4
 
 
 @pytest.mark.parametrize("form", ["top level", "language_config"])

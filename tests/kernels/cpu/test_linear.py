@@ -32,6 +32,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return multiply(x, weight, bias)
 
     monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: has_onednn)
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: False)
     monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
     monkeypatch.setattr(linear_cpu, "product", noted)
     return shapes
@@ -251,6 +252,45 @@ def test_which_processors_emulate_products_of_16_bits(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert linear_cpu.half_is_emulated.__wrapped__() == emulated
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (16, 24), (17, 24), (2, 3, 24), (1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_in_float32(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool) -> None:
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: has_onednn)
+    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+    module, x = layer(bias=bias), torch.randn(shape, requires_grad=True)
+    exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    found, expected = module(x), exact(precise)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    mine = gradients(found, [x, *module.parameters()])
+    theirs = gradients(expected, [precise, *exact.parameters()])
+    torch.testing.assert_close([one.double() for one in mine], list(theirs), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(module(x), found)
+        assert module(x).is_contiguous()
+
+
+@pytest.mark.parametrize(("maker", "capability"), [("AuthenticAMD", "AVX512"), ("GenuineIntel", "AVX2"), ("", "AVX2")])
+def test_few_rows_elsewhere_are_pytorchs(monkeypatch: pytest.MonkeyPatch, maker: str, capability: str) -> None:
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not linear_cpu.mkl_is_slow_in_layers.__wrapped__()
+    monkeypatch.setattr(linear_cpu, "_processor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert linear_cpu.mkl_is_slow_in_layers.__wrapped__() == has_onednn
+
+
+def test_few_rows_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: True)
+    for rows in (1, linear_cpu.MAX_FEW_ROWS):
+        assert linear_cpu._few_rows_are_faster(rows, 1024, 1024, False) == torch.backends.mkldnn.enabled
+        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1023, False)
+        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1024, True)
+        assert not linear_cpu.is_faster(torch.float64, rows, 1024, 1024)
+    for rows in (0, linear_cpu.MAX_FEW_ROWS + 1):
+        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1024, False)
 
 
 @pytest.mark.usefixtures("kernel")

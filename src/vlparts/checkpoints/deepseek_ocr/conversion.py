@@ -38,7 +38,7 @@ def model_from_deepseek_ocr(
 ) -> VisionLanguageForConditionalGeneration:
     """Build a complete DeepSeek-OCR: encoder, projector with newline and separator, decoder with head.
 
-    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Generation
+    Each tensor is allocated once and filled from the files: memory holds the model and half a gigabyte. Generation
     options are those of generation_config.json, if there is one, and for those that it does not have, those of the
     published README: no sampling, and a ban on repeated n-grams. The model is in evaluation mode.
 

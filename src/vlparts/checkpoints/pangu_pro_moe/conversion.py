@@ -19,7 +19,7 @@ _ROUTER_SCALE = ".mlp.gate.router_scale"
 def model_from_pangu_pro_moe(folder: PathLike, *, dtype: torch.dtype | None = None) -> MoGEForCausalLM:
     """Build a Pangu Pro MoE with the weights of a folder.
 
-    Each tensor is allocated once and filled file by file: memory holds the model and at most one file. Rotary buffers
+    Each tensor is allocated once and filled from the files: memory holds the model and half a gigabyte. Rotary buffers
     (`rotary_emb.inv_freq`) of old exports are not read. Generation options come from generation_config.json, if there
     is one. The model is in evaluation mode.
 

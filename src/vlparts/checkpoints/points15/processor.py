@@ -15,7 +15,7 @@ from ...parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from ...parts.processing_vlm import VisionLanguageProcessor
 from ...parts.utils import positive_integer
 from .._processor import read_processor
-from ..qwen_vl.processor import get_image_processor
+from ..qwen_vl import image_processor_from_qwen_vl
 from .config import PathLike
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 14 * 14 * 4 * 1280
@@ -48,7 +48,7 @@ def processor_from_points15(
             size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}, enlarge_tiny=False
         )
     else:
-        images = get_image_processor(path)
+        images = image_processor_from_qwen_vl(path)
     areas = {"shortest_edge": ("min_pixels", min_pixels), "longest_edge": ("max_pixels", max_pixels)}
     changed = {edge: positive_integer(area, name) for edge, (name, area) in areas.items() if area is not None}
     images.size = {edge: images.size[edge] for edge in areas} | changed

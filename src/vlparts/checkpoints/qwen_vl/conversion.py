@@ -1,25 +1,46 @@
 """Published Qwen2-VL, Qwen2.5-VL and Qwen3-VL folders to encoders, mergers and image processors."""
 
 import logging
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from ...parts.modeling_windowfree import WindowFreeViTModel
-from .._processor import read_statistics
+from .._processor import read_statistics, require_processor
 from .._safetensors import StoredTensors, list_tensors
 from .._weights import check_dtype, check_tensors, load_weights
 from .config import get_vision_config, read_config
 from .names import BUFFER, MERGERS, TEXT_MODEL, get_merger_names, get_merger_shapes, get_slices, without_nesting
-from .processor import get_image_processor
 
 logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
+
+_FIELDS = ("patch_size", "merge_size", "image_mean", "image_std")
+_OPTIONAL_FIELDS = ("do_resize", "do_convert_rgb", "resample")
+_AREAS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+# Class names, "temporal_patch_size", which is the encoder's, and how the pixels are passed on, which changes nothing.
+_IGNORED = {
+    "image_processor_type",
+    "processor_class",
+    "auto_map",
+    "temporal_patch_size",
+    "data_format",
+    "default_to_square",
+    "input_data_format",
+    "return_tensors",
+    "device",
+    "backend",
+    "model_input_names",
+    "_processor_class",
+}
+_FIXED: dict[str, Any] = {"do_rescale": True, "do_normalize": True}
 
 
 def encoder_from_qwen_vl(folder: PathLike, *, dtype: torch.dtype | None = None) -> WindowFreeViTModel:
@@ -106,7 +127,8 @@ def image_processor_from_qwen_vl(folder: PathLike) -> WindowFreeViTImageProcesso
     It makes the patches of the native image processor, in the same order, but as raw uint8 pixels of one frame, an
     eighth of the size: the encoder normalizes them and repeats the frame. Sizes and statistics come from
     preprocessor_config.json. The encoder also takes the native processors' pixels. For videos use the native video
-    processor, which puts two frames into each patch; `preprocess_videos` puts in each frame alone.
+    processor, which puts two frames into each patch; `preprocess_videos` puts in each frame alone. Fields without
+    counterpart are logged as a warning.
 
     Args:
         folder: A local folder with preprocessor_config.json (or processor_config.json).
@@ -114,4 +136,29 @@ def image_processor_from_qwen_vl(folder: PathLike) -> WindowFreeViTImageProcesso
     Raises:
         ValueError: If there is no such file, if it lacks a field, or if it has an option that ours does not have.
     """
-    return get_image_processor(Path(folder))
+    fields = require_processor(Path(folder))
+    size = fields.get("size") or {}
+    if not isinstance(size, dict):
+        raise ValueError(f"`folder` must have an image processor whose size is an object, got {size!r}.")
+    # As in transformers, areas of their own take precedence over those of "size".
+    areas = {edge: fields.get(name) or size.get(edge) for name, edge in _AREAS.items()}
+    missing = [name for name, edge in _AREAS.items() if areas[edge] is None]
+    missing += [name for name in _FIELDS if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"`folder` must have {', '.join(missing)} for its image processor, got none.")
+    for name, value in _FIXED.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"`folder` must have an image processor with {name} = {value}, got {fields[name]!r}.")
+    factor = fields.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255):
+        raise ValueError(f"`folder` must have an image processor with rescale_factor = 1/255, got {factor!r}.")
+    known = {*_AREAS, *_FIELDS, *_OPTIONAL_FIELDS, *_IGNORED, *_FIXED, "size", "rescale_factor"}
+    others = sorted(name for name in fields.keys() - known if fields[name] is not None)
+    if others:
+        logger.warning("Ignored, since the image processor has no such options: %s.", ", ".join(others))
+    return WindowFreeViTImageProcessor(
+        **{name: fields[name] for name in _FIELDS},
+        **{name: fields[name] for name in _OPTIONAL_FIELDS if fields.get(name) is not None},
+        size=areas,
+        enlarge_tiny=False,
+    )

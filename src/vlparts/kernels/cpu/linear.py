@@ -3,7 +3,7 @@
 PyTorch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors only. On AMD processors with
 AVX-512, oneDNN, also part of PyTorch, is 2.2 times as fast (one and two cores of a Zen 5, layers of a ViT-S and a
 ViT-B). On those with AVX2 alone it is faster where no factor is transposed, as in a layer, and slower in gradients of
-weights. `torch.backends.mkldnn.flags(enabled=False)` restores MKL.
+weights; for the few rows of decoding see `MAX_FEW_ROWS`. `torch.backends.mkldnn.flags(enabled=False)` restores MKL.
 
 Without AVX-512, x86 has no instructions for products in bfloat16 and float16, which then are a fourth to a seventh as
 fast as in float32. There the factors are converted, which is exact, and the float32 result is rounded once, as in
@@ -33,6 +33,11 @@ ROWS_PER_CHUNK = 1024
 # Rows of a weight gradient beyond the last multiple of this are left to MKL, so that few shapes occur: oneDNN compiles
 # each new one, which takes a millisecond and half a megabyte.
 ROW_MULTIPLE = 64
+
+# Most rows for which the transposed product is faster on AMD processors with AVX2 alone. It takes 0.4 of MKL's time
+# with 2 rows, 0.27 with 4, 0.4 with 8 and 0.6 with 16; oneDNN 0.6, 0.35, 0.4 and 1.1. With one row oneDNN is faster,
+# which reads the weights at 16 GB/s, MKL at 10 (weights of 1 to 13 million elements, 2 cores of a Zen 3).
+MAX_FEW_ROWS = 16
 
 # Fewest rows for which products of 16 bits are computed in float32, since the weight is converted in each call. Their
 # time in multiples of that in float32: 0.8 with 8 rows, 1.4 with 16, 2.1 with 32, 5.6 with 257 and 7.2 with 1,600
@@ -71,7 +76,41 @@ def onednn_is_faster(rows: int, inner: int, columns: int, *, transposed: bool = 
         rows * inner * columns >= MULTIPLICATIONS_FROM * torch.get_num_threads()
         and columns >= 8
         and (mkl_is_slow() or (not transposed and mkl_is_slow_in_layers()))
-        and bool(torch.backends.mkldnn.enabled)
+        and _onednn_is_allowed()
+    )
+
+
+def _few_rows_are_faster(rows: int, inner: int, columns: int, transposed: bool) -> bool:
+    """Whether [`_multiply_few_rows`], or [`product`] of one row, may be used and is faster than MKL."""
+    return (
+        1 <= rows <= MAX_FEW_ROWS
+        and inner * columns >= MULTIPLICATIONS_FROM
+        and not transposed
+        and mkl_is_slow_in_layers()
+        and _onednn_is_allowed()
+    )
+
+
+def is_faster(dtype: torch.dtype, rows: int, inner: int, columns: int, *, transposed: bool = False) -> bool:
+    """Whether [`linear_cpu`] of `(rows, inner)` and `(columns, inner)` has a faster product than PyTorch's own.
+
+    Args:
+        dtype: Of both factors.
+        rows: Rows of the input.
+        inner: Input channels.
+        columns: Output channels.
+        transposed: Whether the weight is stored as `(inner, columns)`.
+    """
+    if dtype == torch.float32:
+        return onednn_is_faster(rows, inner, columns, transposed=transposed) or _few_rows_are_faster(
+            rows, inner, columns, transposed
+        )
+    return _widening_is_faster(dtype, rows)
+
+
+def _onednn_is_allowed() -> bool:
+    return (
+        bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
         and not _is_observed()
     )
@@ -98,7 +137,7 @@ def mkl_is_slow() -> bool:
 def mkl_is_slow_in_layers() -> bool:
     """The same for AVX2, where this holds only if no factor is transposed.
 
-    Times of MKL as multiples of oneDNN's (768 to 4,096 channels, two cores of a Zen 3): 1.1 to 2.2 with 8 to 101 rows,
+    Times of MKL as multiples of oneDNN's (768 to 4,096 channels, two cores of a Zen 3): 0.7 to 2.6 with 8 to 101 rows,
     1.0 to 1.5 with 257 to 1,600, 1.0 to 1.2 with 4,096; for gradients of weights 0.4 to 1.0.
     """
     return _is_amd_with("AVX2")
@@ -153,11 +192,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     columns, inner = weight.shape
     rows, transposed = x.numel() // max(inner, 1), not weight.is_contiguous()
     return (
-        (
-            onednn_is_faster(rows, inner, columns, transposed=transposed)
-            if x.dtype == torch.float32
-            else _widening_is_faster(x.dtype, rows)
-        )
+        is_faster(x.dtype, rows, inner, columns, transposed=transposed)
         and all(y is None or (is_plain(y) and y.dtype == x.dtype) for y in (x, weight, bias))
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and (bias is None or (bias.shape == (columns,) and bias.is_contiguous()))
@@ -173,8 +208,16 @@ def _widening_is_faster(dtype: torch.dtype, rows: int) -> bool:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer without gradients, for inputs to which [`_applies`] applies."""
     if x.dtype == torch.float32:
-        return product(x, weight, bias)
+        rows = x.numel() // x.shape[-1]
+        few = rows > 1 and _few_rows_are_faster(rows, x.shape[-1], len(weight), not weight.is_contiguous())
+        return _multiply_few_rows(x, weight, bias) if few else product(x, weight, bias)
     return linear_cpu(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _multiply_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer as `(weight @ x.T).T`; arguments and result are those of [`product`]."""
+    output = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
+    return (output if bias is None else output + bias).contiguous().view(*x.shape[:-1], len(weight))
 
 
 def is_plain(tensor: Tensor) -> bool:
