@@ -18,7 +18,8 @@ from ._folder import read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# In the order in which safetensors writes tensors: wide types first, so that all data is aligned.
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # Bytes of tensors that are read before their file is opened anew: pages of a mapped file count as memory of the
 # process until it is closed, and the published DeepSeek-OCR is one file of 6.7 GB.
@@ -170,14 +171,15 @@ def _write_file(path: Path, meta: dict[str, Tensor], get_tensor: Callable[[str],
     """Write one file: the length of the header, the header, and the data without gaps."""
     dtypes = {dtype: name for name, dtype in FLOATING.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide types first, so that all data is aligned.
-    names, end = sorted(meta, key=lambda name: (-meta[name].element_size(), name)), 0
-    for name in names:
-        tensor = meta[name]
+    for name, tensor in meta.items():
         if tensor.dtype not in dtypes:
             raise ValueError(
-                f"`model` must have weights of the dtypes {', '.join(dtypes.values())}, got {tensor.dtype} in {name}."
+                f"`model` must have weights of the dtypes {', '.join(FLOATING)}, got {tensor.dtype} in {name}."
             )
+    order, end = list(dtypes), 0
+    names = sorted(meta, key=lambda name: (order.index(meta[name].dtype), name))
+    for name in names:
+        tensor = meta[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -185,8 +187,8 @@ def _write_file(path: Path, meta: dict[str, Tensor], get_tensor: Callable[[str],
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            data = get_tensor(name).detach().cpu().contiguous().reshape(-1)
-            file.write(data.view(torch.uint8).numpy().data)
+            # No name is kept: a tensor is freed before the next one is made.
+            file.write(get_tensor(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class TensorBytes:
