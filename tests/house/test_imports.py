@@ -7,12 +7,19 @@ import sys
 
 import pytest
 
-LIMIT_SECONDS = 0.3
+# Most time of an import, in multiples of that of `import numpy` in the same process, so that slow machines count alike.
+LIMIT = 6.0
 ATTEMPTS = 5
 FORBIDDEN_MODULES = {"torch_npu", "torchvision", "matplotlib", "peft", "typer"}
 # Time is that of the processor, and the best of several processes counts: the machine may be busy.
-PROBE = """
+YARDSTICK = """
 import json, sys, time
+start = time.process_time()
+import numpy
+unit = time.process_time() - start
+"""
+PROBE = f"""
+{YARDSTICK}
 import torch
 from transformers import PreTrainedModel
 
@@ -21,14 +28,15 @@ events = []
 sys.addaudithook(lambda event, _: events.append(event) if event.startswith("socket.") else None)
 start = time.process_time()
 import vlparts
-seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "events": events, "modules": sorted(set(sys.modules) - before)}))
+times = (time.process_time() - start) / unit
+print(json.dumps({{"times": times, "events": events, "modules": sorted(set(sys.modules) - before)}}))
 """
 
 
 def probe() -> dict:
     """Import vlparts in a fresh process that may reach the network, and return what happened."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VLPARTS_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VLPARTS_"))}
+    environment = {**kept, "OPENBLAS_NUM_THREADS": "1"}  # whose start would be counted for each core
     command = [sys.executable, "-W", "error::DeprecationWarning:vlparts", "-c", PROBE]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
@@ -50,31 +58,31 @@ def test_import_opens_no_socket(imported: dict) -> None:
     assert imported["events"] == []
 
 
-COORDINATES = """
-import json, sys, time
+COORDINATES = f"""
+{YARDSTICK}
 start = time.process_time()
 import vlparts.coordinates
-seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "modules": sorted({name.partition(".")[0] for name in sys.modules})}))
+times = (time.process_time() - start) / unit
+print(json.dumps({{"times": times, "modules": sorted({{name.partition(".")[0] for name in sys.modules}})}}))
 """
 
 
 def test_coordinates_need_neither_torch_nor_transformers() -> None:
-    """And take under 0.3 s of the processor, the best of several processes."""
-    seconds: list[float] = []
-    while min(seconds, default=LIMIT_SECONDS) >= LIMIT_SECONDS and len(seconds) < ATTEMPTS:
+    """And take little time, the best of several processes."""
+    times: list[float] = []
+    while min(times, default=LIMIT) >= LIMIT and len(times) < ATTEMPTS:
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # whose start would be counted for each core
         command = [sys.executable, "-c", COORDINATES]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0, run.stderr
         found = json.loads(run.stdout)
         assert {"torch", "transformers", "tokenizers", "PIL"} & set(found["modules"]) == set()
-        seconds.append(found["seconds"])
-    assert min(seconds) < LIMIT_SECONDS, f"import vlparts.coordinates took {seconds} seconds"
+        times.append(found["times"])
+    assert min(times) < LIMIT, f"import vlparts.coordinates took {times} times as long as import numpy"
 
 
 def test_import_is_fast(imported: dict) -> None:
-    seconds = [imported["seconds"]]
-    while min(seconds) >= LIMIT_SECONDS and len(seconds) < ATTEMPTS:
-        seconds.append(probe()["seconds"])
-    assert min(seconds) < LIMIT_SECONDS, f"import vlparts took {seconds} seconds"
+    times = [imported["times"]]
+    while min(times) >= LIMIT and len(times) < ATTEMPTS:
+        times.append(probe()["times"])
+    assert min(times) < LIMIT, f"import vlparts took {times} times as long as import numpy"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,6 +118,7 @@ def model() -> MoGEForCausalLM:
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), left=st.booleans(), given_by=st.integers(0, 2))
+@example(lengths=[1, 1], left=True, given_by=0)  # a column of tokens, whose router logits have as many rows
 @settings(max_examples=25)
 def test_a_packed_row_equals_a_padded_batch(
     model: MoGEForCausalLM, lengths: list[int], left: bool, given_by: int

@@ -260,10 +260,11 @@ def _run_in_rows(
         """Back to `(B, S, ...)`, in all tensors with a value per token."""
         if isinstance(value, tuple | list):
             return tuple(pack(one) for one in value)
-        if isinstance(value, Tensor) and value.shape[:1] == (rows.numel(),):  # router logits
-            return pack(value.unflatten(0, rows)).flatten(0, 1)
-        if not isinstance(value, Tensor) or value.shape[:2] != rows:
+        if not isinstance(value, Tensor):
             return value
+        if value.shape[:2] != rows:
+            is_flat = value.shape[:1] == (rows.numel(),)  # router logits
+            return pack(value.unflatten(0, rows)).flatten(0, 1) if is_flat else value
         at = [index.to(value.device) for index in (sample, place, tokens)]
         packed = value.new_zeros(ids.numel(), *value.shape[2:]).index_put((at[2],), value[at[0], at[1]])
         return packed.unflatten(0, ids.shape)
