@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-# Most time of an import, in multiples of that of `import numpy` in the same process, so that slow machines count alike.
-LIMIT = 6.0
+# Most time of an import as a multiple of that of `import numpy` in the same process, since machines differ.
+LIMIT, COORDINATES_LIMIT = 6.0, 3.0
 ATTEMPTS = 5
 FORBIDDEN_MODULES = {"torch_npu", "torchvision", "matplotlib", "peft", "typer"}
 # Time is that of the processor, and the best of several processes counts: the machine may be busy.
@@ -70,7 +70,7 @@ print(json.dumps({{"times": times, "modules": sorted({{name.partition(".")[0] fo
 def test_coordinates_need_neither_torch_nor_transformers() -> None:
     """And take little time, the best of several processes."""
     times: list[float] = []
-    while min(times, default=LIMIT) >= LIMIT and len(times) < ATTEMPTS:
+    while min(times, default=COORDINATES_LIMIT) >= COORDINATES_LIMIT and len(times) < ATTEMPTS:
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # whose start would be counted for each core
         command = [sys.executable, "-c", COORDINATES]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -78,7 +78,7 @@ def test_coordinates_need_neither_torch_nor_transformers() -> None:
         found = json.loads(run.stdout)
         assert {"torch", "transformers", "tokenizers", "PIL"} & set(found["modules"]) == set()
         times.append(found["times"])
-    assert min(times) < LIMIT, f"import vlparts.coordinates took {times} times as long as import numpy"
+    assert min(times) < COORDINATES_LIMIT, f"import vlparts.coordinates took {times} times as long as import numpy"
 
 
 def test_import_is_fast(imported: dict) -> None:
