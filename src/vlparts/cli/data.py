@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import exit_on_value_error
+from .options import Device, DType, TrustRemoteCode
 
 __all__ = ["app"]
 
@@ -46,11 +47,9 @@ def filter_data(
         Path | None, typer.Option(help="JSON Lines file to write with scores and outcome of every record.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the results of an earlier run.")] = False,
-    device: Annotated[str | None, typer.Option(help="Device, such as cuda; by default an accelerator if any.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Type of the weights, such as bfloat16; auto for that of the files.")
-    ] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that is in the folder of the model.")] = False,
+    device: Device = None,
+    dtype: DType = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Keep the records of low perplexity, and those whose questions need the image.
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import exit_on_value_error
+from .options import Device, DType, TrustRemoteCode
 
 if TYPE_CHECKING:
     from ..documents import RunSummary
@@ -37,11 +38,9 @@ def ocr(
     max_new_tokens: Annotated[
         int, typer.Option(help="Most tokens of a page; a page that reaches it is reported.", min=1)
     ] = 8192,
-    device: Annotated[str | None, typer.Option(help="Device, such as cuda; by default an accelerator if any.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Type of the weights, such as bfloat16; auto for that of the files.")
-    ] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that is in the folder of the model.")] = False,
+    device: Device = None,
+    dtype: DType = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Recognize the text of documents: Markdown, JSON, figures, and pictures of the layout.
 

@@ -211,7 +211,7 @@ def select_parameters(model: nn.Module, names: Iterable[str], argument: str) -> 
     Args:
         model: The model.
         names: "vision", "projector", "text" (with the language head), or patterns of the names of parameters, in which
-            `*` stands for any characters, such as "model.vision_tower.sam.*".
+            `*` matches any characters, such as "model.vision_tower.sam.*".
         argument: Name of `names` in error messages.
 
     Returns:

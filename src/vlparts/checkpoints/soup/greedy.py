@@ -18,7 +18,7 @@ __all__ = ["GreedySoup", "Trial", "command_evaluator", "greedy_soup"]
 
 _Members = tuple[int, ...]  # positions in the list of folders
 PLACE = "{folder}"
-"""Mark in a command that stands for the folder of the model."""
+"""Placeholder for the folder of the model in a command."""
 
 
 @dataclass(frozen=True)
