@@ -63,14 +63,11 @@ def test_a_native_model_loads_with_it(tmp_path: Path, name: str, implementation:
 
 
 @every_implementation
-def test_remote_code_and_the_decoder_of_deepseek_ocr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, implementation: str
-) -> None:
+def test_remote_code_and_the_decoder_of_deepseek_ocr(tmp_path: Path, implementation: str) -> None:
     """The code in a saved folder takes an implementation of the installed library; in float64 it equals "eager"."""
     small = {"num_key_value_heads": 2, "head_dim": 16, "mlp_only_layers": [0], "num_experts": 8, "eos_token_id": None}
     sizes = {**SIZES, **small, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48}
     order_one(MoGEForCausalLM(MoGEConfig.from_preset("deepseek_ocr", **sizes))).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
     remote = get_class_from_dynamic_module("modeling_moge.MoGEForCausalLM", tmp_path / "model")
     assert remote.__module__.startswith("transformers_modules.")
     ids, results = torch.randint(0, 64, (2, 9)), []
