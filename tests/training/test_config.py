@@ -10,6 +10,7 @@ from vlparts.training.config import TrainConfig, load_config
 
 # A value other than the default for every field.
 VALUES: dict[str, Any] = {
+    "kind": "composed",
     "data": "train.jsonl",
     "output": "model",
     "eval_data": "eval.jsonl",
