@@ -248,12 +248,17 @@ def read_yaml(path: Path, argument: str) -> dict[str, Any]:
         ValueError: If the file cannot be read, is not a mapping, or has a key twice.
     """
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
+        fields = parse_yaml(path.read_text(encoding="utf-8-sig")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"`{argument}` {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"`{argument}` {path} must hold a mapping, got {type(fields).__name__}.")
     return fields
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML document with floats as in YAML 1.2; a key that occurs twice raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def check_config(fields: dict[str, Any], what: str) -> TrainConfig:

@@ -38,7 +38,16 @@ from .dual_encoder import VISION, save_vision_tower
 from .packed_trainer import pack_sampler
 from .train import Prepared, check_output, prepare, train
 
-__all__ = ["RECIPES", "Recipe", "RecipeResult", "StagePlan", "StageResult", "check_recipe", "load_recipe", "run_recipe"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "RecipeResult",
+    "StagePlan",
+    "StageResult",
+    "check_recipe",
+    "load_recipe",
+    "run_recipe",
+]
 
 RECIPES = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 """Recipes of published models by name."""
@@ -55,8 +64,8 @@ class Recipe(BaseModel):
 
     Args:
         output: Folder of the recipe; the result of each stage is in a folder with its name in it.
-        stages: Settings of each stage by its name, as of [`TrainConfig`], without `output` and `resume`. Only the first
-            stage has `model` and `vision`, or may be a dual encoder.
+        stages: Settings of each stage by its name, as of [`TrainConfig`], without `output` and `resume`. Only the
+            first stage has `model` and `vision`, or may be a dual encoder.
         defaults: Settings of all stages that do not have them, except those of the model.
     """
 
