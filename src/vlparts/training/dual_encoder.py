@@ -14,6 +14,7 @@ from transformers import AutoModel, Trainer, VisionTextDualEncoderProcessor
 from transformers.modeling_utils import PreTrainedModel
 
 from ..image_processors import default_image_processor, load_image_processor, read_image_processor_config
+from ..parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from ..parts.image_files import open_image
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.vlm_features import pixel_layout
@@ -29,6 +30,7 @@ __all__ = ["VISION", "ContrastiveTrainer", "PairCollator", "PairEncoder", "build
 
 VISION = "vision"
 """Folder of the vision tower in the folder of a trained dual encoder."""
+_OPTIONS = NaViTDualEncoderConfig.__annotations__.keys() - {"vision_config", "text_config"}
 
 
 def build_dual_encoder(
@@ -44,14 +46,16 @@ def build_dual_encoder(
     Raises:
         ValueError: If a setting names something that does not exist or cannot be loaded, or the towers do not fit.
     """
+    unknown = config.dual_encoder.keys() - _OPTIONS
+    if unknown:
+        raise ValueError(
+            f"`dual_encoder` must have options among {', '.join(sorted(_OPTIONS))}, got {', '.join(sorted(unknown))}."
+        )
     with nullcontext() if weights else torch.device("meta"):
         vision = make_tower(config, "vision", config.vision, weights)
         text, tokenizer = make_text(config, texts, AutoModel, weights)
         with config_errors("dual_encoder"):
-            try:
-                model = NaViTDualEncoder.from_towers(vision, text, **config.dual_encoder)
-            except TypeError as error:
-                raise ValueError(f"`dual_encoder`: {error}") from None
+            model = NaViTDualEncoder.from_towers(vision, text, **config.dual_encoder)
     tower = model.vision_model
     settings = read_image_processor_config(vision.name_or_path) if isinstance(vision, PreTrainedModel) else None
     image_processor = (
