@@ -1,5 +1,6 @@
 """Records as plain text, and prompts for records without a text of the user."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,8 @@ def text_of(encoder: SampleEncoder, given: Record | PageRecord, number: int = 0)
     sample = encoder(given, number)
     tokenizer = encoder.processor.tokenizer
     image = encoder.processor.image_token_id
-    ids = [
-        one
-        for one, before in zip(sample.input_ids, [-1, *sample.input_ids], strict=False)
-        if one != image or before != image
-    ]
+    runs = ((one, len([*run])) for one, run in groupby(sample.input_ids.tolist()))
+    ids = [one for one, length in runs for _ in range(1 if one == image else length)]
     kept = sample.input_ids[sample.labels != -100]
     assert (sample.labels[sample.labels != -100] == kept).all()
     return tokenizer.decode(ids), tokenizer.decode(kept)
@@ -44,14 +42,8 @@ def test_a_continuation_is_the_contents_of_the_turns(tmp_path: Path, name: str) 
     whole, answer = text_of(encoder, record(*CAPTION, image="a.png"))
     assert whole.replace(" ", "") == f"{start}<image>acat{end}"
     assert answer.replace(" ", "") == f"acat{end}"
-    turns = [
-        ("system", "user"),
-        ("user", "Where is the cat?"),
-        ("assistant", "here"),
-        ("user", ""),
-        ("assistant", "cat"),
-    ]
-    whole, answer = text_of(encoder, record(*turns, image="a.png"))
+    asked = [("system", "user"), ("user", "Where is the cat?"), ("assistant", "here")]
+    whole, answer = text_of(encoder, record(*asked, ("user", ""), ("assistant", "cat"), image="a.png"))
     assert whole.replace(" ", "") == f"{start}user\n<image>Whereisthecat?\nhere{end}cat{end}"
     assert answer.replace(" ", "") == f"here{end}cat{end}"
 
@@ -61,7 +53,7 @@ def test_a_continuation_has_the_placeholders_of_the_processor(tmp_path: Path) ->
     encoder = SampleEncoder(processor_for("navit", **tokens), tmp_path, template="continuation")
     save(tmp_path, "a.png")
     whole, _ = text_of(encoder, record(*CAPTION, images=["a.png", "a.png"]))
-    assert whole.startswith("<start><image><end><start><image><end>a cat")
+    assert whole == "<start><image><end><start><image><end>a cat<|im_end|>"
 
 
 def test_a_prompt_is_chosen_by_seed_and_line(tmp_path: Path) -> None:
