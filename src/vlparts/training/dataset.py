@@ -220,7 +220,7 @@ class PackSampler(Sampler):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        self._mixture = mixture
+        self.mixture = mixture
         lengths = list(lengths) if mixture is None else mixture.lengths
         order = list(range(len(lengths)))
         if shuffle:
@@ -240,7 +240,7 @@ class PackSampler(Sampler):
         if not self.shuffle:
             return iter([list(pack) for pack in self.plan])
         generator = random.Random(f"{self.seed}-{self.epoch}")
-        chosen = range(len(self._lengths)) if self._mixture is None else self._mixture.samples(self.epoch)
+        chosen = range(len(self._lengths)) if self.mixture is None else self.mixture.samples(self.epoch)
         by_length: dict[int, list[int]] = defaultdict(list)
         for sample, length in zip(chosen, self._lengths, strict=True):
             by_length[length].append(sample)
@@ -262,6 +262,10 @@ def steps_for_tokens(sampler: PackSampler, lengths: Sequence[int], packs_per_ste
         tokens: The number of tokens.
     """
     steps = epoch = 0
+    if sampler.mixture is None:  # every epoch has the same tokens
+        epoch = (tokens - 1) // sum(lengths)
+        steps = epoch * -(-len(sampler) // packs_per_step)
+        tokens -= epoch * sum(lengths)
     while tokens > 0:
         sampler.set_epoch(epoch)
         packs = [sum(lengths[sample] for sample in pack) for pack in sampler]
