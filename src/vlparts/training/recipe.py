@@ -53,6 +53,7 @@ RECIPES = {file.stem: file for file in sorted((Path(__file__).parent / "recipes"
 """Recipes of published models by name."""
 _JOURNAL = "recipe.jsonl"
 _OF_THE_RUN = ("output", "resume")
+_MERGED = ("trainer", "image_processor")
 _OF_A_STAGE = (*_OF_THE_RUN, "model", "kind", *COMPOSITION_FIELDS)
 
 
@@ -66,7 +67,8 @@ class Recipe(BaseModel):
         output: Folder of the recipe; the result of each stage is in a folder with its name in it.
         stages: Settings of each stage by its name, as of [`TrainConfig`], without `output` and `resume`. Only the
             first stage has `model` and `vision`, or may be a dual encoder.
-        defaults: Settings of all stages that do not have them, except those of the model.
+        defaults: Settings of all stages that do not have them, except those of the model. Entries of `trainer` and
+            `image_processor` are defaults one by one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -91,6 +93,10 @@ class Recipe(BaseModel):
                 _refuse(fields, ("model", "vision"), f"Stage `{name}`", "they come from the stage before")
                 _check_continued(name, fields, before)
             settings = {**self.defaults, **fields, "output": self.output / name}
+            for option in _MERGED:
+                both = self.defaults.get(option), fields.get(option)
+                if all(isinstance(one, dict) for one in both):
+                    settings[option] = {**both[0], **both[1]}
             before = self._configs[name] = check_config(settings, f"settings of stage `{name}`")
         return self
 
