@@ -62,8 +62,7 @@ class TrainConfig(BaseModel):
             or "deepseek_ocr" for the plain format of DeepSeek-OCR.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
-        dual_encoder: Fields of [`NaViTDualEncoderConfig`][vlparts.parts.configuration_navit_dual_encoder.NaViTDualEncoderConfig] for a dual encoder, such as
-            `{"loss": "sigmoid"}`.
+        dual_encoder: Fields of `NaViTDualEncoderConfig` for a dual encoder, such as `{"loss": "sigmoid"}`.
         train: What is trained, if not all: "vision", "text" (with the language head), "projector" (of a dual encoder,
             its projections), or patterns of names of parameters, such as "model.vision_tower.layers.2?.*".
         freeze: What is not trained, instead of `train`.

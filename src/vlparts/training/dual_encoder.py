@@ -1,7 +1,7 @@
 """Training of a vision encoder by the captions of images: the stage of a recipe before there is a language model.
 
-A [`NaViTDualEncoder`][vlparts.parts.modeling_navit_dual_encoder.NaViTDualEncoder] is trained on pairs of an image and its caption. Its vision tower is
-saved too, as the vision encoder that the next stage composes.
+A `NaViTDualEncoder` is trained on pairs of an image and its caption. Its vision tower is saved too, as the vision
+encoder that the next stage composes.
 """
 
 from collections.abc import Iterable
