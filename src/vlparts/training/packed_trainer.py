@@ -84,7 +84,8 @@ class PackTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             if {"params", "model", "optimizer_dict"} & set(options):
                 raise ValueError(
-                    f"`trainer` optim={self.args.optim!r} takes no rates of parts; expected such as adamw."
+                    f"`trainer` optim={self.args.optim!r} takes no groups of parameters; expected one that does, such "
+                    "as 'adamw_torch', for `learning_rates` and `weight_decays`."
                 )
             groups = self._rates.groups(trained, [(one, name in decayed) for name, one in trained.named_parameters()])
             self.optimizer = optimizer_class(groups, **options)
