@@ -27,7 +27,7 @@ def config_for(folder: Path, **changes: Any) -> TrainConfig:
     if not (folder / "train.jsonl").exists():
         write_records(folder / "train.jsonl", [pair(index, folder) for index in range(8)])
     options = {"projection_dim": 16, "loss": "sigmoid"}
-    return settings(folder, kind="dual_encoder", max_items=4, **{"dual_encoder": options, **changes})
+    return settings(folder, kind="dual_encoder", **{"max_items": 4, "dual_encoder": options, **changes})
 
 
 def test_it_learns_and_is_saved(tmp_path: Path) -> None:

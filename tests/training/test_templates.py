@@ -38,7 +38,7 @@ def test_a_continuation_is_the_contents_of_the_turns(tmp_path: Path, name: str) 
     processor = processor_for("navit", TOKENIZERS[name]())
     save(tmp_path, "a.png")
     encoder = SampleEncoder(processor, tmp_path, template="continuation")
-    end, start = processor.tokenizer.eos_token, processor.tokenizer.bos_token if name == "metaspace" else ""
+    end, start = processor.tokenizer.eos_token, "<s>" if name in ("metaspace", "metaspace without prefix") else ""
     whole, answer = text_of(encoder, record(*CAPTION, image="a.png"))
     assert whole.replace(" ", "") == f"{start}<image>acat{end}"
     assert answer.replace(" ", "") == f"acat{end}"
