@@ -100,19 +100,24 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` to `(N, h, w, c)`."""
         height, width = hidden_states.shape[1:3]
-        qkv, side, heads = apply_linear(self.qkv, hidden_states), self.window_size, self.num_heads
+        side, heads = self.window_size, self.num_heads
         if side is None:
-            attended = self._attend_relatively(rearrange(qkv, "n y x (t h d) -> t (n h) y x d", t=3, h=heads))
-            return apply_linear(self.o_proj, rearrange(attended, "(n h) y x d -> n y x (h d)", h=heads))
-        # The published model pads its input with zeros, and attends to the padding.
-        padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
-        padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
-        padded[:, :height, :width] = qkv
-        layout = {"r": padded.shape[1] // side, "q": padded.shape[2] // side, "h": heads}
-        windows = rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
-        attended = self._attend_relatively(windows)
+            qkv = rearrange(apply_linear(self.qkv, hidden_states), "n y x (t h d) -> t (n h) y x d", t=3, h=heads)
+            attended = rearrange(self._attend_relatively(qkv), "(n h) y x d -> n y x (h d)", h=heads)
+            return apply_linear(self.o_proj, attended)
+        layout = {"r": -(-height // side), "q": -(-width // side), "h": heads}
+        attended = self._attend_relatively(self._get_windows(hidden_states, side, layout))
         attended = rearrange(attended, "(n r q h) y x d -> n (r y) (q x) (h d)", **layout)
         return apply_linear(self.o_proj, attended[:, :height, :width])
+
+    def _get_windows(self, hidden_states: Tensor, side: int, layout: dict[str, int]) -> Tensor:
+        """Queries, keys and values `(3, G, side, side, d)` of G heads in r rows of q windows."""
+        height, width = hidden_states.shape[1:3]
+        # The published model pads its input with zeros, and attends to the padding.
+        padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
+        padded = padding.expand(len(hidden_states), layout["r"] * side, layout["q"] * side, -1).clone()
+        padded[:, :height, :width] = apply_linear(self.qkv, hidden_states)
+        return rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
 
     def _attend_relatively(self, qkv: Tensor) -> Tensor:
         """Attend within maps of G heads, of views or windows; `(3, G, h, w, d)` to `(G, h, w, d)`.
@@ -367,13 +372,8 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         feature_layers = [layer + 1 if layer >= 0 else layers + 1 + layer for layer in self.config.feature_layers]
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         wanted = range(layers + 1) if output_hidden_states else sorted({*feature_layers, layers})
-        states = dict(
-            zip(
-                wanted,
-                self._encode(pixel_values.to(activation_dtype(self, pixel_values.dtype)), grid_cpu, wanted),
-                strict=True,
-            )
-        )
+        pixel_values = pixel_values.to(activation_dtype(self, pixel_values.dtype))
+        states = dict(zip(wanted, self._encode(pixel_values, grid_cpu, wanted), strict=True))
         return DeepEncoderOutput(
             last_hidden_state=states[layers],
             hidden_states=tuple(states.values()) if output_hidden_states else None,
