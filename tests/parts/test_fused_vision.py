@@ -30,7 +30,6 @@ def composed(**changes: Any) -> tuple[Any, Any]:
         FusedVisionModel.from_encoders(*encoders()),
         text_config("qwen3", words),
         "fused_mlp2_gelu",
-        spatial_merge_size=2,
         **changes,
     )
     processor = compose_processor(model, words)
@@ -159,7 +158,8 @@ def test_encoders_are_shared_and_initialised(tmp_path: Path) -> None:
 
 
 def test_the_defaults_are_those_of_points() -> None:
-    config = FusedVisionConfig()
+    config = FusedVisionConfig.from_preset("points_1_0")
+    assert config.to_dict() == FusedVisionConfig().to_dict()
     assert (config.image_size, config.patch_size, config.hidden_size) == (336, 14, 1024)
     with torch.device("meta"):
         model = FusedVisionModel(config)
@@ -174,6 +174,7 @@ def test_the_defaults_are_those_of_points() -> None:
         ({"general_config": {"model_type": "pixtral"}}, "`general_config` must be that of a native vision encoder of"),
         ({"ocr_config": {}}, "`ocr_config` must be that of a native vision encoder of images of one size"),
         ({"ocr_config": {"model_type": "clip_vision_model"}}, "`ocr_config` must have the image size, the patch size"),
+        ({"spatial_merge_size": 0}, "`spatial_merge_size` must be at least 1, got 0"),
         ({"feature_layers": [-2]}, "`feature_layers` must hold one layer per encoder, 2, got"),
         ({"feature_layers": [-2, 30]}, "`feature_layers` must be from -25 to 24 for `ocr_config`"),
     ],

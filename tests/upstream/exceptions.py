@@ -24,7 +24,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "VisionLanguageProcessorOfWindowFreeViT::test_processor_with_multiple_inputs",
         "VisionLanguageProcessorOfWindowFreeViT::test_replacement_offsets",
     ),
-    "The input embedding of an image encoder is a linear layer.": (
+    "The input embedding of an image encoder is a linear layer or a convolution.": (
+        "FusedVision::test_model_get_set_embeddings",
         "NaViT*::test_model_get_set_embeddings",
         "DeepEncoder::test_model_get_set_embeddings",
         "WindowFreeViT*::test_model_get_set_embeddings",
@@ -44,15 +45,19 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "VisionLanguageHeadOfDeepEncoder::test_get_image_features_attentions",
         "VisionLanguageHeadOfDeepEncoder::test_get_video_features_attentions",
     ),
+    "The hidden states are those of two encoders, one after the other.": (
+        "FusedVision::test_hidden_states_output",
+        "FusedVision::test_can_capture_specific_layers_hidden_states",
+    ),
     "Attentions and hidden states are in the outputs of the two towers.": (
         "DualEncoder*::test_attention_outputs",
         "DualEncoder*::test_hidden_states_output",
         "DualEncoder*::test_retain_grad_hidden_states_attentions",
     ),
     "Encoders of images of one size take no videos.": (
-        "VisionLanguageHeadOfCLIP*::test_get_video_features_output_*",
-        "VisionLanguageHeadOfCLIP*::test_get_video_features_hidden_states",
-        "VisionLanguageHeadOfCLIP*::test_get_video_features_attentions",
+        "VisionLanguageHeadOf[CF]*::test_get_video_features_output_*",
+        "VisionLanguageHeadOf[CF]*::test_get_video_features_hidden_states",
+        "VisionLanguageHeadOf[CF]*::test_get_video_features_attentions",
     ),
     "The test cuts each input to as many rows as texts, but the rows of packed images are patches.": (
         "NaViT*::test_eager_matches_sdpa_inference_*",

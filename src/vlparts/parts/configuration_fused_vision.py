@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .utils import NamedPresets, check_minimum
 from .vlm_towers import VISION_TOWERS, leave_out_unused, vision_width
 
 _FIELDS = ("general_config", "ocr_config")
@@ -14,10 +15,11 @@ _SQUARE = tuple(kind for kind, tower in VISION_TOWERS.items() if tower.layout ==
 
 
 @strict
-class FusedVisionConfig(PreTrainedConfig):
+class FusedVisionConfig(NamedPresets, PreTrainedConfig):
     """Configuration of [`FusedVisionModel`]: two native vision encoders of images of one size (arXiv 2409.04828).
 
-    The defaults are those of POINTS1.0: two of CLIP's large encoder, for images of 336 pixels and patches of 14.
+    The defaults are those of POINTS1.0, also the preset "points_1_0": two of CLIP's large encoder, for images of 336
+    pixels and patches of 14.
 
     Args:
         general_config: Configuration of the first encoder, in POINTS1.0 the one of general images; a dictionary needs
@@ -26,15 +28,18 @@ class FusedVisionConfig(PreTrainedConfig):
             of the first.
         feature_layers: Of each of the two, -1 for the encoder's output, otherwise an index into its hidden states.
             POINTS1.0 takes those before the last layer.
+        spatial_merge_size: Side m of the block of patches that the projector merges into one token.
     """
 
     model_type = "vlparts_fused_vision"
+    named_presets = {"points_1_0": {}}
     base_config_key = "vision_config"
     sub_configs = {"general_config": AutoConfig, "ocr_config": AutoConfig}
 
     general_config: dict | PreTrainedConfig | None = None
     ocr_config: dict | PreTrainedConfig | None = None
     feature_layers: list[int] | tuple[int, ...] = (-2, -2)
+    spatial_merge_size: int = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.general_config is None:
@@ -59,6 +64,16 @@ class FusedVisionConfig(PreTrainedConfig):
         return vision_width(self.general_config, self.feature_layers[0])
 
     @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers of both encoders, which `attentions` are of."""
+        return int(self.general_config.num_hidden_layers + self.ocr_config.num_hidden_layers)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Number of heads of the first encoder."""
+        return int(self.general_config.num_attention_heads)
+
+    @property
     def image_size(self) -> Any:
         """Side of the images in pixels, or height and width."""
         return self.general_config.image_size
@@ -72,9 +87,10 @@ class FusedVisionConfig(PreTrainedConfig):
         """Check that both encoders give as many features of one width.
 
         Raises:
-            ValueError: If there are not two feature layers, an encoder has no such layer, or the encoders differ in
-                image size, patches or width.
+            ValueError: If `spatial_merge_size` is not positive, there are not two feature layers, an encoder has no
+                such layer, or the encoders differ in image size, patches or width.
         """
+        check_minimum(self, 1, "spatial_merge_size")
         if len(self.feature_layers) != len(_FIELDS):
             raise ValueError(f"`feature_layers` must hold one layer per encoder, 2, got {self.feature_layers}.")
         facts = []

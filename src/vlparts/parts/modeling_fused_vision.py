@@ -105,7 +105,9 @@ class FusedVisionModel(FusedVisionPreTrainedModel):
                 unknown.
         """
         check_encoder_kwargs(kwargs)
-        options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+        fields = {"hidden_states": "output_hidden_states", "attentions": "output_attentions"}
+        given = {name: kwargs.get(name, getattr(self.config, name)) for name in fields.values()}
+        options = {name: value for name, value in given.items() if value}
         encoders = (self.general_encoder, self.ocr_encoder)
         outputs, maps = [], []
         for encoder, layer in zip(encoders, self.config.feature_layers, strict=True):
@@ -116,8 +118,8 @@ class FusedVisionModel(FusedVisionPreTrainedModel):
             maps.append(patches.unflatten(0, (len(pixel_values), -1)))
         kept = {
             field: sum((getattr(output, field) or () for output in outputs), ()) or None
-            for field, option in (("hidden_states", "output_hidden_states"), ("attentions", "output_attentions"))
-            if kwargs.get(option)
+            for field, name in fields.items()
+            if name in options
         }
         return FusedVisionOutput(last_hidden_state=torch.cat(maps, -1), feature_maps=tuple(maps), **kept)
 
