@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from tests.tiny import SIZES, assert_initialised, order_one, picture, text_config, tokenizer, vision_config
-from vlparts import CattyImageProcessor, FusedVisionConfig, FusedVisionModel, compose, compose_processor
+from vlparts import (
+    CattyImageProcessor,
+    FusedVisionConfig,
+    FusedVisionModel,
+    PanguEmbeddedConfig,
+    compose,
+    compose_processor,
+)
 
 IMAGES = [[picture(40, 30), picture(20, 20)], [picture(20, 70)]]
 TEXTS = ["<image> and <image>", "what is <image>"]
@@ -131,6 +138,19 @@ def test_one_encoder_takes_tiles_too() -> None:
     assert [len(tokens) for tokens in together.pooler_output] == [7 * 4, 2 * 4, 5 * 4]
     torch.testing.assert_close(torch.cat(together.pooler_output), torch.cat(views))
     assert model(**inputs).logits.isfinite().all()
+
+
+def test_views_have_positions_of_their_own_on_three_axes() -> None:
+    words = tokenizer()
+    text = PanguEmbeddedConfig.from_preset("tiny_mrope", vocab_size=len(words))
+    model = compose(FusedVisionModel.from_encoders(*encoders()), text, "fused_mlp2_gelu")
+    processor = compose_processor(model, words)
+    inputs = processor(images=IMAGES[1], text=TEXTS[1], return_tensors="pt")
+    grids = torch.tensor([[1, 4, 4]] * 5)  # 4 tiles and the whole image
+    positions = model.model.get_multimodal_position_ids(inputs["input_ids"], image_grid_thw=grids)
+    found = order_one(model).eval()(**inputs).logits
+    torch.testing.assert_close(found, model(**inputs, position_ids=positions).logits)
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
 def test_tiles_that_do_not_fit_the_images_are_refused() -> None:

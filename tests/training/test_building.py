@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from tests.chat_styles import STYLES, styled_tokenizer
-from tests.tiny import WINDOWED, order_one, picture, text_config, tokenizer
+from tests.tiny import SIZES, WINDOWED, order_one, picture, text_config, tokenizer
 from tests.training.making import TEXT, VISION, losses, saved_parts, settings, weights
 from vlparts import WindowFreeViTImageProcessor
 from vlparts.parts.chat_placeholders import with_placeholders
@@ -241,3 +241,15 @@ def test_the_chat_template_of_points(tmp_path: Path, packing: bool) -> None:
     expected = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>\ncat?<|im_end|>\n<|im_start|>assistant\n"
     assert list(inputs["input_ids"][0]) == words(expected, add_special_tokens=False)["input_ids"]
     assert result.model.generation_config.eos_token_id == words.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tiles_of_two_encoders(tmp_path: Path, packing: bool) -> None:
+    """Images of several views each, in packs and in padded batches."""
+    encoder = {"model_type": "clip_vision_model", **SIZES, "image_size": 16, "patch_size": 4}
+    vision = {"model_type": "vlparts_fused_vision", "general_config": encoder}
+    config = settings(tmp_path, vision=vision, projector="fused_mlp2_gelu", packing=packing, capacity=400, max_steps=2)
+    result = train(config)
+    assert type(result.processor.image_processor).__name__ == "CattyImageProcessor"
+    assert len(losses(result)) == 2
+    assert all(0 < loss < 20 for loss in losses(result))
