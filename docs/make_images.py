@@ -1,5 +1,6 @@
 """Draw the pictures of the pages: `python docs/make_images.py [name ...]` writes `docs/images/<name>.png`."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -373,8 +374,42 @@ def loss_weights(path: Path) -> None:
     show.loss_weights(labels, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), path=path)
 
 
+# arXiv 2510.18234, section 4.1: text tokens per vision token, and precision, with 64 and with 100 vision tokens.
+PAPER = {
+    64: ((10.5, 11.8, 13.2, 15.1, 16.5, 17.7, 19.7), (0.965, 0.938, 0.838, 0.859, 0.793, 0.764, 0.591)),
+    100: ((6.7, 7.5, 8.5, 9.7, 10.6, 11.3, 12.6), (0.985, 0.973, 0.968, 0.968, 0.915, 0.898, 0.871)),
+}
+
+
+def compression(path: Path) -> None:
+    """Draw the precision of reading against text tokens per vision token, from `images/compression.json`."""
+    runs = json.loads((FOLDER / "compression.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for tokens, style in ((64, "o:"), (100, "s:")):
+        label = f"DeepSeek-OCR, {tokens} tokens (the paper)"
+        ax.plot(*PAPER[tokens], style, color="0.6", markersize=4, linewidth=1, label=label)
+    colours = ("#b84a00", "#0067a5", "#3a7d34")
+    for tokens, colour in zip(sorted({run["vision_tokens"] for run in runs}), colours, strict=True):
+        own = [run["precision"] for run in runs if run["vision_tokens"] == tokens]
+        ratios = np.array([int(length) for length in own[0]]) / tokens
+        values = np.array([list(one.values()) for one in own])
+        ax.fill_between(ratios, values.min(0), values.max(0), color=colour, alpha=0.15)
+        ax.plot(ratios, values.mean(0), "o-", color=colour, label=f"in small, {tokens} tokens")
+    chance = [value for run in runs for value in run["chance"].values()]
+    ax.axhspan(min(chance), max(chance), color="0.9", label="another page's text")
+    ax.set(xscale="log", xlabel="text tokens per vision token", ylabel="precision", ylim=(0, 1.02))
+    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.grid(color="0.9", linewidth=0.8)
+    ax.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
 IMAGES: dict[str, Callable[[Path], None]] = {
     "attention": attention,
+    "compression": compression,
     "coordinate_frames": coordinate_frames,
     "coordinate_show": coordinate_show,
     "coordinates": coordinates,

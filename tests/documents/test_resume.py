@@ -249,7 +249,7 @@ def test_the_command_after_ctrl_c_and_without_space(
     assert second.output == "error: [Errno 28] No space left on device\n"
     third = CliRunner().invoke(app, arguments)
     assert third.exit_code == 0
-    assert third.output.startswith("1 pages of 3 documents recognized in ")
+    assert third.output.startswith("1 page of 3 documents recognized in ")
     assert third.output.endswith(f"pages per minute), 4 done before. Results are in {tmp_path / 'out'}.\n")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_pages"] == 3
 

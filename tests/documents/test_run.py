@@ -192,7 +192,7 @@ def test_the_command(parts: tuple[Any, Any], tmp_path: Path) -> None:
     assert "a.pdf, page 2" in first.output
     second = CliRunner().invoke(app, [*options, "--pages", "1,3"])
     assert second.exit_code == 0
-    assert "1 pages of 1 documents recognized in " in second.output
+    assert "1 page of 1 document recognized in " in second.output
     assert " pages per minute), 1 done before" in second.output
     assert "<!-- page 1" in (tmp_path / "out" / "a.md").read_text()
     for changed, message in (

@@ -130,7 +130,7 @@ def _model_settings(folder: Path, model: Any) -> dict[str, Any]:
 
 def _describe(summary: "RunSummary") -> str:
     """Counts of a run in words."""
-    text = f"{summary.done} pages of {summary.documents} documents recognized"
+    text = f"{_count(summary.done, 'page')} of {_count(summary.documents, 'document')} recognized"
     if summary.done:
         text += f" in {summary.seconds:.0f} s ({60 * summary.done / summary.seconds:.1f} pages per minute)"
     for count, what in (
@@ -140,3 +140,7 @@ def _describe(summary: "RunSummary") -> str:
     ):
         text += f", {count} {what}" if count else ""
     return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -68,16 +68,13 @@ class DeepEncoderAttention(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Attend with `(N, H, S, d)` tensors and a bias on the scores; returns `(N, S, c)` and weights, if any."""
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
-        options = {"attention_mask": bias, "scaling": self.scaling, "is_causal": False}
-        attended, weights = attention(self, query, key, value, **options)
-        return attended.flatten(-2), weights
+        output = attention(self, query, key, value, attention_mask=bias, scaling=self.scaling, is_causal=False)
+        return output[0].flatten(-2), output[1]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map `(N, S, c)` to `(N, S, c)`; also returns the weights `(N, H, S, S)`, None unless "eager"."""
-        query, key, value = rearrange(
-            apply_linear(self.qkv, hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads
-        )
-        attended, weights = self.attend(query, key, value, None)
+        qkv = rearrange(apply_linear(self.qkv, hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads)
+        attended, weights = self.attend(qkv[0], qkv[1], qkv[2], None)
         return apply_linear(self.o_proj, attended), weights
 
 
@@ -102,19 +99,24 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """Map `(N, h, w, c)` to `(N, h, w, c)`; the weights are made in parts and not kept."""
         height, width = hidden_states.shape[1:3]
-        qkv, side, heads = apply_linear(self.qkv, hidden_states), self.window_size, self.num_heads
+        side, heads = self.window_size, self.num_heads
         if side is None:
-            attended = self._attend_relatively(rearrange(qkv, "n y x (t h d) -> t (n h) y x d", t=3, h=heads))
-            return apply_linear(self.o_proj, rearrange(attended, "(n h) y x d -> n y x (h d)", h=heads)), None
-        # The published model pads its input with zeros, and attends to the padding.
-        padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
-        padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
-        padded[:, :height, :width] = qkv
-        layout = {"r": padded.shape[1] // side, "q": padded.shape[2] // side, "h": heads}
-        windows = rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
-        attended = self._attend_relatively(windows)
+            qkv = rearrange(apply_linear(self.qkv, hidden_states), "n y x (t h d) -> t (n h) y x d", t=3, h=heads)
+            attended = rearrange(self._attend_relatively(qkv), "(n h) y x d -> n y x (h d)", h=heads)
+            return apply_linear(self.o_proj, attended), None
+        layout = {"r": -(-height // side), "q": -(-width // side), "h": heads}
+        attended = self._attend_relatively(self._get_windows(hidden_states, side, layout))
         attended = rearrange(attended, "(n r q h) y x d -> n (r y) (q x) (h d)", **layout)
         return apply_linear(self.o_proj, attended[:, :height, :width]), None
+
+    def _get_windows(self, hidden_states: Tensor, side: int, layout: dict[str, int]) -> Tensor:
+        """Queries, keys and values `(3, G, side, side, d)` of G heads in r rows of q windows."""
+        height, width = hidden_states.shape[1:3]
+        # The published model pads its input with zeros, and attends to the padding.
+        padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
+        padded = padding.expand(len(hidden_states), layout["r"] * side, layout["q"] * side, -1).clone()
+        padded[:, :height, :width] = apply_linear(self.qkv, hidden_states)
+        return rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
 
     def _attend_relatively(self, qkv: Tensor) -> Tensor:
         """Attend within maps of G heads, of views or windows; `(3, G, h, w, d)` to `(G, h, w, d)`.
@@ -195,12 +197,9 @@ class DeepEncoderSAM(nn.Module):
         width, channels, side = config.sam_hidden_size, config.neck_channels, config.sam_position_size
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, width)
         self.position_embedding = nn.Parameter(torch.zeros(side, side, width))
-        self.layers = nn.ModuleList(
-            [
-                DeepEncoderSAMLayer(config, None if index in config.sam_global_layers else config.sam_window_size)
-                for index in range(config.sam_num_hidden_layers)
-            ]
-        )
+        window, whole = config.sam_window_size, config.sam_global_layers
+        windows = [None if index in whole else window for index in range(config.sam_num_hidden_layers)]
+        self.layers = nn.ModuleList([DeepEncoderSAMLayer(config, size) for size in windows])
         self.conv1 = nn.Conv2d(width, channels, 1, bias=False)
         self.norm1 = nn.LayerNorm(channels, eps=config.sam_layer_norm_eps)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
