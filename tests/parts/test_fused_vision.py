@@ -140,6 +140,21 @@ def test_one_encoder_takes_tiles_too() -> None:
     assert model(**inputs).logits.isfinite().all()
 
 
+def test_encoders_of_two_families_need_an_image_processor() -> None:
+    siglip = SiglipVisionConfig(**SIZES, image_size=16, patch_size=4)
+    config = FusedVisionConfig(general_config=vision_config("clip"), ocr_config=siglip, feature_layers=[-2, -1])
+    words = tokenizer()
+    model = order_one(compose(config, text_config("qwen3", words), "fused_mlp2_gelu")).eval()
+    with pytest.raises(ValueError, match="of type clip_vision_model and siglip_vision_model, whose image statistics"):
+        compose_processor(model, words)
+    processor = compose_processor(model, words, CattyImageProcessor(tile_size=16))
+    inputs = processor(images=IMAGES[1], text=TEXTS[1], return_tensors="pt")
+    features = model.model.vision_tower(inputs["pixel_values"]).feature_maps
+    encoder = model.model.vision_tower.ocr_encoder
+    torch.testing.assert_close(features[1], encoder(inputs["pixel_values"]).last_hidden_state)
+    assert model(**inputs).logits.isfinite().all()
+
+
 def test_views_have_positions_of_their_own_on_three_axes() -> None:
     words = tokenizer()
     text = PanguEmbeddedConfig.from_preset("tiny_mrope", vocab_size=len(words))
