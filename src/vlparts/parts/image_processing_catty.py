@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
 from .image_packing import ImageArrayProcessor
@@ -110,11 +110,10 @@ class CattyImageProcessor(ImageArrayProcessor):
         for image in images:
             height, width = image.shape[-2:]
             plan = plan_tiles(height, width, tile_size, max_tiles, on_extreme_aspect)
-            for height, width in (plan.clamped, plan.resized):
-                if image.shape[-2:] != (height, width):
-                    image = self.resize(image, SizeDict(height=height, width=width), resample)
+            for size in (plan.clamped, plan.resized):
+                image = self._resize_to(image, size, resample)
             views = cut_tiles(image, plan.grid, tile_size)
-            views.append(self.resize(image, SizeDict(height=tile_size, width=tile_size), resample))
+            views.append(self._resize_to(image, (tile_size, tile_size), resample))
             for view in views:
                 if do_rescale:
                     view = self.rescale(view, rescale_factor)
