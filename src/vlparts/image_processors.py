@@ -185,8 +185,8 @@ def _statistics(*encoders: PreTrainedConfig) -> tuple[list[float], list[float], 
     found = [_FAMILIES.get(kind) for kind in kinds]
     if found[0] is None or found.count(found[0]) != len(found):
         raise ValueError(
-            f"`image_processor` must be given for a vision encoder of type {' and '.join(kinds)}, whose image "
-            f"statistics are not known or differ; known are {', '.join(sorted(_FAMILIES))}."
+            f"`image_processor` must be given for a vision encoder of type {' and '.join(map(repr, kinds))}, whose "
+            f"image statistics are not known or differ; known are {', '.join(sorted(_FAMILIES))}."
         )
     return found[0]
 

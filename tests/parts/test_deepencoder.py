@@ -74,7 +74,7 @@ def test_attentions_are_the_softmax_of_each_layer_of_clip_size_after_size() -> N
         scores = torch.einsum("nqhd,nkhd->nhqk", qkv[:, :, 0], qkv[:, :, 1]) / 12**0.5
         torch.testing.assert_close(weights, scores.softmax(-1))
     assert model(pixels, grids).attentions is None
-    weights = model(pixels, grids, output_attentions=True, return_dict=False)[-4]
+    weights = model(pixels, grids, output_attentions=True, return_dict=False)[-1]
     assert all(torch.equal(*pair) for pair in zip(weights, output.attentions, strict=True))
 
 

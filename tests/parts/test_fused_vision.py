@@ -145,7 +145,7 @@ def test_encoders_of_two_families_need_an_image_processor() -> None:
     config = FusedVisionConfig(general_config=vision_config("clip"), ocr_config=siglip, feature_layers=[-2, -1])
     words = tokenizer()
     model = order_one(compose(config, text_config("qwen3", words), "fused_mlp2_gelu")).eval()
-    with pytest.raises(ValueError, match="of type clip_vision_model and siglip_vision_model, whose image statistics"):
+    with pytest.raises(ValueError, match="of type 'clip_vision_model' and 'siglip_vision_model', whose image"):
         compose_processor(model, words)
     processor = compose_processor(model, words, CattyImageProcessor(tile_size=16))
     inputs = processor(images=IMAGES[1], text=TEXTS[1], return_tensors="pt")

@@ -111,7 +111,7 @@ def deepencoder() -> DeepEncoderConfig:
 
 def fused() -> FusedVisionConfig:
     encoder = CLIPVisionConfig(**SIZES | {"num_hidden_layers": 1}, image_size=8, patch_size=4)
-    return FusedVisionConfig(general_config=encoder, spatial_merge_size=1)
+    return FusedVisionConfig(general_config=encoder, feature_layers=[-1, -1], spatial_merge_size=1)
 
 
 IMAGES: dict[Callable[[], PreTrainedConfig], Callable[[], dict[str, Tensor]]] = {
