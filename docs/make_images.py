@@ -293,13 +293,16 @@ def vlm(path: Path) -> None:
 
 def published(path: Path) -> None:
     """Draw which function reads which published model, and the resulting part."""
-    figure, ax = _flow_axes(1.8, 3)
+    figure, ax = _flow_axes(3.6, 6)
     rows = [
         ("openPangu-VL", "model_from_openpangu_vl", "window encoder + mergers + text model", BLUE),
+        ("DeepSeek-OCR", "model_from_deepseek_ocr", "DeepEncoder + decoder with experts", BLUE),
+        ("POINTS1.5, POINTS-Reader", "model_from_points15", "Qwen2-VL's encoder + text model", BLUE),
+        ("Qwen2-VL to Qwen3-VL", "encoder_from_qwen_vl", "packed vision encoder", BLUE),
         ("Pangu Pro MoE", "model_from_pangu_pro_moe", "decoder with grouped experts", GREEN),
         ("ViT, Siglip2, NaFlexVit", "from_vit", "NaViT for images of any size", BLUE),
     ]
-    for y, (source, function, result, colour) in zip((2.5, 1.5, 0.5), rows, strict=True):
+    for y, (source, function, result, colour) in zip((5.5, 4.5, 3.5, 2.5, 1.5, 0.5), rows, strict=True):
         _flow(ax, y, [(1.5, source, GREY), (7.7, result, colour)], [function])
     figure.savefig(path, dpi=120)
 

@@ -14,8 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from tests.tiny import order_one, picture, text_config, tokenizer, vision_config
-from tests.training.test_weighted_loss_native import assert_same, oracle
-from tests.training.weighted_making import Rows, arguments, expected_loss, llama
+from tests.training.weighted_making import Rows, arguments, assert_same, expected_loss, llama, oracle
 from vlparts import NaViTImageProcessor, compose, compose_processor
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import PackedImageDataset

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CattyImageProcessor",
     "CoordinateLogitsProcessor",
     "CoordinateTokenIds",
     "DeepEncoderConfig",
     "DeepEncoderImageProcessor",
     "DeepEncoderModel",
+    "FusedVisionConfig",
+    "FusedVisionModel",
     "GroupedTopKRouter",
     "LocationTokens",
     "LossNormalizer",

@@ -11,6 +11,7 @@ from .losses import (
 )
 from .moe import RouterStatistics, set_experts_implementation
 from .parts.configuration_deepencoder import DeepEncoderConfig
+from .parts.configuration_fused_vision import FusedVisionConfig
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
@@ -18,10 +19,12 @@ from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
 from .parts.coordinate_tokens import CoordinateTokenIds, LocationTokens
+from .parts.image_processing_catty import CattyImageProcessor
 from .parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from .parts.modeling_deepencoder import DeepEncoderModel
+from .parts.modeling_fused_vision import FusedVisionModel
 from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder

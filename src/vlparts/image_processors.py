@@ -23,7 +23,9 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .parts.configuration_deepencoder import DeepEncoderConfig
+from .parts.configuration_fused_vision import FusedVisionConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
+from .parts.image_processing_catty import CattyImageProcessor
 from .parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
@@ -157,18 +159,16 @@ def default_image_processor(layout: str, vision: PreTrainedConfig, merge_size: i
         return WindowFreeViTImageProcessor(**sizes, image_mean=vision.image_mean, image_std=vision.image_std)
     if vision.model_type == DeepEncoderConfig.model_type:
         return DeepEncoderImageProcessor(patch_size=vision.patch_size)
+    if vision.model_type == FusedVisionConfig.model_type:
+        mean, std, _ = _statistics(vision.general_config, vision.ocr_config)
+        return CattyImageProcessor(tile_size=_pair(vision.image_size)[0], image_mean=mean, image_std=std)
     if layout == "packed":
         return NaViTImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
     if layout == "naflex":
         return Siglip2ImageProcessorPil(
             patch_size=vision.patch_size, max_num_patches=vision.num_patches, do_convert_rgb=True
         )
-    if vision.model_type not in _FAMILIES:
-        raise ValueError(
-            f"`image_processor` must be given for a vision encoder of type {vision.model_type!r}, whose image "
-            f"statistics are not known; known are {', '.join(sorted(_FAMILIES))}."
-        )
-    mean, std, resample = _FAMILIES[vision.model_type]
+    mean, std, resample = _statistics(vision)
     height, width = _pair(vision.image_size)
     return CLIPImageProcessorPil(
         size={"height": height, "width": width},
@@ -177,6 +177,18 @@ def default_image_processor(layout: str, vision: PreTrainedConfig, merge_size: i
         image_mean=list(mean),
         image_std=list(std),
     )
+
+
+def _statistics(*encoders: PreTrainedConfig) -> tuple[list[float], list[float], PILImageResampling]:
+    """Mean, standard deviation and resampling of the images of an encoder, or of several of one family."""
+    kinds = [config.model_type for config in encoders]
+    found = [_FAMILIES.get(kind) for kind in kinds]
+    if found[0] is None or found.count(found[0]) != len(found):
+        raise ValueError(
+            f"`image_processor` must be given for a vision encoder of type {' and '.join(map(repr, kinds))}, whose "
+            f"image statistics are not known or differ; known are {', '.join(sorted(_FAMILIES))}."
+        )
+    return found[0]
 
 
 def native_image_processor(vision: PreTrainedConfig, merge_size: int) -> Any:
@@ -275,6 +287,8 @@ def output_size(image_processor: Any, vision: PreTrainedConfig) -> tuple[int, in
 
     From its settings; the encoder's `image_size` if they do not determine it.
     """
+    if getattr(image_processor, "tile_size", None):
+        return image_processor.tile_size, image_processor.tile_size
     name = "crop_size" if getattr(image_processor, "do_center_crop", None) else "size"
     size = getattr(image_processor, name, None) or {}
     if not isinstance(size, int) and size.get("height") and size.get("width"):

@@ -13,16 +13,19 @@ from transformers.processing_utils import ProcessorMixin
 from . import moe  # noqa: F401 (registers the experts implementations)
 from .backends import load_backends
 from .parts.configuration_deepencoder import DeepEncoderConfig
+from .parts.configuration_fused_vision import FusedVisionConfig
 from .parts.configuration_moge import MoGEConfig
 from .parts.configuration_navit import NaViTConfig
 from .parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from .parts.configuration_pangu_embedded import PanguEmbeddedConfig
 from .parts.configuration_vlm import VisionLanguageConfig
 from .parts.configuration_windowfree import WindowFreeViTConfig
+from .parts.image_processing_catty import CattyImageProcessor
 from .parts.image_processing_deepencoder import DeepEncoderImageProcessor
 from .parts.image_processing_navit import NaViTImageProcessor
 from .parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from .parts.modeling_deepencoder import DeepEncoderModel
+from .parts.modeling_fused_vision import FusedVisionModel
 from .parts.modeling_moge import MoGEForCausalLM, MoGEModel
 from .parts.modeling_navit import NaViTForImageClassification, NaViTModel
 from .parts.modeling_navit_dual_encoder import NaViTDualEncoder
@@ -70,6 +73,11 @@ PARTS: tuple[Part, ...] = (
         DeepEncoderConfig,
         {"AutoModel": DeepEncoderModel},
         image_processor=DeepEncoderImageProcessor,
+    ),
+    Part(
+        FusedVisionConfig,
+        {"AutoModel": FusedVisionModel},
+        image_processor=CattyImageProcessor,
     ),
     Part(
         PanguEmbeddedConfig,

@@ -31,14 +31,11 @@ from vlparts.training.train import train
 
 MODES = {"16 tokens": 4, "36 tokens": 6, "64 tokens": 8}
 """Rows, and columns, of vision tokens."""
-LINES = (4, 8, 12, 16)
+LINES = (4, 6, 8, 12)
 """Lines of a page, and digits of a line."""
 SIDE = 480  # pixels of a page as drawn
 PATCH = 8  # pixels; an image of 4 * PATCH * rows pixels has rows x rows vision tokens
-PAGES_PER_STEP, EPOCHS = 16, 2
-LEARNING_RATE = 3e-3
-STAGES = {"one size": (100, LINES[:1], False), "all sizes": (120, LINES, False), "full": (None, LINES, True)}
-"""Steps, numbers of lines of the pages, and whether pages are full."""
+PAGES_PER_STEP, EPOCHS = 32, 2
 HELD_OUT = 32  # pages of each length
 WIDTH = 96
 TEXT = {
@@ -87,22 +84,20 @@ def glyph(digit: str, side: int) -> Image.Image:
 
 
 def draw(text: str, room: int) -> Image.Image:
-    """A page with the lines of a text, in a size that lets `room` lines of as many digits fill it."""
+    """A page with a text in lines of `room` digits, in a size that lets as many lines fill it."""
     image, side = Image.new("L", (SIDE, SIDE), 255), SIDE // room
-    for row, line in enumerate(text.split("\n")):
-        for column, digit in enumerate(line):
-            image.paste(glyph(digit, side), (column * side, row * side))
+    for index, digit in enumerate(text):
+        image.paste(glyph(digit, side), (index % room * side, index // room * side))
     return image
 
 
-def write_pages(folder: Path, name: str, lines: tuple[int, ...], full: bool, count: int, seed: int) -> Path:
+def write_pages(folder: Path, name: str, lines: tuple[int, ...], count: int, seed: int) -> Path:
     """Draw pages and write a training record for each; the path of the records.
 
     Args:
         folder: Where to write.
         name: Of the records, and of the folder of the pages.
-        lines: Numbers of lines for which pages have room, in turn.
-        full: Whether all lines are written; otherwise the number of digits is log-uniform, from one on.
+        lines: Numbers of lines of the pages, in turn.
         count: Number of pages.
         seed: Of all draws.
     """
@@ -111,9 +106,7 @@ def write_pages(folder: Path, name: str, lines: tuple[int, ...], full: bool, cou
     records = []
     for index in range(count):
         room = lines[index % len(lines)]
-        length = room**2 if full else int((room**2 + 1) ** generator.random())
-        digits = "".join(map(str, generator.integers(0, 10, length)))
-        text = "\n".join(digits[start : start + room] for start in range(0, length, room))
+        text = "".join(map(str, generator.integers(0, 10, room**2)))
         draw(text, room).save(folder / name / f"{index:05d}.png", compress_level=1)
         turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
         records.append({"image": f"{name}/{index:05d}.png", "messages": turns})
@@ -135,7 +128,6 @@ def edit_distance(one: str, other: str) -> int:
 
 def precision(answer: str, text: str) -> float:
     """1 minus the edit distance of the digits over the larger number of digits."""
-    answer, text = ("".join(one.split()) for one in (answer, text))
     return 1 - edit_distance(answer, text) / max(len(answer), len(text))
 
 
@@ -158,7 +150,7 @@ def read(model: Any, processor: Any, path: Path, tokens: int) -> tuple[list[str]
 
 
 def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
-    """Train one model in all stages; its precision by the number of digits."""
+    """Train one model; its precision by the number of digits."""
     rows, out = MODES[mode], out.resolve()
     tokenizer = train_tokenizer([], 260)
     tokenizer.bos_token = "<|im_start|>"
@@ -170,36 +162,28 @@ def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
     blank = TrainConfig(data=out, output=out, chat_template=out / "template.jinja", image_processor=image, **parts)
     model, processor = build(blank, [])
     model.model.vision_tower.clip.position_embedding.data *= POSITIONS
-    folder = out / "new"
     for part in (model, processor):
-        part.save_pretrained(folder)
-    for number, (name, (count, lines, full)) in enumerate(STAGES.items()):
-        count, schedule = (steps, "cosine") if count is None else (count, "constant_with_warmup")
-        data = write_pages(out / "pages", name, lines, full, count * PAGES_PER_STEP // EPOCHS, 10 * seed + number)
-        config = TrainConfig(
-            data=data,
-            output=out / "model" / name,
-            model=folder,
-            seed=seed,
-            learning_rate=LEARNING_RATE,
-            max_steps=count,
-            capacity=8192,
-            max_items=PAGES_PER_STEP,
-            cache=True,
-            logging_steps=20,
-            trainer={
-                "disable_tqdm": True,
-                "save_strategy": "no",
-                "adam_beta2": 0.95,
-                "lr_scheduler_type": schedule,
-            },
-        )
-        result = train(config)
-        folder = config.output
+        part.save_pretrained(out / "new")
+    config = TrainConfig(
+        data=write_pages(out / "pages", "training", LINES, steps * PAGES_PER_STEP // EPOCHS, 10 * seed),
+        output=out / "model",
+        model=out / "new",
+        seed=seed,
+        loss="sample",
+        optimizer="muon",
+        learning_rate=3e-3,
+        max_steps=steps,
+        capacity=16384,
+        max_items=PAGES_PER_STEP,
+        cache=True,
+        logging_steps=20,
+        trainer={"disable_tqdm": True, "save_strategy": "no"},
+    )
+    result = train(config)
     figures = {}
     for lines in LINES:
-        path = write_pages(out / "pages", f"held_out_{lines}", (lines,), True, HELD_OUT, 10 * seed + 9)
-        answers, texts = read(result.model, result.processor, path, lines * (lines + 1) + 8)
+        path = write_pages(out / "pages", f"held_out_{lines}", (lines,), HELD_OUT, 10 * seed + 9)
+        answers, texts = read(result.model, result.processor, path, lines**2 + 8)
         figures[str(lines**2)] = statistics.mean(map(precision, answers, texts))
         figures[f"{lines**2} by chance"] = statistics.mean(map(precision, texts[1:] + texts[:1], texts))
     return figures

@@ -41,6 +41,7 @@ MAX_LINES = 400
 SMALL = 80
 SMALL_FILES = {
     "vlparts.cli.soup": "one command per file",
+    "vlparts.checkpoints.deepseek_ocr.names": "the names of tensors are a file of their own in each family",
     "vlparts._public": "loaded on first use, so that `import vlparts` is lazy",
     "vlparts.demo.ask": "a script for a Python without vlparts",
     "vlparts.training.tokenizer": "used alone in the README, without the dependencies of training",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tests.tiny import SIZES, navit, navit_config
+from tests.tiny import SIZES, navit, navit_config, vision_config
 from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -16,6 +16,8 @@ import vlparts
 from vlparts import (
     DeepEncoderConfig,
     DeepEncoderModel,
+    FusedVisionConfig,
+    FusedVisionModel,
     MoGEConfig,
     MoGEForCausalLM,
     NaViTDualEncoder,
@@ -106,7 +108,8 @@ def small_models() -> list[PreTrainedModel]:
     windows = WindowFreeViTModel(WindowFreeViTConfig.from_preset("hybrid_tiny"))
     classifier = NaViTForImageClassification(navit_config(num_labels=2))
     views = DeepEncoderModel(DeepEncoderConfig.from_preset("deepencoder_tiny"))
-    return [dual, composed, composed.model, *decoders, windows, views, classifier, navit()]
+    two = FusedVisionModel(FusedVisionConfig(general_config=vision_config("clip")))
+    return [dual, composed, composed.model, *decoders, windows, views, two, classifier, navit()]
 
 
 def test_saved_folders_name_the_class_of_every_auto_class(tmp_path: Path) -> None:

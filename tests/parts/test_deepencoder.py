@@ -57,6 +57,27 @@ def test_no_gradient_crosses_between_views() -> None:
     assert gradient[:64].abs().sum() == gradient[112:].abs().sum() == 0
 
 
+def test_attentions_are_the_softmax_of_each_layer_of_clip_size_after_size() -> None:
+    model = small().double()
+    model.set_attn_implementation("eager")
+    pixels, grids = views()
+    inputs: list[Tensor] = []
+    for layer in model.clip.layers:
+        layer.self_attn.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    output = model(pixels, grids, output_attentions=True)
+    # Of each size (8 x 8, 4 x 12, 4 x 4 patches) the two layers: views, heads, class token and tokens.
+    assert [weights.shape for weights in output.attentions] == [(2, 4, 5, 5)] * 2 + [(1, 4, 4, 4)] * 2 + [
+        (1, 4, 2, 2)
+    ] * 2
+    for index, (weights, given) in enumerate(zip(output.attentions, inputs, strict=True)):
+        qkv = model.clip.layers[index % 2].self_attn.qkv(given).unflatten(-1, (3, 4, 12))
+        scores = torch.einsum("nqhd,nkhd->nhqk", qkv[:, :, 0], qkv[:, :, 1]) / 12**0.5
+        torch.testing.assert_close(weights, scores.softmax(-1))
+    assert model(pixels, grids).attentions is None
+    weights = model(pixels, grids, output_attentions=True, return_dict=False)[-1]
+    assert all(torch.equal(*pair) for pair in zip(weights, output.attentions, strict=True))
+
+
 def test_hidden_states_and_feature_layers_count_from_both_ends() -> None:
     model = small(feature_layers=[0, 1, -1, -2]).double()
     pixels, grids = views()

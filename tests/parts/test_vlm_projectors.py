@@ -194,6 +194,14 @@ def test_a_name_is_registered_for_one_projector() -> None:
             lambda: Projector("multi_tap_merger", 3, 5, hidden=4, wide=2),
             "'multi_tap_merger' has no option hidden, wide; it has eps, hidden_size",
         ),
+        (
+            lambda: Projector("fused_mlp2_gelu", 3, 5, num_layers=2, weights=[1.0]),
+            r"`weights` must hold one weight per feature, 2, got \[1.0\]",
+        ),
+        (
+            lambda: Projector("fused_mlp2_gelu", 3, 5, num_layers=2, weights=[1.0, math.inf]),
+            "`weights` must be a finite number, got inf",
+        ),
         (lambda: Projector("multi_tap_merger", 3, 5, hidden_size=0), "`hidden_size` must be at least 1"),
         (lambda: Projector("multi_tap_merger", 3, 5, num_layers=2)(rows()), "`features` must hold 2 layers, got 1"),
         (lambda: Projector("linear", 3, 5)(rows(), rows()), "`features` must hold 1 layers, got 2"),

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from tests.chat_styles import STYLES, styled_tokenizer
-from tests.tiny import WINDOWED, order_one, picture, text_config, tokenizer
+from tests.tiny import SIZES, WINDOWED, order_one, picture, text_config, tokenizer
 from tests.training.making import TEXT, VISION, losses, saved_parts, settings, weights
 from vlparts import WindowFreeViTImageProcessor
 from vlparts.parts.chat_placeholders import with_placeholders
@@ -217,9 +217,39 @@ def test_a_tokenizer_without_template_needs_one(tmp_path: Path) -> None:
         train(settings(tmp_path, **options))
     file = tmp_path / "chat.jinja"
     with pytest.raises(
-        ValueError, match="`chat_template` must be a file with a Jinja template or deepseek_ocr, got .*chat.jinja"
+        ValueError,
+        match="`chat_template` must be a file with a Jinja template or deepseek_ocr, points, got .*chat.jinja",
     ):
         train(settings(tmp_path, chat_template=file, **options))
     file.write_text(with_placeholders(template, {"image": "<image>"}), encoding="utf-8")
     result = train(settings(tmp_path, chat_template=file, **options))
     assert result.processor.chat_template == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_chat_template_of_points(tmp_path: Path, packing: bool) -> None:
+    """The published prompt, with its image tokens, in packs and in padded batches."""
+    result = train(settings(tmp_path, chat_template="points", packing=packing, max_steps=1))
+    processor, words = result.processor, result.processor.tokenizer
+    assert result.model.config.image_token_id == words.convert_tokens_to_ids("<|image_pad|>")
+    assert losses(result)[0] < 20
+    blocks = [{"type": "image", "image": picture(20, 12)}, {"type": "text", "text": "cat?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": blocks}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    pads = "<|image_pad|>" * processor.count_image_tokens(inputs, 0)
+    expected = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>\ncat?<|im_end|>\n<|im_start|>assistant\n"
+    assert list(inputs["input_ids"][0]) == words(expected, add_special_tokens=False)["input_ids"]
+    assert result.model.generation_config.eos_token_id == words.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tiles_of_two_encoders(tmp_path: Path, packing: bool) -> None:
+    """Images of several views each, in packs and in padded batches."""
+    encoder = {"model_type": "clip_vision_model", **SIZES, "image_size": 16, "patch_size": 4}
+    vision = {"model_type": "vlparts_fused_vision", "general_config": encoder}
+    config = settings(tmp_path, vision=vision, projector="fused_mlp2_gelu", packing=packing, capacity=400, max_steps=2)
+    result = train(config)
+    assert type(result.processor.image_processor).__name__ == "CattyImageProcessor"
+    assert len(losses(result)) == 2
+    assert all(0 < loss < 20 for loss in losses(result))

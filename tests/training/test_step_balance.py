@@ -12,11 +12,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from tests.parts.test_moge import config_of
 from tests.tiny import SIZES, order_one, vision_config
 from tests.training.making import losses, settings, weights
-from tests.training.test_weighted_loss_native import assert_same
 from tests.training.weighted_making import (
     VOCABULARY,
     Rows,
     arguments,
+    assert_same,
     expected_loss,
     llama,
     one_row,

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from tests.training.test_weighted_loss_native import assert_same, oracle
-from tests.training.weighted_making import Rows, arguments, expected_loss, llama, padded
+from tests.training.weighted_making import Rows, arguments, assert_same, expected_loss, llama, oracle, padded
 from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer
 

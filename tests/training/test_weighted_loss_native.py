@@ -24,10 +24,12 @@ from tests.training.weighted_making import (
     VOCABULARY,
     Rows,
     arguments,
+    assert_same,
     expected_loss,
     llama,
     one_row,
     one_row_by_positions,
+    oracle,
     padded,
     padded_left,
 )
@@ -74,21 +76,6 @@ def step(
     rate = trainer.args.learning_rate
     gradients = {name: (one - after[name].detach()) / rate for name, one in before.items()}
     return trainer.state.log_history[0]["loss"], gradients
-
-
-def oracle(model: nn.Module, preset: str, data: Rows | None = None) -> tuple[float, dict[str, Tensor]]:
-    data = data or Rows()
-    loss = expected_loss(model, [data[index] for index in range(len(data))], preset)
-    names, parameters = zip(*((name, one) for name, one in model.named_parameters() if one.requires_grad), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    return loss.item(), dict(zip(names, gradients, strict=True))
-
-
-def assert_same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
-    assert abs(found[0] - wanted[0]) < 1e-6
-    assert max(float(one.abs().max()) for one in wanted[1].values()) > 1e-2
-    torch.testing.assert_close(found[1], wanted[1], atol=5e-7, rtol=1e-5)  # norms work in float32
 
 
 @pytest.mark.parametrize("preset", PRESETS)

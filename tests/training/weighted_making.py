@@ -128,3 +128,20 @@ def expected_loss(model: nn.Module, samples: Sequence[Mapping[str, Any]], preset
             all_samples += a
             all_tokens += a * size ** (1 - exponent)
     return torch.as_tensor(mix * by_sample / all_samples + (1 - mix) * by_token / all_tokens)
+
+
+def oracle(model: nn.Module, preset: str, data: Rows | None = None) -> tuple[float, dict[str, Tensor]]:
+    """The loss of all samples in one step by its formula, and the gradients."""
+    data = data or Rows()
+    loss = expected_loss(model, [data[index] for index in range(len(data))], preset)
+    names, parameters = zip(*((name, one) for name, one in model.named_parameters() if one.requires_grad), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return loss.item(), dict(zip(names, gradients, strict=True))
+
+
+def assert_same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
+    """Check that losses and gradients are equal."""
+    assert abs(found[0] - wanted[0]) < 1e-6
+    assert max(float(one.abs().max()) for one in wanted[1].values()) > 1e-2
+    torch.testing.assert_close(found[1], wanted[1], atol=5e-7, rtol=1e-5)  # norms work in float32

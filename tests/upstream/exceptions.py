@@ -24,25 +24,31 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "VisionLanguageProcessorOfWindowFreeViT::test_processor_with_multiple_inputs",
         "VisionLanguageProcessorOfWindowFreeViT::test_replacement_offsets",
     ),
-    "The input embedding of an image encoder is a linear layer.": (
+    "The input embedding of an image encoder is a linear layer or a convolution.": (
+        "FusedVision::test_model_get_set_embeddings",
         "NaViT*::test_model_get_set_embeddings",
         "DeepEncoder::test_model_get_set_embeddings",
         "WindowFreeViT*::test_model_get_set_embeddings",
     ),
     "Attentions and hidden states include the prefix tokens of each image.": (
+        "FusedVision::test_attention_outputs",
         "NaViTWithPrefixTokens::test_attention_outputs",
         "NaViTWithPrefixTokens::test_hidden_states_output",
     ),
     "DeepSeek-OCR's encoder makes one token of 16 patches; the test expects as many tokens as patches.": (
+        "DeepEncoder::test_attention_outputs",
         "DeepEncoder::test_hidden_states_output",
         "VisionLanguageHeadOfDeepEncoder::test_get_image_features_output_[02]",
         "VisionLanguageHeadOfDeepEncoder::test_get_video_features_output_[02]",
     ),
-    "DeepSeek-OCR's encoder returns no attention weights, which differ in shape between its layers and views.": (
-        "DeepEncoder::test_attention_outputs",
+    "The hidden states of DeepSeek-OCR's encoder are put together from those of its views, apart from the output.": (
         "DeepEncoder::test_retain_grad_hidden_states_attentions",
-        "VisionLanguageHeadOfDeepEncoder::test_get_image_features_attentions",
-        "VisionLanguageHeadOfDeepEncoder::test_get_video_features_attentions",
+    ),
+    "The hidden states are those of two encoders, one after the other; the output has the features of both.": (
+        "FusedVision::test_hidden_states_output",
+        "FusedVision::test_can_capture_specific_layers_hidden_states",
+        "VisionLanguageHeadOfFusedVision::test_get_image_features_hidden_states",
+        "VisionLanguageHeadOfFusedVision::test_get_image_features_output_[02]",
     ),
     "Attentions and hidden states are in the outputs of the two towers.": (
         "DualEncoder*::test_attention_outputs",
@@ -50,9 +56,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "DualEncoder*::test_retain_grad_hidden_states_attentions",
     ),
     "Encoders of images of one size take no videos.": (
-        "VisionLanguageHeadOfCLIP*::test_get_video_features_output_*",
-        "VisionLanguageHeadOfCLIP*::test_get_video_features_hidden_states",
-        "VisionLanguageHeadOfCLIP*::test_get_video_features_attentions",
+        "VisionLanguageHeadOf[CF]*::test_get_video_features_output_*",
+        "VisionLanguageHeadOf[CF]*::test_get_video_features_hidden_states",
+        "VisionLanguageHeadOf[CF]*::test_get_video_features_attentions",
     ),
     "The test cuts each input to as many rows as texts, but the rows of packed images are patches.": (
         "NaViT*::test_eager_matches_sdpa_inference_*",

@@ -7,6 +7,7 @@ import vlparts
 from tests.tiny import navit_config, text_config, tokenizer, windowfree_config
 from tests.upstream.loading import load
 from vlparts import (
+    CattyImageProcessor,
     DeepEncoderImageProcessor,
     NaViTImageProcessor,
     VisionLanguageProcessor,
@@ -40,6 +41,11 @@ class WindowFreeViTImages(images.ImageProcessingTestMixin, unittest.TestCase):
 
 class DeepEncoderImages(images.ImageProcessingTestMixin, unittest.TestCase):
     tested = DeepEncoderImageProcessor
+    image_processor_tester_class = ImageTester
+
+
+class CattyImages(images.ImageProcessingTestMixin, unittest.TestCase):
+    tested = CattyImageProcessor
     image_processor_tester_class = ImageTester
 
 

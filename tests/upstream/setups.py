@@ -20,6 +20,8 @@ from tests.tiny import SIZES, navit_config, packed_images, windowfree_config
 from vlparts import (
     DeepEncoderConfig,
     DeepEncoderModel,
+    FusedVisionConfig,
+    FusedVisionModel,
     MoGEConfig,
     MoGEForCausalLM,
     MoGEModel,
@@ -107,7 +109,16 @@ def deepencoder() -> DeepEncoderConfig:
     return DeepEncoderConfig.from_preset("deepencoder_tiny")
 
 
-IMAGES: dict[Callable[[], PreTrainedConfig], Callable[[], dict[str, Tensor]]] = {clip: square, deepencoder: views}
+def fused() -> FusedVisionConfig:
+    encoder = CLIPVisionConfig(**SIZES | {"num_hidden_layers": 1}, image_size=8, patch_size=4)
+    return FusedVisionConfig(general_config=encoder, feature_layers=[-1, -1], spatial_merge_size=1)
+
+
+IMAGES: dict[Callable[[], PreTrainedConfig], Callable[[], dict[str, Tensor]]] = {
+    clip: square,
+    deepencoder: views,
+    fused: square,
+}
 
 
 def of_encoder(model: type[PreTrainedModel], config: Callable[[], PreTrainedConfig]) -> Setup:
@@ -169,6 +180,7 @@ SETUPS: dict[str, Setup] = {
         WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **WINDOWS, pooling="mean")
     ),
     "DeepEncoder": of_encoder(DeepEncoderModel, config=deepencoder),
+    "FusedVision": of_encoder(FusedVisionModel, config=fused),
     "WindowFreeViTWithPositions": of_encoder(
         WindowFreeViTModel, config=lambda: windowfree_config(**LAYERS, **POSITIONS, pooling="mean")
     ),
@@ -188,5 +200,8 @@ SETUPS: dict[str, Setup] = {
     "VisionLanguageHeadOfMoGE": composed(VisionLanguageForConditionalGeneration, navit_config, moe),
     "VisionLanguageHeadOfDeepEncoder": composed(
         VisionLanguageForConditionalGeneration, deepencoder, lambda: LlamaConfig(**TEXT), projector_type="deepseek_ocr"
+    ),
+    "VisionLanguageHeadOfFusedVision": composed(
+        VisionLanguageForConditionalGeneration, fused, lambda: LlamaConfig(**TEXT), projector_type="fused_mlp2_gelu"
     ),
 }

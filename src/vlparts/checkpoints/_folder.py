@@ -190,6 +190,25 @@ def check_config(config: Any, expected: Mapping[str, Any], family: str) -> None:
             raise ValueError(f"`model` must have `{name}` = {value!r} for {family}, got {getattr(config, name)!r}.")
 
 
+def get_rope_theta(config: Any, family: str) -> float:
+    """The base of the rotary positions of a text model without scaled ones.
+
+    Args:
+        config: The text model's configuration.
+        family: The name of the published model, which has no scaled rotary positions.
+
+    Raises:
+        ValueError: If the positions are scaled.
+    """
+    rope = dict(config.rope_parameters or {})
+    theta: float = rope.pop("rope_theta")
+    if rope.pop("rope_type", "default") != "default" or rope:
+        raise ValueError(
+            f"`model` must have `rope_parameters` with 'rope_theta' only for {family}, got {config.rope_parameters}."
+        )
+    return theta
+
+
 @contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder to write to, whose files are in `folder` once the block ends without an error.

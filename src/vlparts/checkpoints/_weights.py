@@ -5,7 +5,7 @@ A published tensor is one of the model's tensors in another shape, or a slice of
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -42,6 +42,25 @@ class Slice(NamedTuple):
         """
         tensor = tensors[self.name]
         return tensor if self.get_view is None else self.get_view(tensor)
+
+
+def published_name(name: str, patterns: Iterable[tuple[str, str]], family: str) -> str:
+    """The published name of a model's tensor.
+
+    Args:
+        name: The name in the model.
+        patterns: Regular expressions of names in the model, each with the published name as a replacement; the first
+            that matches all of a name counts.
+        family: The name of the published model.
+
+    Raises:
+        ValueError: If none matches.
+    """
+    for pattern, published in patterns:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(published)
+    raise ValueError(f"`model` has a tensor {name!r}, for which {family} has no name.")
 
 
 _EXPERTS = re.compile(r"(.+\.experts\.)(gate_up_proj|down_proj)")

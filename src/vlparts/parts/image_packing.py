@@ -37,6 +37,12 @@ class ImageArrayProcessor(PilBackend):
         """
         return image_to_array(image, bool(do_convert_rgb), input_data_format)
 
+    def _resize_to(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+        """Resize `(C, H, W)`, unless it has the size already."""
+        if image.shape[-2:] == size:
+            return image
+        return self.resize(image, SizeDict(height=size[0], width=size[1]), resample)
+
 
 class PackedImageProcessor(ImageArrayProcessor):
     """Image processor with options `patch_size` and `merge_size`, whose subclasses define `_target_size`."""
@@ -49,12 +55,6 @@ class PackedImageProcessor(ImageArrayProcessor):
     def _target_size(self, height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
         """Height and width in pixels that an image is resized to; `options` holds `grid_options`."""
         raise NotImplementedError
-
-    def _resize_to(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
-        """Resize `(C, H, W)`, unless it has the size already."""
-        if image.shape[-2:] == size:
-            return image
-        return self.resize(image, SizeDict(height=size[0], width=size[1]), resample)
 
     def get_grid_thw(self, height: int, width: int, **images_kwargs: Any) -> tuple[int, int, int]:
         """Frames, rows and columns in patches that an image is cut into.

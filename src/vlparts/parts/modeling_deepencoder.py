@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepencoder import PATCHES_PER_TOKEN, DeepEncoderConfig
 from .image_pixels import check_normalized
@@ -65,18 +65,17 @@ class DeepEncoderAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.o_proj = nn.Linear(width, width)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-        """Attend with `(N, H, S, d)` tensors and a bias on the scores `(N, H, S, S)`; returns `(N, S, c)`."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Attend with `(N, H, S, d)` tensors and a bias on the scores; returns `(N, S, c)` and weights, if any."""
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
-        attended, _ = attention(self, query, key, value, attention_mask=bias, scaling=scaling, is_causal=False)
-        return attended.flatten(-2)
+        output = attention(self, query, key, value, attention_mask=bias, scaling=self.scaling, is_causal=False)
+        return output[0].flatten(-2), output[1]
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(N, S, c)` to `(N, S, c)`."""
-        query, key, value = rearrange(
-            apply_linear(self.qkv, hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads
-        )
-        return apply_linear(self.o_proj, self.attend(query, key, value, None, self.scaling))
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map `(N, S, c)` to `(N, S, c)`; also returns the weights `(N, H, S, S)`, None unless "eager"."""
+        qkv = rearrange(apply_linear(self.qkv, hidden_states), "n s (t h d) -> t n h s d", t=3, h=self.num_heads)
+        attended, weights = self.attend(qkv[0], qkv[1], qkv[2], None)
+        return apply_linear(self.o_proj, attended), weights
 
 
 class DeepEncoderSAMAttention(DeepEncoderAttention):
@@ -97,22 +96,27 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         self.rel_pos_h = nn.Parameter(torch.zeros(rows, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(rows, head_dim))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(N, h, w, c)` to `(N, h, w, c)`."""
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """Map `(N, h, w, c)` to `(N, h, w, c)`; the weights are made in parts and not kept."""
         height, width = hidden_states.shape[1:3]
-        qkv, side, heads = apply_linear(self.qkv, hidden_states), self.window_size, self.num_heads
+        side, heads = self.window_size, self.num_heads
         if side is None:
-            attended = self._attend_relatively(rearrange(qkv, "n y x (t h d) -> t (n h) y x d", t=3, h=heads))
-            return apply_linear(self.o_proj, rearrange(attended, "(n h) y x d -> n y x (h d)", h=heads))
+            qkv = rearrange(apply_linear(self.qkv, hidden_states), "n y x (t h d) -> t (n h) y x d", t=3, h=heads)
+            attended = rearrange(self._attend_relatively(qkv), "(n h) y x d -> n y x (h d)", h=heads)
+            return apply_linear(self.o_proj, attended), None
+        layout = {"r": -(-height // side), "q": -(-width // side), "h": heads}
+        attended = self._attend_relatively(self._get_windows(hidden_states, side, layout))
+        attended = rearrange(attended, "(n r q h) y x d -> n (r y) (q x) (h d)", **layout)
+        return apply_linear(self.o_proj, attended[:, :height, :width]), None
+
+    def _get_windows(self, hidden_states: Tensor, side: int, layout: dict[str, int]) -> Tensor:
+        """Queries, keys and values `(3, G, side, side, d)` of G heads in r rows of q windows."""
+        height, width = hidden_states.shape[1:3]
         # The published model pads its input with zeros, and attends to the padding.
         padding = apply_linear(self.qkv, hidden_states.new_zeros(1, hidden_states.shape[-1]))
-        padded = padding.expand(len(qkv), height + -height % side, width + -width % side, -1).clone()
-        padded[:, :height, :width] = qkv
-        layout = {"r": padded.shape[1] // side, "q": padded.shape[2] // side, "h": heads}
-        windows = rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
-        attended = self._attend_relatively(windows)
-        attended = rearrange(attended, "(n r q h) y x d -> n (r y) (q x) (h d)", **layout)
-        return apply_linear(self.o_proj, attended[:, :height, :width])
+        padded = padding.expand(len(hidden_states), layout["r"] * side, layout["q"] * side, -1).clone()
+        padded[:, :height, :width] = apply_linear(self.qkv, hidden_states)
+        return rearrange(padded, "n (r y) (q x) (t h d) -> t (n r q h) y x d", t=3, **layout)
 
     def _attend_relatively(self, qkv: Tensor) -> Tensor:
         """Attend within maps of G heads, of views or windows; `(3, G, h, w, d)` to `(G, h, w, d)`.
@@ -135,7 +139,7 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
     def _attend_with_bias(self, query: Tensor, rows: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend with `(G, S, d)` queries and their products `(G, S, h)`, `(G, S, w)` with the relative positions."""
         bias = rearrange(rows, "g s y -> g 1 s y 1") + rearrange(columns, "g s x -> g 1 s 1 x")
-        return self.attend(query[:, None], key[:, None], value[:, None], bias.flatten(-2), self.scaling)
+        return self.attend(query[:, None], key[:, None], value[:, None], bias.flatten(-2))[0]
 
 
 def _relative_positions(table: Tensor, size: int) -> Tensor:
@@ -159,7 +163,7 @@ class DeepEncoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(N, h, w, c)` or `(N, S, c)` to the same shape."""
-        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))
+        hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states))[0]
         rows = hidden_states.flatten(0, -2)
         chunks = rows.split(tokens_per_pass(rows, self.mlp.width) or len(rows))
         outputs = [chunk + self.mlp(self.norm2(chunk)) for chunk in chunks]
@@ -193,12 +197,9 @@ class DeepEncoderSAM(nn.Module):
         width, channels, side = config.sam_hidden_size, config.neck_channels, config.sam_position_size
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, width)
         self.position_embedding = nn.Parameter(torch.zeros(side, side, width))
-        self.layers = nn.ModuleList(
-            [
-                DeepEncoderSAMLayer(config, None if index in config.sam_global_layers else config.sam_window_size)
-                for index in range(config.sam_num_hidden_layers)
-            ]
-        )
+        window, whole = config.sam_window_size, config.sam_global_layers
+        windows = [None if index in whole else window for index in range(config.sam_num_hidden_layers)]
+        self.layers = nn.ModuleList([DeepEncoderSAMLayer(config, size) for size in windows])
         self.conv1 = nn.Conv2d(width, channels, 1, bias=False)
         self.norm1 = nn.LayerNorm(channels, eps=config.sam_layer_norm_eps)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -271,6 +272,8 @@ class DeepEncoderOutput(BaseModelOutputWithPooling):
             encoder, then that of the compressor.
         hidden_states: With `output_hidden_states`, the same with the input of each layer of the CLIP encoder, and with
             the output of the last.
+        attentions: With `output_attentions` ("eager" only), `(N, H, 1 + T, 1 + T)` of each layer of the CLIP encoder:
+            the N views of one size with their class tokens, all layers of the first size before those of the next.
         feature_maps: The same with the output of each of `config.feature_layers`.
         view_index: `(L,)` int64, the tokens of each image in the order of [`get_view_index`].
         tokens_per_image: `(images,)` int64, lengths of the images in `view_index`.
@@ -293,6 +296,7 @@ class DeepEncoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"attentions": OutputRecorder(DeepEncoderAttention, index=1, layer_name="clip")}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -323,7 +327,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         """The patch embedding."""
         return self.sam.patch_embedding
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         pixel_values: Tensor,
@@ -343,7 +347,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
                 are its tiles and then the whole image. None if each view is an image.
             grid_cpu: `image_grid_thw` as host integers, so that they are not copied from the device.
             tile_grid_cpu: `tile_grid` as host integers.
-            **kwargs: `output_hidden_states`, `return_dict`.
+            **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 
         Raises:
             ValueError: If patches have the wrong size, or a grid is malformed, has several frames or other sides, or
@@ -367,13 +371,8 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         feature_layers = [layer + 1 if layer >= 0 else layers + 1 + layer for layer in self.config.feature_layers]
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         wanted = range(layers + 1) if output_hidden_states else sorted({*feature_layers, layers})
-        states = dict(
-            zip(
-                wanted,
-                self._encode(pixel_values.to(activation_dtype(self, pixel_values.dtype)), grid_cpu, wanted),
-                strict=True,
-            )
-        )
+        pixel_values = pixel_values.to(activation_dtype(self, pixel_values.dtype))
+        states = dict(zip(wanted, self._encode(pixel_values, grid_cpu, wanted), strict=True))
         return DeepEncoderOutput(
             last_hidden_state=states[layers],
             hidden_states=tuple(states.values()) if output_hidden_states else None,

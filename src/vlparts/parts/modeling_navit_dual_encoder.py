@@ -29,8 +29,8 @@ from .dual_encoder_towers import (
     input_names,
     pool_tokens,
 )
-from .part_models import SubmodelInitializationMixin, model_from_config
-from .utils import ForwardKwargs, activation_dtype, add_auto_classes, mark_initialized
+from .part_models import model_from_config
+from .utils import ForwardKwargs, SubmodelInitializationMixin, activation_dtype, add_auto_classes, mark_initialized
 
 # Inputs that only some towers take.
 _VISION_INPUTS = {

@@ -20,8 +20,15 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import VisionLanguageConfig
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
-from .part_models import SubmodelInitializationMixin, model_from_config, vision_tower_from_config
-from .utils import ForwardKwargs, add_auto_classes, check_shape, check_token_inputs, slice_for_logits
+from .part_models import model_from_config, vision_tower_from_config
+from .utils import (
+    ForwardKwargs,
+    SubmodelInitializationMixin,
+    add_auto_classes,
+    check_shape,
+    check_token_inputs,
+    slice_for_logits,
+)
 from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_deepencoder import DeepEncoderConfig
+from .configuration_fused_vision import FusedVisionConfig
 from .configuration_moge import MoGEConfig
 from .configuration_navit import NaViTConfig
 from .configuration_pangu_embedded import PanguEmbeddedConfig
@@ -16,7 +17,14 @@ from .configuration_windowfree import WindowFreeViTConfig
 
 PART_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config
-    for config in (NaViTConfig, WindowFreeViTConfig, DeepEncoderConfig, PanguEmbeddedConfig, MoGEConfig)
+    for config in (
+        NaViTConfig,
+        WindowFreeViTConfig,
+        DeepEncoderConfig,
+        FusedVisionConfig,
+        PanguEmbeddedConfig,
+        MoGEConfig,
+    )
 }
 
 

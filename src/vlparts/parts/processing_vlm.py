@@ -48,7 +48,7 @@ class VisionLanguageProcessor(ProcessorMixin):
             text model. For a tokenizer without a template the default is ChatML, with its `eos_token` at the end of
             turns.
         spatial_merge_size: Side m of the block of patches that becomes one token.
-        image_seq_length: Number of tokens per image, for square image processors.
+        image_seq_length: Number of tokens per image, or per view of one, for square image processors.
         patch_size: Side of a patch in pixels, for image processors that return `image_sizes` (Pixtral's), from which
             `spatial_shapes` is computed.
         image_token: Placeholder of an image.
@@ -237,15 +237,20 @@ class VisionLanguageProcessor(ProcessorMixin):
                 "`image_seq_length` must be set for an image processor that returns neither `image_grid_thw` nor "
                 "`spatial_shapes`, got None."
             )
-        return self.image_seq_length
+        rows, columns = image_inputs["image_tile_grid"][image_idx] if "image_tile_grid" in image_inputs else (0, 0)
+        return self.image_seq_length * (int(rows) * int(columns) + 1)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any) -> Any:
         """Count tokens and patches of images of the given `(height, width)` sizes; called by inference servers."""
         if image_sizes is None:
             return MultiModalData()
         if self.image_seq_length is not None:
-            tokens = [self.image_seq_length] * len(image_sizes)
-            return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+            views = [1] * len(image_sizes)
+            if hasattr(self.image_processor, "get_tile_grid"):
+                count = self.image_processor.get_number_of_image_patches
+                views = [count(height, width, kwargs) for height, width in image_sizes]
+            tokens = [self.image_seq_length * number for number in views]
+            return MultiModalData(num_image_tokens=tokens, num_image_patches=views)
         if not hasattr(self.image_processor, "get_number_of_image_patches"):
             blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in image_sizes]
             processed = self._to_model_inputs(self.image_processor(blank, **kwargs))

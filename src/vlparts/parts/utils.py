@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -61,6 +61,30 @@ def mark_initialized(model: nn.Module) -> None:
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if not any(tensor.is_meta for tensor in tensors):
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+class SubmodelInitializationMixin:
+    """Initialize the models that a composed model holds as they initialize themselves.
+
+    transformers initializes all modules of a model by the rules of the outermost class. Under a class from outside
+    transformers it skips modules without weights of their own, although the rule of a native model may compute weights
+    and buffers of their children there: these would stay uninitialized where a file does not hold them.
+    """
+
+    def initialize_weights(self) -> None:
+        """Initialize all weights and buffers that were not loaded."""
+        for submodel in _submodels(self):
+            submodel.initialize_weights()
+        super().initialize_weights()  # type: ignore[misc]
+
+
+def _submodels(module: Any) -> Iterator[PreTrainedModel]:
+    """Return the outermost models inside of a module."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
+        else:
+            yield from _submodels(child)
 
 
 def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

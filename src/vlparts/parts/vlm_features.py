@@ -159,10 +159,13 @@ def encode_images(
         check_shape("pixel_values", pixel_values, None, None, None, None)
         outputs = encoder(pixel_values, **options)
         height, width = get_square_grid(encoder, *pixel_values.shape[-2:])
-        patches = _square_patches(encoder, tower, _select_layer(outputs, layer, tower), height, width)
-        features = [_merge_order(row, height, width, merge_size) for row in patches]
-        counts = torch.full((len(patches),), height * width, device=patches.device)
-        return _as_pooling_output(outputs), (torch.cat(features),), counts
+        maps = [
+            _square_patches(encoder, tower, states, height, width)
+            for states in _feature_maps(outputs, layer) or (_select_layer(outputs, layer, tower),)
+        ]
+        merged = tuple(torch.cat([_merge_order(row, height, width, merge_size) for row in rows]) for rows in maps)
+        counts = torch.full((len(pixel_values),), height * width, device=pixel_values.device)
+        return _as_pooling_output(outputs), merged, counts
     require_inputs(spatial_shapes=spatial_shapes)
     assert spatial_shapes is not None
     if not torch.compiler.is_compiling():
@@ -202,8 +205,7 @@ def _encode_packed(
     counts = image_grid_thw.prod(-1)
     if tower.call is None:  # an encoder of ours, or of the user
         outputs = encoder(pixel_values, image_grid_thw, **options)
-        maps = getattr(outputs, "feature_maps", None) if layer == -1 else None
-        return outputs, tuple(maps or (_select_layer(outputs, layer),)), counts
+        return outputs, _feature_maps(outputs, layer) or (_select_layer(outputs, layer),), counts
     if not torch.compiler.is_compiling():
         check_shape("pixel_values", pixel_values.flatten(1), None, patch_width(encoder.config))
         validate_grid(image_grid_thw, len(pixel_values), merge_size)
@@ -260,6 +262,11 @@ def _cast_pixels(pixel_values: Tensor, encoder: PreTrainedModel) -> Tensor:
             "pixels in floating point."
         )
     return pixel_values
+
+
+def _feature_maps(outputs: Any, layer: int) -> tuple[Tensor, ...]:
+    """Several features per patch, for projectors that take them; none for a single layer."""
+    return tuple(getattr(outputs, "feature_maps", None) or ()) if layer == -1 else ()
 
 
 def _select_layer(outputs: Any, layer: int, tower: VisionTower | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from .utils import ForwardKwargs, check_token_inputs
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
+from .vlm_views import sum_views
 
 
 class MultimodalInputsMixin:
@@ -51,7 +52,8 @@ class MultimodalInputsMixin:
             pixel_attention_mask: `(n, patches)` for Siglip2.
             spatial_shapes: `(n, 2)` rows and columns in patches, for encoders of padded images or rows (Siglip2,
                 Gemma 4, Pixtral).
-            image_tile_grid: `(n, 2)` rows and columns of tiles, for encoders of several views per image (DeepEncoder).
+            image_tile_grid: `(n, 2)` rows and columns of tiles, for images of several views: of DeepEncoder, or tiles
+                and whole image as rows of `pixel_values` for encoders of images of one size.
             **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
                 prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
 
@@ -62,10 +64,11 @@ class MultimodalInputsMixin:
         Raises:
             ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.
         """
-        if image_tile_grid is not None:
+        tiles = image_tile_grid if pixel_layout(self.vision_tower) == "square" else None
+        if image_tile_grid is not None and tiles is None:
             kwargs["image_tile_grid"] = image_tile_grid
         options = get_encoder_options(self.vision_tower, kwargs, "image")
-        return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **options)
+        return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, tiles, **options)
 
     @can_return_tuple
     def get_video_features(
@@ -100,6 +103,7 @@ class MultimodalInputsMixin:
         grid_thw: Tensor | None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        square_tiles: Tensor | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPooling:
         outputs, features, patches = encode_images(
@@ -118,6 +122,8 @@ class MultimodalInputsMixin:
             outputs.pooler_output = (tokens,)
         else:
             lengths = patches // self.config.merge_size**2 if view_index is None else outputs.tokens_per_image
+            if square_tiles is not None:
+                lengths = sum_views(lengths, square_tiles)
             outputs.pooler_output = tokens.split(lengths.tolist())
         return outputs
 

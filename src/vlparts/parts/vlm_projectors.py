@@ -5,15 +5,17 @@ encoder, E width of the text model.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .ops_activations import ExactGELU
 from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
+from .utils import check_finite_number
 from .vlm_views import ViewAssembler
 
 
@@ -29,6 +31,49 @@ class MLP2(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map `(T, m^2 * D)` to `(T, E)`."""
         return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, features)))
+
+
+class FusedMLP2(nn.Module):
+    """Weighted sum of several features, each mapped by one and the same [`MLP2`], as in POINTS1.0.
+
+    The published program merges blocks of 2 x 2 patches and adds up the features of its two encoders with the weights
+    0.5 and 0.5.
+
+    Args:
+        vision_width: D.
+        text_width: E.
+        merge_size: m.
+        num_layers: Number of features.
+        weights: Weight of each; equal ones with the sum 1 by default.
+
+    Raises:
+        ValueError: If there are not as many weights as features, or one is not a finite number.
+    """
+
+    def __init__(
+        self,
+        vision_width: int,
+        text_width: int,
+        merge_size: int,
+        num_layers: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = [1 / num_layers] * num_layers if weights is None else list(weights)
+        if len(self.weights) != num_layers:
+            raise ValueError(f"`weights` must hold one weight per feature, {num_layers}, got {weights}.")
+        for weight in self.weights:
+            check_finite_number("weights", weight, signed=True)
+        self.merged_width = vision_width * merge_size**2
+        self.mlp = MLP2(self.merged_width, text_width)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Map patches of each encoder or layer, `(L, D)` in merge order, to `(T, E)`."""
+        tokens = [
+            self.mlp(patches.reshape(-1, self.merged_width)) * weight
+            for patches, weight in zip(features, self.weights, strict=True)
+        ]
+        return torch.stack(tokens).sum(0)
 
 
 class BlockMerger(nn.Module):
@@ -235,6 +280,7 @@ def register_projector(
 
 register_projector("linear", nn.Linear)
 register_projector("mlp2_gelu", MLP2)
+register_projector("fused_mlp2_gelu", FusedMLP2, takes_patches=True)
 register_projector("patch_merger", build_patch_merger, takes_patches=True)
 register_projector("points_merger", build_points_merger, takes_patches=True)
 register_projector("multi_tap_merger", MultiTapProjector, takes_patches=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -263,3 +264,9 @@ def native_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None
         return None
     module = type(config).__module__.replace(".configuration_", ".modeling_")
     return getattr(importlib.import_module(module), tower.model)
+
+
+def native_encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a native vision encoder with new weights, without modules that a composed model does not use."""
+    build, arguments = native_model_class(config), VISION_TOWERS[config.model_type].arguments
+    return AutoModel.from_config(config, **arguments) if build is None else build._from_config(config, **arguments)

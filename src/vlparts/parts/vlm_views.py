@@ -21,6 +21,23 @@ def grid_on_host(grid: Tensor) -> list[list[int]]:
     return grid.tolist()
 
 
+def sum_views(lengths: Tensor, tile_grid: Tensor) -> Tensor:
+    """Return the lengths `(images,)` of images from those of their views, tiles and whole image.
+
+    Args:
+        lengths: `(views,)` int64, view after view and image after image.
+        tile_grid: `(images, 2)` int64, rows and columns of tiles of each image.
+
+    Raises:
+        ValueError: If the tiles and images are not as many as the views.
+    """
+    views = tile_grid.prod(-1) + 1
+    if int(views.sum()) != len(lengths):
+        raise ValueError(f"`image_tile_grid` describes {int(views.sum())} views, but there are {len(lengths)}.")
+    image = torch.arange(len(views), device=lengths.device).repeat_interleave(views.to(lengths.device))
+    return torch.zeros(len(views), dtype=lengths.dtype, device=lengths.device).index_add(0, image, lengths)
+
+
 def count_view_tokens(tile_grid: Grid, tile_tokens: Grid, whole_tokens: Grid) -> int:
     """Number of tokens of an assembled image.
 

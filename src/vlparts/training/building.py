@@ -17,7 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..composition import compose, compose_processor
 from ..coordinates.codec import encode
 from ..coordinates.regions import Region
-from ..parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
+from ..parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE, POINTS_CHAT_TEMPLATE, POINTS_VISION_TOKENS
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.part_configs import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
@@ -26,7 +26,11 @@ from .presets import config_from_preset, preset_names
 from .records import PageRecord, Record, RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
-_TEMPLATES = {"deepseek_ocr": DEEPSEEK_OCR_CHAT_TEMPLATE}
+# Arguments of `compose_processor` by the name of a chat template.
+_TEMPLATES: dict[str, dict[str, Any]] = {
+    "deepseek_ocr": {"chat_template": DEEPSEEK_OCR_CHAT_TEMPLATE},
+    "points": {"chat_template": POINTS_CHAT_TEMPLATE, **POINTS_VISION_TOKENS},
+}
 
 
 def build(
@@ -104,8 +108,7 @@ def _compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
     template = _read_template(config.chat_template)
-    trusted = config.trust_remote_code
-    return model, compose_processor(model, tokenizer, chat_template=template, trust_remote_code=trusted)
+    return model, compose_processor(model, tokenizer, trust_remote_code=config.trust_remote_code, **template)
 
 
 def make_tower(config: TrainConfig, argument: str, spec: Any, weights: bool, loader: Any = AutoModel) -> Any:
@@ -141,11 +144,11 @@ def make_text(config: TrainConfig, texts: Iterable[str], loader: Any, weights: b
     return make_tower(config, "text", spec, weights, loader), tokenizer
 
 
-def _read_template(path: Path | None) -> str | None:
+def _read_template(path: Path | None) -> dict[str, Any]:
     if path is None or str(path) in _TEMPLATES:
-        return _TEMPLATES.get(str(path))
+        return _TEMPLATES.get(str(path), {})
     try:
-        return path.read_text(encoding="utf-8")
+        return {"chat_template": path.read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"`chat_template` must be a file with a Jinja template or {', '.join(_TEMPLATES)}, got {path}: {error}"

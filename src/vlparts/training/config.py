@@ -59,7 +59,8 @@ class TrainConfig(BaseModel):
         tokenizer: Folder of a tokenizer. By default that of the text model; for a new text model, one is trained on
             the texts of `data`.
         chat_template: File of a Jinja chat template, for a tokenizer that has none and for which ChatML is no default;
-            or "deepseek_ocr" for the plain format of DeepSeek-OCR.
+            or "deepseek_ocr" for the plain format of DeepSeek-OCR, "points" for the ChatML of POINTS1.5, whose image
+            tokens have a start and an end.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
         dual_encoder: Fields of `NaViTDualEncoderConfig` for a dual encoder, such as `{"loss": "sigmoid"}`.

@@ -11,7 +11,7 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vlparts import NaViTImageProcessor, WindowFreeViTImageProcessor
+from vlparts import CattyImageProcessor, DeepEncoderImageProcessor, NaViTImageProcessor, WindowFreeViTImageProcessor
 from vlparts.coordinates import (
     CoordinateError,
     Frame,
@@ -127,4 +127,13 @@ def test_formats_with_a_frame_of_their_own_and_resizing_processors_change_nothin
 )
 def test_unknown_steps_are_errors(processor: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Processed(processor)((120, 90))
+
+
+@pytest.mark.parametrize(
+    "processor", [CattyImageProcessor(), DeepEncoderImageProcessor(mode="tiny")], ids=["CATTY", "tiny"]
+)
+def test_an_image_cut_into_views_has_relative_numbers_only(processor: Any) -> None:
+    assert Processed(processor, relative=True)((120, 90)) == Frame.original((120, 90))
+    with pytest.raises(ValueError, match="cuts an image into views; its frame is unknown"):
         Processed(processor)((120, 90))

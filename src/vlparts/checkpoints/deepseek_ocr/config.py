@@ -277,12 +277,7 @@ def _published_text_config(text: MoGEConfig) -> dict[str, Any]:
             f"`model` must have a `shared_expert_intermediate_size` that is a multiple of `moe_intermediate_size` for "
             f"{FAMILY}, got {text.shared_expert_intermediate_size} and {text.moe_intermediate_size}."
         )
-    rope = dict(text.rope_parameters or {})
-    theta = rope.pop("rope_theta")
-    if rope.pop("rope_type", "default") != "default" or rope:
-        raise ValueError(
-            f"`model` must have `rope_parameters` with 'rope_theta' only for {FAMILY}, got {text.rope_parameters}."
-        )
+    theta = _folder.get_rope_theta(text, FAMILY)
     optional = {published: getattr(text, ours) for published, (ours, _) in _TEXT_DEFAULTS.items()}
     changed = {name: value for name, value in optional.items() if value != _TEXT_DEFAULTS[name][1]}
     if text.router_aux_loss_form not in _BALANCE_FORMS.values():

@@ -1,12 +1,12 @@
 """Names and shapes of DeepSeek-OCR's 2,710 published tensors."""
 
-import re
 from typing import Any
 
 from torch import Tensor
 
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from .._weights import Slice, expert_slices, own_tensors
+from .._weights import Slice, expert_slices, own_tensors, published_name
+from .config import FAMILY
 
 _SAM = r"model\.vision_tower\.sam\."
 _CLIP = r"model\.vision_tower\.clip\."
@@ -55,25 +55,17 @@ def get_slices(model: VisionLanguageForConditionalGeneration) -> dict[str, Slice
     patch = (vision.num_channels, vision.patch_size, vision.patch_size)
     slices: dict[str, Slice] = {}
     for name, tensor in own_tensors(model).items():
-        experts = expert_slices(name, _published_name(name), tensor.shape[0])
+        published = published_name(name, _NAMES, FAMILY)
+        experts = expert_slices(name, published, tensor.shape[0])
         if experts:
             slices |= experts
         elif name.endswith("sam.patch_embedding.weight"):
-            slices[_published_name(name)] = Slice(name, lambda weight: weight.unflatten(1, patch))
+            slices[published] = Slice(name, lambda weight: weight.unflatten(1, patch))
         elif name.endswith("sam.position_embedding"):
-            slices[_published_name(name)] = Slice(name, _with_batch)
+            slices[published] = Slice(name, _with_batch)
         else:
-            slices[_published_name(name)] = Slice(name)
+            slices[published] = Slice(name)
     return slices
-
-
-def _published_name(name: str) -> str:
-    """The published name of a tensor of the composed model."""
-    for pattern, published in _NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(published)
-    raise ValueError(f"`model` has a tensor {name!r}, for which DeepSeek-OCR has no name.")
 
 
 def _with_batch(table: Tensor) -> Tensor:

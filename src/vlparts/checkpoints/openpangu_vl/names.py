@@ -13,7 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ...parts.modeling_windowfree import WindowFreeViTModel
 from .._safetensors import StoredTensors
-from .._weights import ROTARY_BUFFERS, Slice, own_tensors
+from .._weights import ROTARY_BUFFERS, Slice, own_tensors, published_name
+from .config import FAMILY
 
 # Regular expressions of names: tensors that are not the encoder's (mergers, projection, text model), and buffers that
 # follow from config.json.
@@ -75,7 +76,7 @@ def get_slices(model: PreTrainedModel, is_split: Callable[[str], bool]) -> dict[
     patch = (vision.num_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     slices: dict[str, Slice] = {}
     for name in own_tensors(model):
-        published = _published_name(prefix + name)
+        published = published_name(prefix + name, _NAMES, FAMILY)
         if prefix + name == _PATCH_EMBEDDING:
             slices[published] = Slice(name, partial(_unflatten, shape=patch))
         elif _QKV.fullmatch(published) and is_split(published):
@@ -84,15 +85,6 @@ def get_slices(model: PreTrainedModel, is_split: Callable[[str], bool]) -> dict[
         else:
             slices[published] = Slice(name)
     return slices
-
-
-def _published_name(name: str) -> str:
-    """The published name of a tensor of the composed model."""
-    for pattern, published in _NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(published)
-    raise ValueError(f"`model` has a tensor {name!r}, for which openPangu-VL has no name.")
 
 
 def _split_names(name: str) -> list[str]:

@@ -96,12 +96,7 @@ def published_config(config: MoGEConfig) -> dict[str, Any]:
         "head_dim": config.hidden_size // config.num_attention_heads,
     }
     _folder.check_config(config, expected, FAMILY)
-    rope = dict(config.rope_parameters or {})
-    theta = rope.pop("rope_theta")
-    if rope.pop("rope_type", "default") != "default" or rope:
-        raise ValueError(
-            f"`model` must have `rope_parameters` with 'rope_theta' only for {FAMILY}, got {config.rope_parameters}."
-        )
+    theta = _folder.get_rope_theta(config, FAMILY)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

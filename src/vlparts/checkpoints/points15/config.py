@@ -327,12 +327,7 @@ def _published_text_config(text: Qwen2Config | LlamaConfig, layout: str) -> dict
     else:
         expected |= {"use_sliding_window": False}
     _folder.check_config(text, expected, FAMILY)
-    rope = dict(text.rope_parameters or {})
-    theta = rope.pop("rope_theta")
-    if rope.pop("rope_type", "default") != "default" or rope:
-        raise ValueError(
-            f"`model` must have `rope_parameters` with 'rope_theta' only for {FAMILY}, got {text.rope_parameters}."
-        )
+    theta = _folder.get_rope_theta(text, FAMILY)
     fields = {published: getattr(text, ours) for published, ours in _TEXT_FIELDS[layout].items()}
     optional = {name: getattr(text, name) for name in _OPTIONAL_TEXT_FIELDS if getattr(text, name) is not None}
     own: dict[str, Any] = {_THETA[layout]: theta, "hidden_act": _ACTIVATION[layout], **_FIXED[layout]}

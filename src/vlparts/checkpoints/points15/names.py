@@ -4,7 +4,6 @@ POINTS-Reader has the text model's tensors under transformers' names ("qwen2"), 
 of its own class ("custom_llama"), which fuses several of them. Shapes: G groups, n fused tensors, R rows of one.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .._safetensors import StoredTensors
-from .._weights import Slice, own_tensors
+from .._weights import Slice, own_tensors, published_name
 from ..qwen_vl.names import get_slices as get_encoder_slices
-from .config import CUSTOM_LLAMA, QWEN2, VISION_TYPE
+from .config import CUSTOM_LLAMA, FAMILY, QWEN2, VISION_TYPE
 
 # Regular expressions of names: buffers that follow from config.json, and the encoder's merger, which is not used.
 BUFFERS = (
@@ -167,7 +166,7 @@ def get_names(model: VisionLanguageForConditionalGeneration, layout: str) -> Nam
     done = {part.name for part in slices.values()} | {name for one in fused.values() for name in one.names}
     for name in own:
         if name not in done:
-            slices[_published_name(name, layout)] = Slice(name)
+            slices[published_name(name, _NAMES[layout], FAMILY)] = Slice(name)
     return Names(slices, fused)
 
 
@@ -190,12 +189,3 @@ def _get_fused(model: VisionLanguageForConditionalGeneration, own: Collection[st
         names = (f"{prefix}mlp.up_proj.weight", f"{prefix}mlp.gate_proj.weight")
         fused[f"llm.lm.layers.{layer}.mlp.dense_h_to_4h.weight"] = Fused(names, 1)
     return fused
-
-
-def _published_name(name: str, layout: str) -> str:
-    """The published name of a tensor of the projector or the text model."""
-    for pattern, published in _NAMES[layout]:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(published)
-    raise ValueError(f"`model` has a tensor {name!r}, for which POINTS1.5 has no name.")

@@ -19,7 +19,8 @@ class Processed:
     """Rule: the image as an image processor gives it to a model, resized, cropped and padded by its settings.
 
     It knows the processors of vlparts, those of transformers that resize, crop and pad in the common way (CLIP,
-    SigLIP, ViT, DINOv2, BLIP, ...), and Siglip2's. Settings are read at each call.
+    SigLIP, ViT, DINOv2, BLIP, ...), and Siglip2's. Settings are read at each call. Of processors that cut an image
+    into views, only `relative` numbers are known.
 
     Args:
         processor: An image processor, or a processor that has one as `image_processor`.
@@ -37,7 +38,14 @@ class Processed:
             ValueError: If `image_size` is invalid, the processor refuses the size, or its steps are unknown.
         """
         size = check_size(image_size)
-        frame = _frame(getattr(self.processor, "image_processor", self.processor), size)
+        processor = getattr(self.processor, "image_processor", self.processor)
+        if hasattr(processor, "get_tile_grid") and not getattr(processor, "do_pad", False):
+            if self.relative:
+                return Frame.original(size)
+            raise ValueError(
+                f"The image processor {type(processor).__name__} cuts an image into views; its frame is unknown."
+            )
+        frame = _frame(processor, size)
         return Frame.original(size) if self.relative and frame == Frame.resized(size, frame.size) else frame
 
 
