@@ -212,7 +212,8 @@ def compose_processor(
         vision_end_token=vision_end_token,
     )
     if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
+        has_values = not model.lm_head.weight.is_meta
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=has_values)
     previous = (model.config.image_token_id, model.config.video_token_id)
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     if video_token is not None:

@@ -21,17 +21,19 @@ class Journal:
         path: The file; made if it does not exist.
         settings: What the rows depend on, as JSON data.
         argument: The argument that the file belongs to, for error messages.
-        restart: Discard the rows of an earlier run, whatever its settings.
+        restart: Discard the rows of an earlier run, whatever its settings. None where callers do not offer it.
 
     Raises:
         ValueError: If the file is something else, or the journal of a run with other settings; names the settings.
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], *, argument: str = "output", restart: bool = False
+        self, path: Path, settings: dict[str, Any], *, argument: str = "output", restart: bool | None = None
     ) -> None:
         self.path = path
         self._argument = argument
+        started_anew = "delete the file, or set `restart` to start anew"
+        self._advice = "or choose another folder" if restart is None else started_anew
         settings = json.loads(json.dumps(settings))
         if not path.parent.is_dir():
             raise ValueError(f"`{argument}` must be in an existing folder, got {path}.")
@@ -50,7 +52,7 @@ class Journal:
             changes = "; ".join(f"{name}: {found.get(name)!r:.80}, now {settings.get(name)!r:.80}" for name in names)
             raise ValueError(
                 f"`{self._argument}`: {self.path} has results of a run with other settings ({changes}). Repeat "
-                "that run, delete the file, or set `restart` to start anew."
+                f"that run, {self._advice}."
             )
 
     def _lines(self) -> Iterator[Any]:

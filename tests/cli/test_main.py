@@ -19,7 +19,9 @@ from vlparts.training.config import TrainConfig
 
 OPTIONS = {
     "capacity",
+    "changes",
     "chat_template",
+    "check",
     "config",
     "data",
     "dpi",
@@ -32,6 +34,7 @@ OPTIONS = {
     "max_image_pixels",
     "max_items",
     "max_steps",
+    "max_tokens",
     "mix",
     "model",
     "on_error",
@@ -40,15 +43,21 @@ OPTIONS = {
     "output",
     "packing",
     "projector",
+    "prompts",
+    "recipe",
     "resume",
     "sample_weight_field",
     "save_steps",
     "seed",
+    "template",
     "text",
     "tokenizer",
+    "trained",
     "trust_remote_code",
     "vision",
 }
+OTHERS = {"changes", "check", "config", "recipe", "trained"}  # no settings of that name
+FLAGS = {"changes": "set", "prompts": "prompt", "trained": "train"}
 SETTINGS: dict[str, Any] = {
     "vision": VISION,
     "text": TEXT,
@@ -121,14 +130,14 @@ def test_the_options_of_train_are_these() -> None:
     command = typer.main.get_command(command_line.app)
     names = {parameter.name for parameter in command.commands["train"].params} - {"help"}
     assert names == OPTIONS
-    assert names - {"config"} <= set(TrainConfig.model_fields)
+    assert names - OTHERS <= set(TrainConfig.model_fields)
 
 
 def test_help_lists_every_option() -> None:
     result = CliRunner().invoke(command_line.app, ["train", "--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
     assert result.exit_code == 0
     for name in OPTIONS:
-        assert f"--{name.replace('_', '-')}" in result.output
+        assert f"--{FLAGS.get(name, name).replace('_', '-')}" in result.output
     commands = run("--help").output
     assert all(name in commands for name in ("demo", "train", "info"))
 
@@ -153,7 +162,10 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "tokenizer": Path("t"),
         "chat_template": Path("c.jinja"),
         "projector": "linear",
+        "train": ["projector", "text"],
         "freeze": ["vision", "model.language_model.layers.0.*"],
+        "template": "continuation",
+        "prompts": ["What is it?", "Where?"],
         "max_image_pixels": 10**6,
         "dpi": 72.0,
         "capacity": 77,
@@ -162,6 +174,7 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "packing": False,
         "epochs": 2.5,
         "max_steps": 9,
+        "max_tokens": 8,
         "optimizer": "muon",
         "learning_rate": 0.5,
         "loss": "openpangu_mix",
@@ -174,10 +187,10 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "on_outside": "clamp",
         "trust_remote_code": True,
     }
-    assert set(given) == OPTIONS - {"config"}
+    assert set(given) == OPTIONS - OTHERS | {"train"}
     arguments: list[str] = []
     for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, bool):
                 arguments.append(flag if one else flag.replace("--", "--no-"))
@@ -185,9 +198,14 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
                 arguments += [flag, str(one)]
     seen: list[TrainConfig] = []
     monkeypatch.setattr("vlparts.training.train.train", lambda config: seen.append(config) or stop())
-    assert run("train", *arguments).exit_code == 2
-    assert {name: getattr(seen[0], name) for name in given} == given
-    assert seen[0].model_fields_set == set(given)
+    passed: list[dict[str, Any]] = []
+    with monkeypatch.context() as without_checks:  # some settings exclude each other
+        checked = TrainConfig(data="a", output="b")
+        without_checks.setattr(
+            "vlparts.training.config.load_config", lambda path, changes: passed.append(changes) or checked
+        )
+        assert run("train", *arguments).exit_code == 2
+    assert passed == [given]
     assert run("train", "--data", "a.jsonl", "--output", "out", "--batch-size", "8").exit_code == 2
     assert seen[1].max_items == 8
 

@@ -8,9 +8,9 @@ import yaml
 
 from vlparts.training.config import TrainConfig, load_config
 
-# A value other than the default for every field.
+# A value other than the default for every field, or in ALTERNATIVES for one that excludes others.
 VALUES: dict[str, Any] = {
-    "data": "train.jsonl",
+    "data": {Path("train.jsonl"): 0.5, Path("more.jsonl"): 1.5},
     "output": "model",
     "eval_data": "eval.jsonl",
     "vision": {"preset": "navit:tiny", "depth": 3},
@@ -25,6 +25,7 @@ VALUES: dict[str, Any] = {
     "max_image_pixels": 10**6,
     "dpi": 72.0,
     "coordinate_format": "padded",
+    "prompts": ["What is it?"],
     "capacity": 10,
     "max_items": 3,
     "packing": False,
@@ -33,8 +34,10 @@ VALUES: dict[str, Any] = {
     "optimizer": "muon",
     "learning_rate": 0.5,
     "learning_rate_steps": [(0.5, 0.1)],
+    "learning_rates": {"vision": 0.1},
     "warmup_ratio": 0.5,
     "weight_decay": 0.5,
+    "weight_decays": {"*.bias": 0.1},
     "gradient_accumulation_steps": 2,
     "loss": "openpangu_mix",
     "mix": 0.25,
@@ -50,6 +53,12 @@ VALUES: dict[str, Any] = {
     "trust_remote_code": True,
     "trainer": {"max_grad_norm": 0.5},
 }
+ALTERNATIVES: list[dict[str, Any]] = [
+    {"train": ["model.*"]},
+    {"max_tokens": 5},
+    {"template": "continuation"},
+    {"kind": "dual_encoder", "dual_encoder": {"loss": "sigmoid"}},
+]
 
 
 def written(folder: Path, text: str) -> Path:
@@ -58,17 +67,23 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+def as_yaml(values: dict[str, Any]) -> str:
+    data = {str(path): share for path, share in VALUES["data"].items()}
+    return yaml.safe_dump({**values, "learning_rate_steps": [[0.5, 0.1]], "data": data, "output": "model"})
+
+
 def test_every_setting_can_stand_in_a_file(tmp_path: Path) -> None:
-    assert set(VALUES) == set(TrainConfig.model_fields)
-    config = load_config(written(tmp_path, yaml.safe_dump(VALUES)), {})
+    assert set(VALUES) | {name for one in ALTERNATIVES for name in one} == set(TrainConfig.model_fields)
     defaults = TrainConfig(data="a", output="b")
-    for name, value in VALUES.items():
-        assert getattr(config, name) == (Path(value) if isinstance(getattr(config, name), Path) else value), name
-        assert getattr(config, name) != getattr(defaults, name), name
+    for values in (VALUES, *ALTERNATIVES):
+        config = load_config(written(tmp_path, as_yaml(values)), {})
+        for name, value in values.items():
+            assert getattr(config, name) == (Path(value) if isinstance(getattr(config, name), Path) else value), name
+            assert getattr(config, name) != getattr(defaults, name), name
 
 
 def test_changes_come_before_the_file(tmp_path: Path) -> None:
-    path = written(tmp_path, yaml.safe_dump(VALUES))
+    path = written(tmp_path, as_yaml(VALUES))
     assert load_config(path, {"seed": 9, "output": Path("x")}) == load_config(path, {}).model_copy(
         update={"seed": 9, "output": Path("x")}
     )
@@ -92,6 +107,19 @@ def test_an_empty_file_leaves_everything_to_the_changes(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, ""), {"data": "a", "output": "b"}) == load_config(
         None, {"data": "a", "output": "b"}
     )
+
+
+def test_a_setting_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    for text in ("data: a\noutput: b\nseed: 1\nseed: 2", "data: a\noutput: b\ntrainer: {seed: 1, seed: 1}"):
+        with pytest.raises(ValueError, match="`config` .* cannot be read: the key 'seed' occurs twice"):
+            load_config(written(tmp_path, text), {})
+
+
+def test_a_setting_that_is_left_to_the_user_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "data: ???\noutput: b\ntext: ???")
+    with pytest.raises(ValueError, match="Invalid training settings: `data`, `text` must be set; the file leaves"):
+        load_config(path, {})
+    assert load_config(path, {"data": "a", "text": "c"}).text == "c"
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from tests.training.making import losses, settings, weights, write_records
 from tests.training.test_resuming import Cut
 from vlparts import DeepEncoderImageProcessor
 from vlparts.training.building import build, conversation_texts, select_parameters
-from vlparts.training.config import SETTINGS, TrainConfig, load_config
+from vlparts.training.config import TrainConfig
 from vlparts.training.dataset import SampleDataset, collate_packed
 from vlparts.training.encoding import SampleEncoder
+from vlparts.training.recipe import load_recipe, run_recipe
 from vlparts.training.records import read_records
 from vlparts.training.train import train
 
@@ -191,32 +192,22 @@ def test_a_schedule_by_steps(tmp_path: Path) -> None:
 def test_the_published_stages(tmp_path: Path) -> None:
     """With all that is published, run with small parts."""
     small = config_for(tmp_path)
+    shared = {"gradient_accumulation_steps": 1, "max_steps": 2, "weight_decay": 0.1, "data": str(small.data)}
+    parts = {"vision": small.vision, "image_processor": small.image_processor}
     changes = {
-        **{name: getattr(small, name) for name in ("data", "vision", "text", "image_processor", "trainer")},
-        "gradient_accumulation_steps": 1,
-        "max_steps": 2,
-        "weight_decay": 0.1,
+        "output": str(tmp_path / "out"),
+        "defaults.trainer": small.trainer,
+        **{f"{stage}.{name}": value for stage in ("encoder", "model") for name, value in shared.items()},
+        **{f"{stage}.text": small.text for stage in ("encoder", "model")},
+        **{f"encoder.{name}": value for name, value in parts.items()},
+        "model.image_processor": small.image_processor,
+        "model.epochs": 1,
     }
-    first = load_config("deepseek_ocr_encoder", {"data": "a", "output": "b"})
-    assert (first.vision, first.projector) == ("deepencoder:deepseek_ocr", "deepseek_ocr")
-    assert (first.epochs, first.capacity, first.learning_rate) == (2, 4096, 5e-5)
-    assert first.gradient_accumulation_steps == 1280
-    assert not first.freeze
-    assert not first.learning_rate_steps
-    train(load_config("deepseek_ocr_encoder", {**changes, "output": tmp_path / "first"}))
-    second = load_config("deepseek_ocr_model", {"data": "a", "output": "b"})
-    assert (second.capacity, second.learning_rate, second.gradient_accumulation_steps) == (8192, 3e-5, 640)
-    assert second.learning_rate_steps
-    for name in ("vision", "text"):
-        del changes[name]
-    train(load_config("deepseek_ocr_model", {**changes, "model": tmp_path / "first", "output": tmp_path / "second"}))
-    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
-    kept = {name for name in before if torch.equal(before[name], after[name])}
-    assert kept == {name for name in before if name.startswith("model.vision_tower.sam.")}
+    run_recipe(load_recipe("deepseek_ocr", changes))
+    before, after = weights(tmp_path / "out" / "encoder"), weights(tmp_path / "out" / "model")
+    same = {name for name in before if before[name].shape == after[name].shape}
+    kept = {name for name in same if torch.equal(before[name], after[name])}
+    assert {name for name in kept if name.startswith("model.vision_tower.")} == {
+        name for name in before if name.startswith("model.vision_tower.sam.")
+    }
     assert "model.vision_tower.sam.compress2.weight" in kept
-
-
-def test_settings_that_are_shipped() -> None:
-    assert list(SETTINGS) == ["deepseek_ocr_encoder", "deepseek_ocr_model"]
-    with pytest.raises(ValueError, match="`config` deepseek_ocr cannot be read"):
-        load_config("deepseek_ocr", {})

@@ -88,7 +88,7 @@ def test_a_restored_state_goes_on_to_the_bit() -> None:
 
 def test_it_can_do_without_matrices() -> None:
     bias = nn.Parameter(torch.ones(3))
-    optimizer = MuonWithAdamW([], [bias], lr=0.1, weight_decay=0.0)
+    optimizer = MuonWithAdamW([], [{"params": [bias], "lr": 0.1, "weight_decay": 0.0}])
     bias.sum().backward()
     optimizer.step()
     assert (bias < 1).all()

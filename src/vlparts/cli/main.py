@@ -14,6 +14,7 @@ from .coordinates import app as coordinates_app
 from .data import app as data_app
 from .errors import exit_on_value_error
 from .ocr import ocr
+from .recipe import train_recipe
 from .soup import soup
 
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -63,10 +64,18 @@ def demo(
 def train(
     data: Annotated[Path | None, typer.Option(help="JSON Lines file of training records.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the trained model.")] = None,
-    config: Annotated[
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override them.")] = None,
+    recipe: Annotated[
         Path | None,
-        typer.Option(help="YAML file of settings, or a name such as deepseek_ocr_model; options override them."),
+        typer.Option(help="YAML file of training stages, or a name such as points_1_5; for --output, --set, --check."),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="STAGE.FIELD=VALUE: a setting of a stage of the recipe; may be repeated."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the recipe and show its plan, without training.")
+    ] = False,
     eval_data: Annotated[Path | None, typer.Option(help="JSON Lines file of evaluation records.")] = None,
     vision: Annotated[str | None, typer.Option(help="Preset such as navit:tiny, folder, or JSON file.")] = None,
     text: Annotated[str | None, typer.Option(help="Preset such as qwen3:tiny, folder, or JSON file.")] = None,
@@ -76,9 +85,20 @@ def train(
         Path | None, typer.Option(help="File of a Jinja chat template, or deepseek_ocr for its plain format.")
     ] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
-    freeze: Annotated[
+    trained: Annotated[
         list[str] | None,
-        typer.Option(help="vision, text, projector, or a pattern of names of parameters; may be repeated."),
+        typer.Option(
+            "--train", help="What is trained: vision, text, projector, or a pattern of names; may be repeated."
+        ),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="What is not trained, instead of --train; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="chat, or continuation for the plain contents of the turns.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text of the user for records without one; may be repeated.")
     ] = None,
     max_image_pixels: Annotated[
         int | None, typer.Option(help="Largest number of pixels of an image file; by default Pillow's limit.")
@@ -97,6 +117,7 @@ def train(
     packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --epochs.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Number of tokens, instead of --epochs.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or muon.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     loss: Annotated[str | None, typer.Option(help="token, sample, square or openpangu_mix.")] = None,
@@ -115,15 +136,24 @@ def train(
         bool | None, typer.Option(help="Run code that comes with the folders that are loaded.")
     ] = None,
 ) -> None:
-    """Fine-tune a composed model on conversations about images."""
-    changes: dict[str, Any] = {
-        name: value for name, value in locals().items() if name != "config" and value not in (None, [])
+    """Train a composed model on conversations about images, or the stages of a recipe."""
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("config", "recipe", "changes", "check") and value not in (None, [])
     }
+    if "trained" in given:
+        given["train"] = given.pop("trained")
     from ..training.config import load_config
     from ..training.train import train as run
 
     with exit_on_value_error():
-        result = run(load_config(config, changes))
+        if recipe is not None:
+            others = [*given.keys() - {"output"}, *([] if config is None else ["config"])]
+            return train_recipe(console, recipe, output, changes or [], check, others)
+        if changes or check:
+            raise ValueError("`--set` and `--check` must be given with `--recipe` only.")
+        result = run(load_config(config, given))
     if int(os.environ.get("RANK", "0")) == 0:  # only the first process reports
         for reason in result.skipped:
             console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)

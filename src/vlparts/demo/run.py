@@ -146,8 +146,9 @@ def _seconds_per_step(config: TrainConfig) -> float:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter())
 
-    subset = config.data.with_name("trial.jsonl")
-    with config.data.open(encoding="utf-8") as lines:
+    (data,) = config.shares
+    subset = data.with_name("trial.jsonl")
+    with data.open(encoding="utf-8") as lines:
         subset.write_text("".join(islice(lines, _TRIAL_IMAGES)), encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         quiet = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}

@@ -2,15 +2,16 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..composition import compose, compose_processor
@@ -20,7 +21,7 @@ from ..parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE, POINTS_CHAT_TEMPL
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.part_configs import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
-from .config import PARTS, TrainConfig
+from .config import COMPOSITION_FIELDS, PARTS, TrainConfig
 from .presets import config_from_preset, preset_names
 from .records import PageRecord, Record, RecordFile, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
@@ -30,17 +31,17 @@ _TEMPLATES: dict[str, dict[str, Any]] = {
     "deepseek_ocr": {"chat_template": DEEPSEEK_OCR_CHAT_TEMPLATE},
     "points": {"chat_template": POINTS_CHAT_TEMPLATE, **POINTS_VISION_TOKENS},
 }
-_COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer", "chat_template")
 
 
 def build(
-    config: TrainConfig, texts: Iterable[str]
+    config: TrainConfig, texts: Iterable[str], weights: bool = True
 ) -> tuple[VisionLanguageForConditionalGeneration, VisionLanguageProcessor]:
-    """Build or load the model and processor that the settings describe.
+    """Build or load the composed model and processor that the settings describe.
 
     Args:
         config: The settings.
         texts: Texts to train a tokenizer on, if one is needed.
+        weights: False for a model on the meta device: folders need no weights.
 
     Returns:
         The model and its processor.
@@ -50,16 +51,17 @@ def build(
             configuration that cannot be loaded.
     """
     if config.model is not None:
-        given = [f"`{name}`" for name in _COMPOSITION_FIELDS if name in config.model_fields_set]
+        given = [f"`{name}`" for name in COMPOSITION_FIELDS if name in config.model_fields_set]
         if given:
             raise ValueError(f"`model` replaces {', '.join(given)}; expected only one of the two.")
-        model = _load(VisionLanguageForConditionalGeneration, config.model, "model")
-        processor = _load(VisionLanguageProcessor, config.model, "model")
+        model = load_model(VisionLanguageForConditionalGeneration, config.model, "model", weights=weights)
+        processor = load(VisionLanguageProcessor, config.model, "model")
     else:
-        model, processor = _compose(config, texts)
+        with nullcontext() if weights else torch.device("meta"):
+            model, processor = _compose(config, texts, weights)
     if config.image_processor:
-        processor.image_processor = _with_options(processor.image_processor, config.image_processor)
-    _freeze(model, config.freeze)
+        processor.image_processor = with_options(processor.image_processor, config.image_processor)
+    choose_trained(model, config)
     return model, processor
 
 
@@ -96,33 +98,50 @@ def _message_texts(record: Record) -> Iterator[str]:
 
 
 def _compose(
-    config: TrainConfig, texts: Iterable[str]
+    config: TrainConfig, texts: Iterable[str], weights: bool
 ) -> tuple[VisionLanguageForConditionalGeneration, VisionLanguageProcessor]:
     """Compose a new model and its processor from the parts that the settings name."""
-    options = {"trust_remote_code": config.trust_remote_code}
-    vision: Any = _resolve(config.vision, "vision")
-    vision = (
-        _config_from_fields(vision, "vision")
-        if isinstance(vision, dict)
-        else _load(AutoModel, vision, "vision", options)
-    )
-    text: Any = _resolve(config.text, "text")
-    if config.tokenizer is not None:
-        tokenizer = _load(AutoTokenizer, config.tokenizer, "tokenizer", options)
-    elif isinstance(text, dict):
-        tokenizer = train_tokenizer(texts)
-    else:
-        tokenizer = _load(AutoTokenizer, text, "text", options)
-    if isinstance(text, dict):
-        text = _config_from_fields(_add_tokenizer_fields(text, tokenizer), "text")
-    else:
-        text = _load(AutoModelForCausalLM, text, "text", options)
-    with _config_errors("projector"):
+    vision = make_tower(config, "vision", config.vision, weights)
+    text, tokenizer = make_text(config, texts, AutoModelForCausalLM, weights)
+    with config_errors("projector"):
         model = compose(
             vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
         )
     template = _read_template(config.chat_template)
     return model, compose_processor(model, tokenizer, trust_remote_code=config.trust_remote_code, **template)
+
+
+def make_tower(config: TrainConfig, argument: str, spec: Any, weights: bool, loader: Any = AutoModel) -> Any:
+    """The configuration of a tower, or its model loaded from a folder.
+
+    Args:
+        config: The settings.
+        argument: "vision" or "text".
+        spec: The setting of that name, or fields of a configuration.
+        weights: False for a model on the meta device.
+        loader: Auto class of the model.
+
+    Raises:
+        ValueError: As for [`build`].
+    """
+    found = _resolve(spec, argument)
+    if isinstance(found, dict):
+        return _config_from_fields(found, argument)
+    return load_model(loader, found, argument, {"trust_remote_code": config.trust_remote_code}, weights)
+
+
+def make_text(config: TrainConfig, texts: Iterable[str], loader: Any, weights: bool) -> tuple[Any, Any]:
+    """The text model, as [`make_tower`], and its tokenizer, which is trained on `texts` if there is none."""
+    options = {"trust_remote_code": config.trust_remote_code}
+    text = _resolve(config.text, "text")
+    if config.tokenizer is not None:
+        tokenizer = load(AutoTokenizer, config.tokenizer, "tokenizer", options)
+    elif isinstance(text, dict):
+        tokenizer = train_tokenizer(texts)
+    else:
+        tokenizer = load(AutoTokenizer, text, "text", options)
+    spec = _add_tokenizer_fields(text, tokenizer) if isinstance(text, dict) else config.text
+    return make_tower(config, "text", spec, weights, loader), tokenizer
 
 
 def _read_template(path: Path | None) -> dict[str, Any]:
@@ -161,14 +180,14 @@ def _resolve(spec: str | dict[str, Any], argument: str) -> dict[str, Any] | Path
 
 def _config_from_fields(fields: dict[str, Any], argument: str) -> PreTrainedConfig:
     preset = fields.pop("preset", None)
-    with _config_errors(argument):
+    with config_errors(argument):
         if preset is None:
             return config_from_dict(fields, argument)
         return config_from_preset(str(preset), fields, argument)
 
 
 @contextmanager
-def _config_errors(argument: str) -> Iterator[None]:
+def config_errors(argument: str) -> Iterator[None]:
     """Re-raise validation errors of configurations as ValueError that names the argument."""
     try:
         yield
@@ -187,7 +206,7 @@ def _add_tokenizer_fields(fields: dict[str, Any], tokenizer: Any) -> dict[str, A
     return {**fields, **ids, "vocab_size": size}
 
 
-def _load(loader: Any, folder: Path, argument: str, options: dict[str, Any] | None = None) -> Any:
+def load(loader: Any, folder: Path, argument: str, options: dict[str, Any] | None = None) -> Any:
     """Call `loader.from_pretrained` on a local folder; model ids of the Hub are refused."""
     if not folder.is_dir():
         raise ValueError(f"`{argument}` must be a folder, got {folder}.")
@@ -197,7 +216,18 @@ def _load(loader: Any, folder: Path, argument: str, options: dict[str, Any] | No
         raise ValueError(f"`{argument}` {folder} cannot be loaded: {error}") from error
 
 
-def _with_options(image_processor: Any, options: dict[str, Any]) -> Any:
+def load_model(
+    loader: Any, folder: Path, argument: str, options: dict[str, Any] | None = None, weights: bool = True
+) -> Any:
+    """Load a model from a local folder; without `weights`, only its configuration, for a model on the meta device."""
+    if weights:
+        return load(loader, folder, argument, options)
+    config = load(AutoConfig, folder, argument, options)
+    with torch.device("meta"):
+        return loader.from_config(config, **(options or {})) if hasattr(loader, "from_config") else loader(config)
+
+
+def with_options(image_processor: Any, options: dict[str, Any]) -> Any:
     """A copy of an image processor with other options."""
     for name in options:
         if name not in image_processor.valid_kwargs.__annotations__:
@@ -244,8 +274,18 @@ def _nearest_names(model: nn.Module, name: str) -> list[str]:
     return [*dict.fromkeys([*near, *(last[word] for word in words)])] or list(PARTS)
 
 
-def _freeze(model: VisionLanguageForConditionalGeneration, names: Sequence[str]) -> None:
-    for parameter in select_parameters(model, names, "freeze").values():
+def choose_trained(model: nn.Module, config: TrainConfig) -> None:
+    """Turn gradients off for what `train` and `freeze` leave out.
+
+    Raises:
+        ValueError: If a name matches no parameter, or nothing is left to train.
+    """
+    if config.train:
+        chosen = set(map(id, select_parameters(model, config.train, "train").values()))
+        frozen = [one for one in model.parameters() if id(one) not in chosen]
+    else:
+        frozen = [*select_parameters(model, config.freeze, "freeze").values()]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"`freeze` must leave parameters to train, got {list(names)}.")
+        raise ValueError(f"`freeze` must leave parameters to train, got {config.freeze}.")

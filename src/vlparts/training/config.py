@@ -13,22 +13,43 @@ from ..losses.weights import PRESETS
 from .record_formats import FIELDS
 
 PARTS = {
-    "vision": ("model.vision_tower.*",),
-    "projector": ("model.projector.*",),
-    "text": ("model.language_model.*", "lm_head.*"),
+    "vision": ("model.vision_tower.*", "vision_model.*"),
+    "projector": ("model.projector.*", "image_projection.*", "text_projection.*"),
+    "text": ("model.language_model.*", "lm_head.*", "text_model.*"),
 }
-"""Parts of a composed model, and the patterns of the names of their parameters."""
-SETTINGS = {file.stem: file for file in sorted((Path(__file__).parent / "settings").glob("*.yaml"))}
-"""Settings of published training stages by name."""
+"""Parts of a composed model and of a dual encoder, and the patterns of the names of their parameters."""
+COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer", "chat_template")
+"""Settings of a new composed model; `model` replaces them."""
+UNSET = "???"
+"""Value of a setting that a file leaves to the user."""
+_COMPOSED_ONLY = (
+    "model",
+    "eval_data",
+    "projector",
+    "projector_options",
+    "chat_template",
+    "template",
+    "prompts",
+    "coordinate_format",
+    "on_outside",
+    "packing",
+    "loss",
+    "mix",
+    "sample_weight_field",
+)
 _Fraction = Annotated[float, Field(gt=0, lt=1)]
-_Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainConfig(BaseModel):
     """Settings of [`train`].
 
     Args:
-        data: JSON Lines file of training records.
+        kind: What is trained: a "composed" model, or a "dual_encoder" of images and captions, whose settings `vision`,
+            `text`, `tokenizer` and `dual_encoder` give its towers; see [`vlparts.training.dual_encoder`].
+        data: JSON Lines file of training records, or several with the shares of their samples in an epoch, such as
+            `{"ocr.jsonl": 0.7, "general.jsonl": 0.3}`; see [`Mixture`][vlparts.training.dataset.Mixture].
         output: Folder for checkpoints and the trained model.
         eval_data: JSON Lines file of evaluation records, if any.
         vision: Vision encoder: a preset such as "navit:tiny" (a part and its preset), a checkpoint folder, the JSON
@@ -42,25 +63,36 @@ class TrainConfig(BaseModel):
             tokens have a start and an end.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
-        freeze: What is not trained: "vision", "text" (with the language head), "projector", or patterns of names of
-            parameters, such as "model.vision_tower.sam.*".
+        dual_encoder: Fields of `NaViTDualEncoderConfig` for a dual encoder, such as `{"loss": "sigmoid"}`.
+        train: What is trained, if not all: "vision", "text" (with the language head), "projector" (of a dual encoder,
+            its projections), or patterns of names of parameters, such as "model.vision_tower.layers.2?.*".
+        freeze: What is not trained, instead of `train`.
         image_processor: Options that override those of the image processor, such as `{"size": {...}}` or
             `{"mode": "base"}`.
         max_image_pixels: Largest number of pixels of an image file or a page; None for Pillow's limit, 178,956,970.
         dpi: Dots per inch at which pages of PDF files are drawn.
         coordinate_format: Name of a coordinate format; None for the default.
+        template: "chat" for the chat template of the model, or "continuation" for the plain contents of the turns, as
+            in pretraining; the model keeps its chat template.
+        prompts: Texts of the user for records without one, such as captions and pages: one is drawn for each record,
+            by `seed` and its line. By default there is none, and pages have the prompts of DeepSeek-OCR.
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
         max_items: Maximum number of samples in a pack; None for no limit.
         packing: Pack samples into one row with attention within each sample; False pads them to a batch instead.
         epochs: Passes over the data.
         max_steps: Optimizer steps; overrides `epochs` if positive.
+        max_tokens: Tokens to train on, image tokens included, instead of `epochs` or `max_steps`: as many steps as are
+            needed for them.
         optimizer: "adamw", or "muon": Muon for the weight matrices of layers and AdamW for the rest, which learns
             faster from random weights.
         learning_rate: Peak learning rate. It falls along a cosine to 0, or as `lr_scheduler_type` in `trainer` says.
         learning_rate_steps: A schedule by steps instead: pairs of a fraction of all optimizer steps and the factor of
             the peak learning rate from there on, such as `[[0.8, 0.316], [0.9, 0.1]]`.
+        learning_rates: Peak learning rates of parts or of patterns of names, as for `train`, such as
+            `{"vision": 1e-5}`. All other parameters have `learning_rate`.
         warmup_ratio: Fraction of the steps with linear warmup.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; biases and the weights of norms have none.
+        weight_decays: Weight decays of parts or of patterns of names, likewise.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         loss: Weighting of tokens and samples: "token" (tokens equally), "sample" (samples equally), "square" (samples
             by the square root of their number of tokens), or "openpangu_mix" (a mix of the first two). None is
@@ -82,7 +114,8 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Path
+    kind: Literal["composed", "dual_encoder"] = "composed"
+    data: Path | dict[Path, _Positive]
     output: Path
     eval_data: Path | None = None
     vision: str | dict[str, Any] = "navit:tiny"
@@ -92,21 +125,28 @@ class TrainConfig(BaseModel):
     chat_template: Path | None = None
     projector: str = "mlp2_gelu"
     projector_options: dict[str, Any] | None = None
+    dual_encoder: dict[str, Any] = {}
+    train: list[str] = []
     freeze: list[str] = []
     image_processor: dict[str, Any] = {}
     max_image_pixels: int | None = Field(default=None, ge=1)
     dpi: float = Field(default=DPI, gt=0, allow_inf_nan=False)
     coordinate_format: str | None = None
+    template: Literal["chat", "continuation"] = "chat"
+    prompts: list[Annotated[str, Field(pattern=r"\S")]] = []
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
     packing: bool = True
     epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     max_steps: int = Field(default=-1, ge=-1)
+    max_tokens: int | None = Field(default=None, ge=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
-    learning_rate_steps: list[tuple[_Fraction, _Factor]] = []
+    learning_rate: _Positive = 1e-4
+    learning_rate_steps: list[tuple[_Fraction, _NotNegative]] = []
+    learning_rates: dict[str, _Positive] = {}
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    weight_decay: _NotNegative = 0.01
+    weight_decays: dict[str, _NotNegative] = {}
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     loss: str | None = None
     mix: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
@@ -136,9 +176,16 @@ class TrainConfig(BaseModel):
             raise ValueError(f"must not be a field that records have already, got {value!r}")
         return value
 
-    @field_validator("freeze")
+    @field_validator("data")
     @classmethod
-    def _check_freeze(cls, value: list[str]) -> list[str]:
+    def _check_data(cls, value: Path | dict[Path, float]) -> Path | dict[Path, float]:
+        if value == {}:
+            raise ValueError("must be a file, or files with their shares, got none")
+        return value
+
+    @field_validator("train", "freeze", "learning_rates", "weight_decays")
+    @classmethod
+    def _check_names(cls, value: list[str] | dict[str, float]) -> list[str] | dict[str, float]:
         for name in value:
             if name not in PARTS and not {".", "*"} & set(name):
                 raise ValueError(f"must be {', '.join(PARTS)}, or patterns of names of parameters, got {name!r}")
@@ -153,39 +200,90 @@ class TrainConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _check_mix(self) -> "TrainConfig":
+    def _check_together(self) -> "TrainConfig":
         if self.mix is not None and self.loss != "openpangu_mix":
             raise ValueError(f"`mix` requires loss='openpangu_mix', got loss={self.loss!r}")
+        if self.train and self.freeze:
+            raise ValueError("`train` and `freeze` must not both be given, since each is what the other is not")
+        if self.max_tokens is not None and self.max_steps > 0:
+            raise ValueError("`max_tokens` and `max_steps` must not both be given")
+        if self.prompts and self.template == "continuation":
+            raise ValueError("`prompts` requires template='chat'; the contents of turns alone have no prompt")
+        if self.kind == "dual_encoder":
+            given = [f"`{name}`" for name in _COMPOSED_ONLY if name in self.model_fields_set]
+            if given:
+                raise ValueError(f"kind='dual_encoder' takes no {', '.join(given)}")
+        elif self.dual_encoder:
+            raise ValueError("`dual_encoder` requires kind='dual_encoder'")
         return self
+
+    @property
+    def shares(self) -> dict[Path, float]:
+        """The files of training records with their shares."""
+        return self.data if isinstance(self.data, dict) else {self.data: 1.0}
 
 
 def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig:
     """Read settings from a YAML file and override some of them.
 
     Args:
-        path: YAML file with the fields of [`TrainConfig`], or one of [`SETTINGS`], or None.
+        path: YAML file with the fields of [`TrainConfig`], or None.
         changes: Fields that override those of the file.
 
     Raises:
         ValueError: If the file cannot be read or is not a mapping, or a field is unknown, missing or out of range;
             names the field.
     """
-    fields: Any = {}
-    if path is not None:
-        file = SETTINGS.get(str(path), Path(path))
-        try:
-            fields = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"`config` {path} cannot be read: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"`config` {path} must hold a mapping, got {type(fields).__name__}.")
+    return check_config({**({} if path is None else read_yaml(Path(path), "config")), **changes}, "training settings")
+
+
+def read_yaml(path: Path, argument: str) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Args:
+        path: The file.
+        argument: Name of `path` in error messages.
+
+    Raises:
+        ValueError: If the file cannot be read, is not a mapping, or has a key twice.
+    """
     try:
-        return TrainConfig.model_validate({**fields, **changes})
+        fields = parse_yaml(path.read_text(encoding="utf-8-sig")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"`{argument}` {path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"`{argument}` {path} must hold a mapping, got {type(fields).__name__}.")
+    return fields
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML document with floats as in YAML 1.2; a key that occurs twice raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def check_config(fields: dict[str, Any], what: str) -> TrainConfig:
+    """Build settings from their fields.
+
+    Args:
+        fields: The fields.
+        what: What they are, for the error message.
+
+    Raises:
+        ValueError: If a field is unknown, missing, [`UNSET`] or out of range; names all of them.
+    """
+    unset = [f"`{name}`" for name, value in fields.items() if value == UNSET]
+    if unset:
+        raise ValueError(f"Invalid {what}: {', '.join(unset)} must be set; the file leaves the choice to you.")
+    try:
+        return TrainConfig.model_validate(fields)
     except ValidationError as error:
         reasons = "; ".join(
-            f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}{_nearest_name(one)}" for one in error.errors()
+            f"`{'.'.join(map(str, one['loc']))}`: {one['msg']}{_nearest_name(one)}"
+            if one["loc"]
+            else one["msg"].removeprefix("Value error, ")
+            for one in error.errors()
         )
-        raise ValueError(f"Invalid training settings: {reasons}.") from None
+        raise ValueError(f"Invalid {what}: {reasons}.") from None
 
 
 def _nearest_name(error: Any) -> str:
@@ -197,7 +295,17 @@ def _nearest_name(error: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that reads 1e-4 as a float, as YAML 1.2 does, and not only 1.0e-4."""
+    """Safe loader that reads 1e-4 as a float, as YAML 1.2 does, and not only 1.0e-4; repeated keys are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        keys = [key.value for key, _ in node.value]
+        repeated = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated[0]!r} occurs twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -1,6 +1,7 @@
 """Datasets, samplers and collators of encoded samples, packed to a fixed capacity or padded."""
 
 import random
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +14,12 @@ from transformers import DataCollatorWithFlattening
 
 from ..parts.utils import IGNORE_INDEX
 from .bins import plan_packing
-from .encoding import Sample, SampleEncoder, join_images
+from .encoding import Sample, join_images
 from .images.balance import split_packs
 from .records import Line, RecordError, RecordFile
+
+# The golden ratio as a fraction of a turn, in integers, which do not round.
+_TURN, _GOLDEN = 2**32, 2654435769
 
 
 class SampleDataset(Dataset):
@@ -26,7 +30,7 @@ class SampleDataset(Dataset):
 
     Args:
         records: The record file.
-        encoder: Encodes a record to a sample.
+        encoder: Encodes a record and its line number to a sample, such as a [`SampleEncoder`].
         on_error: "raise" on a record that cannot be encoded, or "skip" it and append the reason to `records.skipped`.
         cache: Keep the encoded samples in memory.
         progress: Show a progress bar.
@@ -39,10 +43,12 @@ class SampleDataset(Dataset):
         RecordError: If a record cannot be encoded and `on_error` is "raise", or if no record is usable.
     """
 
+    mixture = None
+
     def __init__(
         self,
         records: RecordFile,
-        encoder: SampleEncoder,
+        encoder: Callable[..., Sample],
         on_error: str = "raise",
         cache: bool = False,
         progress: bool = True,
@@ -80,10 +86,106 @@ class SampleDataset(Dataset):
 
     def _encode(self, line: Line) -> Sample:
         try:
-            sample = self.encoder(line.record)
+            sample = self.encoder(line.record, line.number)
         except ValueError as error:
             raise self.records.error(line.number, error) from None
         return sample if line.weight is None else replace(sample, weight=line.weight)
+
+
+class Mixture:
+    """The samples of each epoch over several files, in given shares.
+
+    An epoch has as many samples as all files together, and of each file its share, rounded by largest remainders. A
+    file with more samples than its share takes turns: every sample is used equally often over many epochs. A file with
+    fewer is repeated. An epoch consists of places whose lengths do not change, so that packs can be planned once: a
+    sample that takes turns shares a place with samples of similar length, and the place has the length of the longest.
+
+    Args:
+        lengths: Tokens of each sample of each file. Samples are numbered through all files.
+        shares: A positive weight for each file; only ratios matter.
+        seed: Seed of the turns.
+
+    Attributes:
+        lengths: Tokens of each place.
+
+    Raises:
+        ValueError: If the share of a file is less than one sample.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], shares: Sequence[float], seed: int) -> None:
+        self.lengths: list[int] = []
+        self._fixed: list[int] = []
+        self._turns: list[tuple[list[int], int]] = []
+        generator = random.Random(seed)
+        self._start = generator.randrange(_TURN)
+        total = sum(map(len, lengths))
+        first, by_turns = 0, []
+        for number, (file, whole) in enumerate(zip(lengths, _whole_shares(total, shares), strict=True)):
+            if whole == 0:
+                raise ValueError(
+                    f"`data` has a share of {shares[number]:g} of {sum(shares):g} for file {number + 1}; expected at "
+                    f"least one of the {total} samples of an epoch."
+                )
+            passes, rest = divmod(whole, len(file))
+            self._fixed += [*range(first, first + len(file))] * passes
+            self.lengths += [*file] * passes
+            order = list(range(len(file)))
+            generator.shuffle(order)
+            order.sort(key=file.__getitem__)
+            if rest:
+                self._turns.append(([first + index for index in order], rest))
+                by_turns += [file[order[-(-(place + 1) * len(file) // rest) - 1]] for place in range(rest)]
+            first += len(file)
+        self.lengths += by_turns
+
+    def samples(self, epoch: int) -> list[int]:
+        """The sample at each place in an epoch.
+
+        The samples that take turns are chosen by systematic sampling: equally spaced in the order of length, from a
+        start that moves by the golden ratio from epoch to epoch.
+        """
+        start = (self._start + epoch * _GOLDEN) % _TURN
+        chosen = list(self._fixed)
+        for order, rest in self._turns:
+            chosen += [order[(place * _TURN + start) * len(order) // (rest * _TURN)] for place in range(rest)]
+        return chosen
+
+
+def _whole_shares(total: int, shares: Sequence[float]) -> list[int]:
+    """Divide a number into whole parts in given shares, by largest remainders."""
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [int(one) for one in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+class MixedDataset(Dataset):
+    """Samples of several record files in given shares, see [`Mixture`].
+
+    Args:
+        datasets: The samples of each file.
+        shares: A positive weight for each file.
+        seed: Seed of the turns of samples.
+    """
+
+    def __init__(self, datasets: Sequence[SampleDataset], shares: Sequence[float], seed: int) -> None:
+        self.datasets = datasets
+        self.lengths = [length for one in datasets for length in one.lengths]
+        self.mixture = Mixture([one.lengths for one in datasets], shares, seed)
+        self._ends = [sum(len(one) for one in datasets[: index + 1]) for index in range(len(datasets))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, pack: Sequence[int]) -> list[Sample]:
+        """The samples of one pack."""
+        found = []
+        for index in pack:
+            file = bisect_right(self._ends, index)
+            found += self.datasets[file][[index - self._ends[file] + len(self.datasets[file])]]
+        return found
 
 
 class PackSampler(Sampler):
@@ -102,6 +204,7 @@ class PackSampler(Sampler):
         shuffle: False keeps the planned order in every epoch.
         processes: Number of processes that share the packs. Packs are halved until their number is a multiple of it,
             so that no process has to repeat a pack. A pack of one sample cannot be halved.
+        mixture: Chooses the samples of each epoch; None to use every sample once.
     """
 
     def __init__(
@@ -112,16 +215,19 @@ class PackSampler(Sampler):
         seed: int = 0,
         shuffle: bool = True,
         processes: int = 1,
+        mixture: Mixture | None = None,
     ) -> None:
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self.mixture = mixture
+        lengths = list(lengths) if mixture is None else mixture.lengths
         order = list(range(len(lengths)))
         if shuffle:
             random.Random(seed).shuffle(order)
         plan = plan_packing([lengths[index] for index in order], capacity, max_items=max_items)
         self.plan = split_packs([[order[index] for index in pack] for pack in plan], processes)
-        self._lengths = list(lengths)
+        self._lengths = lengths
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
@@ -134,15 +240,41 @@ class PackSampler(Sampler):
         if not self.shuffle:
             return iter([list(pack) for pack in self.plan])
         generator = random.Random(f"{self.seed}-{self.epoch}")
+        chosen = range(len(self._lengths)) if self.mixture is None else self.mixture.samples(self.epoch)
         by_length: dict[int, list[int]] = defaultdict(list)
-        for index, length in enumerate(self._lengths):
-            by_length[length].append(index)
+        for sample, length in zip(chosen, self._lengths, strict=True):
+            by_length[length].append(sample)
         for samples in by_length.values():
             generator.shuffle(samples)
         # Sorted by length: attention batches adjacent samples of equal length without copies.
         packs = [[by_length[length].pop() for length in sorted(self._lengths[i] for i in pack)] for pack in self.plan]
         generator.shuffle(packs)
         return iter(packs)
+
+
+def steps_for_tokens(sampler: PackSampler, lengths: Sequence[int], packs_per_step: int, tokens: int) -> int:
+    """Number of steps, over as many epochs as needed, whose packs have a number of tokens or more.
+
+    Args:
+        sampler: Yields the packs; its epoch is changed.
+        lengths: Tokens of each sample.
+        packs_per_step: Packs of an optimizer step, on all processes; the last step of an epoch may have fewer.
+        tokens: The number of tokens.
+    """
+    steps = epoch = 0
+    if sampler.mixture is None:  # every epoch has the same tokens
+        epoch = (tokens - 1) // sum(lengths)
+        steps = epoch * -(-len(sampler) // packs_per_step)
+        tokens -= epoch * sum(lengths)
+    while tokens > 0:
+        sampler.set_epoch(epoch)
+        packs = [sum(lengths[sample] for sample in pack) for pack in sampler]
+        for start in range(0, len(packs), packs_per_step):
+            if tokens > 0:
+                tokens -= sum(packs[start : start + packs_per_step])
+                steps += 1
+        epoch += 1
+    return steps
 
 
 _flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX, return_flash_attn_kwargs=True)

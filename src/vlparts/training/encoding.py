@@ -1,5 +1,6 @@
 """Encoding of training records to token ids, labels and image tensors."""
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,18 @@ from .records import ImageBlock, Message, PageRecord, Record, RegionBlock, TextB
 
 # transformers looks for the same.
 _MARK = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
+# The contents of the turns, with a line break after the text of a turn that is not the assistant's.
+_CONTINUATION = (
+    "{%- for message in messages -%}"
+    "{%- for block in message['content'] -%}"
+    "{%- if block['type'] == 'image' -%}{{ 'IMAGE' }}"
+    "{%- elif message['role'] == 'assistant' -%}{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
+    "{%- else -%}{{ block['text'] }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ eos_token }}{%- endgeneration -%}"
+    "{%- elif message['content'] | selectattr('text') | list -%}{{ '\\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,14 @@ class SampleEncoder:
         max_image_pixels: Largest number of pixels of an image file or a page, see [`open_image`]; None for Pillow's
             limit.
         dpi: Dots per inch at which pages of PDF files are drawn.
+        template: "chat" for the processor's chat template, or "continuation" for the contents of the turns one after
+            another: images as their placeholders, texts of the user and the system with a line break after them, and
+            those of the assistant with the tokenizer's `eos_token`.
+        prompts: Texts of the user for records without one.
+        seed: Seed of the choice of the prompt of a record.
 
     Raises:
-        ValueError: If `on_outside` or `coordinate_format` is unknown.
+        ValueError: If `on_outside`, `coordinate_format` or `template` is unknown.
     """
 
     def __init__(
@@ -92,7 +110,12 @@ class SampleEncoder:
         max_length: int | None = None,
         max_image_pixels: int | None = None,
         dpi: float = DPI,
+        template: str = "chat",
+        prompts: Sequence[str] = (),
+        seed: int = 0,
     ) -> None:
+        if template not in ("chat", "continuation"):
+            raise ValueError(f"`template` must be 'chat' or 'continuation', got {template!r}.")
         encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
         self.root = root
@@ -101,10 +124,17 @@ class SampleEncoder:
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
         self.dpi = dpi
+        self.prompts = prompts
+        self.seed = seed
+        self.template = _continuation_template(processor) if template == "continuation" else None
         self._ends = {processor.tokenizer.eos_token_id, end_of_turn_id(processor.tokenizer, processor.chat_template)}
 
-    def __call__(self, record: Record | PageRecord) -> Sample:
+    def __call__(self, record: Record | PageRecord, number: int = 0) -> Sample:
         """Encode one record.
+
+        Args:
+            record: The record.
+            number: Number of its line, by which a prompt is chosen.
 
         Raises:
             ValueError: If an image or page cannot be read or processed, a region is outside its image under "raise",
@@ -116,7 +146,7 @@ class SampleEncoder:
             images = [self._open(path) for path in record.paths]
         inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
-        messages = self.render(record, [image.size for image in images])
+        messages = self.render(record, [image.size for image in images], self._prompt(record, number))
         ids, labels = self._tokenize(messages, counts)
         if all(label == IGNORE_INDEX for label in labels):
             raise ValueError("The assistant turns are empty; expected at least one token to train on.")
@@ -144,19 +174,29 @@ class SampleEncoder:
             shown = DataImage(path) if path.startswith("data:") else self.root / path
             raise ValueError(f"Image {shown} cannot be processed: {error}") from None
 
-    def render(self, record: Record | PageRecord, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    def _prompt(self, record: Record | PageRecord, number: int) -> str | None:
+        """One of `prompts`; None without any, and for a record that has a text of the user."""
+        if not self.prompts or _has_user_text(record):
+            return None
+        return random.Random(f"{self.seed}-{number}").choice(self.prompts)
+
+    def render(
+        self, record: Record | PageRecord, sizes: list[tuple[int, int]], prompt: str | None = None
+    ) -> list[dict[str, Any]]:
         """Convert a record to chat messages, with regions written as text and images as blocks.
 
         Args:
             record: The record.
             sizes: Width and height of each image in pixels.
+            prompt: Text at the end of the first turn of the user, or the prompt of a page after its image.
 
         Returns:
             Messages for the chat template.
         """
         if isinstance(record, PageRecord):
-            answer = [{"type": "text", "text": record.answer(sizes[0], self.on_outside)}]
-            return [{"role": "user", "content": record.user_content}, {"role": "assistant", "content": answer}]
+            asked = record.user_content if prompt is None else [{"type": "image"}, _text(prompt)]
+            answer = [_text(record.answer(sizes[0], self.on_outside))]
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         placed = any(isinstance(block, ImageBlock) for message in record.messages for block in message.content)
         first_user = next((m for m in record.messages if m.role == "user"), None)
         chat = []
@@ -165,6 +205,8 @@ class SampleEncoder:
             if message is first_user and not placed:
                 blocks += [{"type": "image"}] * len(sizes)
             blocks += self._blocks(message, sizes)
+            if message is first_user and prompt is not None:
+                blocks.append(_text(prompt))
             chat.append({"role": message.role, "content": blocks})
         return chat
 
@@ -181,7 +223,7 @@ class SampleEncoder:
                 continue
             text = encode(regions, sizes[index], self.format, on_outside=self.on_outside)
             separator = self.format.separator if after_region and text else ""
-            blocks.append({"type": "text", "text": separator + text})
+            blocks.append(_text(separator + text))
             after_region = bool(text)
         return blocks
 
@@ -211,7 +253,7 @@ class SampleEncoder:
 
     def _marked_spans(self, messages: list[dict[str, Any]]) -> list[tuple[int, int]] | None:
         """Start and end of the characters that the template marks by `{% generation %}`; None if it has no marks."""
-        template = self.processor.chat_template
+        template = self.template or self.processor.chat_template
         template = template["default"] if isinstance(template, dict) else template
         if not self.processor.tokenizer.is_fast or not _MARK.search(template):
             return None
@@ -227,7 +269,10 @@ class SampleEncoder:
         try:
             # As a batch: the empty list before a first assistant turn is not accepted as a single conversation.
             return self.processor.apply_chat_template(
-                [messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                [messages],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )[0]
         except TemplateError as error:
             raise ValueError(f"The chat template cannot render the conversation: {error}") from None
@@ -279,13 +324,31 @@ class SampleEncoder:
         return list(_repeat(ids, repeats)), list(_repeat(labels, repeats))
 
 
+def _continuation_template(processor: VisionLanguageProcessor) -> str:
+    names = ("vision_start_token", "image_token", "vision_end_token")
+    return _CONTINUATION.replace("IMAGE", "".join(getattr(processor, name) or "" for name in names))
+
+
+def _has_user_text(record: Record | PageRecord) -> bool:
+    """Whether the user says something, or there is no turn in which they could."""
+    if isinstance(record, PageRecord):
+        return record.prompt is not None
+    users = [message for message in record.messages if message.role == "user"]
+    blocks = [block for message in users for block in message.content if not isinstance(block, ImageBlock)]
+    return not users or any(isinstance(one, RegionBlock) or bool(one.text.strip()) for one in blocks)
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
 def _image_index(block: TextBlock | ImageBlock | RegionBlock) -> int:
     """Index of the image that a region refers to; -1 for other blocks."""
     return block.image if isinstance(block, RegionBlock) else -1
 
 
 def _text_or_image(block: TextBlock | ImageBlock | RegionBlock) -> dict[str, Any]:
-    return {"type": "text", "text": block.text} if isinstance(block, TextBlock) else {"type": "image"}
+    return _text(block.text) if isinstance(block, TextBlock) else {"type": "image"}
 
 
 def _repeat(values: list[int], repeats: list[int]) -> Iterator[int]:

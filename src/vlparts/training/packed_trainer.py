@@ -5,20 +5,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import unwrap_peft_model
 
 from .dataset import PackSampler
+from .optimizers import Rates
 from .step_balance import StepBalance, balances_sequences
 from .weighted_inputs import WeightedLabels, ignore_repeated
 from .weighted_loss import WeightedLossTrainer
 
-__all__ = ["PackedTrainer", "WeightedPackedTrainer"]
+__all__ = ["PackTrainer", "PackedTrainer", "WeightedPackedTrainer", "pack_sampler"]
 
 
-class _PackTrainer(Trainer):
-    """transformers' Trainer with packs of samples as batches; see [`PackedTrainer`]."""
+def pack_sampler(data: Any, capacity: int, max_items: int | None, args: TrainingArguments) -> PackSampler:
+    """The sampler of training packs.
 
+    Args:
+        data: A [`SampleDataset`][vlparts.training.dataset.SampleDataset] or a
+            [`MixedDataset`][vlparts.training.dataset.MixedDataset].
+        capacity: Tokens of a pack.
+        max_items: Maximum number of samples in a pack; None for no limit.
+        args: The Trainer's arguments, with the seed and the number of processes.
+    """
+    return PackSampler(data.lengths, capacity, max_items, args.seed, processes=args.world_size, mixture=data.mixture)
+
+
+class PackTrainer(Trainer):
+    """transformers' Trainer with packs of samples as batches; see [`PackedTrainer`].
+
+    Args:
+        model: The model.
+        *args: Passed to Trainer.
+        capacity: Tokens of a pack.
+        max_items: Maximum number of samples in a pack; None for no limit.
+        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
+            Trainer's schedule.
+        rates: Learning rates and weight decays of parts; None for those of Trainer's arguments.
+        **kwargs: Passed to Trainer.
+    """
+
+    optimizer: Any
     lr_scheduler: Any
 
     def __init__(
@@ -28,8 +54,10 @@ class _PackTrainer(Trainer):
         capacity: int,
         max_items: int | None = None,
         learning_rate_steps: Sequence[tuple[float, float]] = (),
+        rates: Rates | None = None,
         **kwargs: Any,
     ) -> None:
+        self._rates = rates
         self._capacity = capacity
         self._max_items = max_items
         self._learning_rate_steps = learning_rate_steps
@@ -41,12 +69,27 @@ class _PackTrainer(Trainer):
             model.config.use_cache = use_cache
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PackSampler:
-        data, world = train_dataset if train_dataset is not None else self.train_dataset, self.args.world_size
-        return PackSampler(data.lengths, self._capacity, self._max_items, self.args.seed, processes=world)
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        return pack_sampler(data, self._capacity, self._max_items, self.args)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> PackSampler:
         world = self.args.world_size
         return PackSampler(eval_dataset.lengths, self._capacity, self._max_items, shuffle=False, processes=world)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create Trainer's optimizer, with the rates of parts if there are any."""
+        if self.optimizer is None and self._rates is not None and self.optimizer_cls_and_kwargs is None:
+            trained = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(trained))
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(
+                    f"`trainer` optim={self.args.optim!r} takes no groups of parameters; expected one that does, such "
+                    "as 'adamw_torch', for `learning_rates` and `weight_decays`."
+                )
+            groups = self._rates.groups(trained, [(one, name in decayed) for name, one in trained.named_parameters()])
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create Trainer's scheduler, or with `learning_rate_steps` one by steps, with Trainer's warmup."""
@@ -82,7 +125,7 @@ class _PackTrainer(Trainer):
         return counts
 
 
-class PackedTrainer(_PackTrainer):
+class PackedTrainer(PackTrainer):
     """transformers' Trainer over packs of samples; the loss is the mean over all tokens with loss.
 
     The balance loss of experts is averaged over the packs of a step, or over its sequences with
@@ -93,9 +136,7 @@ class PackedTrainer(_PackTrainer):
         *args: Passed to Trainer.
         capacity: Tokens of a pack.
         max_items: Maximum number of samples in a pack; None for no limit.
-        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
-            Trainer's schedule.
-        **kwargs: Passed to Trainer.
+        **kwargs: Further arguments of [`PackTrainer`], and of Trainer.
     """
 
     _balance: StepBalance | None = None
@@ -155,7 +196,7 @@ class PackedTrainer(_PackTrainer):
         return loss * (self._scale if self._next_pack_counts() else 0.0), None, None
 
 
-class WeightedPackedTrainer(WeightedLossTrainer, _PackTrainer):
+class WeightedPackedTrainer(WeightedLossTrainer, PackTrainer):
     """transformers' Trainer over packs of samples, with the weighted loss.
 
     Args:
@@ -163,9 +204,7 @@ class WeightedPackedTrainer(WeightedLossTrainer, _PackTrainer):
         *args: Passed to Trainer.
         capacity: Tokens of a pack.
         max_items: Maximum number of samples in a pack; None for no limit.
-        learning_rate_steps: Fractions of all steps, and the factors of the learning rate from there on, in place of
-            Trainer's schedule.
-        **kwargs: Passed to [`WeightedLossTrainer`].
+        **kwargs: Further arguments of [`PackTrainer`] and of [`WeightedLossTrainer`].
     """
 
     def _without_repeated(self, targets: WeightedLabels) -> WeightedLabels:

@@ -5,20 +5,29 @@ import logging
 import os
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
-from ..parts.processing_vlm import VisionLanguageProcessor
 from .building import build, conversation_texts
 from .config import TrainConfig
-from .dataset import PaddedCollator, SampleDataset, SampleWeights, collate_packed
+from .dataset import MixedDataset, PaddedCollator, SampleDataset, SampleWeights, collate_packed, steps_for_tokens
+from .dual_encoder import (
+    VISION,
+    ContrastiveTrainer,
+    PairCollator,
+    PairEncoder,
+    build_dual_encoder,
+    save_vision_tower,
+)
 from .encoding import SampleEncoder
-from .optimizers import muon_with_adamw
-from .packed_trainer import PackedTrainer, WeightedPackedTrainer
+from .optimizers import Rates, muon_with_adamw
+from .packed_trainer import PackedTrainer, WeightedPackedTrainer, pack_sampler
 from .records import RecordFile, read_records
 
 logger = logging.getLogger(__name__)
@@ -29,22 +38,22 @@ class TrainResult:
     """Result of a training run.
 
     Args:
-        model: The trained model.
+        model: The trained model, composed or a dual encoder.
         processor: Its processor.
         steps: Total number of optimizer steps.
         log: The Trainer's log history, one mapping per entry.
         skipped: Error messages of the skipped records.
     """
 
-    model: VisionLanguageForConditionalGeneration
-    processor: VisionLanguageProcessor
+    model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
+    processor: Any
     steps: int
     log: list[dict[str, Any]]
     skipped: list[str] = field(default_factory=list)
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
-    """Fine-tune a composed model and save it with its processor and code to `config.output`.
+    """Train a composed model or a dual encoder and save it with its processor and code to `config.output`.
 
     Runs in one process, or in several under `accelerate launch` or `torchrun`. With `resume`, an interrupted run
     continues from its last complete checkpoint, with the same losses as an uninterrupted run, or starts anew if it has
@@ -62,69 +71,142 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         ValueError: If a setting is invalid, if `output` cannot be a folder, if it contains checkpoints and `resume` is
             off, or if there is no checkpoint to resume from.
     """
-    _check_output(config.output)
+    check_output(config.output)
     checkpoint = _find_checkpoint(config)
-    set_seed(config.seed)
-    records = read_records(config.data, config.on_error, sample_weight_field=config.sample_weight_field)
-    if config.sample_weight_field is not None and all(line.weight is None for line in records.lines):
-        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {config.data}.")
-    model, processor = build(config, conversation_texts(records))
-    if config.packing:
-        _use_packed_attention(model)
-
-    args = _training_arguments(config)
-    data = _build_dataset(config, records, processor, args)
-    eval_records = None
-    if config.eval_data:
-        eval_records = read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field)
-    eval_data = _build_dataset(config, eval_records, processor, args) if eval_records else None
-    collator = collate_packed if config.packing else PaddedCollator(processor.tokenizer.pad_token_id or 0)
-    trainer_class, loss_options = _trainer_and_loss_options(config)
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        train_dataset=data,
-        eval_dataset=eval_data,
-        data_collator=SampleWeights(collator) if loss_options else collator,
-        processing_class=processor,
+    run = prepare(config)
+    trainer = run.trainer_class(
+        model=run.model,
+        args=run.args,
+        train_dataset=run.data,
+        eval_dataset=run.eval_data,
+        data_collator=run.collator,
+        processing_class=run.processor,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=_optimizer_factory(config),
         capacity=config.capacity,
         max_items=config.max_items,
         learning_rate_steps=config.learning_rate_steps,
-        **loss_options,
+        rates=_rates(config),
+        **run.loss_options,
     )
-    skipped = records.skipped + (eval_records.skipped if eval_records else [])
-    if skipped and args.process_index == 0:
-        logger.warning("Skipped %d records. First: %s", len(skipped), skipped[0])
+    if run.skipped and run.args.process_index == 0:
+        logger.warning("Skipped %d records. First: %s", len(run.skipped), run.skipped[0])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(config.output)
-        processor.save_pretrained(config.output)
+        save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output)
     trainer.accelerator.wait_for_everyone()
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if eval_data is not None and trainer.state.global_step not in evaluated:
+    if run.eval_data is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    return TrainResult(model, processor, trainer.state.global_step, trainer.state.log_history, skipped)
+    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, run.skipped)
+
+
+@dataclass
+class Prepared:
+    """What a training run consists of, before its Trainer.
+
+    Args:
+        model: The model, with gradients for what is trained.
+        processor: Its processor.
+        args: The Trainer's arguments, with `max_steps` for a number of tokens.
+        data: Training samples.
+        eval_data: Evaluation samples, if any.
+        collator: Makes a batch of packs of samples.
+        trainer_class: Class of the Trainer.
+        loss_options: Its options for the loss.
+        skipped: Error messages of the skipped records.
+    """
+
+    model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
+    processor: Any
+    args: TrainingArguments
+    data: SampleDataset | MixedDataset
+    eval_data: SampleDataset | None
+    collator: Any
+    trainer_class: type[Any]
+    loss_options: dict[str, Any]
+    skipped: list[str]
+
+
+def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
+    """Build the model, and read and encode all records of a training run. Nothing is written.
+
+    Args:
+        config: The settings.
+        weights: False for a model on the meta device, to check a run: folders need no weights.
+
+    Raises:
+        RecordError: If a record is invalid and `on_error` is "raise", or if no record is valid.
+        ValueError: If a setting is invalid.
+    """
+    set_seed(config.seed)
+    files = [
+        read_records(path, config.on_error, sample_weight_field=config.sample_weight_field) for path in config.shares
+    ]
+    if config.sample_weight_field is not None and all(one.weight is None for file in files for one in file.lines):
+        names = ", ".join(map(str, config.shares))
+        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {names}.")
+    texts = chain(config.prompts, *(conversation_texts(file) for file in files))
+    if config.kind == "dual_encoder":
+        model, processor = build_dual_encoder(config, texts, weights)
+    else:
+        model, processor = build(config, texts, weights)
+        if config.packing:
+            _use_packed_attention(model)
+    args = _training_arguments(config)
+    rates = _rates(config)
+    if rates is not None:
+        rates.groups(model, [])  # raises for names that match nothing
+    datasets = [_build_dataset(config, file, model, processor, args) for file in files]
+    mixed = isinstance(config.data, dict)
+    data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
+    if config.max_tokens is not None:
+        sampler = pack_sampler(data, config.capacity, config.max_items, args)
+        packs = config.gradient_accumulation_steps * args.world_size
+        args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
+    eval_data = None
+    if config.eval_data:
+        files.append(read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field))
+        eval_data = _build_dataset(config, files[-1], model, processor, args)
+    trainer_class, collator, loss_options = _trainer_class(config, processor)
+    skipped = [reason for file in files for reason in file.skipped]
+    return Prepared(model, processor, args, data, eval_data, collator, trainer_class, loss_options, skipped)
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """Save a trained model and its processor, and of a dual encoder its vision tower in a folder of its own."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if isinstance(model, NaViTDualEncoder):
+        save_vision_tower(model, processor, folder / VISION)
 
 
 def _build_dataset(
-    config: TrainConfig, records: RecordFile, processor: VisionLanguageProcessor, args: TrainingArguments
+    config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments
 ) -> SampleDataset:
-    encoder = SampleEncoder(
-        processor,
-        records.path.parent,
-        config.on_outside,
-        config.coordinate_format,
-        max_length=config.capacity,
-        max_image_pixels=config.max_image_pixels,
-        dpi=config.dpi,
-    )
+    root = records.path.parent
+    encoder: Any
+    if config.kind == "dual_encoder":
+        longest = getattr(model.config.text_config, "max_position_embeddings", None)
+        encoder = PairEncoder(processor, root, config.capacity, longest, config.max_image_pixels)
+    else:
+        encoder = SampleEncoder(
+            processor,
+            root,
+            config.on_outside,
+            config.coordinate_format,
+            max_length=config.capacity,
+            max_image_pixels=config.max_image_pixels,
+            dpi=config.dpi,
+            template=config.template,
+            prompts=config.prompts,
+            seed=config.seed,
+        )
     show = not args.disable_tqdm and args.process_index == 0
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Raise ValueError unless it is a folder that can be written to, or can be made one. Nothing is made here."""
     existing = next(one for one in (output, *output.parents, Path("/")) if os.path.lexists(one))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -175,18 +257,30 @@ def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None
     model.set_attn_implementation({"text_config": "vlparts_packed"})
 
 
-def _trainer_and_loss_options(config: TrainConfig) -> tuple[type[Any], dict[str, Any]]:
-    """The Trainer class for the loss in the settings, and its options; {} for the mean over tokens."""
+def _trainer_class(config: TrainConfig, processor: Any) -> tuple[type[Any], Any, dict[str, Any]]:
+    """The Trainer class, its collator, and its options for the loss in the settings."""
+    pad = processor.tokenizer.pad_token_id or 0
+    if config.kind == "dual_encoder":
+        return ContrastiveTrainer, PairCollator(pad), {}
+    collator = collate_packed if config.packing else PaddedCollator(pad)
     if config.loss is None and config.sample_weight_field is None:
-        return PackedTrainer, {}
-    return WeightedPackedTrainer, {"preset": config.loss or "token", "mix": config.mix}
+        return PackedTrainer, collator, {}
+    options = {"preset": config.loss or "token", "mix": config.mix}
+    return WeightedPackedTrainer, SampleWeights(collator), options
+
+
+def _rates(config: TrainConfig) -> Rates | None:
+    if not config.learning_rates and not config.weight_decays:
+        return None
+    return Rates(config.learning_rate, config.weight_decay, config.learning_rates, config.weight_decays)
 
 
 def _optimizer_factory(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:
     """Trainer's `optimizer_cls_and_kwargs` for Muon: a function that returns the factory, and its arguments."""
     if config.optimizer == "adamw":
         return None
-    return lambda: muon_with_adamw, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "rates": _rates(config)}
+    return lambda: muon_with_adamw, options
 
 
 def _training_arguments(config: TrainConfig) -> TrainingArguments:
