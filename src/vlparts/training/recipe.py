@@ -94,9 +94,9 @@ class Recipe(BaseModel):
                 _check_continued(name, fields, before)
             settings = {**self.defaults, **fields, "output": self.output / name}
             for option in _MERGED:
-                default, own = self.defaults.get(option), fields.get(option)
-                if isinstance(default, dict) and isinstance(own, dict):
-                    settings[option] = {**default, **own}
+                common, own = self.defaults.get(option), fields.get(option)
+                if isinstance(common, dict) and isinstance(own, dict):
+                    settings[option] = {**common, **own}
             before = self._configs[name] = check_config(settings, f"settings of stage `{name}`")
         return self
 
