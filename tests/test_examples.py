@@ -14,6 +14,7 @@ ROW = re.compile(r"^\| (\d+) \| ([\d.]+)% \(.*?\) \| ([\d.]+)% \(.*?\) \|$", re.
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it trains for minutes on a slow processor
 def test_navit_classification(tmp_path: Path) -> None:
     script = ROOT / "docs" / "examples" / "navit_classification.py"
     done = subprocess.run(

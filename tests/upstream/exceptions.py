@@ -46,7 +46,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "The hidden states are those of two encoders, one after the other; the output has the features of both.": (
         "FusedVision::test_hidden_states_output",
-        "FusedVision::test_can_capture_specific_layers_hidden_states",
         "VisionLanguageHeadOfFusedVision::test_get_image_features_hidden_states",
         "VisionLanguageHeadOfFusedVision::test_get_image_features_output_[02]",
     ),
