@@ -49,11 +49,11 @@ def test_a_continuation_is_the_contents_of_the_turns(tmp_path: Path, name: str) 
 
 
 def test_a_continuation_has_the_placeholders_of_the_processor(tmp_path: Path) -> None:
-    tokens = {"vision_start_token": "<start>", "vision_end_token": "<end>"}
+    tokens = {"vision_start_token": "<it's>", "vision_end_token": '<"end">'}
     encoder = SampleEncoder(processor_for("navit", **tokens), tmp_path, template="continuation")
     save(tmp_path, "a.png")
     whole, _ = text_of(encoder, record(*CAPTION, images=["a.png", "a.png"]))
-    assert whole == "<start><image><end><start><image><end>a cat<|im_end|>"
+    assert whole == 2 * '<it\'s><image><"end">' + "a cat<|im_end|>"
 
 
 def test_a_prompt_is_chosen_by_seed_and_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Encoding of training records to token ids, labels and image tensors."""
 
+import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ _MARK = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 _CONTINUATION = (
     "{%- for message in messages -%}"
     "{%- for block in message['content'] -%}"
-    "{%- if block['type'] == 'image' -%}{{ 'IMAGE' }}"
+    "{%- if block['type'] == 'image' -%}{{ IMAGE }}"
     "{%- elif message['role'] == 'assistant' -%}{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
     "{%- else -%}{{ block['text'] }}"
     "{%- endif -%}{%- endfor -%}"
@@ -326,7 +327,8 @@ class SampleEncoder:
 
 def _continuation_template(processor: VisionLanguageProcessor) -> str:
     names = ("vision_start_token", "image_token", "vision_end_token")
-    return _CONTINUATION.replace("IMAGE", "".join(getattr(processor, name) or "" for name in names))
+    image = "".join(getattr(processor, name) or "" for name in names)
+    return _CONTINUATION.replace("IMAGE", json.dumps(image))  # quoted as in Jinja
 
 
 def _has_user_text(record: Record | PageRecord) -> bool:
