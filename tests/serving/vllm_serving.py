@@ -1,0 +1,127 @@
+"""Serves every composition of `models.py` with vLLM and compares its answers with those of `generate`.
+
+`python -m tests.serving.vllm_serving PYTHON [NAME...]`: PYTHON is the interpreter of vLLM's environment. Models are
+made here, with vlparts, and served there, without it, from the code in their folders. Fails if an answer or the number
+of tokens of a prompt differs. `--table FILE` writes the table of the documentation.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.serving.models import COMPOSITIONS, NEW_TOKENS, make
+
+ALL_WAYS = ["batch", "alone", "chat"]
+CACHED = {"enable_prefix_caching": True, "block_size": 32}
+EAGER = {"dtype": "float32", "enforce_eager": True}
+# Each is one start of an engine: arguments of `vllm.LLM`, the answers to compare with, and the ways to ask.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "float32": {"engine": {**EAGER, **CACHED}, "ways": ALL_WAYS},
+    "bfloat16": {"engine": {**EAGER, **CACHED, "dtype": "bfloat16"}, "answers": "bfloat16", "ways": ALL_WAYS},
+    "no prefix cache": {"engine": {**EAGER, "enable_prefix_caching": False}, "ways": ["batch", "alone"]},
+    "chunked prefill": {"engine": {**EAGER, "max_num_batched_tokens": 16}, "ways": ["batch", "alone"]},
+    "own process": {"engine": EAGER, "ways": ["batch"], "processes": True},
+    "compiled": {"engine": {"dtype": "float32"}, "ways": ["batch"]},
+    "LoRA": {"engine": {**EAGER, "enable_lora": True}, "answers": "adapter", "ways": ALL_WAYS},
+    "streamed": {"engine": EAGER, "ways": ["stream"], "processes": True},
+}
+QUICK = {"navit_qwen3": ["streamed"], "openpangu": ["chunked prefill"]}
+
+
+def serve(python: str, folder: Path, setting: str) -> dict[str, Any]:
+    """Run `serve.py` on a folder; the error's last lines instead of results if it fails."""
+    chosen = {"answers": "float32", "new_tokens": NEW_TOKENS, **SETTINGS[setting]}
+    hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    with tempfile.TemporaryDirectory() as scratch:
+        environment.update(
+            HF_HUB_OFFLINE="1",
+            HF_MODULES_CACHE=scratch,
+            OMP_NUM_THREADS="1",
+            VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            VLLM_ENABLE_V1_MULTIPROCESSING=str(int(chosen.pop("processes", False))),
+            VLLM_NO_USAGE_STATS="1",
+        )
+        results = Path(scratch) / "results.json"
+        log = folder / f"{setting.replace(' ', '_')}.log"
+        script = str(Path(__file__).with_name("serve.py"))
+        command = [python, "-P", script, str(folder), str(results), json.dumps(chosen)]
+        with log.open("w", encoding="utf-8") as file:
+            subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if results.exists():
+            return json.loads(results.read_text(encoding="utf-8"))
+    return {"error": log.read_text(encoding="utf-8").splitlines()[-20:], "rows": []}
+
+
+def summary(results: dict[str, Any] | None) -> str:
+    """The cell of the table: how many answers are the same, and the largest gap of log-probabilities."""
+    if results is None:
+        return ""
+    if "error" in results:
+        return "failed"
+    rows = results["rows"]
+    return f"{sum(row['same'] for row in rows)}/{len(rows)}, {max(row['gap'] for row in rows):.0e}"
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown with a row for each composition and a column for each setting."""
+    settings = [setting for setting in SETTINGS if any(setting in results for results in found.values())]
+    lines = [["composition", "vision encoder", "projector", "text model", *settings]]
+    for name, results in found.items():
+        one = COMPOSITIONS[name]
+        text = one.text.__name__.removesuffix("Config")
+        parts = [name, type(one.vision()).__name__.removesuffix("Config"), f"`{one.projector}`", text]
+        lines.append([*parts, *(summary(results.get(setting)) for setting in settings)])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def report(name: str, setting: str, results: dict[str, Any]) -> bool:
+    """Print the outcome, and return whether everything is the same."""
+    start = f", ready after {results['ready_s']:.0f} s" if "ready_s" in results else ""
+    cached = f", {results['cached_tokens']} tokens from the cache" if results.get("cached_tokens") else ""
+    print(f"{name}, {setting}: {summary(results)}{start}{cached}", flush=True)
+    for line in results.get("error", ()):
+        print(f"    {line}", flush=True)
+    different = [row for row in results["rows"] if not row["same"]]
+    for row in different:
+        print(f"    {row['way']}, {row['request']}: {row['found']}, expected {row['expected']}", flush=True)
+    return not different and "error" not in results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("python", help="interpreter of vLLM's environment")
+    parser.add_argument("names", nargs="*", help=f"compositions, of {', '.join(COMPOSITIONS)}; all by default")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--quick", action="store_true", help="a selection for every change")
+    parser.add_argument("--folder", type=Path, help="keeps the models, and uses those that are there")
+    parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
+    options = parser.parse_args()
+    names = options.names or list(COMPOSITIONS)
+    plan = QUICK if options.quick else dict.fromkeys(names, options.settings)
+    found: dict[str, dict[str, Any]] = {}
+    same = True
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, settings in plan.items():
+            folder = (options.folder or Path(scratch)).resolve() / name
+            if not (folder / "expected.json").exists():
+                make(name, folder)
+            found[name] = {}
+            for setting in settings:
+                found[name][setting] = serve(options.python, folder, setting)
+                same = report(name, setting, found[name][setting]) and same
+    print(table(found))
+    if options.table:
+        options.table.write_text(table(found), encoding="utf-8")
+    if not same:
+        raise SystemExit("Some answers differ.")
+
+
+if __name__ == "__main__":
+    main()
