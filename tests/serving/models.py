@@ -69,7 +69,8 @@ EXPERTS = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
-AREA = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
+SMALLEST, LARGEST = 16 * 16, 80 * 80  # pixels
+AREA = {"shortest_edge": SMALLEST, "longest_edge": LARGEST}
 NEW_TOKENS = 12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -101,28 +102,31 @@ def _navit() -> NaViTConfig:
 
 
 def _navit_processor() -> NaViTImageProcessor:
-    return NaViTImageProcessor(patch_size=8, merge_size=2, size={"shortest_edge": 256, "longest_edge": 128 * 128})
+    return NaViTImageProcessor(patch_size=8, merge_size=2, size=AREA)
 
 
-def _windowfree_processor(patch_size: int = 8) -> WindowFreeViTImageProcessor:
-    limits = {"min_total": 28 * 28, "max_total": 4 * 112 * 112, "min_frame": 28 * 28, "max_frame": 112 * 112}
+def _windowfree(preset: str, **changes: Any) -> Callable[[], WindowFreeViTConfig]:
+    return lambda: WindowFreeViTConfig.from_preset(preset, **{**VISION, "patch_size": 8, **changes})
+
+
+def _windowfree_processor() -> WindowFreeViTImageProcessor:
+    limits = {"min_total": SMALLEST, "max_total": 4 * LARGEST, "min_frame": SMALLEST, "max_frame": LARGEST}
     video = {f"video_{name}_pixels": value for name, value in limits.items()}
-    # The size of a served video must not depend on the other videos of a call.
-    return WindowFreeViTImageProcessor(patch_size=patch_size, size=AREA, video_dynamic_pixels=False, **video)
+    return WindowFreeViTImageProcessor(patch_size=8, size=AREA, **video)
 
 
 COMPOSITIONS = {
     "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor),
     "navit_moge": Composition(_navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor),
     "windowfree_llama": Composition(
-        lambda: WindowFreeViTConfig.from_preset("window_free_tiny"),
+        _windowfree("window_free_tiny"),
         LlamaConfig,
         projector="patch_merger",
         text_options={"tie_word_embeddings": True},
         image_processor=_windowfree_processor,
     ),
     "openpangu": Composition(
-        lambda: WindowFreeViTConfig.from_preset("hybrid_tiny"),
+        _windowfree("hybrid_tiny", num_hidden_layers=4),
         PanguEmbeddedConfig,
         projector="multi_tap_merger",
         text_options={
@@ -138,7 +142,7 @@ COMPOSITIONS = {
         processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
     ),
     "points": Composition(
-        lambda: WindowFreeViTConfig.from_preset("qwen2_vl_vit", **VISION, patch_size=8),
+        _windowfree("qwen2_vl_vit"),
         Qwen2Config,
         projector="points_merger",
         image_processor=_windowfree_processor,
@@ -149,7 +153,7 @@ COMPOSITIONS = {
         MoGEConfig,
         projector="deepseek_ocr",
         text_options=EXPERTS,
-        image_processor=lambda: DeepEncoderImageProcessor(mode=None, base_size=128, do_tile=False),
+        image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
     ),
     "clip_llama": Composition(lambda: CLIPVisionConfig(**SQUARE), LlamaConfig),
     "siglip_gemma2": Composition(
