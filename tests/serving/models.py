@@ -1,9 +1,8 @@
 """Composed models that answer about colours: built, trained for a minute and saved with the answers of `generate`.
 
 `python -m tests.serving.models FOLDER NAME...` writes a folder per composition. It holds the model, the processor, a
-LoRA adapter in `adapter/`, the images of the requests in `inputs/`, and `expected.json`: for each request the prompt,
-its number of tokens, and the tokens and their log-probabilities that `generate` gives in each dtype, and with the
-adapter.
+LoRA adapter in `adapter/` for some, the images of the requests in `inputs/`, and `expected.json`: for each request the
+prompt and what `generate` answers in each dtype and with the adapter, see [`answer`].
 """
 
 import argparse
@@ -72,6 +71,8 @@ EXPERTS = {
 SMALLEST, LARGEST = 16 * 16, 80 * 80  # pixels
 AREA = {"shortest_edge": SMALLEST, "longest_edge": LARGEST}
 NEW_TOKENS = 12
+TOP = 20  # tokens of each step whose log-probabilities are compared
+STEPS = 160
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -86,7 +87,7 @@ class Composition:
     options: dict[str, Any] = field(default_factory=dict)
     image_processor: Callable[[], Any] | None = None
     processor_options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 200
+    adapter: bool = False
 
     @property
     def videos(self) -> bool:
@@ -112,11 +113,12 @@ def _windowfree(preset: str, **changes: Any) -> Callable[[], WindowFreeViTConfig
 def _windowfree_processor() -> WindowFreeViTImageProcessor:
     limits = {"min_total": SMALLEST, "max_total": 4 * LARGEST, "min_frame": SMALLEST, "max_frame": LARGEST}
     video = {f"video_{name}_pixels": value for name, value in limits.items()}
-    return WindowFreeViTImageProcessor(patch_size=8, size=AREA, **video)
+    # A server gives each video a budget of pixels of its own.
+    return WindowFreeViTImageProcessor(patch_size=8, size=AREA, video_shared_budget=False, **video)
 
 
 COMPOSITIONS = {
-    "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor),
+    "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor, adapter=True),
     "navit_moge": Composition(_navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor),
     "windowfree_llama": Composition(
         _windowfree("window_free_tiny"),
@@ -140,6 +142,7 @@ COMPOSITIONS = {
         options={"projector_options": {"hidden_size": 96}},
         image_processor=_windowfree_processor,
         processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
+        adapter=True,
     ),
     "points": Composition(
         _windowfree("qwen2_vl_vit"),
@@ -230,18 +233,23 @@ def media(requests: list[Request]) -> dict[str, list]:
 
 @torch.no_grad()
 def answer(model: Any, processor: Any, request: Request) -> dict[str, Any]:
-    """What `generate` answers to the request alone."""
+    """What `generate` answers to the request alone.
+
+    Returns:
+        `prompt_tokens`, their number; `tokens`; `logprobs`, for each of them the log-probabilities of the likeliest
+        tokens; `text`.
+    """
     inputs = processor(text=[render(processor, request)], return_tensors="pt", **media([request]))
     made = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     length = inputs["input_ids"].shape[1]
     tokens = made.sequences[0, length:].tolist()
-    rows = [row[0].float().log_softmax(-1) for row in made.logits]
+    likeliest = [row[0].float().log_softmax(-1).topk(TOP) for row in made.logits]
     return {
         "prompt_tokens": length,
         "tokens": tokens,
-        "logprobs": [float(row[token]) for row, token in zip(rows, tokens, strict=True)],
+        "logprobs": [dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)) for top in likeliest],
         "text": processor.tokenizer.decode(tokens, skip_special_tokens=True),
     }
 
@@ -268,7 +276,7 @@ def make(name: str, folder: Path) -> None:
     """Build, train and save a composition, with an adapter and the answers of `generate`."""
     composition = COMPOSITIONS[name]
     model, processor = build(composition)
-    train(model, processor, composition.steps, composition.videos)
+    train(model, processor, STEPS, composition.videos)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -280,12 +288,13 @@ def make(name: str, folder: Path) -> None:
         loaded = type(model).from_pretrained(folder, dtype=value)
         for record, request in pairs:
             record["answers"][dtype] = answer(loaded, processor, request)
-    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
-    train(adapted, processor, composition.steps // 2, composition.videos, prefix="It is ", rate=1e-2)
-    adapted.save_pretrained(folder / "adapter")
-    for record, request in pairs:
-        record["answers"]["adapter"] = answer(adapted, processor, request)
+    if composition.adapter:
+        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
+        train(adapted, processor, STEPS // 2, composition.videos, prefix="It is ", rate=1e-2)
+        adapted.save_pretrained(folder / "adapter")
+        for record, request in pairs:
+            record["answers"]["adapter"] = answer(adapted, processor, request)
     (folder / "expected.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 

@@ -1,13 +1,15 @@
 """Serves a folder of `models.py` with vLLM and compares its answers with those of `generate`.
 
-Runs in the environment of vLLM, where vlparts is not installed: `python -P serve.py FOLDER RESULTS OPTIONS`. OPTIONS
-is JSON: `engine`, arguments of `vllm.LLM`; `answers`, the answers of `expected.json` to compare with; `new_tokens`;
-and `ways`, of the methods of `Engine`, or "stream" alone for the OpenAI-compatible server. RESULTS gets the seconds
-until the engine was ready, and a row for each request and way.
+Runs in the environment of vLLM, where vlparts is not installed: `python -P serve.py FOLDER RESULTS SETTINGS`. SETTINGS
+is JSON, by name: `engine`, arguments of `vllm.LLM`; `answers`, the answers of `expected.json` to compare with; `ways`,
+some methods of `Engine`, or "stream" alone for the OpenAI-compatible server. RESULTS gets for each setting the seconds
+until the engine was ready, the number of tokens of prompts from its cache, and a row for each request and way; or an
+error.
 """
 
 import argparse
 import base64
+import gc
 import importlib.util
 import json
 import mimetypes
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +28,11 @@ from PIL import Image
 
 LIMITS = {"max_model_len": 512, "max_num_seqs": 8, "seed": 0}
 SERVER_TIMEOUT = 300  # seconds
+NEW_TOKENS = 12
+TOP = 5
 Record = dict[str, Any]
-Answer = tuple[list[int], list[float], int]  # tokens, their log-probabilities, number of tokens of the prompt
+# Tokens, the log-probabilities of the likeliest tokens of each step, and the number of tokens of the prompt.
+Answer = tuple[list[int], list[dict[int, float]], int]
 
 
 def engine_options(records: list[Record], options: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +68,7 @@ class Engine:
 
         self.folder = folder
         self.engine = LLM(model=str(folder), **engine_options(records, options))
-        self.sampling = SamplingParams(temperature=0.0, max_tokens=options["new_tokens"], logprobs=1)
+        self.sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=TOP)
         self.adapter = (
             LoRARequest("adapter", 1, str(folder / "adapter")) if "enable_lora" in options["engine"] else None
         )
@@ -87,7 +93,7 @@ class Engine:
     def read(self, made: Any) -> Answer:
         self.cached_tokens += made.num_cached_tokens or 0
         tokens = list(made.outputs[0].token_ids)
-        logprobs = [step[token].logprob for token, step in zip(tokens, made.outputs[0].logprobs, strict=True)]
+        logprobs = [{token: one.logprob for token, one in step.items()} for step in made.outputs[0].logprobs]
         return tokens, logprobs, len(made.prompt_token_ids)
 
 
@@ -126,7 +132,7 @@ def running_server(folder: Path, options: dict[str, Any]) -> Iterator[Any]:
         server.wait()
 
 
-def stream(client: Any, folder: Path, record: Record, new_tokens: int) -> Answer:
+def stream(client: Any, folder: Path, record: Record) -> Answer:
     """Ask the server, with images as data URLs, and collect the answer from the stream."""
     urls = []
     for name in record["images"]:
@@ -137,20 +143,22 @@ def stream(client: Any, folder: Path, record: Record, new_tokens: int) -> Answer
         model="served",
         messages=messages,
         temperature=0.0,
-        max_completion_tokens=new_tokens,
+        max_completion_tokens=NEW_TOKENS,
         logprobs=True,
+        top_logprobs=TOP,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"return_token_ids": True},
+        extra_body={"return_token_ids": True, "return_tokens_as_token_ids": True},
     )
     tokens: list[int] = []
-    logprobs: list[float] = []
+    logprobs: list[dict[int, float]] = []
     prompt_tokens = 0
     for event in events:
         for choice in event.choices:
             tokens += getattr(choice, "token_ids", None) or []
             if choice.logprobs is not None and choice.logprobs.content:
-                logprobs += [one.logprob for one in choice.logprobs.content]
+                steps = [step.top_logprobs for step in choice.logprobs.content]
+                logprobs += [{int(one.token.removeprefix("token_id:")): one.logprob for one in step} for step in steps]
         if event.usage is not None:
             prompt_tokens = event.usage.prompt_tokens
     return tokens, logprobs, prompt_tokens
@@ -158,51 +166,65 @@ def stream(client: Any, folder: Path, record: Record, new_tokens: int) -> Answer
 
 def compare(way: str, record: Record, expected: Record, found: Answer) -> dict[str, Any]:
     tokens, logprobs, prompt_tokens = found
-    pairs = zip(tokens, logprobs, expected["tokens"], expected["logprobs"], strict=False)
-    gaps = [abs(mine - theirs) for token, mine, wanted, theirs in pairs if token == wanted]
+    gap = 0.0
+    for token, mine, wanted, theirs in zip(tokens, logprobs, expected["tokens"], expected["logprobs"], strict=False):
+        gap = max([gap, *(abs(value - theirs[str(one)]) for one, value in mine.items() if str(one) in theirs)])
+        if token != wanted:
+            break
     return {
         "way": way,
         "request": record["name"],
         "same": tokens == expected["tokens"] and prompt_tokens == expected["prompt_tokens"],
-        "gap": max(gaps, default=0.0),
+        "gap": gap,
         "found": {"tokens": tokens, "prompt_tokens": prompt_tokens},
         "expected": {"tokens": expected["tokens"], "prompt_tokens": expected["prompt_tokens"]},
     }
+
+
+def run(folder: Path, records: list[Record], options: dict[str, Any]) -> dict[str, Any]:
+    """Ask in all ways of a setting."""
+    rows: list[dict[str, Any]] = []
+
+    def add(way: str, asked: list[Record], answers: list[Answer]) -> None:
+        for record, answer in zip(asked, answers, strict=True):
+            rows.append(compare(way, record, record["answers"][options["answers"]], answer))
+
+    as_files = [record for record in records if not record["videos"]]  # a conversation takes videos as encoded files
+    started, cached = time.perf_counter(), 0
+    if options["ways"] == ["stream"]:
+        with running_server(folder, engine_options(records, options)) as client:
+            ready = time.perf_counter() - started
+            add("stream", as_files, [stream(client, folder, record) for record in as_files])
+    else:
+        engine = Engine(folder, records, options)
+        ready = time.perf_counter() - started
+        for way in options["ways"]:
+            asked = as_files if way == "chat" else records
+            add(way, asked, getattr(engine, way)(asked))
+        cached = engine.cached_tokens
+    return {"ready_s": ready, "cached_tokens": cached, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("results", type=Path)
-    parser.add_argument("options", type=json.loads)
+    parser.add_argument("settings", type=json.loads)
     given = parser.parse_args()
-    folder, options = given.folder, given.options
     if importlib.util.find_spec("vlparts") is not None:
         raise SystemExit("vlparts is installed here; the folder's own code would not be used.")
-    records = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = []
-    started = time.perf_counter()
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    def add(way: str, asked: list[Record], answers: list[Answer]) -> None:
-        rows.extend(
-            compare(way, record, record["answers"][options["answers"]], answer)
-            for record, answer in zip(asked, answers, strict=True)
-        )
-
-    with_files = [record for record in records if not record["videos"]]  # videos in conversations are encoded files
-    if options["ways"] == ["stream"]:
-        with running_server(folder, engine_options(records, options)) as client:
-            ready, cached = time.perf_counter() - started, 0
-            add("stream", with_files, [stream(client, folder, one, options["new_tokens"]) for one in with_files])
-    else:
-        engine = Engine(folder, records, options)
-        ready = time.perf_counter() - started
-        for way in options["ways"]:
-            asked = with_files if way == "chat" else records
-            add(way, asked, getattr(engine, way)(asked))
-        cached = engine.cached_tokens
-    results = {"ready_s": ready, "cached_tokens": cached, "rows": rows}
-    given.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    records = json.loads((given.folder / "expected.json").read_text(encoding="utf-8"))
+    results: dict[str, dict[str, Any]] = {}
+    for name, options in given.settings.items():
+        try:
+            results[name] = run(given.folder, records, options)
+        except Exception:
+            results[name] = {"error": traceback.format_exc().splitlines()[-12:], "rows": []}
+        given.results.write_text(json.dumps(results), encoding="utf-8")
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -13,30 +13,43 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.serving.models import COMPOSITIONS, NEW_TOKENS, make
+from tests.serving.models import COMPOSITIONS, make
 
 ALL_WAYS = ["batch", "alone", "chat"]
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
 EAGER = {"dtype": "float32", "enforce_eager": True}
-# Each is one start of an engine: arguments of `vllm.LLM`, the answers to compare with, and the ways to ask.
+# Each is one start of an engine: arguments of `vllm.LLM`, the answers to compare with, and the ways to ask. Those with
+# `processes` run the engine in a process of its own, as vLLM does by default.
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"engine": {**EAGER, **CACHED}, "ways": ALL_WAYS},
     "bfloat16": {"engine": {**EAGER, **CACHED, "dtype": "bfloat16"}, "answers": "bfloat16", "ways": ALL_WAYS},
     "no prefix cache": {"engine": {**EAGER, "enable_prefix_caching": False}, "ways": ["batch", "alone"]},
     "chunked prefill": {"engine": {**EAGER, "max_num_batched_tokens": 16}, "ways": ["batch", "alone"]},
-    "own process": {"engine": EAGER, "ways": ["batch"], "processes": True},
     "compiled": {"engine": {"dtype": "float32"}, "ways": ["batch"]},
     "LoRA": {"engine": {**EAGER, "enable_lora": True}, "answers": "adapter", "ways": ALL_WAYS},
+    "own process": {"engine": EAGER, "ways": ["batch"], "processes": True},
     "streamed": {"engine": EAGER, "ways": ["stream"], "processes": True},
 }
-QUICK = {"navit_qwen3": ["streamed"], "openpangu": ["chunked prefill"]}
+DTYPES = ["float32", "bfloat16"]
+PLAN = {name: list(SETTINGS) if one.adapter else [*DTYPES, "streamed"] for name, one in COMPOSITIONS.items()}
+QUICK = {"navit_qwen3": ["float32", "streamed"]}
 
 
-def serve(python: str, folder: Path, setting: str) -> dict[str, Any]:
-    """Run `serve.py` on a folder; the error's last lines instead of results if it fails."""
-    chosen = {"answers": "float32", "new_tokens": NEW_TOKENS, **SETTINGS[setting]}
+def serve(python: str, folder: Path, settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Run `serve.py` on a folder, once for the settings in its own process and once for the others."""
+    results: dict[str, dict[str, Any]] = {}
+    for processes in (False, True):
+        names = [name for name in settings if SETTINGS[name].get("processes", False) == processes]
+        if names:
+            results |= _run(python, folder, names, processes)
+    return results
+
+
+def _run(python: str, folder: Path, names: list[str], processes: bool) -> dict[str, dict[str, Any]]:
+    chosen = {name: {"answers": "float32", **SETTINGS[name]} for name in names}
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    log = folder / f"serve_{int(processes)}.log"
     with tempfile.TemporaryDirectory() as scratch:
         environment.update(
             HF_HUB_OFFLINE="1",
@@ -44,18 +57,17 @@ def serve(python: str, folder: Path, setting: str) -> dict[str, Any]:
             OMP_NUM_THREADS="1",
             VLLM_CPU_KVCACHE_SPACE="1",
             VLLM_CPU_OMP_THREADS_BIND="nobind",
-            VLLM_ENABLE_V1_MULTIPROCESSING=str(int(chosen.pop("processes", False))),
+            VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)),
             VLLM_NO_USAGE_STATS="1",
         )
-        results = Path(scratch) / "results.json"
-        log = folder / f"{setting.replace(' ', '_')}.log"
+        path = Path(scratch) / "results.json"
         script = str(Path(__file__).with_name("serve.py"))
-        command = [python, "-P", script, str(folder), str(results), json.dumps(chosen)]
+        command = [python, "-P", script, str(folder), str(path), json.dumps(chosen)]
         with log.open("w", encoding="utf-8") as file:
             subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-        if results.exists():
-            return json.loads(results.read_text(encoding="utf-8"))
-    return {"error": log.read_text(encoding="utf-8").splitlines()[-20:], "rows": []}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ended = {"error": [f"The process ended; see {log}."], "rows": []}
+    return {name: found.get(name, ended) for name in names}
 
 
 def summary(results: dict[str, Any] | None) -> str:
@@ -98,13 +110,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("python", help="interpreter of vLLM's environment")
     parser.add_argument("names", nargs="*", help=f"compositions, of {', '.join(COMPOSITIONS)}; all by default")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="by default all, or a selection of them")
     parser.add_argument("--quick", action="store_true", help="a selection for every change")
     parser.add_argument("--folder", type=Path, help="keeps the models, and uses those that are there")
     parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
     options = parser.parse_args()
-    names = options.names or list(COMPOSITIONS)
-    plan = QUICK if options.quick else dict.fromkeys(names, options.settings)
+    plan = QUICK if options.quick else {name: PLAN[name] for name in options.names or COMPOSITIONS}
     found: dict[str, dict[str, Any]] = {}
     same = True
     with tempfile.TemporaryDirectory() as scratch:
@@ -112,10 +123,9 @@ def main() -> None:
             folder = (options.folder or Path(scratch)).resolve() / name
             if not (folder / "expected.json").exists():
                 make(name, folder)
-            found[name] = {}
-            for setting in settings:
-                found[name][setting] = serve(options.python, folder, setting)
-                same = report(name, setting, found[name][setting]) and same
+            found[name] = serve(options.python, folder, options.settings or settings)
+            for setting, results in found[name].items():
+                same = report(name, setting, results) and same
     print(table(found))
     if options.table:
         options.table.write_text(table(found), encoding="utf-8")
