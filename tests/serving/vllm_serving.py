@@ -49,7 +49,9 @@ def _run(python: str, folder: Path, names: list[str], processes: bool) -> dict[s
     chosen = {name: {"answers": "float32", **SETTINGS[name]} for name in names}
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    log = folder / f"serve_{int(processes)}.log"
+    kind = "processes" if processes else "process"
+    log, path = folder / f"{kind}.log", folder / f"{kind}.json"
+    path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         environment.update(
             HF_HUB_OFFLINE="1",
@@ -60,12 +62,11 @@ def _run(python: str, folder: Path, names: list[str], processes: bool) -> dict[s
             VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)),
             VLLM_NO_USAGE_STATS="1",
         )
-        path = Path(scratch) / "results.json"
         script = str(Path(__file__).with_name("serve.py"))
         command = [python, "-P", script, str(folder), str(path), json.dumps(chosen)]
         with log.open("w", encoding="utf-8") as file:
             subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     ended = {"error": [f"The process ended; see {log}."], "rows": []}
     return {name: found.get(name, ended) for name in names}
 
