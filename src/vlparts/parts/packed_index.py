@@ -325,8 +325,10 @@ def get_kept_cu_seqlens(
     """
     if merge_temporal:
         return layout.cu_images
-    frames = pad(image_grid_thw[:, 0].clamp(min=1).cumsum(0), (1, 0))
-    return _boundaries(frames[layout.image_ids] + layout.frame_ids, int(frames[-1]), num_patches)
+    frames = image_grid_thw[:, 0].clamp(min=1)
+    segments = torch.repeat_interleave(frames).shape[0]  # a shape, unlike an integer, can be exported
+    starts = pad(frames.cumsum(0), (1, 0))
+    return _boundaries(starts[layout.image_ids] + layout.frame_ids, segments, num_patches)
 
 
 def _boundaries(ids: Tensor, count: int, total: int) -> Tensor:
