@@ -334,7 +334,7 @@ def get_kept_cu_seqlens(
 def _boundaries(ids: Tensor, count: int, total: int) -> Tensor:
     """Start of each of `count + 1` ids in a non-decreasing sequence of ids, and `total`: `(count + 2,)` int32."""
     starts = _count_up_to(ids, torch.arange(-1, count, device=ids.device))
-    return pad(starts, (0, 1), value=total).to(torch.int32)
+    return torch.cat((starts, starts.new_full((1,), total))).to(torch.int32)
 
 
 def check_cu_seqlens_cpu(cu_seqlens_cpu: Sequence[int] | None, cu_seqlens: Tensor, name: str) -> None:
