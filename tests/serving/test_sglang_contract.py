@@ -30,7 +30,7 @@ class Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full_like(layer.weight, torch.nan, device="cpu"))
+        self.weight = nn.Parameter(torch.empty_like(layer.weight))
         self.register_parameter("bias", None if layer.bias is None else nn.Parameter(torch.empty(len(self.weight))))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Norm(nn.Module):
             value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None
         )
         assert torch.all(type(norm)(1).weight == 1)  # zeros would be taken for Gemma's, which adds 1 to the weight
-        self.weight = nn.Parameter(torch.full((norm.weight.shape[0],), torch.nan))
+        self.weight = nn.Parameter(torch.empty(norm.weight.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -117,15 +117,13 @@ class Server:
         config = AutoConfig.from_pretrained(folder)
         self.text = config.get_text_config()
         self.text._attn_implementation = "sglang"
-        with torch.device("meta"):
-            self.model = AutoModel.from_config(config).eval()
+        self.model = AutoModel.from_config(config).eval()  # parameters without values, buffers as they are made
         self.replace(self.model)
         width = self.model.get_input_embeddings().embedding_dim
         self.model.set_input_embeddings(nn.Embedding(self.text.vocab_size, width))
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta:
-                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+                setattr(module, name, nn.Parameter(torch.full_like(parameter, torch.nan)))
         weights = load_file(folder / "model.safetensors")
         self.head = weights.pop("lm_head.weight", None)
         missing, unexpected = self.model.load_state_dict(
@@ -179,7 +177,8 @@ class Server:
 
 def with_text(text: Any) -> tuple[Any, Any]:
     words = tokenizer()
-    model = compose(WindowFreeViTConfig.from_preset("hybrid_tiny"), text(words), "patch_merger")
+    encoder = WindowFreeViTConfig.from_preset("hybrid_tiny", feature_layers=[-1])
+    model = compose(encoder, text(words), "patch_merger")
     return order_one(model).eval(), compose_processor(model, words)
 
 
