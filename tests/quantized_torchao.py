@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText, TorchAoConfig
 
 from tests.parts import test_vlm, test_vlm_views
 from tests.parts.test_quantized import MODELS, output, relative_error, vlm_of_views
-from tests.house.test_docs import ROOT, run_blocks
 from vlparts.parts.modeling_moge import MoGEExperts
 
 CONFIGS = {"weights": Int8WeightOnlyConfig, "weights and activations": Int8DynamicActivationInt8WeightConfig}
