@@ -30,7 +30,8 @@ from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.utils import mark_initialized
 from .parts.vlm_features import get_square_grid, pixel_layout
 from .parts.vlm_inputs import build_head
-from .parts.vlm_projectors import Projector, projector_names
+from .parts.vlm_projector_types import projector_names
+from .parts.vlm_projectors import Projector
 from .text_probe import check_text_model
 from .vision_loading import load_vision
 

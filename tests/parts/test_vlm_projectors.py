@@ -11,16 +11,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMe
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
 
 from tests.tiny import order_one
+from vlparts.parts import vlm_projector_types as projector_types
 from vlparts.parts import vlm_projectors as projectors
-from vlparts.parts.vlm_projectors import (
-    ActivatedLinear,
-    BlockMerger,
-    MultiTapMerger,
-    Projector,
-    check_projector,
-    projector_names,
-    register_projector,
-)
+from vlparts.parts.vlm_projector_types import check_projector, projector_names
+from vlparts.parts.vlm_projectors import ActivatedLinear, BlockMerger, MultiTapMerger, Projector, register_projector
 
 WIDTH, TEXT, MERGE = 3, 5, 2
 
@@ -148,7 +142,8 @@ def build_open(vision_width: int, text_width: int, merge_size: int, num_layers: 
 
 
 def test_a_projector_of_ones_own_takes_patches_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projectors, "_PROJECTORS", dict(projectors._PROJECTORS))
+    monkeypatch.setattr(projectors, "_BUILDERS", dict(projectors._BUILDERS))
+    monkeypatch.setattr(projector_types, "_TYPES", dict(projector_types._TYPES))
     register_projector("test_custom", build_custom, takes_patches=True)
     register_projector("test_custom", build_custom, takes_patches=True)
     assert "test_custom" in projector_names()

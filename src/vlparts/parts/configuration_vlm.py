@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
 from .utils import check_finite
-from .vlm_projectors import check_projector, projector_names, takes_views
+from .vlm_projector_types import check_projector, get_projector_type, projector_names
 from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
 
 
@@ -164,7 +164,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
         check_finite(self, "initializer_range")
         has_views = getattr(self.vision_config, "has_views", False)
-        if takes_views(self.projector_type) != has_views:
+        if get_projector_type(self.projector_type).takes_views != has_views:
             raise ValueError(
                 f"`projector_type` must {'' if has_views else 'not '}be one that assembles views, such as "
                 f"'deepseek_ocr', for a vision encoder of type {self.vision_config.model_type!r}, got "

@@ -38,6 +38,7 @@ class WindowFreeViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ign
     max_aspect_ratio: float
     enlarge_tiny: bool
     video_dynamic_pixels: bool
+    video_shared_budget: bool
     video_min_total_pixels: int
     video_max_total_pixels: int
     video_min_frame_pixels: int
@@ -66,7 +67,9 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         do_rescale: Divide by 255; only together with `do_normalize`.
         do_normalize: Subtract `image_mean` and divide by `image_std`; only together with `do_rescale`.
         video_dynamic_pixels: Divide the total areas by the number of frames of a call instead of using the limits of a
-            frame alone (`any_res_dynamic_video_pixels` in openPangu-VL's files; the next four are named likewise).
+            frame alone (`any_res_dynamic_video_pixels` in openPangu-VL's files; the limits are named likewise).
+        video_shared_budget: Whether the videos of a call share the total areas, as in openPangu-VL; otherwise each has
+            them alone, and its size does not depend on the others.
         video_min_total_pixels: Smallest total area of the frames of a call.
         video_max_total_pixels: Largest total area of the frames of a call.
         video_min_frame_pixels: Smallest area of a frame, regardless of the total.
@@ -90,13 +93,14 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
     max_aspect_ratio = 200.0
     enlarge_tiny = True
     video_dynamic_pixels = True
+    video_shared_budget = True
     video_min_total_pixels = 100352
     video_max_total_pixels = 11239424
     video_min_frame_pixels = 100352
     video_max_frame_pixels = 200704
     grid_options = (*PackedImageProcessor.grid_options, "enlarge_tiny")
     valid_kwargs = WindowFreeViTImageProcessorKwargs
-    model_input_names = ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"]
+    model_input_names = ["pixel_values", "image_grid_thw"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -187,7 +191,8 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         """Cut videos into patches, normalized in float32. No frames are dropped or merged.
 
         The frames of all videos of a call share one budget of pixels, see [`get_frame_area_limits`], so that a long
-        video gets smaller frames. The option `size` applies to images only.
+        video gets smaller frames; with `video_shared_budget=False`, each video has it alone. The option `size` applies
+        to images only.
 
         Args:
             videos: One video or a list of videos, see [`flat_list_of_videos`]. A video is a list of frames, each a
@@ -215,14 +220,6 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
         for index, video in enumerate(videos):
             if len(video) == 0:
                 raise ValueError(f"`videos[{index}]` has no frames; expected at least one.")
-        limits = get_frame_area_limits(
-            sum(map(len, videos)),
-            min_frame_pixels=options["video_min_frame_pixels"],
-            max_frame_pixels=options["video_max_frame_pixels"],
-            min_total_pixels=options["video_min_total_pixels"],
-            max_total_pixels=options["video_max_total_pixels"],
-            dynamic=options["video_dynamic_pixels"],
-        )
         packed, grids = [], []
         for video in videos:
             frames = [
@@ -231,9 +228,9 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
             ]
             check_frame_sizes({frame.shape[-2:] for frame in frames})
             if options["do_resize"]:
+                sharing = sum(map(len, videos)) if options["video_shared_budget"] else len(frames)
                 height, width = frames[0].shape[-2:]
-                factor = options["patch_size"] * options["merge_size"]
-                size = smart_resize(height, width, factor, *limits, options["max_aspect_ratio"])
+                size = _frame_size(height, width, sharing, options)
                 frames = [self._resize_to(frame, size, options["resample"]) for frame in frames]
             patches, grid = patchify(np.stack(frames), options["patch_size"], options["merge_size"])
             packed.append(patches)
@@ -243,6 +240,20 @@ class WindowFreeViTImageProcessor(PackedImageProcessor):
             "video_grid_thw": np.array(grids, dtype=np.int64),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def get_video_grid_thw(self, num_frames: int, height: int, width: int, **kwargs: Any) -> tuple[int, int, int]:
+        """Frames, rows and columns in patches that a video alone in a call is cut into.
+
+        Args:
+            num_frames: Number of frames.
+            height: Height of a frame in pixels.
+            width: Width of a frame in pixels.
+            **kwargs: Options that replace the processor's own.
+        """
+        options = self._get_video_options(kwargs)
+        if options["do_resize"]:
+            height, width = _frame_size(height, width, num_frames, options)
+        return num_frames, height // options["patch_size"], width // options["patch_size"]
 
     def _get_video_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         validate_typed_dict(self.valid_kwargs, kwargs)
@@ -276,6 +287,20 @@ def enlarge_tiny(height: int, width: int) -> tuple[int, int]:
     if width >= height:
         return TINY_SIDE_TARGET, int(scale * width)
     return int(scale * height), TINY_SIDE_TARGET
+
+
+def _frame_size(height: int, width: int, num_frames: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Height and width that a frame is resized to, if `num_frames` share the budget of pixels."""
+    limits = get_frame_area_limits(
+        num_frames,
+        min_frame_pixels=options["video_min_frame_pixels"],
+        max_frame_pixels=options["video_max_frame_pixels"],
+        min_total_pixels=options["video_min_total_pixels"],
+        max_total_pixels=options["video_max_total_pixels"],
+        dynamic=options["video_dynamic_pixels"],
+    )
+    factor = options["patch_size"] * options["merge_size"]
+    return smart_resize(height, width, factor, *limits, options["max_aspect_ratio"])
 
 
 def _normalize(patches: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

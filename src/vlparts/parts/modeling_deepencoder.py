@@ -358,7 +358,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
             validate_grid(image_grid_thw, pixel_values.shape[0], PATCHES_PER_TOKEN)
             check_normalized(pixel_values)
             grid_cpu = grid_on_host(image_grid_thw)
-        check_shape("pixel_values", pixel_values, None, self.sam.patch_embedding.in_features)
+        check_shape("pixel_values", pixel_values, None, self.config.num_channels * self.config.patch_size**2)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be normalized floating-point pixels, got {pixel_values.dtype}.")
         if any(frames != 1 for frames, _, _ in grid_cpu):

@@ -249,7 +249,8 @@ class NaViTModel(NaViTPreTrainedModel):
                 `keep_index` does not match them, or a further keyword argument is unknown.
         """
         check_encoder_kwargs(kwargs)
-        features, patches = self.embeddings.patch_embedding.in_features, pixel_values.shape[0]
+        # Not from the layer: servers replace linear layers by classes without `in_features`.
+        features, patches = self.config.num_channels * self.config.patch_size**2, pixel_values.shape[0]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != features:
             raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")
         if cu_seqlens is None or max_seqlen is None or position_ids is None:

@@ -207,7 +207,7 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         if pooled is None:
             raise ValueError(f"The vision tower {type(self.vision_model).__name__} returns no `pooler_output`.")
         mask = example_mask(image_mask, image_grid_thw, "image_mask", len(pooled))
-        outputs.pooler_output = self._project(self.image_projection, pooled, mask)
+        outputs.pooler_output = self._project(self.image_projection, self.config.vision_config, pooled, mask)
         return outputs
 
     @can_return_tuple
@@ -247,7 +247,9 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         mask = example_mask(text_mask, attention_mask, "text_mask", len(input_ids))
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self._project(self.text_projection, self._pool_text(outputs, attention_mask), mask),
+            pooler_output=self._project(
+                self.text_projection, self.config.text_config, self._pool_text(outputs, attention_mask), mask
+            ),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -265,10 +267,10 @@ class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
         return pooled
 
     @staticmethod
-    def _project(projection: nn.Linear, pooled: Tensor, mask: Tensor | None) -> Tensor:
-        if pooled.shape[-1] != projection.in_features:
+    def _project(projection: nn.Module, config: PreTrainedConfig, pooled: Tensor, mask: Tensor | None) -> Tensor:
+        if pooled.shape[-1] != config.hidden_size:
             raise ValueError(
-                f"The tower pools to {pooled.shape[-1]} channels; expected `hidden_size`, {projection.in_features}."
+                f"The tower pools to {pooled.shape[-1]} channels; expected `hidden_size`, {config.hidden_size}."
             )
         return projection(blank_padding(pooled, mask).to(activation_dtype(projection, pooled.dtype)))
 

@@ -34,6 +34,7 @@ from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
+from .vlm_serving import ServedModelMixin, check_servable
 from .vlm_towers import LEFT_OUT_KEYS
 from .vlm_views import ViewAssembler
 
@@ -68,12 +69,13 @@ class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
 
-class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
+class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguagePreTrainedModel):
     """A vision encoder and a text model joined by a projector, without a language head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", *LEFT_OUT_KEYS]
+    _keys_to_ignore_on_load_unexpected = list(LEFT_OUT_KEYS)
 
     def __init__(self, config: VisionLanguageConfig) -> None:
+        check_servable(config)
         super().__init__(config)
         self.vision_tower = vision_tower_from_config(config.vision_config)
         self.projector = Projector(
@@ -86,6 +88,12 @@ class VisionLanguageModel(MultimodalInputsMixin, VisionLanguagePreTrainedModel):
         )
         self.language_model = model_from_config(config.text_config)
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        # Not a pattern in `_keys_to_ignore_on_load_unexpected`, since servers drop the weights that these match.
+        keys = loading_info.unexpected_keys
+        loading_info.unexpected_keys = {key for key in keys if not key.startswith("lm_head.")}
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings of the text model."""

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ProcessorMixin
 
 from .chat_placeholders import chat_template_of
 from .chat_templates import DEFAULT_CHAT_TEMPLATE
 from .image_arrays import read_images
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
+from .vlm_serving import ServedProcessorMixin, VideoView
 
 # What native image processors return beside the inputs of the model.
 _NOT_FOR_THE_MODEL = (
@@ -25,7 +26,7 @@ _NOT_FOR_THE_MODEL = (
 )
 
 
-class VisionLanguageProcessor(ProcessorMixin):
+class VisionLanguageProcessor(ServedProcessorMixin, ProcessorMixin):
     """Image processor and tokenizer of a [`VisionLanguageForConditionalGeneration`].
 
     Each image placeholder in the text is repeated once per feature of that image. Each video placeholder becomes one
@@ -135,10 +136,15 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     @property
     def video_processor(self) -> Any:
-        """The image processor if it takes videos; transformers uses this attribute."""
+        """The image processor as a video processor, if it takes videos; used by transformers and servers."""
         if not hasattr(self.image_processor, "preprocess_videos"):
             raise AttributeError(f"{type(self.image_processor).__name__} has no method `preprocess_videos`.")
-        return self.image_processor
+        return VideoView(self.image_processor)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the inputs of the model, with those of videos if it takes them."""
+        return [*super().model_input_names, *(VideoView.model_input_names if hasattr(self, "video_processor") else ())]
 
     def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> Any:
         """Read the images, so that each image processor gets the same pixels for one picture of any type.
@@ -162,7 +168,8 @@ class VisionLanguageProcessor(ProcessorMixin):
         if videos is not None:
             self._check_videos(videos)
         if isinstance(samples, (list, tuple)) and all(isinstance(sample, str) for sample in samples):
-            self._check_enclosed(samples)
+            if not self._called_by_server(samples, kwargs):
+                self._check_enclosed(samples)
             _check_samples(self.image_token, "images", samples, images_by_sample(images))
             if self.video_token is not None:
                 _check_samples(self.video_token, "videos", samples, videos_by_sample(videos))
@@ -209,7 +216,7 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         videos = flat_list_of_videos(videos)
-        processed = self.video_processor.preprocess_videos(videos, **kwargs)
+        processed = self.video_processor(videos, **kwargs)
         return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
 
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
@@ -239,31 +246,6 @@ class VisionLanguageProcessor(ProcessorMixin):
             )
         rows, columns = image_inputs["image_tile_grid"][image_idx] if "image_tile_grid" in image_inputs else (0, 0)
         return self.image_seq_length * (int(rows) * int(columns) + 1)
-
-    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any) -> Any:
-        """Count tokens and patches of images of the given `(height, width)` sizes; called by inference servers."""
-        if image_sizes is None:
-            return MultiModalData()
-        if self.image_seq_length is not None:
-            views = [1] * len(image_sizes)
-            if hasattr(self.image_processor, "get_tile_grid"):
-                count = self.image_processor.get_number_of_image_patches
-                views = [count(height, width, kwargs) for height, width in image_sizes]
-            tokens = [self.image_seq_length * number for number in views]
-            return MultiModalData(num_image_tokens=tokens, num_image_patches=views)
-        if not hasattr(self.image_processor, "get_number_of_image_patches"):
-            blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in image_sizes]
-            processed = self._to_model_inputs(self.image_processor(blank, **kwargs))
-            tokens = [self.count_image_tokens(processed, index) for index in range(len(blank))]
-            patches = [number * self.spatial_merge_size**2 for number in tokens]
-            return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
-        count = self.image_processor.get_number_of_image_patches
-        patches = [count(height, width, kwargs) for height, width in image_sizes]
-        tokens = [number // self.spatial_merge_size**2 for number in patches]
-        if hasattr(self.image_processor, "get_number_of_image_tokens"):
-            count = self.image_processor.get_number_of_image_tokens
-            tokens = [count(height, width, kwargs) for height, width in image_sizes]
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
 
 def _token_id(tokenizer: Any, token: str) -> int:

@@ -55,7 +55,8 @@ class MultimodalInputsMixin:
             image_tile_grid: `(n, 2)` rows and columns of tiles, for images of several views: of DeepEncoder, or tiles
                 and whole image as rows of `pixel_values` for encoders of images of one size.
             **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
-                prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`).
+                prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`). From servers also
+                `image_view_grid`, instead of `image_grid_thw`: `(views, 3)` for each image.
 
         Returns:
             The encoder's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling
@@ -64,6 +65,9 @@ class MultimodalInputsMixin:
         Raises:
             ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.
         """
+        views = kwargs.pop("image_view_grid", None)
+        if views is not None:
+            image_grid_thw = torch.cat(list(views))
         tiles = image_tile_grid if pixel_layout(self.vision_tower) == "square" else None
         if image_tile_grid is not None and tiles is None:
             kwargs["image_tile_grid"] = image_tile_grid

@@ -5,8 +5,7 @@ encoder, E width of the text model.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,13 @@ from .ops_activations import ExactGELU
 from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 from .utils import check_finite_number
+from .vlm_projector_types import (
+    ProjectorType,
+    add_projector_type,
+    check_projector,
+    get_projector_type,
+    projector_names,
+)
 from .vlm_views import ViewAssembler
 
 
@@ -235,23 +241,7 @@ def _check_one_layer(kind: str, num_layers: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _ProjectorType:
-    build: Callable[..., nn.Module]
-    takes_patches: bool
-    takes_views: bool
-
-    def options(self) -> set[str] | None:
-        """Names of the options; None if any is accepted."""
-        if not self.takes_patches:
-            return set()
-        parameters = list(inspect.signature(self.build).parameters.values())
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            return None
-        return {parameter.name for parameter in parameters[4:]}
-
-
-_PROJECTORS: dict[str, _ProjectorType] = {}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_projector(
@@ -272,12 +262,22 @@ def register_projector(
     Raises:
         ValueError: If the name is taken by another projector.
     """
-    projector = _ProjectorType(build, takes_patches, takes_views)
-    if _PROJECTORS.get(name, projector) != projector:
-        raise ValueError(f"`name` {name!r} is taken; registered projectors: {', '.join(_PROJECTORS)}.")
-    _PROJECTORS[name] = projector
+    if _BUILDERS.get(name, build) != build:
+        raise ValueError(f"`name` {name!r} is taken; registered projectors: {', '.join(projector_names())}.")
+    options = _option_names(build) if takes_patches else ()
+    add_projector_type(name, ProjectorType(takes_patches, takes_views, options))
+    _BUILDERS[name] = build
 
 
+def _option_names(build: Callable[..., nn.Module]) -> tuple[str, ...] | None:
+    """Names of the options of a function that builds a projector; None if any is accepted."""
+    parameters = list(inspect.signature(build).parameters.values())
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return tuple(parameter.name for parameter in parameters[4:])
+
+
+# Their types are also data in `vlm_projector_types`; a difference is an error here.
 register_projector("linear", nn.Linear)
 register_projector("mlp2_gelu", MLP2)
 register_projector("fused_mlp2_gelu", FusedMLP2, takes_patches=True)
@@ -285,43 +285,6 @@ register_projector("patch_merger", build_patch_merger, takes_patches=True)
 register_projector("points_merger", build_points_merger, takes_patches=True)
 register_projector("multi_tap_merger", MultiTapProjector, takes_patches=True)
 register_projector("deepseek_ocr", ViewAssembler, takes_views=True)
-
-
-def projector_names() -> tuple[str, ...]:
-    """Return the names of the registered projectors."""
-    return tuple(_PROJECTORS)
-
-
-def takes_views(kind: str) -> bool:
-    """Return whether a registered projector assembles the views of images."""
-    return _PROJECTORS[kind].takes_views
-
-
-def check_projector(kind: str, num_layers: int = 1, options: Mapping[str, Any] | None = None) -> None:
-    """Check that a projector exists and accepts the feature layers and options.
-
-    Args:
-        kind: Name of the projector.
-        num_layers: Number of feature layers of the vision encoder.
-        options: Options of the projector.
-
-    Raises:
-        ValueError: If there is no such projector, it takes only one layer, or it does not have an option.
-    """
-    if kind not in _PROJECTORS:
-        raise ValueError(f"`kind` must be one of {', '.join(_PROJECTORS)}, got {kind!r}.")
-    if num_layers != 1 and not _PROJECTORS[kind].takes_patches:
-        raise ValueError(
-            f"The projector {kind!r} takes one layer of the vision encoder, but `feature_layers` names {num_layers}; "
-            "'multi_tap_merger' takes several."
-        )
-    known = _PROJECTORS[kind].options()
-    unknown = sorted(set(options or {}) - known) if known is not None else []
-    if unknown:
-        raise ValueError(
-            f"The projector {kind!r} has no option {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(known or ())) or 'none'}."
-        )
 
 
 class Projector(nn.Module):
@@ -345,11 +308,11 @@ class Projector(nn.Module):
         super().__init__()
         check_projector(kind, num_layers, options)
         self.num_layers = num_layers
-        self.merged_width = None if _PROJECTORS[kind].takes_patches else vision_width * merge_size**2
+        self.merged_width = None if get_projector_type(kind).takes_patches else vision_width * merge_size**2
         if self.merged_width is None:
-            self.projection = _PROJECTORS[kind].build(vision_width, text_width, merge_size, num_layers, **options)
+            self.projection = _BUILDERS[kind](vision_width, text_width, merge_size, num_layers, **options)
         else:
-            self.projection = _PROJECTORS[kind].build(self.merged_width, text_width)
+            self.projection = _BUILDERS[kind](self.merged_width, text_width)
 
     def forward(self, *features: Tensor, view_index: Tensor | None = None) -> Tensor:
         """Map the patches of each layer, `(L, D)` in merge order, to `(T, E)` tokens.
