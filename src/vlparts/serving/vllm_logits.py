@@ -170,7 +170,7 @@ class EndAtOnce(LogitsProcessor):
 
 def apply_processor(processor: LogitsProcessor, tokens: Tensor, scores: Tensor) -> Tensor:
     """Return the scores `(V,)` of the next token after the generated tokens, int64 `(S,)`."""
-    return processor(tokens[None], scores[None])[0]  # type: ignore[arg-type]
+    return processor(tokens[None], scores[None])[0]
 
 
 def generation_options(model_config: Any) -> dict[str, Any]:
