@@ -74,36 +74,52 @@ def shared_names() -> list[str]:
     return sorted(ours & set(ModelRegistry.get_supported_archs()))
 
 
-def both_runners(extra_args: dict[str, Any], histories: list[list[int]], vocab_size: int) -> list[bool]:
-    """For each history whether the interfaces of both model runners give the same scores, and change some."""
+def both_runners(extra_args: dict[str, Any], histories: list[list[int]], vocab_size: int) -> list[list[bool]]:
+    """For each history whether the interfaces of both model runners give the scores of transformers' processor.
+
+    The batches are made here, as vLLM describes them: a row for each history, every third without the option.
+    """
     import numpy as np
     import torch
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
+    from vlparts.serving.request_options import ngram_processor
     from vlparts.serving.vllm_logits import WindowedNGrams
 
-    params = SimpleNamespace(extra_args=extra_args, max_tokens=None)
+    asked = [
+        SimpleNamespace(extra_args=extra_args if row % 3 else None, max_tokens=None) for row in range(len(histories))
+    ]
     model = SimpleNamespace(generation_config="vllm", override_generation_config={})
     config = SimpleNamespace(speculative_config=None, model_config=model)
+    scores = torch.randn(len(histories), vocab_size)
+    wanted = scores.clone()
+    for row, history in enumerate(histories):
+        processor = ngram_processor(asked[row].extra_args)
+        if processor is not None:
+            wanted[row] = processor(torch.tensor([history], dtype=torch.int64), scores[row : row + 1])[0]
+
+    first = WindowedNGrams(config, torch.device("cpu"), False)
+    added = [(row, params, [1, 2, 3], histories[row]) for row, params in enumerate(asked)]
+    first.update_state(BatchUpdate(batch_size=len(histories), removed=[], added=added, moved=[]))
+    one = first.apply(scores.clone())
+
     prompt, longest = 3, max(map(len, histories))
     slots = torch.randperm(len(histories))
-    tokens = torch.full((len(histories), prompt + longest + 1), 1, dtype=torch.int32)
+    tokens = torch.zeros(len(histories), prompt + longest, dtype=torch.int32)
     state = SimpleNamespace(
         all_token_ids=SimpleNamespace(gpu=tokens),
         prompt_len=SimpleNamespace(np=np.full(len(histories), prompt, dtype=np.int32)),
     )
-    first, second = WindowedNGrams(config, torch.device("cpu"), False), WindowedNGrams(config, state)
-    scores = torch.randn(len(histories), vocab_size)
-    wanted = []
+    second = WindowedNGrams(config, state)
     for row, history in enumerate(histories):
-        tokens[slots[row], prompt : prompt + len(history)] = torch.tensor(history, dtype=torch.int32)
-        assert second.add_request(int(slots[row]), params)
-        wanted.append(first.new_req_logits_processor(params)(history, scores[row]))
-    context = SimpleNamespace(
-        idx_mapping_np=slots.numpy(), seq_lens_upper_bound_np=np.array([prompt + len(one) for one in histories])
-    )
-    found = second.apply(scores.clone(), context)
-    assert not second.add_request(0, SimpleNamespace(extra_args=None, max_tokens=None))  # the next request of a slot
-    return [bool(torch.equal(mine, other)) for mine, other in zip(found, wanted, strict=True)]
+        slot = int(slots[row])
+        tokens[slot, prompt : prompt + len(history)] = torch.tensor(history, dtype=torch.int32)
+        second.add_request(slot, SimpleNamespace(extra_args=extra_args, max_tokens=None))  # an earlier request
+        assert second.add_request(slot, asked[row]) == bool(row % 3)
+    lengths = np.array([prompt + len(history) for history in histories])
+    context = SimpleNamespace(idx_mapping_np=slots.numpy(), seq_lens_upper_bound_np=lengths)
+    two = second.apply(scores.clone(), context)
+    return [[torch.equal(found[row], wanted[row]) for row in range(len(histories))] for found in (one, two)]
 
 
 def main() -> None:

@@ -264,7 +264,7 @@ def test_the_folder_has_the_default(served: dict[str, Any]) -> None:
 
 
 def test_both_model_runners_give_the_same(served: dict[str, Any]) -> None:
-    assert served["runners"] == [True] * 24
+    assert served["runners"] == [[True] * 24] * 2
 
 
 def test_names_that_vllm_has_too(served: dict[str, Any]) -> None:
