@@ -20,7 +20,6 @@ stages:
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from transformers import TrainerCallback
 
@@ -318,7 +318,8 @@ def run_recipe(
 
     If it is called again after an interruption, finished stages are kept and the unfinished one resumes from its last
     complete checkpoint, with the same losses and weights as without the interruption. `recipe.jsonl` in the folder of
-    the recipe has its settings and the log of each finished stage.
+    the recipe has its settings and the log of each finished stage. Runs in one process, or in several under
+    `accelerate launch` or `torchrun`.
 
     Args:
         recipe: The recipe.
@@ -329,13 +330,15 @@ def run_recipe(
         ValueError: As for [`check_recipe`], before anything is trained or written.
     """
     path, settings = recipe.output / _JOURNAL, _settings(recipe)
-    if not path.exists():
-        check_recipe(recipe)
-        recipe.output.mkdir(parents=True, exist_ok=True)
-    is_first_process = int(os.environ.get("RANK", "0")) == 0
+    state = PartialState()
+    with state.main_process_first():  # of several processes one checks the recipe and makes the journal
+        if not path.exists():
+            check_recipe(recipe)
+            recipe.output.mkdir(parents=True, exist_ok=True)
+        journal = Journal(path, settings)
     results: list[StageResult] = []
     before: TrainConfig | None = None
-    with Journal(path, settings) as journal:
+    with journal:
         rows = {row["stage"]: row for row in journal.rows()}
         for name, config in recipe.configs.items():
             row = rows.get(name)
@@ -346,7 +349,7 @@ def run_recipe(
                 with _errors_of(name):
                     done = train(_start(config, before).model_copy(update={"resume": resume}), callbacks)
                 row = {"stage": name, "steps": done.steps, "log": done.log, "skipped": done.skipped}
-                if is_first_process:
+                if state.is_main_process:
                     journal.add(row)
             results.append(StageResult(name, config.output, row["steps"], row["log"], row["skipped"]))
             before = config
