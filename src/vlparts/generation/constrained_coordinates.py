@@ -23,7 +23,7 @@ __all__ = ["PAIRS_OF_KIND", "CoordinateLogitsProcessor"]
 PAIRS_OF_KIND: dict[str, int] = {"point": 1, "box": 2, "quad": 4}
 """Number of coordinate pairs in a region of each kind."""
 
-_MODES = ("free", "answer")
+MODES = ("free", "answer")
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class CoordinateLogitsProcessor(LogitsProcessor):
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        if self.mode not in _MODES:
-            raise ValueError(f"`mode` must be one of {_MODES}, got {self.mode!r}.")
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}, got {self.mode!r}.")
         if not isinstance(self.prompt_length, int) or self.prompt_length < 0:
             raise ValueError(f"`prompt_length` must be a non-negative integer, got {self.prompt_length!r}.")
         if not isinstance(self.max_label_tokens, int) or self.max_label_tokens < 0:

@@ -101,11 +101,11 @@ def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def is_served(config: PreTrainedConfig) -> bool:
-    """Whether vLLM runs a text model with this configuration, which it marks by its attention implementation.
+    """Whether vLLM or SGLang runs a text model with this configuration, marked by their attention implementation.
 
     The tokens of several requests are one row then, and the server's attention keeps them apart.
     """
-    return config._attn_implementation in ("vllm", "vllm_mla")
+    return config._attn_implementation in ("vllm", "vllm_mla", "sglang")
 
 
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What inference servers ask of a composed model and its processor, and the methods that only they call.
 
-vLLM's transformers backend serves a saved folder without `vlparts`, by this contract:
+The transformers backends of vLLM and SGLang serve a saved folder without `vlparts`, by this contract:
 
 - Layers: a server replaces linear, normalisation, embedding and experts layers. Model code calls such a layer and
   reads none of its attributes, like `in_features`.
@@ -55,8 +55,8 @@ def check_servable(config: PreTrainedConfig) -> None:
         value = getattr(config.text_config, field, None)
         if value not in (None, 1):
             raise ValueError(
-                f"`text_config.{field}` must be 1 for a text model of type {config.text_config.model_type!r} in vLLM, "
-                f"whose transformers backend leaves out this factor, got {value}. Serve it by `generate`."
+                f"`text_config.{field}` must be 1 for a text model of type {config.text_config.model_type!r} on a "
+                f"server, whose transformers backend leaves out this factor, got {value}. Serve it by `generate`."
             )
 
 

@@ -1,0 +1,1 @@
+"""Plugins for serving engines. Each engine is imported by the files with its name alone."""
