@@ -104,7 +104,7 @@ def libraries(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Serve composed models with vLLM on CPU and compare with `generate`; `-- --quick` for a selection."""
+    """Serve models with vLLM on CPU and compare with `generate`, then test the plugin; `-- --quick` for a selection."""
     install(session, ".[test]")
     python = Path(session.virtualenv.location) / "vllm" / "bin" / "python"
     if not python.exists():
@@ -114,6 +114,8 @@ def vllm(session: nox.Session) -> None:
     session.run(*pip, "--no-deps", *VLLM)
     session.run(str(python), "tests/serving/declare_operations.py")
     session.run("python", "-m", "tests.serving.vllm_serving", str(python), *session.posargs)
+    if not session.posargs:
+        session.run("pytest", "tests/serving/vllm_plugin.py", env={"VLPARTS_VLLM_PYTHON": str(python)})
 
 
 @nox.session
