@@ -13,6 +13,8 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.needs_version = ">=2024.4.15"
 
+# The page whose snippets need packages that only the sessions `onnx` and `torchao` install.
+EXPORT_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/export.md]"
 # Versions of torch_npu that the kernels are written for.
 NPU_VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
 
@@ -79,9 +81,16 @@ def upstream(session: nox.Session) -> None:
 
 @nox.session
 def onnx(session: nox.Session) -> None:
-    """Compare packed encoders in ONNX with PyTorch."""
+    """Compare vision encoders in ONNX with PyTorch."""
     install(session, ".[test]", "onnx", "onnxruntime", "onnxscript")
-    session.run("pytest", "tests/onnx_export.py", *session.posargs)
+    session.run("pytest", *(session.posargs or ("tests/onnx_export.py", EXPORT_PAGE)))
+
+
+@nox.session
+def torchao(session: nox.Session) -> None:
+    """Run whole models with weights that torchao quantized."""
+    install(session, ".[test]", "torchao==0.18.0")
+    session.run("pytest", *(session.posargs or ("tests/quantized_torchao.py", EXPORT_PAGE)))
 
 
 @nox.session

@@ -1,5 +1,11 @@
-"""Every Python snippet of the README and the pages runs, page by page, from top to bottom."""
+"""Every Python snippet of the README and the pages runs, page by page, from top to bottom.
 
+Blocks fenced as `py` import packages that are no dependencies. They run where these are installed, in sessions of
+their own.
+"""
+
+import ast
+import importlib.util
 import re
 import sys
 import textwrap
@@ -14,17 +20,32 @@ from vlparts.coordinates.formats import registry as formats
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
-    r"^(?P<indent>[ \t]*)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$", re.MULTILINE | re.DOTALL
+    r"^(?P<indent>[ \t]*)```(?P<fence>python|py)\b[^\n]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
 def blocks_of(page: Path) -> list[tuple[int, str]]:
-    """Return the page's Python blocks, each with the line on which its code starts (from 1)."""
+    """Return the page's Python blocks that can run, each with the line on which its code starts (from 1)."""
     text = page.read_text(encoding="utf-8")
-    return [
-        (text.count("\n", 0, match.start("code")) + 1, textwrap.dedent(match["code"]))
+    blocks = [
+        (match["fence"], text.count("\n", 0, match.start("code")) + 1, textwrap.dedent(match["code"]))
         for match in BLOCK.finditer(text)
     ]
+    return [(line, code) for fence, line, code in blocks if fence == "python" or has_packages(code)]
+
+
+def has_packages(code: str) -> bool:
+    """Whether all packages that a block imports are installed."""
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {
+        name.split(".")[0]
+        for node in imports
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name is not None
+    }
+    assert names, "a block fenced as `py` must import a package that is no dependency"
+    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 PAGES_WITH_CODE = [page for page in PAGES if page.is_file() and blocks_of(page)]

@@ -1,95 +1,111 @@
-"""`torch.export` of packed encoders and the models that hold them, from pixels and grids alone."""
+"""`torch.export` of vision encoders and the models that hold them, from pixels and grids."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.export import Dim
 
+from tests.parts import test_fused_vision, test_vlm_views
+from tests.parts.exported import (
+    PACKED,
+    PACKED_SHAPES,
+    VIEWS,
+    Bare,
+    deepencoder,
+    fused_inputs,
+    fused_vision,
+)
 from tests.parts.test_navit_dual_encoder import dual_encoder, images, texts
 from tests.parts.test_vlm import GROUPS, batch, composed
-from tests.tiny import WINDOWED, navit, packed_images, windowfree
-from vlparts import NaViTModel
+from tests.tiny import navit, picture
 
-Inputs = dict[str, Tensor]
-FIRST, SECOND = [(4, 6), (2, 2), (6, 2)], [(2, 6), (8, 2), (6, 4), (2, 2)]
-VECTORS = ("last_hidden_state", "pooler_output")
-ENCODERS = {
-    "navit": navit,
-    "navit with prefix tokens": lambda: navit(
-        pooling="class_token", num_register_tokens=2, rotary_theta=100.0, max_frames=3
-    ),
-    "navit of clips": lambda: navit(video_attention="clip"),
-    "windowfree": lambda: windowfree(pooling="mean"),
-    "windowed": lambda: windowfree(**WINDOWED, pooling="mean"),
-}
+FAST = ("navit", "navit with prefix tokens", "windowed", "classifier", "qwen3_vl")
 both_implementations = pytest.mark.parametrize(
     "implementation", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)]
 )
 
 
-class Bare(nn.Module):
-    """A model with tensors as positional arguments and results."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...], results: tuple[str, ...], **options: Any) -> None:
-        super().__init__()
-        self.model, self.names, self.results, self.options = model, names, results, options
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(**dict(zip(self.names, tensors, strict=True)), **self.options)
-        return tuple(outputs[name] for name in self.results)
+def export(bare: Bare, tensors: tuple[torch.Tensor, ...], *shapes: dict[int, Any]) -> torch.export.ExportedProgram:
+    program = torch.export.export(bare, tensors, dynamic_shapes=(shapes,) if shapes else None)
+    names = " ".join(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert "searchsorted" not in names  # ONNX has none
+    if bare.model.config._attn_implementation == "eager":
+        assert "vlparts." not in names
+    return program
 
 
-def packed(grids: list[tuple[int, int]]) -> Inputs:
-    return dict(zip(("pixel_values", "image_grid_thw"), packed_images(grids), strict=True))
-
-
-def names_of_operations(program: torch.export.ExportedProgram) -> str:
-    return " ".join(str(node.target) for node in program.graph.nodes if node.op == "call_function")
-
-
-SLOW = ("navit of clips", "windowfree")
+def agree(program: Any, bare: Bare, *sets: tuple[torch.Tensor, ...], by: float = 1e-5) -> None:
+    for tensors in sets:
+        torch.testing.assert_close(program.module()(*tensors), bare(*tensors), atol=by, rtol=by)
 
 
 @both_implementations
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ENCODERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in PACKED]
+)
 def test_one_program_serves_images_of_any_number_and_size(name: str, implementation: str) -> None:
-    bare = Bare(ENCODERS[name](), ("pixel_values", "image_grid_thw"), VECTORS)
+    case = PACKED[name]
+    bare = Bare(case.build(), tuple(PACKED_SHAPES), case.results)
     bare.model.set_attn_implementation(implementation)
-    first = tuple(packed(FIRST).values())
-    program = torch.export.export(bare, first, dynamic_shapes=(({0: Dim("patches")}, {0: Dim("images")}),))
-    for tensors in (first, tuple(packed(SECOND).values())):
-        torch.testing.assert_close(program.module()(*tensors), bare(*tensors), atol=1e-5, rtol=1e-5)
-    operations = names_of_operations(program)
-    assert "searchsorted" not in operations  # ONNX has none
-    assert ("vlparts." in operations) == (implementation == "sdpa")
+    first, second = (tuple(case.inputs(index).values()) for index in range(2))
+    agree(export(bare, first, *PACKED_SHAPES.values()), bare, first, second)
 
 
 @both_implementations
-def test_dropped_patches(implementation: str) -> None:
-    model: NaViTModel = navit()
+@pytest.mark.parametrize("video_attention", ["frame", "clip"])
+def test_dropped_patches(video_attention: str, implementation: str) -> None:
+    model = navit(video_attention=video_attention)
     model.set_attn_implementation(implementation)
-    inputs = packed(FIRST)
-    keep_index = torch.tensor([0, 3, 5, 23, 24, 25, 30, 39, -1, -1])
-    tensors = inputs["pixel_values"][keep_index], inputs["image_grid_thw"], keep_index
-    bare = Bare(model, (*inputs, "keep_index"), ("pooler_output",), **model.precompute(tensors[1], keep_index))
-    program = torch.export.export(bare, tensors)
-    torch.testing.assert_close(program.module()(*tensors), bare(*tensors), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(bare(*tensors)[0], model(*tensors[:2], keep_index=keep_index).pooler_output)
-    assert "searchsorted" not in names_of_operations(program)
+    bare = Bare(model, ("pixel_values", "image_grid_thw", "keep_index"), ("pooler_output",))
+    sets = []
+    for index, kept in enumerate(([0, 3, 5, 23, 24, 25, 30, 39, -1, -1], [0, 11, 12, 30, 31, 60, 99, 102, 107, -1])):
+        given, keep_index = PACKED["navit"].inputs(index), torch.tensor(kept)
+        sets.append((given["pixel_values"][keep_index], given["image_grid_thw"], keep_index))
+    agree(export(bare, sets[0], *[{0: Dim.DYNAMIC}] * 3), bare, *sets)
 
 
 @both_implementations
-def test_models_that_hold_a_packed_encoder(implementation: str) -> None:
-    model, processor = composed()
-    cases = [
-        Bare(dual_encoder(), ("pixel_values", "image_grid_thw", "input_ids", "attention_mask"), ("logits_per_image",)),
-        Bare(model, ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"), ("logits",), use_cache=False),
-    ]
-    for bare, given in zip(cases, (images() | texts(), batch(processor, GROUPS)), strict=True):
-        bare.model.set_attn_implementation(implementation)
-        tensors = tuple(given[name] for name in bare.names)
-        program = torch.export.export(bare, tensors)
-        torch.testing.assert_close(program.module()(*tensors), bare(*tensors), atol=1e-4, rtol=1e-4)
-        assert "searchsorted" not in names_of_operations(program)
+def test_two_encoders_of_any_number_of_images(implementation: str) -> None:
+    bare = fused_vision()
+    bare.model.set_attn_implementation(implementation)
+    agree(export(bare, fused_inputs(0), {0: Dim.DYNAMIC}), bare, fused_inputs(0), fused_inputs(1))
+
+
+@both_implementations
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_given_sizes(name: str, implementation: str) -> None:
+    bare, first, second = deepencoder(name)
+    bare.model.set_attn_implementation(implementation)
+    agree(export(bare, first), bare, first, second, by=1e-4)
+
+
+def held(kind: str) -> tuple[Bare, dict[str, torch.Tensor]]:
+    """A model that holds an encoder, and its inputs."""
+    if kind == "dual encoder":
+        given = images() | texts()
+        return Bare(dual_encoder(), tuple(given), ("logits_per_image",)), given
+    if kind == "navit":
+        model, processor = composed()
+        given, options = batch(processor, GROUPS), {}
+    elif kind == "fused vision":
+        model, processor = test_fused_vision.composed()
+        given, options = processor(images=[picture(40, 30)], text="what is <image>", return_tensors="pt"), {}
+    else:
+        model, processor = test_vlm_views.composed("qwen3")
+        given = processor(images=[picture(150, 90)], text="what is <image>", return_tensors="pt")
+        host = model.model.vision_tower.precompute(given["image_grid_thw"], given["image_tile_grid"])
+        options = {f"image_{name}": value for name, value in host.items()}
+    names = [name for name in given if name != "mm_token_type_ids"]
+    bare = Bare(model, tuple(names), ("logits",), use_cache=False, **options)
+    return bare, {name: given[name] for name in names}
+
+
+@both_implementations
+@pytest.mark.parametrize("kind", ["navit", "dual encoder", "fused vision", "deepencoder"])
+def test_models_that_hold_an_encoder(kind: str, implementation: str) -> None:
+    bare, given = held(kind)
+    bare.model.set_attn_implementation(implementation)
+    tensors = tuple(given.values())
+    other = tuple(x + 0.1 if x.is_floating_point() else x for x in tensors)
+    agree(export(bare, tensors), bare, tensors, other, by=1e-4)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.tiny import SIZES, TEXTS, navit_config, order_one
 from vlparts import MoGEConfig, MoGEForCausalLM, PanguEmbeddedConfig, PanguEmbeddedForCausalLM, compose
@@ -42,6 +43,29 @@ def small_model(kind: str) -> PreTrainedModel:
 def alone(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """Logits of the samples one by one."""
     return torch.cat([model(input_ids=ids, **inputs).logits for ids in IDS.split(LENGTHS, dim=1)], dim=1)
+
+
+def served_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of a server, which knows from elsewhere where its requests are in the row of tokens."""
+    assert query.shape[::2] == (1, sum(LENGTHS))
+    assert attention_mask is None
+    parts = zip(*(tensor.split(LENGTHS, dim=2) for tensor in (query, key, value)), strict=True)
+    attend = nn.functional.scaled_dot_product_attention
+    rows = [attend(*part, is_causal=True, scale=scaling, enable_gqa=True) for part in parts]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "pangu", "moge"])
+@torch.no_grad()
+def test_a_server_gets_its_requests_in_one_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(kind)
+    expected = alone(model)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", served_attention)
+    getattr(model.config, "text_config", model.config)._attn_implementation = "vllm"
+    logits = model(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "vlparts_packed"])

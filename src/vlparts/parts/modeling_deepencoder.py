@@ -6,11 +6,11 @@ views, h rows and w columns, c channels of the current layer, H heads, d channel
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +25,7 @@ from .ops_attention import dense_attention_forward
 from .ops_linear import apply_linear
 from .packed_index import validate_grid
 from .packed_segments import tokens_per_pass
+from .pos_embed_tables import relative_positions, resample_whole_grid
 from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, check_shape
 from .vlm_views import get_view_index, grid_on_host
 
@@ -125,8 +126,8 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         again in the backward pass, so that it is not quadratic in the size of a view.
         """
         height, width = qkv.shape[2:4]
-        rows = torch.einsum("gyxd,ykd->gyxk", qkv[0], _relative_positions(self.rel_pos_h, height)).flatten(1, 2)
-        columns = torch.einsum("gyxd,xkd->gyxk", qkv[0], _relative_positions(self.rel_pos_w, width)).flatten(1, 2)
+        rows = torch.einsum("gyxd,ykd->gyxk", qkv[0], relative_positions(self.rel_pos_h, height)).flatten(1, 2)
+        columns = torch.einsum("gyxd,xkd->gyxk", qkv[0], relative_positions(self.rel_pos_w, width)).flatten(1, 2)
         keys, inputs = height * width, (*qkv.flatten(2, 3), rows, columns)
         queries = tokens_per_pass(qkv, keys) or max(1, MAX_SCORES // keys)
         attended = []
@@ -140,15 +141,6 @@ class DeepEncoderSAMAttention(DeepEncoderAttention):
         """Attend with `(G, S, d)` queries and their products `(G, S, h)`, `(G, S, w)` with the relative positions."""
         bias = rearrange(rows, "g s y -> g 1 s y 1") + rearrange(columns, "g s x -> g 1 s 1 x")
         return self.attend(query[:, None], key[:, None], value[:, None], bias.flatten(-2))[0]
-
-
-def _relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of a table `(2 * N - 1, d)` for all pairs of positions, `(size, size, d)`, resampled if N is not `size`."""
-    if len(table) != 2 * size - 1:
-        longer = table.to(torch.promote_types(table.dtype, torch.float32)).T[None]
-        table = F.interpolate(longer, size=2 * size - 1, mode="linear")[0].T.to(table.dtype)
-    positions = torch.arange(size, device=table.device)
-    return table[positions[:, None] - positions + size - 1]
 
 
 class DeepEncoderLayer(GradientCheckpointingLayer):
@@ -211,7 +203,7 @@ class DeepEncoderSAM(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Map the pixels of patches `(N, h, w, C*P*P)` to `(N, h / 4, w / 4, c)`."""
         hidden_states = apply_linear(self.patch_embedding, patches)
-        hidden_states = hidden_states + _resample_grid(self.position_embedding, *hidden_states.shape[1:3])
+        hidden_states = hidden_states + resample_whole_grid(self.position_embedding, *hidden_states.shape[1:3])
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         hidden_states = self.norm1(_convolve(self.conv1, hidden_states))
@@ -222,15 +214,6 @@ class DeepEncoderSAM(nn.Module):
 def _convolve(convolution: nn.Conv2d, hidden_states: Tensor) -> Tensor:
     """Apply a convolution to `(N, h, w, c)`, channels last."""
     return convolution(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _resample_grid(table: Tensor, height: int, width: int) -> Tensor:
-    """Resample a table of positions `(rows, columns, c)` to `(height, width, c)`, bicubic and antialiased."""
-    if table.shape[:2] == (height, width):
-        return table
-    grid = table.float().permute(2, 0, 1)[None]  # in float32, as the published model does
-    grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return grid[0].permute(1, 2, 0).to(table.dtype)
 
 
 class DeepEncoderCLIP(nn.Module):
@@ -252,7 +235,7 @@ class DeepEncoderCLIP(nn.Module):
         views, height, width = features.shape[:3]
         positions = self.position_embedding
         side = int((len(positions) - 1) ** 0.5)
-        grid = _resample_grid(positions[1:].unflatten(0, (side, side)), height, width).flatten(0, 1)
+        grid = resample_whole_grid(positions[1:].unflatten(0, (side, side)), height, width).flatten(0, 1)
         class_token = (self.class_embedding + positions[0]).expand(views, 1, -1)
         hidden_states = self.norm(torch.cat((class_token, features.flatten(1, 2) + grid), dim=1))
         states = {0: hidden_states}
@@ -327,6 +310,23 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
         """The patch embedding."""
         return self.sam.patch_embedding
 
+    def precompute(self, image_grid_thw: Tensor, tile_grid: Tensor | None = None) -> dict[str, Any]:
+        """Copy sizes to the host, so that `forward` compiles to one graph, which is one for views of these sizes.
+
+        Args:
+            image_grid_thw: `(n, 3)` int64, as for `forward`.
+            tile_grid: `(n, 2)` int64, as for `forward`.
+
+        Returns:
+            `grid_cpu`; with `tile_grid` also `tile_grid_cpu`.
+
+        Raises:
+            ValueError: If a grid is malformed, or its rows or columns are no multiples of 4.
+        """
+        validate_grid(image_grid_thw, int(image_grid_thw.prod(-1).sum()), PATCHES_PER_TOKEN)
+        tiles = {} if tile_grid is None else {"tile_grid_cpu": grid_on_host(tile_grid)}
+        return {"grid_cpu": grid_on_host(image_grid_thw), **tiles}
+
     @capture_outputs
     def forward(
         self,
@@ -345,7 +345,7 @@ class DeepEncoderModel(DeepEncoderPreTrainedModel):
             image_grid_thw: `(n, 3)` int64, 1, and the rows and columns of each view in patches, multiples of 4.
             tile_grid: `(n, 2)` int64, rows and columns of tiles of each image, 0 and 0 for none; the views of an image
                 are its tiles and then the whole image. None if each view is an image.
-            grid_cpu: `image_grid_thw` as host integers, so that they are not copied from the device.
+            grid_cpu: `image_grid_thw` as host integers, so that they are not copied from the device; see `precompute`.
             tile_grid_cpu: `tile_grid` as host integers.
             **kwargs: `output_hidden_states`, `output_attentions` ("eager" only), `return_dict`.
 

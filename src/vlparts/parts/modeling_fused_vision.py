@@ -115,7 +115,7 @@ class FusedVisionModel(FusedVisionPreTrainedModel):
                 encoder, pixel_values, None, None, None, layer=layer, merge_size=1, **options
             )
             outputs.append(output)
-            maps.append(patches.unflatten(0, (len(pixel_values), -1)))
+            maps.append(patches.unflatten(0, (pixel_values.shape[0], -1)))
         kept = {
             field: sum((getattr(output, field) or () for output in outputs), ()) or None
             for field, name in fields.items()

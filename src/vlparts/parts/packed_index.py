@@ -325,14 +325,16 @@ def get_kept_cu_seqlens(
     """
     if merge_temporal:
         return layout.cu_images
-    frames = pad(image_grid_thw[:, 0].clamp(min=1).cumsum(0), (1, 0))
-    return _boundaries(frames[layout.image_ids] + layout.frame_ids, int(frames[-1]), num_patches)
+    frames = image_grid_thw[:, 0].clamp(min=1)
+    segments = torch.repeat_interleave(frames).shape[0]  # a shape, unlike an integer, can be exported
+    starts = pad(frames.cumsum(0), (1, 0))
+    return _boundaries(starts[layout.image_ids] + layout.frame_ids, segments, num_patches)
 
 
 def _boundaries(ids: Tensor, count: int, total: int) -> Tensor:
     """Start of each of `count + 1` ids in a non-decreasing sequence of ids, and `total`: `(count + 2,)` int32."""
     starts = _count_up_to(ids, torch.arange(-1, count, device=ids.device))
-    return pad(starts, (0, 1), value=total).to(torch.int32)
+    return torch.cat((starts, starts.new_full((1,), total))).to(torch.int32)
 
 
 def check_cu_seqlens_cpu(cu_seqlens_cpu: Sequence[int] | None, cu_seqlens: Tensor, name: str) -> None:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from .ops_attention import PACKED_ATTENTION_NAME
-from .utils import check_shape
+from .utils import check_shape, is_served
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens_cpu")
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -174,8 +174,9 @@ def run_text_model(
 ) -> Any:
     """Run any causal text model such that samples of one row do not attend to one another.
 
-    Text models whose layers read `cu_seq_lens_q` get the row as it is. For all others each sample becomes a row of
-    its own, padded on the right, which no earlier token of a causal model attends to.
+    Text models whose layers read `cu_seq_lens_q` get the row as it is, and so do those that a server runs: its
+    attention keeps the requests of a row apart. For all others each sample becomes a row of its own, padded on the
+    right, which no earlier token of a causal model attends to.
 
     Args:
         forward: Forward pass of the text model.
@@ -201,7 +202,7 @@ def run_text_model(
         "past_key_values": past_key_values,
         "use_cache": use_cache,
     }
-    if sequence is None or sequence.ndim < 2 or sequence.shape[1] < 2:
+    if sequence is None or sequence.ndim < 2 or sequence.shape[1] < 2 or is_served(text_model.config):
         return forward(**inputs, **state, **kwargs)
     compiled = torch.compiler.is_compiling()
     ids = None

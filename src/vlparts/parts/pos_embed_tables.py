@@ -8,7 +8,7 @@ Shapes: `L` patches of all images, `N` rows of a table (`R` rows and `C` columns
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, embedding_bag
+from torch.nn.functional import embedding, embedding_bag, interpolate
 
 # The free constant of Keys' cubic kernel. PyTorch uses one value without antialiasing and another, PIL's, with it.
 CUBIC = -0.75
@@ -131,7 +131,7 @@ def resample_grid(
     """Resample a table of two axes to the patches of grids of any size.
 
     Only an antialiased interpolation that may shrink the table loops over the distinct grids and reads them on the
-    host.
+    host; exported programs compute it by a product with the whole table instead.
 
     Args:
         table: `(R, C, D)`.
@@ -150,7 +150,8 @@ def resample_grid(
     if align_corners and interpolation.endswith("_antialias"):
         raise ValueError(f"`align_corners` must be False with `interpolation`={interpolation!r}, got True.")
     if _widens(interpolation, enlarging):
-        return _resample_grid_by_grid(table, position_ids, sizes, interpolation)
+        by_grid = _resample_with_all_rows if torch.compiler.is_exporting() else _resample_grid_by_grid
+        return by_grid(table, position_ids, sizes, interpolation)
     (height, width), dtype = table.shape[:2], _weight_dtype(table)
     row_taps, row_weights = axis_taps(position_ids[:, 0], sizes[:, 0], height, interpolation, dtype, align_corners)
     column_taps, column_weights = axis_taps(
@@ -190,6 +191,16 @@ def _resample_grid_by_grid(table: Tensor, position_ids: Tensor, sizes: Tensor, i
     return embedding(index, torch.cat([*tables, table.flatten(0, 1)[:0]]))
 
 
+def _resample_with_all_rows(table: Tensor, position_ids: Tensor, sizes: Tensor, interpolation: str) -> Tensor:
+    """`resample_grid` with weights `(L, R * C)` of the whole table: more work, without shapes that depend on data."""
+    dtype = _weight_dtype(table)
+    rows, columns = (
+        axis_weights(position_ids[:, axis], sizes[:, axis], table.shape[axis], interpolation, dtype).to(table.dtype)
+        for axis in (0, 1)
+    )
+    return (rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1) @ table.flatten(0, 1)
+
+
 def _resample_whole_grid(table: Tensor, size: Tensor, extent: list[int], interpolation: str) -> Tensor:
     """The first `extent` rows and columns of a table `(R, C, D)` resampled to `size`, flattened in raster order."""
     rows, columns = (
@@ -200,3 +211,21 @@ def _resample_whole_grid(table: Tensor, size: Tensor, extent: list[int], interpo
     )
     mixed = (rows @ table.flatten(1)).unflatten(1, table.shape[1:])
     return (columns @ mixed).flatten(0, 1)
+
+
+def resample_whole_grid(table: Tensor, height: int, width: int) -> Tensor:
+    """Resample a table `(R, C, D)` to `(height, width, D)`, bicubic and antialiased, in float32."""
+    if table.shape[:2] == (height, width):
+        return table
+    grid = table.float().permute(2, 0, 1)[None]
+    grid = interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return grid[0].permute(1, 2, 0).to(table.dtype)
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of a table `(2 * N - 1, D)` for all pairs of positions, `(size, size, D)`, resampled if N is not `size`."""
+    if len(table) != 2 * size - 1:
+        longer = table.to(_weight_dtype(table)).T[None]
+        table = interpolate(longer, size=2 * size - 1, mode="linear")[0].T.to(table.dtype)
+    positions = torch.arange(size, device=table.device)
+    return table[positions[:, None] - positions + size - 1]

@@ -100,6 +100,14 @@ def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
 
 
+def is_served(config: PreTrainedConfig) -> bool:
+    """Whether vLLM or SGLang runs a text model with this configuration, marked by their attention implementation.
+
+    The tokens of several requests are one row then, and the server's attention keeps them apart.
+    """
+    return config._attn_implementation in ("vllm", "vllm_mla", "sglang")
+
+
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Select the hidden states `(B, kept, H)` from which logits are computed.
 

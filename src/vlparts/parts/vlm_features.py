@@ -163,8 +163,10 @@ def encode_images(
             _square_patches(encoder, tower, states, height, width)
             for states in _feature_maps(outputs, layer) or (_select_layer(outputs, layer, tower),)
         ]
-        merged = tuple(torch.cat([_merge_order(row, height, width, merge_size) for row in rows]) for rows in maps)
-        counts = torch.full((len(pixel_values),), height * width, device=pixel_values.device)
+        # All images have one order, and their number, unlike len(), stays dynamic in an exported program.
+        orders = (_merge_order(rows.transpose(0, 1), height, width, merge_size) for rows in maps)
+        merged = tuple(rows.transpose(0, 1).flatten(0, 1) for rows in orders)
+        counts = torch.full(pixel_values.shape[:1], height * width, device=pixel_values.device)
         return _as_pooling_output(outputs), merged, counts
     require_inputs(spatial_shapes=spatial_shapes)
     assert spatial_shapes is not None

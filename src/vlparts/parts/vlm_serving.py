@@ -1,6 +1,6 @@
 """What inference servers ask of a composed model and its processor, and the methods that only they call.
 
-vLLM's transformers backend serves a saved folder without `vlparts`, by this contract:
+The transformers backends of vLLM and SGLang serve a saved folder without `vlparts`, by this contract:
 
 - Layers: a server replaces linear, normalisation, embedding and experts layers. Model code calls such a layer and
   reads none of its attributes, like `in_features`.
@@ -10,6 +10,8 @@ vLLM's transformers backend serves a saved folder without `vlparts`, by this con
   without a factor. Text models with other factors are refused when they are built, see [`check_servable`].
 - Features: `get_image_features(pixel_values, return_dict=True, **fields).pooler_output` has one tensor per image,
   `get_video_features` the same for videos.
+- Samples: the tokens of several requests are one row, whose positions restart. The server's attention keeps them
+  apart, see [`is_served`]; the model must not.
 - Positions: [`ServedModelMixin.get_rope_index`] gives those of a text model with multimodal rotary positions.
 - Processor: it is called with a text of nothing but placeholders and `return_text_replacement_offsets=True`. The
   result for an image or video may depend on nothing else in the call, since a server keeps it. A field has as many
@@ -30,9 +32,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import MultiModalData
 
 from .rope_multimodal import get_multimodal_position_ids
+from .utils import is_served
 from .vlm_features import get_square_grid, pixel_layout
 
-_SERVERS = ("vllm", "vllm_mla")
 _SERVED_FIELDS = {"multiplier": "logit_scale", "softcap": "final_logit_softcapping"}
 
 
@@ -45,7 +47,7 @@ def check_servable(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: If the text model has a factor that the server leaves out; names it.
     """
-    if config.text_config._attn_implementation not in _SERVERS:
+    if not is_served(config.text_config):
         return
     for name, field in config.head_rule._asdict().items():
         if name == "bias" or not field or _SERVED_FIELDS.get(name) == field:
@@ -53,8 +55,8 @@ def check_servable(config: PreTrainedConfig) -> None:
         value = getattr(config.text_config, field, None)
         if value not in (None, 1):
             raise ValueError(
-                f"`text_config.{field}` must be 1 for a text model of type {config.text_config.model_type!r} in vLLM, "
-                f"whose transformers backend leaves out this factor, got {value}. Serve it by `generate`."
+                f"`text_config.{field}` must be 1 for a text model of type {config.text_config.model_type!r} on a "
+                f"server, whose transformers backend leaves out this factor, got {value}. Serve it by `generate`."
             )
 
 
