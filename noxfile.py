@@ -104,7 +104,7 @@ def libraries(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Serve models with vLLM on CPU and compare with `generate`, then test the plugin; `-- --quick` for a selection."""
+    """Serve models with vLLM on CPU, compare with `generate`, test the plugin; `-- --quick` for a selection."""
     install(session, ".[test]")
     python = Path(session.virtualenv.location) / "vllm" / "bin" / "python"
     if not python.exists():
