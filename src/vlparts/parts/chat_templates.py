@@ -4,6 +4,9 @@ A template is Jinja text, which transformers saves with a processor. Its variabl
 `add_generation_prompt`, the tokenizer's special tokens, and keyword arguments of `apply_chat_template`; it can call
 `raise_exception`. The tokens that an assistant generates, up to the end of its turn, are marked by
 `{% generation %}`; images in its turns are not.
+
+vLLM reads in the text whether a template takes a list of blocks: it loops over `content` or `message['content']`.
+Otherwise vLLM joins the blocks of a message to one string, without its images.
 """
 
 from .thinking import THINKING_SWITCHES
@@ -47,7 +50,8 @@ DEEPSEEK_OCR_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages -%}"
     "{%- set content = message['content'] -%}"
-    "{%- for block in ([{'type': 'text', 'text': content}] if content is string else content) -%}"
+    "{%- set content = [{'type': 'text', 'text': content}] if content is string else content -%}"
+    "{%- for block in content -%}"
     "{%- if block['type'] == 'image' -%}{{ '<image>' }}"
     "{%- elif block['type'] == 'text' and message['role'] == 'assistant' -%}"
     "{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
@@ -74,7 +78,8 @@ POINTS_CHAT_TEMPLATE = (
     "{%- endif -%}"
     f"{{{{ '{CHATML_START}' + message['role'] + '\n' }}}}"
     "{%- set content = message['content'] -%}"
-    "{%- for block in ([{'type': 'text', 'text': content}] if content is string else content) -%}"
+    "{%- set content = [{'type': 'text', 'text': content}] if content is string else content -%}"
+    "{%- for block in content -%}"
     "{%- if block['type'] == 'image' and block['max_pixels'] is defined -%}"
     "{{ raise_exception('An image must not have max_pixels; pass the image through shrink_image') }}"
     "{%- elif block['type'] == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>\n' }}"
