@@ -30,6 +30,8 @@ from vlparts.generation import CoordinateLogitsProcessor, WindowedNGramLogitsPro
 from vlparts.parts.moe_options import SCORINGS
 from vlparts.training.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.timeout(3600)  # all engines start in one fixture
+
 SOURCE = Path(__file__).parents[2] / "src"
 PROMPTS = ("red green", "Which colours?", "user\nblue")
 NEW_TOKENS = 40
