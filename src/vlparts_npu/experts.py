@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
@@ -21,6 +20,7 @@ from vlparts.moe.expert_weights import check_routing, get_expert_weights
 from vlparts.moe.experts_sorted import sorted_experts_forward
 from vlparts.parts.moe_experts import RoutedExperts
 from vlparts.parts.ops_activations import swiglu
+from vlparts.parts.utils import refuse_second_derivative
 
 from .experts_layout import arrange_expert_weights, arrange_once
 from .self_check import Kernel, with_fallback
@@ -44,9 +44,9 @@ class GroupedMatmul(torch.autograd.Function):
         return _grouped_matmul(rows, matrices, counts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of rows and matrices."""
+        refuse_second_derivative(f"experts_implementation={NPU_EXPERTS_NAME!r} is")
         rows, matrices, counts = ctx.saved_tensors
         grad, grad_rows, grad_matrices = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:

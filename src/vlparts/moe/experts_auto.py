@@ -206,7 +206,8 @@ def _training_run(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], 
     leaves = [*inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
 
     def run() -> None:
-        with torch.enable_grad():
+        # The hooks shield this pass from those of gradient checkpointing, which count what is saved.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             output = forward(module, inputs[0], top_k_index, inputs[1])
             torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..kernels.cpu.linear import is_faster, linear_cpu, weight_gradient
 from ..parts.ops_library import define_operation
+from ..parts.utils import refuse_second_derivative
 from .expert_weights import ExpertWeights, check_routing, get_expert_weights
 
 SORTED_EXPERTS_NAME = "vlparts_sorted"
@@ -195,8 +195,8 @@ class _SortedExperts(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(f"experts_implementation={SORTED_EXPERTS_NAME!r} is")
         inputs, top_k_weights, up, up_bias, down, down_bias, saved = ctx.saved_tensors
         weights = ExpertWeights(up, up_bias, down, down_bias, ctx.activate)
         return *_backward(ctx.needs_input_grad, inputs, top_k_weights, weights, saved, grad, ctx.pairs), None, None
