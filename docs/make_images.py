@@ -324,6 +324,29 @@ def serving(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def served(path: Path) -> None:
+    """Draw a request to a model of `tests/serving/models.py`, served by vLLM, and its streamed answer."""
+    draw, pictures = np.random.default_rng(0), []
+    for colour, shape in (((40, 60, 220), (48, 96, 3)), ((230, 220, 40), (90, 56, 3))):
+        pictures.append(np.clip(np.array(colour) + draw.normal(0, 12, shape), 0, 255).astype(np.uint8))
+    request = (
+        'POST /v1/chat/completions\n{"model": "my-vlm", "stream": true,\n "messages": [{"role": "user", "content": ['
+        '\n   {"type": "image_url", ...},   # 96 x 48 pixels\n   {"type": "image_url", ...},   # 56 x 90 pixels'
+        '\n   {"type": "text", "text": "Which colours?"}]}]}'
+    )
+    answer = 'data: {"delta": {"content": "blue"}}\ndata: {"delta": {"content": " yellow"}}\ndata: [DONE]'
+    figure = Figure(figsize=(9, 1.6), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=[1.6, 1, 4.4, 3.4])
+    for ax, picture in zip(axes, pictures, strict=False):
+        ax.imshow(picture)
+        ax.set_axis_off()
+    for ax, title, text in zip(axes[2:], ("request", "answer"), (request, answer), strict=True):
+        ax.set_axis_off()
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.text(0, 0.95, text, family="monospace", fontsize=8, va="top", transform=ax.transAxes)
+    figure.savefig(path, dpi=120)
+
+
 def router_load(path: Path) -> None:
     """Draw the expert load of free and of grouped routing with the same scores, which prefer the last experts."""
     torch.manual_seed(0)
@@ -421,6 +444,7 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "published": published,
     "router_load": router_load,
     "sampling": sampling,
+    "served": served,
     "serving": serving,
     "vlm": vlm,
     "windowfree": windowfree,

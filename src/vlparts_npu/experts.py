@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 
-from vlparts.moe.expert_weights import check_routing, get_expert_weights
+from vlparts.moe.expert_weights import get_expert_weights
 from vlparts.moe.experts_sorted import sorted_experts_forward
-from vlparts.parts.moe_experts import RoutedExperts
+from vlparts.parts.moe_experts import RoutedExperts, check_routing, is_expert_parallel
 from vlparts.parts.ops_activations import swiglu
+from vlparts.parts.utils import refuse_second_derivative
 
 from .experts_layout import arrange_expert_weights, arrange_once
 from .self_check import Kernel, with_fallback
@@ -44,9 +44,9 @@ class GroupedMatmul(torch.autograd.Function):
         return _grouped_matmul(rows, matrices, counts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of rows and matrices."""
+        refuse_second_derivative(f"experts_implementation={NPU_EXPERTS_NAME!r} is")
         rows, matrices, counts = ctx.saved_tensors
         grad, grad_rows, grad_matrices = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
@@ -75,7 +75,7 @@ def grouped_experts_npu(module: Any, hidden_states: Tensor, top_k_index: Tensor,
     """Routed experts; arguments and result are those of [`npu_experts_forward`]."""
     weights = get_expert_weights(module, NPU_EXPERTS_NAME)
     num_experts, dtype = len(weights.up), weights.up.dtype
-    if getattr(module, "_is_expert_parallel", True):
+    if is_expert_parallel(module):
         # Pairs with experts of other processes go to the last expert here, with weight zero.
         top_k_weights = top_k_weights.masked_fill(top_k_index == num_experts, 0.0)
         top_k_index = top_k_index.clamp(max=num_experts - 1)
@@ -149,7 +149,7 @@ def npu_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor,
     Args:
         module: An experts module of transformers' layout.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` int64; `E` is an expert of another process, which adds nothing.
+        top_k_index: `(T, K)` int64; under expert parallelism `E` is an expert of another process, which adds nothing.
         top_k_weights: `(T, K)`, rounded to the dtype of the expert weights.
 
     Returns:
@@ -158,7 +158,7 @@ def npu_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor,
     Raises:
         ValueError: If the module has another layout, shapes do not fit, or (on CPU) an index is out of range.
     """
-    check_routing(hidden_states, top_k_index, top_k_weights, len(get_expert_weights(module, NPU_EXPERTS_NAME).up))
+    check_routing(module, hidden_states, top_k_index, top_k_weights)
     arrange_once(module, hidden_states)
     return _with_fallback(module, hidden_states, top_k_index, top_k_weights)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlparts.parts.ops_rotary import axial_rotary, rotary_pair_reference, rotary_reference
+from vlparts.parts.utils import refuse_second_derivative
 
 from .self_check import Kernel, register_operation
 from .support import is_joint_projection, supports_rotary, supports_rotary_pair
@@ -49,9 +49,9 @@ class JointRotary(torch.autograd.Function):
         return rotated[0], rotated[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries and keys."""
+        refuse_second_derivative("The rotation by `npu_rotary_mul` is")
         cos, sin = ctx.saved_tensors
         grad = grad_query.new_empty(2, *grad_query.shape, dtype=torch.float32)
         grad[0].copy_(grad_query)

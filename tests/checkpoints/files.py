@@ -18,14 +18,15 @@ def layer_shapes(prefix: str, out_features: int, in_features: int, bias: bool = 
 
 def decoder_layer_shapes(config: dict[str, Any], layer: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a text layer besides its MLP: norms and attention with biases."""
-    width = config["hidden_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or width // heads
+    queries, keys = head_dim * heads, head_dim * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {
         f"{layer}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")
     }
-    for name, size in (("q_proj", width), ("k_proj", keys), ("v_proj", keys), ("o_proj", width)):
+    for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         shapes |= layer_shapes(f"{layer}.self_attn.{name}", size, width)
-    return shapes
+    return shapes | layer_shapes(f"{layer}.self_attn.o_proj", width, queries)
 
 
 def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

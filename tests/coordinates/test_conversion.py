@@ -197,3 +197,20 @@ def test_a_json_list_with_an_error_stays_whole() -> None:
         with pytest.raises(CoordinateError, match="Position (43|55): "):
             convert(text, "qwen3_vl", "gemini", (1000, 1000))
         assert convert(text, "qwen3_vl", "gemini", (1000, 1000), on_error="keep") == text
+
+
+def test_an_answer_that_there_is_no_region_is_kept(recwarn: pytest.WarningsRecorder) -> None:
+    none = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>None<|box_end|>"
+    text = f"{none}, <|object_ref_start|>ox<|object_ref_end|><|box_start|><9><9><99><99><|box_end|>, {none}"
+    converted = convert(text, "rex_omni", "internvl", (999, 999))
+    assert converted == f"{none}, <ref>ox</ref><box>[[9, 9, 99, 99]]</box>, {none}"
+    assert convert(none, "rex_omni", "internvl", (999, 999)) == none
+    assert not recwarn.list
+
+
+def test_single_brackets_of_glm_are_converted() -> None:
+    text = "at <|begin_of_box|>[1, 2, 3, 4], [5, 6, 7, 8]<|end_of_box|>, or <|begin_of_box|>[10, 20]<|end_of_box|>"
+    converted = (
+        "at <|box_start|>(1,2),(3,4)<|box_end|><|box_start|>(5,6),(7,8)<|box_end|>, or <|box_start|>(10,20)<|box_end|>"
+    )
+    assert convert(text, "glm_4_5v", "qwen2_vl", (1000, 1000)) == converted

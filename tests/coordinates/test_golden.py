@@ -67,6 +67,14 @@ GOLDEN: list[tuple[str, str, tuple[int, int], list[Region], bool]] = [
         [box((188, 299, 354, 495.5))],
         False,
     ),
+    # GLM-4.5V's answer in a benchmark of grounding
+    (
+        "glm_4_5v",
+        "The bounding box for the 'wall_95' entry is <|begin_of_box|>[816, 162, 838, 172]<|end_of_box|>.",
+        SQUARE,
+        [box((816, 162, 838, 172))],
+        False,
+    ),
     # deepseek-ai/DeepSeek-VL2 README.md
     (
         "deepseek_vl2",
@@ -217,6 +225,15 @@ GOLDEN: list[tuple[str, str, tuple[int, int], list[Region], bool]] = [
         "<|object_ref_start|>person<|object_ref_end|><|box_start|><0><35><980><987>, <646><0><999><940><|box_end|>",
         NINES,
         [box((0, 35, 980, 987), "person"), box((646, 0, 999, 940), "person")],
+        False,
+    ),
+    # IDEA-Research/Rex-Omni finetuning/dataset/task_fns/grounding_task.py: an absent label
+    (
+        "rex_omni",
+        "<|object_ref_start|>dog<|object_ref_end|><|box_start|><0><35><980><987><|box_end|>, "
+        "<|object_ref_start|>cat<|object_ref_end|><|box_start|>None<|box_end|>",
+        NINES,
+        [box((0, 35, 980, 987), "dog")],
         False,
     ),
     # transformers models/got_ocr2/processing_got_ocr2.py, the box of a prompt: the form

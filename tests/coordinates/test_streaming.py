@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.coordinates.grammars.tagged_examples import FORMATS
-from tests.coordinates.grammars.test_tagged import ERRORS, TEXTS
+from tests.coordinates.grammars.test_tagged import DOGS, ERRORS, NONE, TEXTS
 from vlparts.coordinates.codec import CoordinateError, decode
 from vlparts.coordinates.formats.openpangu import PADDED
 from vlparts.coordinates.formats.registry import CoordinateFormat
@@ -48,6 +48,8 @@ def test_pieces_give_what_the_whole_gives(seed: int) -> None:
     cases += [(FORMATS[name], text) for name, _, text in TEXTS]
     cases += [(FORMATS[name], text) for name, text, *_ in ERRORS]
     cases += [(FORMATS[name], f"{text} so\n{text}\n{bad}") for name, _, text in TEXTS for _, bad, *_ in ERRORS[::7]]
+    cases += [(FORMATS["growing"], text) for text in (NONE, f"{NONE}, {DOGS}, {NONE}", f"{NONE[:-9]} {DOGS}")]
+    cases += [(FORMATS["either"], "<|a|>[1,2,3,4], [5,6]<|/a|> or <|a|>[[1,2,3,4]]<|/a|>, <|a|>[1,2,3,4]]")]
     for fmt, text in cases:
         whole = decode(text, SIZE, fmt, on_error="collect")
         assert stream(text, fmt, seed) == (whole.regions, whole.errors), (fmt.name, text)

@@ -1,6 +1,7 @@
 """Text that looks like coordinates of a format but is not a region of it."""
 
 import ast
+import dataclasses
 import importlib.util
 import random
 import re
@@ -15,11 +16,13 @@ from tests.coordinates.grammars.regex_steps import count_steps
 from tests.coordinates.grammars.tagged_examples import FORMATS as EXAMPLES
 from tests.coordinates.test_golden import GOLDEN
 from vlparts.coordinates.checking import check_text
-from vlparts.coordinates.codec import decode
+from vlparts.coordinates.codec import decode, encode
 from vlparts.coordinates.conversion import convert
 from vlparts.coordinates.formats import published as table  # noqa: F401
 from vlparts.coordinates.formats.registry import FORMATS, CoordinateFormat
 from vlparts.coordinates.grammars.base import DecodeError, Found, Suspicion
+from vlparts.coordinates.regions import Region
+from vlparts.coordinates.resolving import CoordinateError
 from vlparts.coordinates.streaming import StreamDecoder
 from vlparts.coordinates.suspicion import CoordinateWarning, _signs, find_suspicions
 
@@ -214,3 +217,19 @@ def test_prose_is_rarely_suspicious() -> None:
         reported[fmt.name] = sum(map(bool, found))
     assert max(reported.values()) < len(texts) / 100, reported
     assert sum(reported.values()) > 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_formats_that_lose_all_regions_without_their_marks_have_a_recipe(name: str) -> None:
+    fmt, size = FORMATS[name], (999, 999)
+    points = [(100.0, 200.0), (300.0, 200.0), (300.0, 400.0), (100.0, 400.0)]
+    choices = {"box": Region.box(100, 200, 300, 400), "point": Region.point(100, 200), "quad": Region.quad(points)}
+    region = next(choices[kind] for kind in ("box", "point", "quad") if kind in fmt.grammar.kinds)
+    try:
+        text = encode([region], size, fmt)
+    except CoordinateError:  # a label is needed
+        text = encode([dataclasses.replace(region, label="cat")], size, fmt)
+    assert decode(text, size, fmt).regions
+    if not decode(re.sub(r"</?[^<>\s\"=]+>", "", text), size, fmt, on_error="collect").regions:
+        page = (Path(__file__).parents[2] / "docs" / "coordinate_recipes.md").read_text(encoding="utf-8")
+        assert f"`{name}`" in page.partition("## The marks are missing")[2].partition("\n## ")[0]

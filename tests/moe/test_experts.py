@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -114,6 +115,35 @@ def test_gradcheck(implementation: str, layout: str) -> None:
     assert torch.autograd.gradcheck(function, (hidden, weights, *module.parameters()))
 
 
+def test_second_derivatives_are_refused_or_right() -> None:
+    """`vlparts_sorted` refuses them; `vlparts_merged` and transformers' implementations have them."""
+    module, arguments = experts("plain", width=16, inner=8), routing(5, width=16)
+    wanted = [arguments[0], arguments[2], *module.parameters()]
+
+    def second(output: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), wanted)
+
+    expected = second(oracle(module, *arguments))
+    for implementation in ("vlparts_merged", "batched_mm", "eager"):
+        torch.testing.assert_close(second(run(module, implementation, *arguments)), expected)
+    with pytest.raises(RuntimeError, match="'vlparts_sorted' is differentiable once; got `create_graph=True`"):
+        second(run(module, "vlparts_sorted", *arguments))
+
+
+@pytest.mark.parametrize("implementation", ["vlparts_sorted", "vlparts_auto"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(implementation: str, reentrant: bool) -> None:
+    module, (hidden, index, weights) = experts("plain"), routing(7)
+    wanted = [hidden, weights, *module.parameters()]
+    expected = torch.autograd.grad(oracle(module, hidden, index, weights).square().sum(), wanted)
+    output = checkpoint(
+        lambda *x: run(module, implementation, x[0], index, x[1]), hidden, weights, use_reentrant=reentrant
+    )
+    output.square().sum().backward()
+    torch.testing.assert_close([x.grad for x in wanted], list(expected))
+
+
 @every
 @layouts
 def test_experts_of_other_processes_are_skipped(implementation: str, layout: str) -> None:
@@ -184,13 +214,14 @@ def test_other_products_in_float32(monkeypatch: pytest.MonkeyPatch, name: str) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, i, w: (h, i + 5, w), r"`top_k_index` must lie from 0 to 5, got \d+"),
-        (lambda h, i, w: (h, i - 7, w), r"`top_k_index` must lie from 0 to 5, got -\d"),
+        (lambda h, i, w: (h, i + 5, w), r"`top_k_index` must lie from 0 to 5 .*, got \d+"),
+        (lambda h, i, w: (h, i.clamp(min=5) + 1, w), "`top_k_index` must lie from 0 to 5 .*, got 6"),
+        (lambda h, i, w: (h, i - 7, w), r"`top_k_index` must lie from 0 to 5 .*, got -\d"),
         (lambda h, i, w: (h, i[:, :2], w), "`hidden_states`, `top_k_index` and `top_k_weights` must have shapes"),
         (lambda h, i, w: (h[:3], i, w), "`top_k_index` must have a row for each of 3 tokens, got 4"),
         (lambda h, i, w: (h[None], i, w), "`hidden_states`, `top_k_index` and `top_k_weights` must have shapes"),
     ],
-    ids=["too large", "negative", "k", "tokens", "axes"],
+    ids=["too large", "of another process", "negative", "k", "tokens", "axes"],
 )
 def test_bad_input(implementation: str, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

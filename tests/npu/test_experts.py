@@ -47,6 +47,12 @@ def test_outputs_and_gradients_in_float64_equal_the_oracle() -> None:
     assert not results[0][3][[0, 4]].any()
 
 
+def test_second_derivatives_are_refused() -> None:
+    output = grouped_experts_npu(experts("plain"), *(arguments := routing(5)))
+    with pytest.raises(RuntimeError, match="experts_implementation='npu_grouped' is differentiable once; got `create"):
+        torch.autograd.grad(output.square().sum(), arguments[0], create_graph=True)
+
+
 def test_experts_of_other_processes_add_nothing() -> None:
     module = experts("plain")
     module._is_expert_parallel = True

@@ -165,6 +165,13 @@ def test_views_of_one_projection_are_rotated_together(
     assert calls == fake_ops.CALLS
 
 
+def test_second_derivatives_of_the_rotation_of_both_are_refused() -> None:
+    query, key, _ = torch.randn(6, 3, 2, 16).bfloat16().requires_grad_().unbind(1)
+    outputs = rotary.rotary_pair_npu(query, key, *axial_rotary(torch.randint(0, 9, (6, 2)), 16))
+    with pytest.raises(RuntimeError, match="The rotation by `npu_rotary_mul` is differentiable once; got `create_gr"):
+        torch.autograd.grad(outputs[0].float().square().sum(), query, create_graph=True)
+
+
 def test_rotation_where_only_keys_require_gradients() -> None:
     cos_sin = axial_rotary(torch.randint(0, 9, (6, 2)), 16)
     query, key, _ = torch.randn(6, 3, 2, 16).bfloat16().unbind(1)

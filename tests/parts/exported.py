@@ -106,6 +106,13 @@ PACKED = {
 PACKED_SHAPES = {"pixel_values": {0: Dim.DYNAMIC}, "image_grid_thw": {0: Dim.DYNAMIC}}
 
 
+def dropped_patches(index: int) -> tuple[Tensor, ...]:
+    """Patches, grids and `keep_index` of some patches of the first or the second set, with padding."""
+    kept = ([0, 3, 5, 23, 24, 25, 30, 39, -1, -1], [0, 11, 12, 30, 31, 60, 99, 102, 107, -1])[index]
+    given, keep_index = PACKED["navit"].inputs(index), torch.tensor(kept)
+    return given["pixel_values"][keep_index], given["image_grid_thw"], keep_index
+
+
 def fused_vision() -> Bare:
     return Bare(FusedVisionModel.from_encoders(*encoders()).eval(), ("pixel_values",), ("feature_maps",))
 

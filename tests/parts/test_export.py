@@ -13,6 +13,7 @@ from tests.parts.exported import (
     VIEWS,
     Bare,
     deepencoder,
+    dropped_patches,
     fused_inputs,
     fused_vision,
 )
@@ -58,10 +59,7 @@ def test_dropped_patches(video_attention: str, implementation: str) -> None:
     model = navit(video_attention=video_attention)
     model.set_attn_implementation(implementation)
     bare = Bare(model, ("pixel_values", "image_grid_thw", "keep_index"), ("pooler_output",))
-    sets = []
-    for index, kept in enumerate(([0, 3, 5, 23, 24, 25, 30, 39, -1, -1], [0, 11, 12, 30, 31, 60, 99, 102, 107, -1])):
-        given, keep_index = PACKED["navit"].inputs(index), torch.tensor(kept)
-        sets.append((given["pixel_values"][keep_index], given["image_grid_thw"], keep_index))
+    sets = [dropped_patches(index) for index in range(2)]
     agree(export(bare, sets[0], *[{0: Dim.DYNAMIC}] * 3), bare, *sets)
 
 

@@ -34,13 +34,24 @@ def losses(rank: int) -> dict[str, Tensor]:
     loss = balance_loss(mine, places, form="global", token_mask=mask)
     # Each process weights the loss in its own way.
     (gradient,) = torch.autograd.grad(loss * (rank + 1), mine)
+    squared = balance_loss(mine, places, form="global", token_mask=mask).square()
+    (slope,) = torch.autograd.grad(squared * (rank + 1), mine, create_graph=True)
+    (second,) = torch.autograd.grad(slope.square().sum(), mine)
     counts = expert_counts(indices, EXPERTS, MASK)
     given = balance_loss(mine, places, form="global", token_mask=mask, counts=counts)
     local = balance_loss(mine, places, form="global", token_mask=mask, group="local")
     batch = balance_loss(mine, places, token_mask=mask)
     model = nn.parallel.DistributedDataParallel(Routed())
     model(drawn(len(MASK), 4)[own], places, mask).backward()
-    return dict(loss=loss, gradient=gradient, given=given, local=local, batch=batch, ddp=model.module.weight.grad)
+    return dict(
+        loss=loss,
+        gradient=gradient,
+        second=second,
+        given=given,
+        local=local,
+        batch=batch,
+        ddp=model.module.weight.grad,
+    )
 
 
 def work(rank: int, folder: Path) -> None:
@@ -75,6 +86,14 @@ def test_the_global_loss_is_that_of_all_tokens(found: list[dict[str, Tensor]]) -
     # The gradient of the sum of what the processes return, with their weights 1 and 2.
     (wanted,) = torch.autograd.grad(loss * 3, logits)
     torch.testing.assert_close(torch.cat([result["gradient"] for result in found]), wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_second_derivatives_are_those_of_all_tokens(found: list[dict[str, Tensor]]) -> None:
+    logits, indices = case()
+    squared = looped(logits[MASK], indices[MASK]).square()
+    (slope,) = torch.autograd.grad(squared * 3, logits, create_graph=True)
+    (wanted,) = torch.autograd.grad(slope.square().sum(), logits)
+    torch.testing.assert_close(torch.cat([result["second"] for result in found]), wanted, atol=1e-12, rtol=1e-12)
 
 
 def test_ddp_leaves_the_gradient_of_the_whole_batch(found: list[dict[str, Tensor]]) -> None:

@@ -259,6 +259,9 @@ def test_an_expert_of_another_process_adds_nothing(implementation: str) -> None:
     experts._is_expert_parallel = False
     expected = experts(hidden_states, index.clamp(max=7), weights.masked_fill(index == 8, 0.0))
     torch.testing.assert_close(found, expected)
+    if implementation == "eager":  # our own
+        with pytest.raises(ValueError, match="`top_k_index` must lie from 0 to 7 .*, got 8"):
+            experts(hidden_states, index, weights)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

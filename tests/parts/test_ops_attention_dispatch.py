@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.parts.attention_oracle import SEGMENTS, boundaries, inputs
 from vlparts.parts.ops_attention import packed_attention
@@ -44,6 +45,30 @@ def test_compiled_whole_forward_and_backward(longest: int | None, causal: bool) 
         torch.testing.assert_close(results[1], results[0])
         gradients = [torch.autograd.grad(result.square().sum(), tensors) for result in results]
         torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_second_derivatives_of_compiled_programs_are_refused() -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    tensors, bounds = inputs(([5, 3], [5, 3])), boundaries([5, 3])
+    with pytest.raises(RuntimeError, match="Compiled packed attention is differentiable once; got `create_graph"):
+        torch.autograd.grad(compiled(*tensors, bounds, bounds, 5).square().sum(), tensors, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_gradient_checkpointing_of_compiled_programs(backend: str, reentrant: bool) -> None:
+    tensors, bounds = inputs(([5, 3], [5, 3]), dtype=torch.bfloat16), boundaries([5, 3])
+    expected = torch.autograd.grad(layer(*tensors, bounds, bounds, 5).float().square().sum(), tensors)
+    inner = torch.compile(layer, backend=backend)
+
+    def run(*given: Tensor) -> Tensor:
+        return checkpoint(lambda *x: inner(*x, bounds, bounds, 5), *given, use_reentrant=reentrant)
+
+    found = [torch.autograd.grad(run(*tensors).float().square().sum(), tensors)] if not reentrant else []
+    run(*tensors).float().square().sum().backward()
+    found.append(tuple(x.grad for x in tensors))
+    for gradients in found:
+        torch.testing.assert_close(gradients, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_other_contents_of_the_boundaries_do_not_recompile() -> None:

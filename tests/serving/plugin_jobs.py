@@ -130,7 +130,7 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}
-    Path(sys.argv[2]).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        Path(sys.argv[2]).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

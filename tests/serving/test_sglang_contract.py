@@ -188,9 +188,6 @@ MODELS = {
     "windowed encoder and Pangu": lambda: with_text(
         lambda words: PanguEmbeddedConfig.from_preset("tiny", vocab_size=len(words))
     ),
-    "windowed encoder and MoGE": lambda: with_text(
-        lambda words: MoGEConfig.from_preset("tiny", vocab_size=len(words))
-    ),
     "deepencoder": lambda: test_vlm_views.composed("qwen3"),
 }
 
@@ -215,6 +212,14 @@ def test_requests_of_one_row_are_answered_as_by_generate(name: str, tmp_path: Pa
     found = Server(tmp_path).generate([one["input_ids"][0] for one in alone], media)
     assert torch.equal(found, torch.stack(expected))
     assert len({tuple(row.tolist()) for row in found}) > 1
+
+
+@pytest.mark.usefixtures("backend")
+def test_stacked_experts_which_it_would_leave_without_values_are_refused(tmp_path: Path) -> None:
+    model, _ = with_text(lambda words: MoGEConfig.from_preset("tiny", vocab_size=len(words)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would skip the stacked weights"):
+        Server(tmp_path)
 
 
 @pytest.mark.usefixtures("backend")

@@ -30,6 +30,8 @@ from vlparts.generation import CoordinateLogitsProcessor, WindowedNGramLogitsPro
 from vlparts.parts.moe_options import SCORINGS
 from vlparts.training.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.timeout(3600)  # all engines start in one fixture
+
 SOURCE = Path(__file__).parents[2] / "src"
 PROMPTS = ("red green", "Which colours?", "user\nblue")
 NEW_TOKENS = 40
@@ -62,7 +64,8 @@ CONSTRAINTS: dict[str, dict[str, Any]] = {
     "trigrams": {SIZE: 3, WINDOW: 40, "no_repeat_ngram_allowed_ids": [5, 6]},
     "answer": {"coordinate_mode": "answer"},
     "labelled answer": {"coordinate_mode": "answer", "coordinate_max_label_tokens": 3, "coordinate_levels": 100},
-    "free": {"coordinate_mode": "free", "coordinate_ordered": 0},
+    # Most tokens are forbidden, so that regions begin.
+    "free": {"coordinate_mode": "free", "coordinate_ordered": 0, "coordinate_forbidden_ids": list(range(30, 280))},
 }
 REFUSED: dict[str, dict[str, Any]] = {
     f"`{SIZE}` needs `{WINDOW}`, got 3 without it": {SIZE: 3},
@@ -99,7 +102,7 @@ def _requested(tokenizer: Any, options: dict[str, Any], prompt_length: int) -> l
         allowed = options.get("no_repeat_ngram_allowed_ids", ())
         return [WindowedNGramLogitsProcessor(options[SIZE], options[WINDOW], allowed, prompt_length)]
     if "coordinate_mode" in options:
-        arguments = {name.removeprefix("coordinate_"): value for name, value in options.items()}
+        arguments = {name.removeprefix("coordinate_").removesuffix("_ids"): value for name, value in options.items()}
         ids = tokenizer.coordinate_token_ids()
         limit = prompt_length + NEW_TOKENS
         return [CoordinateLogitsProcessor(ids, prompt_length, tokenizer.eos_token_id, max_length=limit, **arguments)]

@@ -15,6 +15,8 @@ from functools import lru_cache
 from .formats.registry import CoordinateFormat
 from .grammars.base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, Suspicion
 from .grammars.openpangu import PairGrammar
+from .grammars.tagged import TaggedGrammar
+from .grammars.tagged_reading import empty_groups
 from .regions import KINDS
 from .resolving import CoordinateError, resolve
 
@@ -96,7 +98,10 @@ def find_suspicions(
         signs = _signs(fmt.grammar)  # type: ignore[arg-type]
     except TypeError:  # a grammar without a hash
         signs = _signs.__wrapped__(fmt.grammar)
-    rest, starts, offsets = _between_regions(text, found)
+    spans = [item.outer for item in found]
+    if isinstance(fmt.grammar, TaggedGrammar):
+        spans += empty_groups(fmt.grammar, text)
+    rest, starts, offsets = _between_regions(text, spans)
     places: list[_Place] = []
     if signs.marks:
         places += (match.span() + ((), None) for match in signs.marks.finditer(rest))
@@ -122,11 +127,11 @@ def find_suspicions(
     return result
 
 
-def _between_regions(text: str, found: Sequence[Found]) -> tuple[str, list[int], list[int]]:
+def _between_regions(text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[int], list[int]]:
     """Return the text between regions, joined by `_REGION`, and per piece its start there and the offset in `text`."""
     pieces, starts, offsets = [], [], []
     end = length = 0
-    for first, last in [*sorted([item.outer for item in found]), (len(text), len(text))]:
+    for first, last in [*sorted(spans), (len(text), len(text))]:
         if first > end or last == len(text):
             pieces.append(text[end:first])
             starts.append(length)

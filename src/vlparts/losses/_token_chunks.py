@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parts.utils import refuse_second_derivative
 from ._checks import loss_dtype
 
 # Bytes of a chunk's logits in float32. A few copies of them are alive at a time.
@@ -57,8 +58,7 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        if torch.is_grad_enabled():  # `once_differentiable` would return zero second derivatives
-            raise RuntimeError("Losses in chunks are differentiable once; got `create_graph=True`.")
+        refuse_second_derivative("Losses in chunks are")
         logits, tokens = ctx.saved_tensors
         grad_logits = torch.zeros_like(logits)
         for chunk, rows in _chunks(logits, tokens):

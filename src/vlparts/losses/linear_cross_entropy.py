@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parts.utils import IGNORE_INDEX
+from ..parts.utils import IGNORE_INDEX, refuse_second_derivative
 from ._checks import check_fraction, check_labels, check_number, loss_dtype
 from ._vocab_chunks import Head, HeadGradients, NeedsGrad, head_losses
 from .cross_entropy import WeightedLoss, active_tokens, collect_parts, weighted_cross_entropy_with_parts
@@ -137,8 +137,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # `once_differentiable` may return zero second derivatives
-            raise RuntimeError("The linear form of the loss is differentiable once; got `create_graph=True`.")
+        refuse_second_derivative("The linear form of the loss is")
         hidden, weight, bias, token_weights, labels, losses = ctx.saved_tensors
         # Returned once, so that autograd may keep the tensors without a copy; a second pass recomputes them.
         gradients: HeadGradients | None = ctx.gradients

@@ -1,12 +1,11 @@
 """Reads the weights of transformers' experts modules, for the experts implementations of this package.
 
-Shapes: T tokens, K experts per token, E experts, H width, I inner width of an expert, N = 2 I with a gate, else I.
+Shapes: E experts, H width, I inner width of an expert, N = 2 I with a gate, else I.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -63,31 +62,3 @@ def get_expert_weights(module: Any, name: str) -> ExpertWeights:
         module.down_proj_bias if has_bias else None,
         module._apply_gate if has_gate else module.act_fn,
     )
-
-
-def check_routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> None:
-    """Check the shapes of a routing, and on CPU also the indices.
-
-    Args:
-        hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` integers from 0 to E; E marks an expert of another process.
-        top_k_weights: `(T, K)`.
-        num_experts: E.
-
-    Raises:
-        ValueError: If shapes do not fit together or an index is out of range.
-    """
-    if hidden_states.ndim != 2 or top_k_index.shape != top_k_weights.shape or top_k_index.ndim != 2:
-        raise ValueError(
-            "`hidden_states`, `top_k_index` and `top_k_weights` must have shapes (tokens, width), (tokens, k) and "
-            f"(tokens, k), got {tuple(hidden_states.shape)}, {tuple(top_k_index.shape)} and "
-            f"{tuple(top_k_weights.shape)}."
-        )
-    if len(top_k_index) != len(hidden_states):
-        raise ValueError(
-            f"`top_k_index` must have a row for each of {len(hidden_states)} tokens, got {len(top_k_index)}."
-        )
-    if top_k_index.device.type == "cpu" and top_k_index.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(top_k_index))
-        if low < 0 or high > num_experts:
-            raise ValueError(f"`top_k_index` must lie from 0 to {num_experts - 1}, got {low if low < 0 else high}.")

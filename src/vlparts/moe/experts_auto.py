@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-from .expert_weights import check_routing, get_expert_weights
+from ..parts.moe_experts import check_routing
+from .expert_weights import get_expert_weights
 from .experts_dense import MERGED_EXPERTS_NAME, merged_experts_forward
 from .experts_sorted import SORTED_EXPERTS_NAME, sorted_experts_forward
 
@@ -71,7 +72,7 @@ def auto_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor
     Args:
         module: An experts module in transformers' layout.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` int64; E marks an expert of another process.
+        top_k_index: `(T, K)` int64; under expert parallelism E marks an expert of another process.
         top_k_weights: `(T, K)`.
 
     Returns:
@@ -83,7 +84,7 @@ def auto_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor
     if torch.compiler.is_compiling():
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     weights = get_expert_weights(module, AUTO_EXPERTS_NAME)
-    check_routing(hidden_states, top_k_index, top_k_weights, len(weights.up))
+    check_routing(module, hidden_states, top_k_index, top_k_weights)
     arguments = (module, hidden_states, top_k_index, top_k_weights)
     trains = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden_states, top_k_weights, *weights[:4])
@@ -206,7 +207,8 @@ def _training_run(forward: Forward, arguments: tuple[Any, ...]) -> Callable[[], 
     leaves = [*inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
 
     def run() -> None:
-        with torch.enable_grad():
+        # The hooks shield this pass from those of gradient checkpointing, which count what is saved.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             output = forward(module, inputs[0], top_k_index, inputs[1])
             torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..parts import ops_linear  # noqa: F401 (defines the operation)
-from .expert_weights import ExpertWeights, check_routing, get_expert_weights
+from ..parts.moe_experts import check_routing
+from .expert_weights import ExpertWeights, get_expert_weights
 
 MERGED_EXPERTS_NAME = "vlparts_merged"
 
@@ -32,7 +33,7 @@ def merged_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     Args:
         module: An experts module in transformers' layout.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` int64; E marks an expert of another process, which adds nothing.
+        top_k_index: `(T, K)` int64; under expert parallelism E marks an expert of another process, which adds nothing.
         top_k_weights: `(T, K)`.
 
     Returns:
@@ -43,7 +44,7 @@ def merged_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     """
     weights = get_expert_weights(module, MERGED_EXPERTS_NAME)
     experts, width = weights.up.shape[:2]
-    check_routing(hidden_states, top_k_index, top_k_weights, experts)
+    check_routing(module, hidden_states, top_k_index, top_k_weights)
     coefficients = top_k_weights.new_zeros(len(hidden_states), experts + 1)
     coefficients = coefficients.scatter_add(1, top_k_index, top_k_weights)[:, :experts]
     inputs, coefficients = hidden_states.to(weights.up.dtype), coefficients.to(weights.up.dtype)

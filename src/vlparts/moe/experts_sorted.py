@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..kernels.cpu.linear import is_faster, linear_cpu, weight_gradient
+from ..parts.moe_experts import check_routing
 from ..parts.ops_library import define_operation
-from .expert_weights import ExpertWeights, check_routing, get_expert_weights
+from ..parts.utils import refuse_second_derivative
+from .expert_weights import ExpertWeights, get_expert_weights
 
 SORTED_EXPERTS_NAME = "vlparts_sorted"
 
@@ -40,7 +41,7 @@ def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     Args:
         module: An experts module in transformers' layout.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` int64; E marks an expert of another process, which is skipped.
+        top_k_index: `(T, K)` int64; under expert parallelism E marks an expert of another process, which is skipped.
         top_k_weights: `(T, K)`.
 
     Returns:
@@ -50,7 +51,7 @@ def sorted_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
         ValueError: If the module has another layout, shapes do not fit, or (on CPU) an index is out of range.
     """
     weights = get_expert_weights(module, SORTED_EXPERTS_NAME)
-    check_routing(hidden_states, top_k_index, top_k_weights, len(weights.up))
+    check_routing(module, hidden_states, top_k_index, top_k_weights)
     if not _use_sorted_experts(hidden_states):
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(weights.up.dtype)
@@ -195,8 +196,8 @@ class _SortedExperts(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(f"experts_implementation={SORTED_EXPERTS_NAME!r} is")
         inputs, top_k_weights, up, up_bias, down, down_bias, saved = ctx.saved_tensors
         weights = ExpertWeights(up, up_bias, down, down_bias, ctx.activate)
         return *_backward(ctx.needs_input_grad, inputs, top_k_weights, weights, saved, grad, ctx.pairs), None, None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .distributed import SharedBatch
-from .utils import positive_integer
+from .utils import positive_integer, refuse_second_derivative
 
 __all__ = ["DEFAULT_CHUNK_SIZE", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]
 
@@ -192,12 +192,6 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _refuse_graph() -> None:
-    """Refuse `create_graph`: PyTorch's `once_differentiable` returns zeros if the loss is the end of the graph."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("The contrastive losses are differentiable once; got `create_graph=True`.")
-
-
 class _SoftmaxLoss(torch.autograd.Function):
     """Cross-entropy of rows and columns: streaming log-sum-exps in forward, recomputed softmaxes in backward."""
 
@@ -221,7 +215,7 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_graph()
+        refuse_second_derivative("The contrastive losses are")
         images, texts, scale, by_image, by_text = ctx.saved_tensors
         pairs = _Pairs(images, texts, ctx.batch.own, scale, None, ctx.chunk_size)
 
@@ -263,7 +257,7 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_graph()
+        refuse_second_derivative("The contrastive losses are")
         images, texts, scale, bias = ctx.saved_tensors
         pairs = _Pairs(images, texts, ctx.batch.own, scale, bias, ctx.chunk_size)
 

@@ -226,6 +226,9 @@ class MoGEModel(MoGEPreTrainedModel):
 
     def __init__(self, config: MoGEConfig) -> None:
         super().__init__(config)
+        if config._attn_implementation == "sglang":
+            # SGLang loads experts by the names of single ones, and skips others with a warning.
+            raise ValueError("`attn_implementation` must not be 'sglang', which would skip the stacked weights.")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MoGEDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

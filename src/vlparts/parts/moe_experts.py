@@ -1,4 +1,4 @@
-"""Routed experts in transformers' layout, and the condition on expert parallelism of grouped experts.
+"""Routed experts in transformers' layout, the check of their routing, and the condition on expert parallelism.
 
 Shapes: T tokens, K experts per token, E experts, H width, I inner width of an expert.
 """
@@ -46,13 +46,17 @@ class RoutedExperts(nn.Module):
 
         Args:
             hidden_states: `(T, H)`.
-            top_k_index: `(T, K)` int64, the experts of each token. E marks an expert of another process, which is
-                skipped.
+            top_k_index: `(T, K)` int64, the experts of each token. Under expert parallelism E marks an expert of
+                another process, which is skipped.
             top_k_weights: `(T, K)`, weights of the experts' outputs.
 
         Returns:
             `(T, H)`.
+
+        Raises:
+            ValueError: As [`check_routing`].
         """
+        check_routing(self, hidden_states, top_k_index, top_k_weights)
         outputs = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, rank = torch.where(top_k_index == expert)
@@ -62,6 +66,43 @@ class RoutedExperts(nn.Module):
             weighted = F.linear(gated, self.down_proj[expert]) * top_k_weights[token, rank, None]
             outputs.index_add_(0, token, weighted.to(outputs.dtype))
         return outputs
+
+
+def is_expert_parallel(module: Any) -> bool:
+    """Whether an experts module may be split over processes: transformers marks it; some versions mark no module."""
+    return bool(getattr(module, "_is_expert_parallel", True))
+
+
+def check_routing(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    """Check the shapes of a routing, and on CPU also the indices.
+
+    Args:
+        module: Experts module in transformers' layout.
+        hidden_states: `(T, H)`.
+        top_k_index: `(T, K)` integers from 0 to E - 1. Under expert parallelism, E marks an expert of another process.
+        top_k_weights: `(T, K)`.
+
+    Raises:
+        ValueError: If shapes do not fit together or an index is out of range.
+    """
+    if hidden_states.ndim != 2 or top_k_index.shape != top_k_weights.shape or top_k_index.ndim != 2:
+        raise ValueError(
+            "`hidden_states`, `top_k_index` and `top_k_weights` must have shapes (tokens, width), (tokens, k) and "
+            f"(tokens, k), got {tuple(hidden_states.shape)}, {tuple(top_k_index.shape)} and "
+            f"{tuple(top_k_weights.shape)}."
+        )
+    if len(top_k_index) != len(hidden_states):
+        raise ValueError(
+            f"`top_k_index` must have a row for each of {len(hidden_states)} tokens, got {len(top_k_index)}."
+        )
+    if top_k_index.device.type == "cpu" and top_k_index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(top_k_index))
+        experts = module.num_experts
+        if low < 0 or high >= experts + is_expert_parallel(module):
+            raise ValueError(
+                f"`top_k_index` must lie from 0 to {experts - 1} (under expert parallelism also {experts}, an expert "
+                f"of another process), got {low if low < 0 else high}."
+            )
 
 
 def check_whole_groups(config: PreTrainedConfig, distributed_config: Any) -> None:

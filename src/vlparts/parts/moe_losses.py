@@ -175,9 +175,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        return _SumOverProcesses.apply(gradient, ctx.group), None
 
 
 def find_balance_loss(model: PreTrainedModel) -> Callable[..., Tensor]:

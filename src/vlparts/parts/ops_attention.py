@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from .ops_attention_reference import block_mask, dense_attention_forward, packed_attention_reference
 from .ops_library import define_operation
 from .packed_index import check_cu_seqlens_cpu, get_max_seqlen
+from .utils import refuse_second_derivative
 
 __all__ = [
     "PACKED_ATTENTION_FUNCTIONS",
@@ -53,6 +54,7 @@ def _opaque_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _opaque_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("Compiled packed attention is")
     grads = torch.ops.vlparts.varlen_attention_opaque_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return *grads, None, None, None, None, None, None
 
@@ -130,6 +132,8 @@ def packed_attention(
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or (where the boundaries are read on the host) they do
             not rise from 0 to the number of tokens.
+        RuntimeError: In a backward pass with `create_graph=True`, or in that of the second derivative: most kernels
+            are differentiable once.
     """
     same_segments = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     if cu_seqlens_k is None:

@@ -29,6 +29,22 @@ _MODEL_KWARGS = frozenset(
 )
 
 
+def refuse_second_derivative(what: str) -> None:
+    """Refuse `create_graph=True` in the backward pass of a `torch.autograd.Function` that is differentiable once.
+
+    PyTorch's `once_differentiable` raises no error where the gradient of the output needs none itself, as at the end
+    of the graph: the gradients are then returned without a graph, as if their derivatives were zero.
+
+    Args:
+        what: Subject of the error message, with its verb, such as "The losses are".
+
+    Raises:
+        RuntimeError: If gradients are recorded, which PyTorch does in a backward pass with `create_graph=True` only.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} differentiable once; got `create_graph=True`.")
+
+
 def add_auto_classes(model: PreTrainedModel, **classes: type[PreTrainedModel]) -> None:
     """Add classes of the model's own file to `config.auto_map` before the model is saved.
 

@@ -60,7 +60,7 @@ def fits_fused_experts(text_config: Any) -> bool:
 
     They replace the experts, not the router, and always apply SiLU. Where they do not fit, vLLM's class for models
     without experts runs the modules of the text model as they are, also if the configuration asks for one of our
-    experts implementations.
+    experts implementations. It refuses weights that transformers would have to stack while loading.
     """
     activation = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
     implementation = getattr(text_config, "_experts_implementation", None)

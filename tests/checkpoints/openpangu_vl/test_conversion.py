@@ -96,6 +96,19 @@ def test_padding_is_kept(tmp_path: Path) -> None:
         assert again.get_input_embeddings().padding_idx == pad_token_id
 
 
+@pytest.mark.parametrize(("head_dim", "section"), [(8, [1, 1, 2]), (24, [2, 5, 5])])
+def test_heads_of_another_width_are_read_and_written(tmp_path: Path, head_dim: int, section: list[int]) -> None:
+    config = {**TINY, "head_dim": head_dim, "rope_scaling": {**TINY["rope_scaling"], "mrope_section": section}}
+    tensors = all_tensors(config)
+    model = model_from_openpangu_vl(write_folder(tmp_path / "in", tensors, config))
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.shape == (3 * head_dim, 48)
+    to_openpangu_vl(model, tmp_path / "out")
+    assert_same_bytes(read_folder(tmp_path / "out"), tensors)
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["head_dim"] == head_dim
+    again = model_from_openpangu_vl(tmp_path / "out")
+    assert again.config.to_dict() == model.config.to_dict()
+
+
 def test_text_fields_under_text_config(tmp_path: Path) -> None:
     own = ("vision_config", "model_type", "architectures", "image_token_id", "video_token_id")
     text = {name: value for name, value in TINY.items() if name not in own and "vision" not in name}

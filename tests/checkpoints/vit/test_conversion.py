@@ -19,8 +19,9 @@ from transformers import (
     ViTModel,
 )
 
+from tests.parts.position_oracle import INTERPOLATIONS, resize, resize_axis
 from tests.tiny import SIZES, assert_initialised
-from vlparts.checkpoints.vit import from_vit
+from vlparts.checkpoints.vit import conversion, from_vit
 
 TINY_VIT = {**SIZES, "image_size": 16, "patch_size": 4}
 
@@ -77,6 +78,18 @@ def test_options_without_counterpart_are_named() -> None:
 def test_tables_that_are_not_square_need_max_grid_size() -> None:
     with pytest.raises(ValueError, match="`max_grid_size` must be given.*`image_size` makes 4 x 6 patches"):
         from_vit(vit(image_size=(16, 24)))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_tables_of_one_axis_are_resampled_as_the_rows_of_an_image(size: int, interpolation: str) -> None:
+    table, grid = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(
+        conversion._resample(table, size, interpolation), resize_axis(table, size, interpolation)
+    )
+    torch.testing.assert_close(
+        conversion._resample(grid, size, interpolation), resize(grid, (size, size), interpolation)
+    )
 
 
 def test_class_token_pooling_needs_a_class_token() -> None:

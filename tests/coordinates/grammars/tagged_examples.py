@@ -30,6 +30,14 @@ GRAMMARS = {
         group_close="]</det>",
         **REF,
     ),
+    "either": TaggedGrammar(
+        shapes=(Shape("box", "{},{}", ",", "[", "]"), Shape("point", "{},{}", ",", "[", "]")),
+        group_open="<|a|>[",
+        group_join=", ",
+        group_close="]<|/a|>",
+        other_groups=(("<|a|>", "<|/a|>"),),
+        **REF,
+    ),
     "double": TaggedGrammar(
         shapes=(Shape("box"), Shape("point")),
         digits=3,
@@ -64,6 +72,7 @@ GRAMMARS = {
         group_open="<|box_start|>",
         group_join=",",
         group_close="<|box_end|>",
+        empty="None",
         separator=", ",
         **REF,
     ),

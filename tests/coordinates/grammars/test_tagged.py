@@ -314,12 +314,63 @@ def test_bad_shapes_raise(changes: dict[str, Any], message: str) -> None:
         ({"label_place": "over"}, "`label_place` must be 'before', 'after' or 'none', got 'over'"),
         ({"label_open": None}, "`label_open` must be a str, got None"),
         ({"group_join": 3}, "`group_join` must be a str or None, got 3"),
+        ({"empty": None}, "`empty` must be a str, got None"),
+        ({"empty": "None"}, "`empty` must be '' without `group_open` and `group_close`, got 'None'"),
+        ({"other_groups": (("<a>",),)}, "`other_groups` must be pairs of str, got"),
+        ({"other_groups": (("<a>", None),)}, "`other_groups` must be pairs of str, got"),
         ({"trailing": "<seg>"}, r"`trailing` must contain '\{\}' once, got '<seg>'"),
     ],
 )
 def test_bad_grammars_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TaggedGrammar(**{"shapes": (Shape("box", "({},{})"),), **changes})
+
+
+NONE = "<ref>cat</ref><|box_start|>None<|box_end|>"
+DOGS = "<ref>dog</ref><|box_start|><1><2><3><4>,<5><6><7><8><|box_end|>"
+
+
+@pytest.mark.parametrize("none", [NONE, NONE.replace("None", " None ")])
+@pytest.mark.parametrize("text", ["{0}", "{0}, {1}", "{1}, {0}", "{1}, {0}, {0}, {1}", "Here: {0}\n{1}, {0}."])
+def test_a_group_that_says_that_there_is_no_region_is_no_error(text: str, none: str) -> None:
+    """The regions of other groups keep their own labels and places."""
+    grammar = GRAMMARS["growing"]
+    found, errors = grammar.scan(text.format(none, DOGS))
+    assert errors == []
+    assert [(item.label, item.codes) for item in found] == [("dog", (1, 2, 3, 4)), ("dog", (5, 6, 7, 8))] * text.count(
+        "{1}"
+    )
+    assert not any("cat" in text.format(none, DOGS)[slice(*item.outer)] for item in found)
+
+
+@pytest.mark.parametrize("inner", ["none", "Nothing", "None<1><2>", "<1><2>None", "", "None, None"])
+def test_other_words_in_place_of_regions_are_errors(inner: str) -> None:
+    _, errors = GRAMMARS["growing"].scan(f"<|box_start|>{inner}<|box_end|> there")
+    assert [(position, reason.partition(" ")[0]) for position, reason in errors] == [(0, "malformed")]
+
+
+@pytest.mark.parametrize("end", range(len("<|box_start|>"), len("<|box_start|>None<|box_end|>")))
+def test_a_group_without_regions_that_is_cut_off_is_unfinished(end: int) -> None:
+    _, errors = GRAMMARS["growing"].scan("<|box_start|>None<|box_end|>"[:end])
+    assert [(position, reason.partition(" ")[0]) for position, reason in errors] == [(0, "unfinished")]
+
+
+def test_other_marks_of_groups_are_read() -> None:
+    grammar, inner = GRAMMARS["either"], "[1, 2, 3, 4], [5, 6, 7, 8]"
+    for marks in ("<|a|>[{}]<|/a|>", "<|a|>{}<|/a|>"):
+        text = f"<ref>cat</ref>{marks.format(inner)} and <ref>dog</ref>{marks.format('[9, 9, 9, 9]')}"
+        found, errors = grammar.scan(text)
+        assert errors == []
+        assert [(item.label, item.codes) for item in found] == [
+            ("cat", (1, 2, 3, 4)),
+            ("cat", (5, 6, 7, 8)),
+            ("dog", (9, 9, 9, 9)),
+        ]
+        assert [text[item.start : item.end] for item in found] == ["1, 2, 3, 4", "5, 6, 7, 8", "9, 9, 9, 9"]
+    for unpaired in ("<|a|>[[1, 2, 3, 4]<|/a|>", "<|a|>[1, 2, 3, 4]]<|/a|>"):
+        found, errors = grammar.scan(unpaired)
+        assert not found
+        assert [position for position, _ in errors] == [0]
 
 
 def test_of_several_shapes_of_a_kind_the_first_is_written_and_all_are_read() -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from tests.parts.attention_oracle import assert_like_oracle, boundaries, cases, flags, inputs
 from vlparts.kernels.cpu import attention as attention_cpu
 from vlparts.kernels.cpu.attention import packed_attention_cpu
-from vlparts.parts.ops_attention import packed_attention
+from vlparts.parts.ops_attention import dense_attention_forward, packed_attention
 from vlparts.parts.ops_attention_reference import packed_attention_reference
 
 
@@ -54,3 +56,41 @@ def test_bfloat16_training_agrees_on_both_sides_of_its_bounds(monkeypatch: pytes
     tensors = inputs(segments, dtype=torch.bfloat16)
     output = packed_attention(*tensors, *map(boundaries, segments))
     assert_like_oracle(output, tensors, segments, False, 2e-2)
+
+
+def test_second_derivatives_are_refused_in_bfloat16_training() -> None:
+    tensors, bounds = inputs(([5, 3], [5, 3]), dtype=torch.bfloat16), boundaries([5, 3])
+    loss = packed_attention(*tensors, bounds).float().square().sum()
+    with pytest.raises(RuntimeError, match="Packed attention in bfloat16 is differentiable once; got `create_graph"):
+        torch.autograd.grad(loss, tensors, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_in_bfloat16_training(reentrant: bool) -> None:
+    tensors, bounds = inputs(([5, 3], [5, 3]), dtype=torch.bfloat16), boundaries([5, 3])
+    expected = torch.autograd.grad(packed_attention(*tensors, bounds).float().square().sum(), tensors)
+    output = checkpoint(lambda *x: packed_attention(*x, bounds), *tensors, use_reentrant=reentrant)
+    output.float().square().sum().backward()
+    # Reentrant checkpointing computes the output without gradients, by another kernel.
+    torch.testing.assert_close([x.grad for x in tensors], list(expected), rtol=2e-2, atol=2e-2)
+
+
+def test_second_derivatives_of_the_other_forms() -> None:
+    """With a mask, and by PyTorch's unfused kernel, as the documentation says; PyTorch's fused kernel refuses."""
+    lengths = [5, 3]
+    tensors, bounds = inputs((lengths, lengths), dtype=torch.float32), boundaries(lengths)
+
+    def second(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
+
+    module = torch.nn.Module()
+    heads = [x.transpose(0, 1)[None] for x in tensors]
+    dense, _ = dense_attention_forward(
+        module, *heads, None, scaling=tensors[0].shape[-1] ** -0.5, is_causal=False, cu_seq_lens_q=bounds
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        results = second(dense[0]), second(packed_attention(*tensors, bounds))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        second(packed_attention(*tensors, bounds))

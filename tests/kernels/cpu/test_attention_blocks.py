@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.parts.attention_oracle import SEGMENTS, assert_like_oracle, boundaries, flags, inputs, oracle
@@ -148,9 +149,18 @@ def test_one_gradient_alone(wanted: int) -> None:
 @in_blocks
 def test_second_derivatives_are_refused() -> None:
     tensors = small()
-    (gradient,) = torch.autograd.grad(attention(tensors).square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="Packed attention in blocks is differentiable once; got `create_graph"):
+        torch.autograd.grad(attention(tensors).square().sum(), tensors[0], create_graph=True)
+
+
+@in_blocks
+@types
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(dtype: torch.dtype, tolerance: float, reentrant: bool) -> None:
+    tensors = small(dtype)
+    expected = torch.autograd.grad(attention(tensors).float().square().sum(), tensors)
+    checkpoint(lambda *x: attention(x), *tensors, use_reentrant=reentrant).float().square().sum().backward()
+    assert all(torch.equal(x.grad, gradient) for x, gradient in zip(tensors, expected, strict=True))
 
 
 @in_blocks

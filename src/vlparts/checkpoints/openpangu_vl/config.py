@@ -240,11 +240,12 @@ def _published_vision_config(vision: WindowFreeViTConfig) -> dict[str, Any]:
 
 def _published_text_config(text: PanguEmbeddedConfig) -> dict[str, Any]:
     """The fields of a text model, which are at the top level of config.json."""
-    expected = {"mlp_bias": False, "head_dim": text.hidden_size // text.num_attention_heads}
-    _folder.check_config(text, expected, FAMILY)
+    _folder.check_config(text, {"mlp_bias": False}, FAMILY)
     rope = dict(text.rope_parameters or {})
     theta = rope.pop("rope_theta")
-    optional = {name: getattr(text, name) for name in _OPTIONAL_TEXT_FIELDS if name != "head_dim"}
+    optional = {name: getattr(text, name) for name in _OPTIONAL_TEXT_FIELDS}
+    if text.head_dim * text.num_attention_heads == text.hidden_size:  # the default of the published code
+        del optional["head_dim"]
     if optional["pad_token_id"] == PanguEmbeddedConfig.pad_token_id:
         del optional["pad_token_id"]
     return {

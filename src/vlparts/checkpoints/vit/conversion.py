@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...parts.configuration_navit import NaViTConfig
 from ...parts.modeling_navit import NaViTForImageClassification, NaViTModel
+from ...parts.pos_embed_tables import resample_axis
 from ...parts.utils import mark_initialized
 from .._folder import read_json
 from . import siglip2, vit
@@ -187,12 +188,13 @@ def _resample(table: Tensor, size: int, interpolation: str) -> Tensor:
     sizes = [size] * (table.ndim - 1)
     if list(table.shape[:-1]) == sizes:
         return table
+    precise = table.to(torch.promote_types(table.dtype, torch.float32))
+    if table.ndim == 2:  # not as an image of one column, for which PyTorch's antialiased interpolation is wrong on CPU
+        index = torch.arange(size, device=table.device)
+        return resample_axis(precise, index, torch.full_like(index, size), interpolation).to(table.dtype)
     mode, _, antialias = interpolation.partition("_")
-    image = table.to(torch.promote_types(table.dtype, torch.float32)).movedim(-1, 0)
-    image = image.reshape(1, table.shape[-1], table.shape[0], -1)  # A table of one axis is an image of one column.
-    shape = (size, sizes[1] if len(sizes) > 1 else 1)
-    resized = interpolate(image, size=shape, mode=mode, antialias=bool(antialias))
-    return resized[0].flatten(1).T.unflatten(0, sizes).to(table.dtype).contiguous()
+    resized = interpolate(precise.movedim(-1, 0)[None], size=sizes, mode=mode, antialias=bool(antialias))
+    return resized[0].movedim(0, -1).to(table.dtype).contiguous()
 
 
 def _load_folder(folder: str | os.PathLike[str]) -> nn.Module:

@@ -138,12 +138,17 @@ TASKS = (
             group_open="<|box_start|>",
             group_join=",",
             group_close="<|box_end|>",
+            empty="None",
             separator=", ",
             **OBJECT_REF,
         ),
         source="IDEA-Research/Rex-Omni rex_omni/parser.py, finetuning/dataset/task_fns/grounding_task.py",
         date=DATE,
-        assumed=("keypoints: their JSON is not read",),
+        assumed=(
+            "keypoints: their JSON is not read",
+            "order: as given; the source sorts the boxes and points of a label by x0",
+            "None for an absent label: read as no region, not written",
+        ),
     ),
     CoordinateFormat(
         name="got_ocr2",

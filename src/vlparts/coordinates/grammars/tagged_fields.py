@@ -1,7 +1,8 @@
 """The fields of tagged grammars: the text of each kind of region, and the text around labels and groups."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from ..regions import KINDS
 from ..validation import integer
@@ -63,6 +64,9 @@ class TaggedFields:
         group_open: Text before the first region of a group.
         group_join: Text between regions of a group; None if each region is a group of its own.
         group_close: Text after the last region of a group.
+        other_groups: Further pairs of texts that are read as `group_open` and `group_close`. The first is written.
+        empty: Text between the marks of a group that has no region, such as "None"; read, not written. It is neither a
+            region nor an error. "" for no such text.
         separator: Text between groups. It also ends the text that a label without marks can extend to, as does a line
             break.
         trailing: A token, with `{}` for its number, that may follow the coordinates any number of times and is
@@ -82,6 +86,8 @@ class TaggedFields:
     group_open: str = ""
     group_join: str | None = None
     group_close: str = ""
+    other_groups: tuple[tuple[str, str], ...] = ()
+    empty: str = ""
     separator: str = "\n"
     trailing: str = ""
     loose: bool = True
@@ -103,16 +109,34 @@ class TaggedFields:
         self._check_text()
 
     def _check_text(self) -> None:
-        for name in ("label_open", "label_close", "group_open", "group_close", "separator", "trailing"):
+        for name in ("label_open", "label_close", "group_open", "group_close", "empty", "separator", "trailing"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` must be a str, got {getattr(self, name)!r}.")
         if self.group_join is not None and not isinstance(self.group_join, str):
             raise ValueError(f"`group_join` must be a str or None, got {self.group_join!r}.")
         if self.trailing and self.trailing.count("{}") != 1:
             raise ValueError(f"`trailing` must contain '{{}}' once, got {self.trailing!r}.")
-        for shape in self.shapes:
-            if not re.search(r"[^\w\s]", self.opening(shape)):
-                raise ValueError(f"A {shape.kind} must begin with a mark or bracket, got {self.opening(shape)!r}.")
+        if self.empty and not (self.group_open and self.group_close):
+            raise ValueError(f"`empty` must be '' without `group_open` and `group_close`, got {self.empty!r}.")
+        object.__setattr__(self, "other_groups", tuple(tuple(pair) for pair in self.other_groups))
+        if not all(len(pair) == 2 and all(isinstance(mark, str) for mark in pair) for pair in self.other_groups):
+            raise ValueError(f"`other_groups` must be pairs of str, got {self.other_groups!r}.")
+        for fields in self.readings():
+            for shape in self.shapes:
+                if not re.search(r"[^\w\s]", fields.opening(shape)):
+                    raise ValueError(
+                        f"A {shape.kind} must begin with a mark or bracket, got {fields.opening(shape)!r}."
+                    )
+
+    def readings(self) -> list[Self]:
+        """These fields, and those with each of `other_groups` as the marks of groups."""
+        return [
+            self,
+            *(
+                replace(self, group_open=opening, group_close=closing, other_groups=())
+                for opening, closing in self.other_groups
+            ),
+        ]
 
     def opening(self, shape: Shape) -> str:
         """The text before the first number of a group that begins with this shape."""

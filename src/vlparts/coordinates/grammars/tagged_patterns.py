@@ -52,7 +52,7 @@ class Patterns:
     Args:
         region: Matches a whole group of regions, or text that is meant as a region but malformed or unfinished.
         kinds: The groups of `region`, by the index of the last group that the match closed. A match without groups is
-            malformed or unfinished.
+            malformed or unfinished; one with another last group says that there is no region.
         further: Matches one region within a group.
         further_kinds: As `kinds`, for `further`.
         number: Matches a number.
@@ -73,13 +73,15 @@ class Patterns:
 @lru_cache(maxsize=128)
 def compiled(grammar: TaggedFields) -> Patterns:
     """Compile the patterns of a grammar."""
-    regions = [_region(grammar, shape) for shape in grammar.shapes]
+    readings = grammar.readings()
+    regions = [_region(fields, shape) for fields in readings for shape in grammar.shapes]
+    regions += [_empty(fields) for fields in readings if grammar.empty]
     malformed = dict.fromkeys(_malformed(grammar, shape) for shape in grammar.shapes)  # shapes may share their marks
     return Patterns(
         region=re.compile(f"{_first_character(grammar)}(?:{'|'.join([*regions, *malformed])})"),
-        kinds=_groups_by_last(grammar, has_further=_has_further(grammar)),
+        kinds=_groups_by_last(grammar, len(readings), has_further=_has_further(grammar)),
         further=re.compile("|".join(f"({_further_region(grammar, shape)})" for shape in grammar.shapes)),
-        further_kinds=_groups_by_last(grammar, has_further=False),
+        further_kinds=_groups_by_last(grammar, 1, has_further=False),
         number=re.compile(_number(grammar)),
         tags=tuple(mark for mark, is_tag in (_mark(grammar, shape) for shape in grammar.shapes) if is_tag),
         expected=tuple(_expected(grammar, shape) for shape in grammar.shapes),
@@ -208,12 +210,24 @@ def _region(grammar: TaggedFields, shape: Shape) -> str:
     return f"(?<={first})({_not_nested(text, opening[0], closing[-1:])}{_trailing(grammar)})"
 
 
+def _empty(grammar: TaggedFields) -> str:
+    """Matches a group without regions, except its first character, as one group of the pattern: "box>None</box>"."""
+    opening = grammar.group_open.lstrip()
+    text = _joined(
+        *(_literal(piece, grammar.loose) for piece in (opening, grammar.empty, grammar.group_close)),
+        loose=grammar.loose,
+    )
+    first = re.escape(opening[0])
+    return f"(?<={first})({_trimmed(text).removeprefix(first)})"
+
+
 def _first_character(grammar: TaggedFields) -> str:
     """Matches the first character of a region, malformed or not: "<", or "\uff1c", its full-width variant."""
     characters: list[str] = []
-    for shape in grammar.shapes:
-        first = grammar.opening(shape).lstrip()[0]
-        characters += [first, *_WIDE.get(first, "")]
+    for fields in grammar.readings():
+        for shape in grammar.shapes:
+            first = fields.opening(shape).lstrip()[0]
+            characters += [first, *_WIDE.get(first, "")]
     return "[" + "".join(map(re.escape, dict.fromkeys(characters))) + "]"
 
 
@@ -227,14 +241,14 @@ def _not_nested(pattern: str, first: str, last: str) -> str:
     return pattern + rf"(?!\s*+{re.escape(last)})" if last and last in ")]" else pattern
 
 
-def _groups_by_last(grammar: TaggedFields, has_further: bool) -> dict[int, RegionGroups]:
-    """The groups of each shape in a pattern of one choice per shape, by the last group that a match closes.
+def _groups_by_last(grammar: TaggedFields, readings: int, has_further: bool) -> dict[int, RegionGroups]:
+    """The groups of each shape in a pattern of one choice per reading and shape, by the last group of a match.
 
     Groups are numbered from 1 by their opening parenthesis. A choice has the group of the region (closed last), the
     group of the coordinates, a group per captured number, and the group of further regions if there is one.
     """
     result, index = {}, 1
-    for shape in grammar.shapes:
+    for shape in grammar.shapes * readings:
         least, most = KINDS[shape.kind]
         after_numbers = index + 2 + (2 * least if most == least else 0)
         result[index] = RegionGroups(
@@ -281,7 +295,15 @@ def _malformed(grammar: TaggedFields, shape: Shape) -> str:
 def _malformed_after_tag(grammar: TaggedFields, shape: Shape, tag: str) -> str:
     """Matches a tag, except its first character, and what follows it: "box>(1,2),(3", "loc_12><loc_"."""
     number = r"\d{0,12}+>?+" if tag == shape.pair.partition("{}")[0] else ""
-    return _wide(tag[1:]) + number + _rest(grammar, shape, True)
+    return _wide(tag[1:]) + number + _rest(grammar, shape, True) + _cut(grammar)
+
+
+def _cut(grammar: TaggedFields) -> str:
+    """Matches the beginning of a text for no region at the end of the text: "No", "None</bo"."""
+    pattern = ""
+    for character in reversed(grammar.empty + grammar.group_close if grammar.empty else ""):
+        pattern = f"(?:{re.escape(character)}{pattern})?+"
+    return rf"(?:{pattern}\Z)?+" if pattern else ""
 
 
 def _malformed_after_bracket(grammar: TaggedFields, shape: Shape, mark: str) -> str:

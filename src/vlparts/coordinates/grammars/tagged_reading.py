@@ -8,7 +8,7 @@ from .base import QUOTE_LENGTH, DecodeError, Found
 from .tagged_fields import TaggedFields
 from .tagged_patterns import Patterns, compiled
 
-__all__ = ["scan"]
+__all__ = ["empty_groups", "scan"]
 
 _TAG_LENGTH = 64  # characters of an opening tag, at most, that are looked for at the end of a text
 _Codes = tuple[int, ...]
@@ -29,8 +29,8 @@ def scan(grammar: TaggedFields, text: str) -> tuple[list[Found], list[DecodeErro
     for match in patterns.region.finditer(text):
         start, stop = match.span()
         index = match.lastindex
-        if index is None:
-            errors.append(_error(grammar, text, match, patterns))
+        if index is None or index not in kinds:  # malformed, or a group that says that there is no region
+            errors += [_error(grammar, text, match, patterns)] if index is None else []
             if label_after:
                 groups.append((len(found), start, stop))
             end, after_region = stop, False
@@ -60,6 +60,15 @@ def scan(grammar: TaggedFields, text: str) -> tuple[list[Found], list[DecodeErro
     if label_after:
         _add_labels_after(grammar, text, found, groups)
     return found, errors + _cut_tag(text, end, patterns)
+
+
+def empty_groups(grammar: TaggedFields, text: str) -> list[tuple[int, int]]:
+    """Return start and end of each group that says that there is no region, with its marks and without its label."""
+    if not grammar.empty:
+        return []
+    patterns = compiled(grammar)
+    matches = patterns.region.finditer(text)
+    return [match.span() for match in matches if match.lastindex and match.lastindex not in patterns.kinds]
 
 
 def _integer_codes(texts: Sequence[str]) -> _Codes:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...parts.ops_attention_reference import SegmentRun, attend, segment_lengths, segment_runs, zeros_like_output
+from ...parts.utils import refuse_second_derivative
 from .attention_blocks import append_mean, attend_in_blocks, blocks_apply
 
 # Segments up to this length are copied into one batch with others of equal length. Copied, eight segments take this
@@ -160,8 +160,8 @@ class _BFloat16Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("Packed attention in bfloat16 is")
         if grad is None:
             return None, None, None, None
         query, key, value, output, weights = ctx.saved_tensors

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...parts.utils import refuse_second_derivative
 from .linear import is_plain, onednn_is_faster, product
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,8 +84,8 @@ class _BlockAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("Packed attention in blocks is")
         query, key, value, output = ctx.saved_tensors
         return *_backward(query, key, value, output, grad, ctx.scale), None
 
