@@ -8,6 +8,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from tests.parts.position_oracle import all_options, draw_order_one, embed_grid, name_of, place_patches
 from vlparts.parts.pos_embed import PositionEmbedding
+from vlparts.parts.pos_embed_tables import resample_grid, resample_whole_grid
 
 FITTING = [(3, 4), (5, 5), (1, 1), (5, 2)]
 GRIDS = [*FITTING, (9, 13), (2, 17), (6, 3), (5, 6)]
@@ -194,3 +195,14 @@ def test_compiles_in_one_graph_for_all_sizes(options: dict[str, Any]) -> None:
     for grids in (FITTING, [(4, 4)], [(2, 3), (1, 5), (4, 1)]):
         with torch.compiler.set_stance("default" if grids is FITTING else "fail_on_recompile"):
             torch.testing.assert_close(compiled(*place_patches(grids)), module(*place_patches(grids)))
+
+
+@pytest.mark.parametrize("size", [(4, 1), (1, 4), (1, 1), (5, 3), (9, 1)])
+def test_a_whole_grid_of_any_size_is_that_of_its_patches(size: tuple[int, int]) -> None:
+    """One column, which PyTorch's antialiased interpolation gets wrong on CPU, like any other number of columns."""
+    table = torch.randn(6, 7, 3, generator=torch.Generator().manual_seed(0))
+    height, width = size
+    positions = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    expected = resample_grid(table, positions, torch.tensor([size]).expand(len(positions), 2), "bicubic_antialias")
+    found = resample_whole_grid(table, height, width)
+    torch.testing.assert_close(found.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)

@@ -217,6 +217,10 @@ def resample_whole_grid(table: Tensor, height: int, width: int) -> Tensor:
     """Resample a table `(R, C, D)` to `(height, width, D)`, bicubic and antialiased, in float32."""
     if table.shape[:2] == (height, width):
         return table
+    if (
+        width == 1 and height > 1
+    ):  # PyTorch's antialiased interpolation is wrong on CPU for one column, not for one row
+        return resample_whole_grid(table.transpose(0, 1), width, height).transpose(0, 1)
     grid = table.float().permute(2, 0, 1)[None]
     grid = interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
     return grid[0].permute(1, 2, 0).to(table.dtype)
