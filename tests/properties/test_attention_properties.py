@@ -134,6 +134,8 @@ def test_blocks_of_any_size_are_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
         patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+        # Also for single keys: PyTorch's fused attention sums their gradients in bfloat16.
+        patch.setattr(attention_blocks, "onednn_is_faster", lambda *sizes: True)
         patch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
         patch.setattr(attention_blocks, "MIN_LENGTH", 1)
         patch.setattr(attention_blocks, "MAX_THREADS", 64)
@@ -147,8 +149,11 @@ def test_blocks_of_any_size_are_the_reference(
     expected = packed_attention_reference(*precise, cu_q, cu_k, 0, 0)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    # Sums of rounded terms over the queries of a group of heads; their errors grow with the root of the number.
+    summands = max((pair[0] for pair in pairs), default=0) * heads[0] / heads[1]
+    absolute = 4 * tolerance * max(1.0, (summands / 32) ** 0.5)
     for mine, exact in zip(found, gradients(expected, precise, direction), strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=2 * tolerance, atol=4 * tolerance)
+        torch.testing.assert_close(mine.double(), exact, rtol=2 * tolerance, atol=absolute)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(20, 40))
