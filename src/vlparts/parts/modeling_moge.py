@@ -30,7 +30,7 @@ from .ops_activations import get_activation
 from .ops_linear import apply_linear
 from .ops_rms_norm import RMSNorm
 from .packed_samples import keep_samples_apart, sequence_bounds
-from .utils import ForwardKwargs, add_auto_classes, slice_for_logits
+from .utils import ForwardKwargs, add_auto_classes, server_of, slice_for_logits
 
 
 # The decorator must be in the file of the PreTrainedModel: see RoutedExperts.
@@ -226,7 +226,7 @@ class MoGEModel(MoGEPreTrainedModel):
 
     def __init__(self, config: MoGEConfig) -> None:
         super().__init__(config)
-        if config._attn_implementation == "sglang":
+        if server_of(config) == "SGLang":
             # SGLang loads experts by the names of single ones, and skips others with a warning.
             raise ValueError("`attn_implementation` must not be 'sglang', which would skip the stacked weights.")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)

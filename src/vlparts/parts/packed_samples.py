@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from .ops_attention import PACKED_ATTENTION_NAME
-from .utils import check_shape, is_served
+from .utils import check_shape, server_of
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens_cpu")
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -202,7 +202,7 @@ def run_text_model(
         "past_key_values": past_key_values,
         "use_cache": use_cache,
     }
-    if sequence is None or sequence.ndim < 2 or sequence.shape[1] < 2 or is_served(text_model.config):
+    if sequence is None or sequence.ndim < 2 or sequence.shape[1] < 2 or server_of(text_model.config):
         return forward(**inputs, **state, **kwargs)
     compiled = torch.compiler.is_compiling()
     ids = None

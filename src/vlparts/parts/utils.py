@@ -116,12 +116,16 @@ def activation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
 
 
-def is_served(config: PreTrainedConfig) -> bool:
-    """Whether vLLM or SGLang runs a text model with this configuration, marked by their attention implementation.
+_SERVERS = {"vllm": "vLLM", "vllm_mla": "vLLM", "sglang": "SGLang"}
 
-    The tokens of several requests are one row then, and the server's attention keeps them apart.
+
+def server_of(config: PreTrainedConfig) -> str | None:
+    """Return the server that runs a text model with this configuration, "vLLM" or "SGLang", or None.
+
+    Servers mark it by their attention implementation. The tokens of several requests are one row then, and the
+    server's attention keeps them apart.
     """
-    return config._attn_implementation in ("vllm", "vllm_mla", "sglang")
+    return _SERVERS.get(config._attn_implementation)
 
 
 def slice_for_logits(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

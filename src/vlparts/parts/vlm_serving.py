@@ -11,7 +11,7 @@ The transformers backends of vLLM and SGLang serve a saved folder without `vlpar
 - Features: `get_image_features(pixel_values, return_dict=True, **fields).pooler_output` has one tensor per image,
   `get_video_features` the same for videos.
 - Samples: the tokens of several requests are one row, whose positions restart. The server's attention keeps them
-  apart, see [`is_served`]; the model must not.
+  apart, see [`server_of`]; the model must not.
 - Positions: [`ServedModelMixin.get_rope_index`] gives those of a text model with multimodal rotary positions.
 - Processor: it is called with a text of nothing but placeholders and `return_text_replacement_offsets=True`. The
   result for an image or video may depend on nothing else in the call, since a server keeps it. A field has as many
@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import MultiModalData
 
 from .rope_multimodal import get_multimodal_position_ids
-from .utils import is_served
+from .utils import server_of
 from .vlm_features import get_square_grid, pixel_layout
 
 _SERVED_FIELDS = {"multiplier": "logit_scale", "softcap": "final_logit_softcapping"}
@@ -47,7 +47,7 @@ def check_servable(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: If the text model has a factor that the server leaves out; names it.
     """
-    if not is_served(config.text_config):
+    if server_of(config.text_config) is None:
         return
     for name, field in config.head_rule._asdict().items():
         if name == "bias" or not field or _SERVED_FIELDS.get(name) == field:
