@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ProcessorMixin
 
 from .chat_placeholders import chat_template_of
 from .chat_templates import DEFAULT_CHAT_TEMPLATE
 from .image_arrays import read_images
 from .image_transforms import flat_list_of_videos, images_by_sample, videos_by_sample
-from .vlm_serving import ServedProcessorMixin, VideoView
+from .vlm_serving import ServedProcessor, VideoView
 
 # What native image processors return beside the inputs of the model.
 _NOT_FOR_THE_MODEL = (
@@ -26,7 +25,7 @@ _NOT_FOR_THE_MODEL = (
 )
 
 
-class VisionLanguageProcessor(ServedProcessorMixin, ProcessorMixin):
+class VisionLanguageProcessor(ServedProcessor):
     """Image processor and tokenizer of a [`VisionLanguageForConditionalGeneration`].
 
     Each image placeholder in the text is repeated once per feature of that image. Each video placeholder becomes one

@@ -15,7 +15,7 @@ The transformers backends of vLLM and SGLang serve a saved folder without `vlpar
 - Positions: [`ServedModelMixin.get_rope_index`] gives those of a text model with multimodal rotary positions.
 - Processor: it is called with a text of nothing but placeholders and `return_text_replacement_offsets=True`. The
   result for an image or video may depend on nothing else in the call, since a server keeps it. A field has as many
-  rows per image as `image_grid_thw` or [`ServedProcessorMixin._get_num_multimodal_tokens`] says, or is a list with
+  rows per image as `image_grid_thw` or [`ServedProcessor._get_num_multimodal_tokens`] says, or is a list with
   one tensor per image.
 - Names: the `model_input_names` of `image_processor` and `video_processor` are disjoint.
 - Configurations are pickled by value with all that their modules reach: they import no model and no operation.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .rope_multimodal import get_multimodal_position_ids
 from .utils import server_of
@@ -132,8 +132,8 @@ class VideoView:
         return self.image_processor.preprocess_videos(videos, **kwargs)
 
 
-class ServedProcessorMixin:
-    """What a processor does for servers alone."""
+class ServedProcessor(ProcessorMixin):
+    """Base class of a processor, with what it does for servers alone."""
 
     image_processor: Any
     image_token: str
@@ -160,7 +160,7 @@ class ServedProcessorMixin:
         For a server, each video has its own budget of pixels, and views are returned as lists with one tensor per
         image: `image_tile_grid` `(2,)`, and `image_view_grid` `(views, 3)` instead of `image_grid_thw`.
         """
-        process = super().__call__  # type: ignore[misc]
+        process = super().__call__
         if not self._called_by_server(text, kwargs):
             return process(images=images, text=text, videos=videos, **kwargs)
         if videos is not None and hasattr(self.image_processor, "video_shared_budget"):
