@@ -142,18 +142,16 @@ def test_blocks_of_any_size_are_the_reference(
         patch.setattr(attention_blocks, "SCORES_PER_BLOCK", scores)
         patch.setattr(attention_blocks, "LENGTH_MULTIPLE", steps)
         output = attend(tensors, pairs)
-        direction = torch.randn(output.shape, dtype=torch.float64)
+        # Rounded first: sums over many queries would hold the rounding of the kernels' input, which is none of theirs.
+        direction = torch.randn(output.shape).to(dtype).double()
         found = gradients(output, tensors, direction)
     precise = tuple(x.detach().double().requires_grad_() for x in tensors)
     cu_q, cu_k = (boundaries([pair[i] for pair in pairs]) for i in (0, 1))
     expected = packed_attention_reference(*precise, cu_q, cu_k, 0, 0)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
-    # Sums of rounded terms over the queries of a group of heads; their errors grow with the root of the number.
-    summands = max((pair[0] for pair in pairs), default=0) * heads[0] / heads[1]
-    absolute = 4 * tolerance * max(1.0, (summands / 32) ** 0.5)
     for mine, exact in zip(found, gradients(expected, precise, direction), strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=2 * tolerance, atol=absolute)
+        torch.testing.assert_close(mine.double(), exact, rtol=2 * tolerance, atol=4 * tolerance)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(20, 40))
