@@ -1,7 +1,7 @@
 """Every Python snippet of the README and the pages runs, page by page, from top to bottom.
 
 Blocks fenced as `py` import packages that are no dependencies. They run where these are installed, in sessions of
-their own.
+their own. Blocks fenced as `py3` need a server and never run.
 """
 
 import ast

@@ -90,7 +90,7 @@ def test_replaced_layers_change_nothing(name: str) -> None:
 
 @every_model
 def test_no_weight_is_dropped_and_the_model_without_head_reports_none(name: str, tmp_path: Path) -> None:
-    model, processor = MODELS[name]()
+    model, _ = MODELS[name]()
     patterns = VisionLanguageModel._keys_to_ignore_on_load_unexpected
     keys = {key.removeprefix("model.") for key in model.state_dict()}
     assert "lm_head.weight" in keys
@@ -102,7 +102,6 @@ def test_no_weight_is_dropped_and_the_model_without_head_reports_none(name: str,
     assert torch.equal(
         found.get_input_embeddings().weight.detach(), model.model.get_input_embeddings().weight.detach()
     )
-    del processor
 
 
 @every_model
@@ -186,6 +185,9 @@ def test_only_servers_get_budgets_per_video_and_bare_placeholders() -> None:
         processor(text=f"{processor.video_token} and", videos=videos[:1], return_text_replacement_offsets=True)
     with pytest.raises(ValueError, match="must have each"):
         processor(text=processor.video_token, videos=videos[:1])
+    _, tiled = MODELS["deepencoder"]()
+    alone = tiled(images=PICTURES, return_text_replacement_offsets=True, return_tensors="pt")
+    assert alone["image_tile_grid"].shape == (len(PICTURES), 2)
 
 
 def test_image_and_video_processor_return_other_names() -> None:

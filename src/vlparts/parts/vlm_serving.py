@@ -145,9 +145,9 @@ class ServedProcessor(ProcessorMixin):
 
     def _called_by_server(self, text: Any, options: dict[str, Any]) -> bool:
         """Whether the text is nothing but placeholders, and the offsets of their replacements are asked for."""
-        if not options.get("return_text_replacement_offsets"):
+        if not text or not options.get("return_text_replacement_offsets"):
             return False
-        for sample in [text] if isinstance(text, str) else text or []:
+        for sample in [text] if isinstance(text, str) else text:
             for token in (self.image_token, self.video_token):
                 sample = sample.replace(token, "") if token else sample
             if sample.strip():
