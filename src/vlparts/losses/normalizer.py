@@ -8,7 +8,7 @@ from torch import Tensor
 from ..parts.utils import IGNORE_INDEX
 from .weights import resolve_mix, weigh_next_tokens, weigh_tokens
 
-__all__ = ["LossNormalizer", "sum_over_processes"]
+__all__ = ["LossNormalizer", "gather_over_processes", "sum_over_processes"]
 
 
 class LossNormalizer:
@@ -119,11 +119,16 @@ def sum_over_processes(values: Tensor, group: Any = None, device: torch.device |
         device: Device of the group's backend (the accelerator for NCCL and HCCL). Default: that of `values`.
 
     Returns:
-        float64 on the device of `values`, the same in each process; `values` if torch.distributed is not initialised.
+        float64 on the device of `values`, the same in each process.
     """
+    return gather_over_processes(values, group, device).sum(0)
+
+
+def gather_over_processes(values: Tensor, group: Any = None, device: torch.device | str | None = None) -> Tensor:
+    """Gather float64 values of all processes, of shape `(processes, n)`; see [`sum_over_processes`]."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
+        return values[None]
     bits = values.view(torch.int32).to(device or values.device)  # not every accelerator has float64
     gathered = [torch.empty_like(bits) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, bits, group=group)
-    return torch.stack([part.to(values.device).view(torch.float64) for part in gathered]).sum(0)
+    return torch.stack([part.to(values.device).view(torch.float64) for part in gathered])

@@ -117,7 +117,7 @@ class PairEncoder:
         ids = self.processor.tokenizer(caption)["input_ids"]
         if self.max_text_length is not None and len(ids) > self.max_text_length:
             raise ValueError(f"The caption has {len(ids)} tokens; the text tower takes {self.max_text_length}.")
-        pair = Pair(torch.tensor(ids), torch.tensor(ids), images)
+        pair = Pair(torch.tensor(ids), torch.tensor(ids), images, image_count=1)
         if len(pair) > self.max_length:
             raise ValueError(
                 f"The pair has {len(pair)} patches and tokens; expected at most {self.max_length}. Raise `capacity` "

@@ -51,12 +51,16 @@ class Sample:
         labels: `(S,)` int64, -100 outside the assistant turns.
         images: Output of the image processor: tensors with one or more rows per image; empty without images.
         weight: Weight of the record in the loss.
+        image_count: Number of images.
+        task: Index of the file of the record among several.
     """
 
     input_ids: Tensor
     labels: Tensor
     images: dict[str, Tensor]
     weight: float = 1.0
+    image_count: int = 0
+    task: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -156,7 +160,7 @@ class SampleEncoder:
                 f"The sample has {len(ids)} tokens ({sum(counts)} of them for images); expected at most "
                 f"{self.max_length}. Raise `capacity` or use smaller images."
             )
-        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
+        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs), image_count=len(images))
 
     def _open(self, path: str) -> Image.Image:
         source: Any = DataImage(path) if path.startswith("data:") else self.root / path

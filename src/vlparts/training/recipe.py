@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from transformers import TrainerCallback
 
 from ..journal import Journal
+from ..run_log import RECIPE
 from .config import COMPOSITION_FIELDS, UNSET, TrainConfig, check_config, read_yaml
 from .dual_encoder import VISION, save_vision_tower
 from .packed_trainer import pack_sampler
@@ -51,7 +52,6 @@ __all__ = [
 
 RECIPES = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 """Recipes of published models by name."""
-_JOURNAL = "recipe.jsonl"
 _OF_THE_RUN = ("output", "resume")
 _MERGED = ("trainer", "image_processor")
 _OF_A_STAGE = (*_OF_THE_RUN, "model", "kind", *COMPOSITION_FIELDS)
@@ -208,8 +208,8 @@ def check_recipe(recipe: Recipe) -> list[StagePlan]:
             recipe or of none.
     """
     check_output(recipe.output)
-    if (recipe.output / _JOURNAL).exists():
-        Journal(recipe.output / _JOURNAL, _settings(recipe)).close()
+    if (recipe.output / RECIPE).exists():
+        Journal(recipe.output / RECIPE, _settings(recipe)).close()
     else:
         for config in recipe.configs.values():
             if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
@@ -329,7 +329,7 @@ def run_recipe(
     Raises:
         ValueError: As for [`check_recipe`], before anything is trained or written.
     """
-    path, settings = recipe.output / _JOURNAL, _settings(recipe)
+    path, settings = recipe.output / RECIPE, _settings(recipe)
     state = PartialState()
     with state.main_process_first():  # of several processes one checks the recipe and makes the journal
         if not path.exists():

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
+from ..run_log import append_entry, write_log
 from .building import build, conversation_texts
 from .config import TrainConfig
 from .dataset import MixedDataset, PaddedCollator, SampleDataset, SampleWeights, collate_packed, steps_for_tokens
@@ -26,6 +27,7 @@ from .dual_encoder import (
     save_vision_tower,
 )
 from .encoding import SampleEncoder
+from .metrics import MetricsCollator, RunMetrics, TaskEncoder, task_names
 from .optimizers import Rates, muon_with_adamw
 from .packed_trainer import PackedTrainer, WeightedPackedTrainer, pack_sampler
 from .records import RecordFile, read_records
@@ -81,12 +83,13 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         eval_dataset=run.eval_data,
         data_collator=run.collator,
         processing_class=run.processor,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), _RunLog()],
         optimizer_cls_and_kwargs=_optimizer_factory(config),
         capacity=config.capacity,
         max_items=config.max_items,
         learning_rate_steps=config.learning_rate_steps,
         rates=_rates(config),
+        metrics=run.metrics,
         **run.loss_options,
     )
     if run.skipped and run.args.process_index == 0:
@@ -115,6 +118,7 @@ class Prepared:
         trainer_class: Class of the Trainer.
         loss_options: Its options for the loss.
         skipped: Error messages of the skipped records.
+        metrics: Scalars of the run for the log, if any.
     """
 
     model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
@@ -126,6 +130,7 @@ class Prepared:
     trainer_class: type[Any]
     loss_options: dict[str, Any]
     skipped: list[str]
+    metrics: RunMetrics | None
 
 
 def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
@@ -157,7 +162,7 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
     rates = _rates(config)
     if rates is not None:
         rates.groups(model, [])  # raises for names that match nothing
-    datasets = [_build_dataset(config, file, model, processor, args) for file in files]
+    datasets = [_build_dataset(config, file, model, processor, args, task) for task, file in enumerate(files)]
     mixed = isinstance(config.data, dict)
     data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
     if config.max_tokens is not None:
@@ -170,7 +175,22 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
         eval_data = _build_dataset(config, files[-1], model, processor, args)
     trainer_class, collator, loss_options = _trainer_class(config, processor)
     skipped = [reason for file in files for reason in file.skipped]
-    return Prepared(model, processor, args, data, eval_data, collator, trainer_class, loss_options, skipped)
+    metrics = None
+    if config.metrics:
+        collator, metrics = MetricsCollator(collator), RunMetrics(task_names([*config.shares]), config.capacity)
+    return Prepared(model, processor, args, data, eval_data, collator, trainer_class, loss_options, skipped, metrics)
+
+
+class _RunLog(TrainerCallback):
+    """Writes the Trainer's log to the folder of the run, entry by entry; a resumed run keeps those before it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_log(Path(args.output_dir), state.log_history)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            append_entry(Path(args.output_dir), state.log_history[-1])
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -182,7 +202,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 
 def _build_dataset(
-    config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments
+    config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments, task: int = 0
 ) -> SampleDataset:
     root = records.path.parent
     encoder: Any
@@ -203,7 +223,7 @@ def _build_dataset(
             seed=config.seed,
         )
     show = not args.disable_tqdm and args.process_index == 0
-    return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
+    return SampleDataset(records, TaskEncoder(encoder, task), config.on_error, config.cache, progress=show)
 
 
 def check_output(output: Path) -> None:
