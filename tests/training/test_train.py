@@ -156,7 +156,7 @@ def test_the_saved_folder_holds_weights_code_and_processor_and_no_pickle(tmp_pat
     output = tmp_path / "output"
     files = {path.name for path in output.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", "modeling_vlm.py", "processing_vlm.py", "tokenizer.json"} <= files
-    assert {Path(name).suffix for name in files} == {".json", ".py", ".safetensors", ".jinja"}
+    assert {Path(name).suffix for name in files} == {".json", ".jsonl", ".py", ".safetensors", ".jinja"}
     saved = weights(output)
     for name, value in result.model.state_dict().items():
         assert torch.equal(saved[name], value), name

@@ -119,15 +119,21 @@ def sum_over_processes(values: Tensor, group: Any = None, device: torch.device |
         device: Device of the group's backend (the accelerator for NCCL and HCCL). Default: that of `values`.
 
     Returns:
-        float64 on the device of `values`, the same in each process.
+        float64 on the device of `values`, the same in each process; `values` if torch.distributed is not initialised.
     """
-    return gather_over_processes(values, group, device).sum(0)
+    gathered = gather_over_processes(values, group, device)
+    return values if gathered is None else gathered.sum(0)
 
 
-def gather_over_processes(values: Tensor, group: Any = None, device: torch.device | str | None = None) -> Tensor:
-    """Gather float64 values of all processes, of shape `(processes, n)`; see [`sum_over_processes`]."""
+def gather_over_processes(
+    values: Tensor, group: Any = None, device: torch.device | str | None = None
+) -> Tensor | None:
+    """Gather float64 values of all processes, of shape `(processes, n)`, as [`sum_over_processes`] does.
+
+    Without torch.distributed the result is None.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values[None]
+        return None
     bits = values.view(torch.int32).to(device or values.device)  # not every accelerator has float64
     gathered = [torch.empty_like(bits) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, bits, group=group)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0067a5", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
 STYLES = ("-", "--", ":")
 COLUMNS = 3
+LOG_SPAN = 20
 MEAN_SHARE = 25  # a mean is over one of so many parts of the entries
 EVALUATION = "evaluation"
 
@@ -37,7 +38,8 @@ class Panel:
         title: Its title.
         lines: Labels and names of the entries of the log; a name that ends with "/" is the start of several names,
             whose ends are their labels.
-        scale: "linear", "log", "from 0", or "share" for values from 0 to 1 in percent.
+        scale: "linear", "log" for values that span more than a factor of [`LOG_SPAN`], "from 0", or "share" for values
+            from 0 to 1 in percent.
         smooth: Whether to draw a mean over single values.
     """
 
@@ -53,13 +55,13 @@ PANELS = (
     Panel("loss by answer length in tokens", {"": "loss_by_length/"}),
     Panel("learning rate", {"": "learning_rate"}, "from 0", smooth=False),
     Panel("gradient norm", {"": "grad_norm"}, "log"),
+    Panel("samples per pack", {"": "packing/samples"}, "from 0"),
     Panel("tokens per second", {"": "speed/tokens_per_second"}, "from 0"),
     Panel("images per second", {"": "speed/images_per_second"}, "from 0"),
     Panel("packs filled, time waiting for data", {"fill": "packing/fill", "waiting": "speed/data_wait"}, "share"),
-    Panel("samples per pack", {"": "packing/samples"}, "from 0"),
-    Panel("router load: entropy", {"": "router/load_entropy"}, "share"),
-    Panel("router load: largest excess over the mean", {"": "router/max_violation"}, "from 0"),
-    Panel("experts without tokens", {"": "router/dead_experts"}, "from 0"),
+    Panel("router: entropy of the load, 100% if even", {"": "router/load_entropy"}, "share"),
+    Panel("router: busiest expert, (max - mean) / mean", {"": "router/max_violation"}, "from 0"),
+    Panel("router: experts without tokens", {"": "router/dead_experts"}, "from 0"),
 )
 
 
@@ -91,6 +93,7 @@ def run(folder: str | Path, path: str | Path | None = None) -> Figure:
         _draw_stages(ax, stages, starts, named=panel is panels[0][0])
     for ax in axes[len(panels) :]:
         ax.remove()
+    figure.supxlabel("optimizer step", fontsize=9)
     figure.suptitle(_title(Path(folder), stages, starts), fontsize=12, x=0.01, ha="left")
     return save_figure(figure, path)
 
@@ -121,10 +124,8 @@ def _first_number(label: str) -> int:
 def _draw(ax: Axes, panel: Panel, found: dict[str, list[Points]]) -> None:
     """Draw the lines of a panel: means over single values, which are lighter, if there are many."""
     for index, (label, segments) in enumerate(found.items()):
-        style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "linestyle": STYLES[index // len(COLOURS) % 3],
-        }
+        cycle, colour = divmod(index, len(COLOURS))
+        style: dict[str, Any] = {"color": COLOURS[colour], "linestyle": STYLES[cycle % len(STYLES)]}
         if label == EVALUATION:
             style |= {"marker": "o", "markersize": 3.5, "linewidth": 1}
         for points in filter(len, segments):
@@ -136,17 +137,18 @@ def _draw(ax: Axes, panel: Panel, found: dict[str, list[Points]]) -> None:
             ax.plot(steps, values, **{"linewidth": 1.5, **style}, label=label)
             label = "_"  # one entry in the legend
     ax.set_title(panel.title, fontsize=10, loc="left")
-    if len(found) > 1:
+    if any(found):
         ax.legend(fontsize=8, frameon=False, ncols=1 + len(found) // 5, handlelength=1.4)
-    every = [value for segments in found.values() for points in segments for _, value in points]
+    every = np.array([value for segments in found.values() for points in segments for _, value in points])
+    least, most = every[np.isfinite(every)].min(initial=np.inf), every[np.isfinite(every)].max(initial=0.0)
     if panel.scale == "share":
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(import_matplotlib("ticker").PercentFormatter(1.0))
-    elif panel.scale == "log" and min(every) > 0:
+    elif panel.scale == "log" and most > LOG_SPAN * least > 0:
         ax.set_yscale("log")
-    elif panel.scale == "from 0":
-        ax.set_ylim(0, 1.08 * max(*every, 1e-9))
-        ax.yaxis.set_major_formatter(import_matplotlib("ticker").StrMethodFormatter("{x:,.4g}"))
+    elif panel.scale != "linear":
+        ax.set_ylim(0, 1.08 * max(most, 1e-9))
+        ax.yaxis.set_major_formatter(import_matplotlib("ticker").StrMethodFormatter("{x:g}"))
     integer_ticks(ax.xaxis, 6)
     thousands_separators(ax.xaxis)
     ax.grid(color="0.92", linewidth=0.8)

@@ -157,18 +157,18 @@ class RunMetrics(TrainerCallback):
             yield without_facts(batch)
 
     @torch.no_grad()
-    def add_losses(self, logits: Tensor | None, labels: Tensor, loss_weights: Tensor | None = None) -> None:
+    def add_losses(self, logits: Tensor | None, labels: Tensor | None, loss_weights: Tensor | None = None) -> None:
         """Add the losses of the next micro-batch of the step; batches outside of a step are not counted.
 
         Args:
             logits: `(B, S, V)`; None if the model does not return them, then nothing is counted.
-            labels: `(B, S)`, not shifted.
+            labels: `(B, S)`, not shifted; None likewise.
             loss_weights: `(B, S)`; tokens without weight are not counted.
         """
         if not self._groups:
             return
         groups = self._groups.popleft()
-        if logits is None:
+        if logits is None or labels is None:
             return
         losses, counted = next_token_losses(logits, labels, loss_weights)
         # No sample begins at a token with loss, so the group of a token is that of the one before.
@@ -185,7 +185,9 @@ class RunMetrics(TrainerCallback):
         """
         losses = torch.zeros(len(self.tasks) * len(LENGTHS), 2) if self._losses is None else self._losses.cpu()
         own = torch.tensor([self._seconds, self._waited, *self._totals.values()], dtype=torch.float64)
-        found = gather_over_processes(torch.cat([own, losses.double().flatten()]), device=device)
+        values_here = torch.cat([own, losses.double().flatten()])
+        gathered = gather_over_processes(values_here, device=device)
+        found = values_here[None] if gathered is None else gathered
         seconds, waited = found[:, 0].clamp(min=1e-9), found[:, 1]
         totals = found[:, 2:].sum(0)
         packs, samples, tokens, images = totals[:4].tolist()

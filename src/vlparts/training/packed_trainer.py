@@ -122,7 +122,7 @@ class PackTrainer(Trainer):
         """Compute Trainer's loss with use_cache=False."""
         loss, outputs = super().compute_loss(model, {**inputs, "use_cache": False}, True, num_items_in_batch)
         if self._metrics is not None:
-            self._metrics.add_losses(outputs.get("logits"), inputs["labels"], inputs.get("loss_weights"))
+            self._metrics.add_losses(outputs.get("logits"), inputs.get("labels"), inputs.get("loss_weights"))
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:

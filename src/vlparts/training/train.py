@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
@@ -336,6 +337,11 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
             "`learning_rate_steps` replaces 'lr_scheduler_type' in `trainer`; expected only one of the two."
         )
     try:
-        return TrainingArguments(**settings, **{**defaults, **config.trainer})
+        args = TrainingArguments(**settings, **{**defaults, **config.trainer})
     except TypeError as error:
         raise ValueError(f"`trainer` must contain fields of TrainingArguments only: {error}") from None
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ValueError(f"`trainer` report_to={config.trainer['report_to']!r}: {error}") from None
+    return args
