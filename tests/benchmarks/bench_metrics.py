@@ -1,4 +1,4 @@
-"""What the metrics of a training run cost: steps of `train` with and without them, and their share at a large vocabulary.
+"""What the metrics of a training run cost, in steps of `train` and for a large vocabulary.
 
 `python tests/benchmarks/bench_metrics.py [--steps N] [--repeats N] [--classes N] [--hidden N]` first checks that both
 runs have the same losses to the bit. It prints seconds per step of the demo's model on the demo's images, and for one
