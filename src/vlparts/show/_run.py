@@ -171,8 +171,8 @@ def _draw_stages(ax: Axes, stages: Sequence[StageLog], starts: Sequence[int], na
         if start:
             ax.axvline(start, color="0.4", linewidth=0.8, linestyle="--")
         if named:
-            place = (start, 1), ax.get_xaxis_transform()
-            ax.annotate(stage.name, *place, (2, -2), textcoords="offset points", va="top", fontsize=8, color="0.3")
+            options: dict[str, Any] = {"textcoords": "offset points", "va": "top", "fontsize": 8, "color": "0.3"}
+            ax.annotate(stage.name, (start, 1), xytext=(2, -2), xycoords=ax.get_xaxis_transform(), **options)
 
 
 def _title(folder: Path, stages: Sequence[StageLog], starts: Sequence[int]) -> str:
