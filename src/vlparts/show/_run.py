@@ -90,7 +90,7 @@ def run(folder: str | Path, path: str | Path | None = None) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (panel, found) in zip(axes, panels, strict=False):
         _draw(ax, panel, found)
-        _draw_stages(ax, stages, starts, named=panel is panels[0][0])
+        _draw_stages(ax, starts)
     for ax in axes[len(panels) :]:
         ax.remove()
     figure.supxlabel("optimizer step", fontsize=9)
@@ -162,19 +162,16 @@ def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
-def _draw_stages(ax: Axes, stages: Sequence[StageLog], starts: Sequence[int], named: bool) -> None:
-    """Draw a line where each further stage begins, and the names of the stages above."""
+def _draw_stages(ax: Axes, starts: Sequence[int]) -> None:
+    """Draw a line where each further stage begins."""
     ax.set_xlim(0, starts[-1])
-    if len(stages) == 1:
-        return
-    for stage, start in zip(stages, starts, strict=False):
-        if start:
-            ax.axvline(start, color="0.4", linewidth=0.8, linestyle="--")
-        if named:
-            options: dict[str, Any] = {"textcoords": "offset points", "va": "top", "fontsize": 8, "color": "0.3"}
-            ax.annotate(stage.name, (start, 1), xytext=(2, -2), xycoords=ax.get_xaxis_transform(), **options)
+    for start in starts[1:-1]:
+        ax.axvline(start, color="0.4", linewidth=0.8, linestyle="--")
 
 
 def _title(folder: Path, stages: Sequence[StageLog], starts: Sequence[int]) -> str:
-    names = f" in {len(stages)} stages" if len(stages) > 1 else ""
+    """The name of the folder, the number of steps, and the names of stages with theirs."""
+    steps = np.diff(starts)
+    parts = [f"{stage.name} {count:,}" for stage, count in zip(stages, steps, strict=True) if stage.name]
+    names = f" ({', '.join(parts)})" if parts else ""
     return f"{folder.resolve().name}: {starts[-1]:,} optimizer steps{names}"
