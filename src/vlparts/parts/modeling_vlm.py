@@ -29,6 +29,7 @@ from .utils import (
     check_token_inputs,
     slice_for_logits,
 )
+from .vlm_distributed import complete_plans, must_run
 from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
@@ -53,6 +54,11 @@ class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def post_init(self) -> None:
+        """Finish the construction, with plans that name the layers of the vision encoder and of the text model."""
+        super().post_init()
+        complete_plans(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -198,6 +204,8 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
+        if not media and past_key_values is None and must_run(self.vision_tower, self.projector):
+            inputs_embeds = self.run_without_images(inputs_embeds)
 
         return self.run_language_model(
             attention_mask=attention_mask,
@@ -213,6 +221,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
     """The composed model with a language head, for generation, training and pipelines."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
