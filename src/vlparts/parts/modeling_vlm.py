@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import VisionLanguageConfig
+from .distributed import ShardableMixin
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
 from .part_models import model_from_config, vision_tower_from_config
@@ -29,7 +30,7 @@ from .utils import (
     check_token_inputs,
     slice_for_logits,
 )
-from .vlm_distributed import complete_plans, must_run
+from .vlm_distributed import must_run
 from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
@@ -42,7 +43,7 @@ from .vlm_views import ViewAssembler
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
+class VisionLanguagePreTrainedModel(ShardableMixin, SubmodelInitializationMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: VisionLanguageConfig
@@ -54,11 +55,6 @@ class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-
-    def post_init(self) -> None:
-        """Finish the construction, with plans that name the layers of the vision encoder and of the text model."""
-        super().post_init()
-        complete_plans(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,17 +1,15 @@
-"""Distribution of composed models over processes: what is sharded, and a forward pass without images.
+"""A forward pass without images beside processes that have some.
 
 Shapes: n images, m side of a merged block, C channels, P side of a patch.
 """
 
 import math
-import re
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from .vlm_features import get_vision_tower
@@ -19,30 +17,6 @@ from .vlm_towers import patch_width
 
 _SIDE = 4  # patches; all encoders that divide their grids divide them by 2 or 4
 _SHARDED = ("device_mesh", "ds_id")  # of a DTensor (FSDP2), of a parameter of DeepSpeed
-
-
-def complete_plans(model: PreTrainedModel) -> None:
-    """Let the plans of a model name its layers, and nothing that it does not have.
-
-    Classes of transformers also name layers of models of their family that are not part of them, such as the text
-    embeddings of CLIP, and accelerate refuses such names. `_no_split_modules` keeps those that exist and gets every
-    layer that supports gradient checkpointing. `_fsdp_plan` shards these.
-
-    Args:
-        model: A model whose `post_init` was called.
-    """
-    modules = dict(model.named_modules())
-    layers = {type(one).__name__ for one in modules.values() if isinstance(one, GradientCheckpointingLayer)}
-    names = {type(one).__name__ for one in modules.values()}
-    model._no_split_modules = (set(model._no_split_modules) & names) | layers
-    paths = {_with_wildcards(name): one for name, one in modules.items()}
-    units = [path for path, one in paths.items() if type(one).__name__ in model._no_split_modules]
-    known = {path: style for path, style in (model._fsdp_plan or {}).items() if path in paths}
-    model._fsdp_plan = {**dict.fromkeys(units, "free_full_weight"), **known}
-
-
-def _with_wildcards(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def must_run(*modules: nn.Module) -> bool:
