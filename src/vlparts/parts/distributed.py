@@ -5,6 +5,7 @@ Shapes: n rows of this process, N rows of all processes, D columns.
 
 import os
 import re
+from copy import copy
 from typing import Any
 
 import torch
@@ -58,8 +59,10 @@ class ShardableMixin:
             state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if dist.get_rank() != 0:
                 return
+        config = copy(model.config)
+        vars(config).pop("distributed_config", None)
         with torch.device("meta"):
-            whole = own._from_config(model.config, dtype=model.dtype)
+            whole = own._from_config(config, dtype=model.dtype)
         if model.can_generate():
             whole.generation_config = model.generation_config
         whole.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
