@@ -42,9 +42,7 @@ TEXTS = {
 PROJECTORS = {"deepencoder": "deepseek_ocr", "fused": "fused_mlp2_gelu", "windowfree": "multi_tap_merger"}
 
 
-def composition(
-    vision: str = "navit", text: str = "qwen3", **changes: Any
-) -> VisionLanguageForConditionalGeneration:
+def composition(vision: str = "navit", text: str = "qwen3", **changes: Any) -> VisionLanguageForConditionalGeneration:
     """A composed model with new weights."""
     made = OURS[vision]() if vision in OURS else native_config(vision)
     if vision in MERGE_SIZES:
@@ -97,7 +95,7 @@ def test_the_plan_of_fsdp2_names_layers_and_nothing_else(
     assert "match nothing" not in caplog.text
     for part in (model.model.vision_tower, model.model.language_model):
         layers = [one for one in part.modules() if isinstance(one, GradientCheckpointingLayer)]
-        assert {one for one in layers} <= {model.get_submodule(name) for name in plan}
+        assert set(layers) <= {model.get_submodule(name) for name in plan}
     assert plan["model.language_model.norm"] == "keep_full_weight"
     head = "model.language_model.embed_tokens" if model.config.tie_word_embeddings else "lm_head"
     assert plan[head] == "keep_full_weight"
@@ -114,6 +112,14 @@ def test_plans_are_those_of_causal_classes() -> None:
         assert wanted.items() <= found.items()
         assert all(key in wanted or ".vision_tower." in key for key in found)
     assert model.supports_pp_plan
+
+
+def test_pipeline_parallelism_is_refused() -> None:
+    """transformers divides text models only."""
+    with torch.device("meta"):
+        model = composition()
+    with pytest.raises(ValueError, match="`pp_size` must be 1 for a composed model, got 2"):
+        type(model).maybe_distribute_model(model, DistributedConfig(pp_size=2), None)
 
 
 @pytest.fixture

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import Trainer
 
+import vlparts.training
 from tests.training.making import losses, settings, weights
 from tests.training.test_weighted_loss_distributed import free_port
 from vlparts import VisionLanguageForConditionalGeneration
@@ -43,7 +46,8 @@ def run_settings(folder: Path, name: str, output: str, processes: int = 1, **cha
     trainer = {**fields.pop("trainer", {}), **(SHARDED if processes == 2 else {})}
     accumulation = 2 // processes
     return settings(
-        folder, **{**fields, "output": folder / output, "gradient_accumulation_steps": accumulation, **changes},
+        folder,
+        **{**fields, "output": folder / output, "gradient_accumulation_steps": accumulation, **changes},
         trainer=trainer,
     )
 
@@ -141,6 +145,15 @@ def test_the_folder_is_that_of_one_process(folder: Path) -> None:
     assert json.loads((found / "config.json").read_text()) == json.loads((wanted / "config.json").read_text())
     model = VisionLanguageForConditionalGeneration.from_pretrained(found)
     assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_the_shipped_configuration_is_one_of_accelerate() -> None:
+    path = Path(vlparts.training.__path__[0]) / "fsdp2.yaml"
+    config = ClusterConfig.from_yaml_file(str(path))  # raises for an unknown key
+    assert config.distributed_type == DistributedType.FSDP
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert config.fsdp_config.keys() <= known.keys()
+    assert config.fsdp_config["fsdp_version"] == 2
 
 
 def test_sharding_that_accelerate_leaves_out_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

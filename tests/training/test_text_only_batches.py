@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.parts.test_vlm_distributed import composition
-from tests.tiny import order_one, packed_images
+from tests.tiny import order_one
 from tests.training.test_weighted_loss_distributed import free_port
+from vlparts.parts.vlm_distributed import blank_image
 
 pytestmark = pytest.mark.slow  # two processes import everything
 
@@ -33,9 +34,6 @@ def model_for(kind: str) -> Any:
     model = order_one(composition(kind.removeprefix("frozen "))).train()
     model.gradient_checkpointing_enable()
     model.model.vision_tower.requires_grad_(KINDS[kind])
-    for name, one in model.named_parameters():  # never used, with or without images
-        if "post_layernorm" in name and "clip" in kind:
-            one.requires_grad_(False)
     return model
 
 
@@ -44,14 +42,8 @@ def sample(model: Any, rank: int) -> dict[str, Any]:
     ids = torch.arange(10, 22)[None] + rank
     if rank == 1:
         return {"input_ids": ids, "labels": ids}
-    config = model.config.vision_config
-    if "image_grid_thw" in model.model.vision_tower.forward.__code__.co_varnames or "qwen" in config.model_type:
-        width = 3 * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
-        pixels, grids = packed_images([(4, 4)], width)
-        images = {"pixel_values": pixels, "image_grid_thw": grids}
-    else:
-        generator = torch.Generator().manual_seed(0)
-        images = {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+    images = blank_image(model.model.vision_tower, model.config.merge_size, ids.device)
+    images["pixel_values"] = torch.randn(images["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = len(torch.cat(tuple(model.get_image_features(**images).pooler_output)))
     ids = torch.cat((torch.full((1, tokens), model.config.image_token_id), ids), 1)

@@ -66,8 +66,15 @@ class VisionLanguagePreTrainedModel(ShardableMixin, SubmodelInitializationMixin,
     def maybe_distribute_model(
         cls, model: "VisionLanguagePreTrainedModel", distributed_config: Any, mesh_manager: Any
     ) -> "VisionLanguagePreTrainedModel":
-        """Distribute a model over processes when it is loaded, without dividing a group of experts."""
+        """Distribute a model over processes when it is loaded, without dividing a group of experts.
+
+        Raises:
+            ValueError: If a group of experts would be divided, or for pipeline parallelism, which transformers has for
+                text models only.
+        """
         check_whole_groups(model.config, distributed_config)
+        if getattr(distributed_config, "pp_size", 1) > 1:
+            raise ValueError(f"`pp_size` must be 1 for a composed model, got {distributed_config.pp_size}.")
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
 

@@ -70,4 +70,6 @@ def blank_image(encoder: PreTrainedModel, merge_size: int, device: torch.device)
             f"`vision_config` of {type(encoder).__name__} must have an `image_size`, so that a process without images "
             "can run it beside processes with images."
         )
-    return {"pixel_values": torch.zeros(1, channels, *((size, size) if isinstance(size, int) else size), device=device)}
+    return {
+        "pixel_values": torch.zeros(1, channels, *((size, size) if isinstance(size, int) else size), device=device)
+    }
