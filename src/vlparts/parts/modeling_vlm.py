@@ -28,6 +28,7 @@ from .utils import (
     add_auto_classes,
     check_shape,
     check_token_inputs,
+    server_of,
     slice_for_logits,
 )
 from .vlm_distributed import must_run
@@ -207,7 +208,8 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
-        if not media and past_key_values is None and must_run(self.vision_tower, self.projector):
+        alone = past_key_values is not None or server_of(self.config.text_config) is not None
+        if not media and not alone and must_run(self.vision_tower, self.projector):
             inputs_embeds = self.run_without_images(inputs_embeds)
 
         return self.run_language_model(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from safetensors.torch import load_file
 from torch import Tensor
 from torch import distributed as dist
@@ -75,7 +76,7 @@ def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -
     named: dict[str, Any] = {}
     if dist.get_rank() == 0:
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        known = {id(one): name for name, one in model.named_parameters()}
+        known = {id(one): name for name, one in fsdp2_canonicalize_names(dict(model.named_parameters())).items()}
         names = [known[id(one)] for group in optimizer.param_groups for one in group["params"]]
         groups = [{**group, "params": [names[place] for place in group["params"]]} for group in saved["param_groups"]]
         named = {"state": {names[place]: values for place, values in saved["state"].items()}, "param_groups": groups}
