@@ -1,11 +1,14 @@
 """What distribution over processes asks of every composition: names of layers, plans, inputs without images."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -13,13 +16,14 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.test_text_probe import REFUSED
-from tests.tiny import navit_config, text_config, tokenizer, vision_config, windowfree_config
+from tests.tiny import navit, navit_config, text_config, tokenizer, vision_config, windowfree_config
 from tests.tiny_texts import KINDS, tiny_text_config
 from tests.vision_towers import FAMILIES, MERGE_SIZES, native_config
 from vlparts import (
     DeepEncoderConfig,
     FusedVisionConfig,
     MoGEConfig,
+    MoGEForCausalLM,
     PanguEmbeddedConfig,
     VisionLanguageConfig,
     VisionLanguageForConditionalGeneration,
@@ -142,15 +146,39 @@ def test_modules_must_run_where_others_wait_for_them(two_processes: None, monkey
     assert not must_run(trained)
 
 
-def test_sharded_modules_must_run_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        sharded = fully_shard(nn.Linear(2, 2).requires_grad_(False))
-        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-        with torch.no_grad():
-            assert must_run(sharded)
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_modules_must_run_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded = fully_shard(nn.Linear(2, 2).requires_grad_(False))
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    with torch.no_grad():
+        assert must_run(sharded)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", ["composed", "moge", "navit"])
+def test_a_sharded_model_is_saved_as_a_whole_one(kind: str, tmp_path: Path) -> None:
+    """With its own code, where transformers saves that of PyTorch's class."""
+    makers = {"moge": lambda: MoGEForCausalLM(MoGEConfig.from_preset("tiny")), "navit": navit}
+    model = makers.get(kind, composition)().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "whole")
+    fully_shard(model)
+    assert type(model).__name__.startswith("FSDP")
+    model.save_pretrained(tmp_path / "sharded")
+    whole, sharded = ({one.name: one for one in (tmp_path / name).iterdir()} for name in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys()
+    for name in whole.keys() - {"model.safetensors"}:
+        assert sharded[name].read_bytes() == whole[name].read_bytes(), name
+    found, wanted = (load_file(one["model.safetensors"]) for one in (sharded, whole))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("vision", [*OURS, *FAMILIES])

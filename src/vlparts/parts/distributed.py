@@ -62,7 +62,7 @@ class ShardableMixin:
         config = copy(model.config)
         vars(config).pop("distributed_config", None)
         with torch.device("meta"):
-            whole = own._from_config(config, dtype=model.dtype)
+            whole = own(config).to(model.dtype)
         if model.can_generate():
             whole.generation_config = model.generation_config
         whole.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
