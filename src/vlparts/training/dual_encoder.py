@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, Trainer, VisionTextDualEncoderProcessor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -165,7 +166,11 @@ class ContrastiveTrainer(PackTrainer):
 
 
 def save_vision_tower(
-    model: NaViTDualEncoder, processor: VisionTextDualEncoderProcessor, folder: Path, weights: bool = True
+    model: NaViTDualEncoder,
+    processor: VisionTextDualEncoderProcessor,
+    folder: Path,
+    weights: bool = True,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Save the vision tower, without attention pooling, and its image processor as a vision encoder for `compose`.
 
@@ -174,15 +179,19 @@ def save_vision_tower(
         processor: Its processor.
         folder: The folder.
         weights: False to save the configuration only.
+        state: The whole weights of the dual encoder; needed if its parameters are sharded.
     """
-    tower = model.vision_model
+    tower, prefix = model.vision_model, "vision_model."
+    own = tower.state_dict()
+    if state is not None:
+        own = {name: state[prefix + name] for name in own}
     if getattr(tower.config, "pooling", None) == "map":
         config = type(tower.config)(**{**tower.config.to_dict(), "pooling": "none"})
-        with nullcontext() if weights else torch.device("meta"):
-            bare = type(tower)(config)
-        state = tower.state_dict()
-        if weights:
-            bare.load_state_dict({name: state[name] for name in bare.state_dict()})
-        tower = bare
-    (tower if weights else tower.config).save_pretrained(folder)
+        with torch.device("meta"):
+            tower = type(tower)._from_config(config, dtype=tower.dtype)
+        own = {name: own[name] for name in tower.state_dict()}
+    if weights:
+        tower.save_pretrained(folder, state_dict=own)
+    else:
+        tower.config.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)

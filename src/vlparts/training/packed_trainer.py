@@ -1,13 +1,16 @@
 """Trainers over packs of samples, with the mean over tokens or the weighted loss."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import unwrap_peft_model
 
+from . import sharded_checkpoints
 from .dataset import PackSampler
 from .metrics import RunMetrics, without_facts
 from .optimizers import Rates
@@ -111,6 +114,33 @@ class PackTrainer(Trainer):
             chosen = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor_at)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def saves_whole(self) -> bool:
+        """Whether FSDP2 shards the model, and checkpoints hold it whole, as those of one process."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 2 and "FULL" in str(plugin.state_dict_type)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.saves_whole:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded_checkpoints.save_optimizer(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.saves_whole:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif model is not None:  # sharded; Trainer calls this before, too
+            sharded_checkpoints.load_model(model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.saves_whole:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded_checkpoints.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def compute_loss(
         self,

@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -95,9 +97,11 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     )
     if run.skipped and run.args.process_index == 0:
         logger.warning("Skipped %d records. First: %s", len(run.skipped), run.skipped[0])
+    _check_sharding(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes gather sharded weights
     if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output)
+        save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output, state)
     trainer.accelerator.wait_for_everyone()
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if run.eval_data is not None and trainer.state.global_step not in evaluated:
@@ -194,12 +198,32 @@ class _RunLog(TrainerCallback):
             append_entry(Path(args.output_dir), state.log_history[-1])
 
 
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Save a trained model and its processor, and of a dual encoder its vision tower in a folder of its own."""
-    model.save_pretrained(folder)
+def save(model: Any, processor: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Save a trained model and its processor, and of a dual encoder its vision tower in a folder of its own.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        folder: The folder.
+        state: The whole weights; needed for a model whose parameters are sharded.
+    """
+    model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     if isinstance(model, NaViTDualEncoder):
-        save_vision_tower(model, processor, folder / VISION)
+        save_vision_tower(model, processor, folder / VISION, state=state)
+
+
+def _check_sharding(trainer: Any) -> None:
+    """Raise ValueError if FSDP or DeepSpeed was asked for and is not in use, or is another than what is tested."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    wanted = trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if wanted and plugin is None:
+        raise ValueError(
+            "`trainer` fsdp, or FSDP in the configuration of accelerate, requires several processes on accelerators, "
+            f"got {trainer.args.world_size} on {trainer.args.device.type}, for which accelerate does not shard."
+        )
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP must have the version 2 (`fsdp_version: 2`), got {plugin.fsdp_version}.")
 
 
 def _build_dataset(
