@@ -115,6 +115,12 @@ def train(
         int | None, typer.Option(help="Packs or batches per optimizer step on each process.")
     ] = None,
     packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
+    streaming: Annotated[
+        bool | None, typer.Option(help="Read the data while training, without a pass beforehand; for --max-steps.")
+    ] = None,
+    shuffle_buffer: Annotated[
+        int | None, typer.Option(help="Records in the shuffle buffer of each reader, with --streaming.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --epochs.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Number of tokens, instead of --epochs.")] = None,

@@ -79,6 +79,13 @@ class TrainConfig(BaseModel):
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
         max_items: Maximum number of samples in a pack; None for no limit.
         packing: Pack samples into one row with attention within each sample; False pads them to a batch instead.
+        streaming: Read the data in order while training, without a pass over it beforehand, see
+            [`PackStream`][vlparts.training.stream.PackStream]. Requires `max_steps`. `data` may be too large to be
+            listed, and broken records are found when they are reached.
+        shuffle_buffer: Records in the shuffle buffer of each of the sources of `data` on each reader (process or
+            DataLoader worker), with `streaming`.
+        tokenizer_records: Number of records at the start of each of the sources of `data` on which a tokenizer is
+            trained, and in which `sample_weight_field` must occur, with `streaming`.
         epochs: Passes over the data.
         max_steps: Optimizer steps; overrides `epochs` if positive.
         max_tokens: Tokens to train on, image tokens included, instead of `epochs` or `max_steps`: as many steps as are
@@ -137,6 +144,9 @@ class TrainConfig(BaseModel):
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
     packing: bool = True
+    streaming: bool = False
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    tokenizer_records: int = Field(default=10_000, ge=1)
     epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     max_steps: int = Field(default=-1, ge=-1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -207,6 +217,7 @@ class TrainConfig(BaseModel):
             raise ValueError("`train` and `freeze` must not both be given, since each is what the other is not")
         if self.max_tokens is not None and self.max_steps > 0:
             raise ValueError("`max_tokens` and `max_steps` must not both be given")
+        self._check_streaming()
         if self.prompts and self.template == "continuation":
             raise ValueError("`prompts` requires template='chat'; the contents of turns alone have no prompt")
         if self.kind == "dual_encoder":
@@ -216,6 +227,21 @@ class TrainConfig(BaseModel):
         elif self.dual_encoder:
             raise ValueError("`dual_encoder` requires kind='dual_encoder'")
         return self
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            for name in ("shuffle_buffer", "tokenizer_records"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"`{name}` requires `streaming`")
+            return
+        if self.max_tokens is not None:
+            raise ValueError("`streaming` takes no `max_tokens`: the steps for them are unknown; set `max_steps`")
+        if self.max_steps < 1:
+            raise ValueError(
+                "`streaming` requires `max_steps`: the steps of `epochs` are unknown until they are done"
+            )
+        if self.cache:
+            raise ValueError("`streaming` takes no `cache`")
 
     @property
     def shares(self) -> dict[Path, float]:

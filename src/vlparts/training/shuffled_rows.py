@@ -8,6 +8,8 @@ from ..parts.utils import positive_integer
 
 __all__ = ["Row", "RowSource", "Rows", "ShuffledRows"]
 
+_EMPTY_EPOCHS = 10  # in a row; readers of small shards may have no row in some epochs
+
 
 class Rows(Protocol):
     """One pass over rows, which can continue from a state."""
@@ -87,14 +89,16 @@ class ShuffledRows:
         Raises:
             ValueError: If the share has no rows.
         """
-        if not self._fill():
+        for _ in range(_EMPTY_EPOCHS):
+            if self._fill():
+                break
             self._open(self._epoch + 1)
             self._drawn = 0
-            if not self._fill():
-                raise ValueError(
-                    f"{self.source.name}: expected at least one row for each of {self.shares} readers (processes times "
-                    f"DataLoader workers), got none for reader {self.share + 1}."
-                )
+        else:
+            raise ValueError(
+                f"{self.source.name}: expected at least one row for each of {self.shares} readers (processes times "
+                f"DataLoader workers), got none for reader {self.share + 1} in {_EMPTY_EPOCHS} epochs."
+            )
         chosen = random.Random(f"{self.seed}-{self._epoch}-{self._drawn}").randrange(len(self._buffer))
         self._drawn += 1
         self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]

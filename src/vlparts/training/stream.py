@@ -12,6 +12,7 @@ from .bins import FirstFitPacker
 from .encoding import Sample
 from .records import RecordError
 from .shuffled_rows import Row, RowSource, ShuffledRows
+from .skipped import Skipped
 
 __all__ = ["PackStream", "SampleSource", "StreamedPack"]
 
@@ -19,11 +20,14 @@ __all__ = ["PackStream", "SampleSource", "StreamedPack"]
 class SampleSource(RowSource, Protocol):
     """Rows that readers share, and the samples in them."""
 
+    def place(self, row: Any) -> str:
+        """Where a row is, for messages."""
+
     def encode(self, row: Any) -> Sample:
         """The sample of a row.
 
         Raises:
-            RecordError: If it has none; names the row.
+            RecordError: If it has none, with the place and the reason.
         """
 
 
@@ -35,15 +39,15 @@ class StreamedPack:
         samples: Its samples, sorted by length.
         stream: Which of the streams of its process it is from.
         state: State of this stream after the pack, as JSON data.
-        skipped: Error messages of the broken records that were met since the pack before.
-        error: Error message of a broken record that ends training; such a pack has no samples.
+        skipped: The broken records that were met since the pack before.
+        error: What ends training, such as a broken record; such a pack has no samples.
     """
 
     samples: list[Sample]
     stream: int
     state: dict[str, Any]
-    skipped: list[str]
-    error: str | None = None
+    skipped: list[Skipped]
+    error: ValueError | None = None
 
 
 class _Item(NamedTuple):
@@ -137,8 +141,8 @@ class PackStream(IterableDataset[StreamedPack]):
                 packs.load_state_dict(self.states[stream])
             while True:
                 yield packs.next_pack()
-        except RecordError as error:  # a DataLoader adds the traceback of its worker to an exception
-            yield StreamedPack([], stream, {}, [], str(error))
+        except ValueError as error:  # not raised here: a DataLoader adds the traceback of its worker to the message
+            yield StreamedPack([], stream, {}, [], error)
 
 
 class _Packs:
@@ -152,7 +156,7 @@ class _Packs:
         self._failing: dict[int, int] = {}  # epoch since which a source had broken records only
         self._packer: FirstFitPacker[_Item] = FirstFitPacker(config.capacity, config.max_items)
         self._ready: list[list[_Item]] = []
-        self._skipped: list[str] = []
+        self._skipped: list[Skipped] = []
 
     def next_pack(self) -> StreamedPack:
         while not self._ready:
@@ -174,18 +178,19 @@ class _Packs:
             except RecordError as error:
                 if self.config.on_error == "raise":
                     raise
-                self._skip(source, row, str(error))
+                self._skip(source, row, error)
                 continue
             self._failing.pop(source, None)
             self._counts[source] += 1
             return item
 
-    def _skip(self, source: int, row: Row, reason: str) -> None:
-        self._skipped.append(reason)
+    def _skip(self, source: int, row: Row, error: RecordError) -> None:
+        place = self.config.sources[source].place(row.value)
+        self._skipped.append(Skipped(place, str(error).removeprefix(f"{place}: ")))
         if row.epoch > self._failing.setdefault(source, row.epoch) + 1:
             raise RecordError(
-                f"{self.config.sources[source].name}: expected at least one valid record for each reader, got an epoch "
-                f"without. Last skipped: {reason}"
+                f"{self.config.sources[source].name}: expected at least one valid record for each reader, got none in "
+                f"an epoch. Last skipped: {error}"
             )
 
     def state_dict(self) -> dict[str, Any]:
