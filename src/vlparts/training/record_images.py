@@ -37,8 +37,8 @@ def image_of(value: Any) -> RecordImage:
     """Return the image of a record.
 
     Args:
-        value: A path, `file://` URL or `data:` URI, bytes, a Pillow image, or an image as in the columns of `datasets`,
-            `{"bytes": bytes or None, "path": str or None}`.
+        value: A path, `file://` URL or `data:` URI, bytes, a Pillow image, or `{"bytes": bytes or None, "path": str or
+            None}`, as in the columns of `datasets`.
 
     Raises:
         ValueError: If it is none of these, or neither a local file nor a `data:` URI.

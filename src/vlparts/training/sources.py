@@ -1,7 +1,7 @@
 """Training data as rows of a dataset of the library `datasets`, and each row as a training record.
 
-A [`Source`] has the rows and their reader. The rows of a Parquet or Arrow file are its rows, with images undecoded. The
-rows of a JSON Lines file are positions of its lines, and those of tar shards positions of files: so that lines of
+A [`Source`] has the rows and their reader. The rows of a Parquet or Arrow file are its rows, with images undecoded.
+The rows of a JSON Lines file are positions of its lines, and those of tar shards positions of files: so that lines of
 different shapes can be mixed, errors name the line, and nothing is copied.
 """
 
@@ -17,10 +17,9 @@ from .record_formats import FIELDS
 from .records import Line, RecordError, parse_fields
 from .source_files import FileState, JsonLines, TarShards, digest, index_lines, index_tars, stream_tars
 
-__all__ = ["Columns", "Data", "Reader", "RecordReader", "Source", "listed", "open_source"]
+__all__ = ["Columns", "Reader", "RecordReader", "Source", "listed", "open_source"]
 
-Data = Path | Dataset | IterableDataset
-"""What a user has: a file, a folder, a pattern of paths, or a dataset."""
+_SAVED = ("state.json", "dataset_dict.json")  # files of `save_to_disk`
 _ARROW, _PARQUET, _TAR = ".arrow", ".parquet", ".tar"
 
 
@@ -199,7 +198,7 @@ def _listed_in_chunks(rows: Dataset, size: int = 256) -> Iterator[dict[str, Any]
 
 
 def open_source(
-    data: Data | str,
+    data: str | Path | Dataset | IterableDataset,
     *,
     streaming: bool = False,
     argument: str = "data",
@@ -240,13 +239,13 @@ def open_source(
 
 
 def _open(
-    data: Data | str, streaming: bool, argument: str, ignored: Sequence[str]
+    data: str | Path | Dataset | IterableDataset, streaming: bool, argument: str, ignored: Sequence[str]
 ) -> tuple[Dataset | IterableDataset, Reader, Any]:
     """The rows, their reader, and what they are as JSON data."""
     if isinstance(data, IterableDataset):
         if not streaming:
             raise ValueError(
-                f"`{argument}` must be a Dataset where it is not streamed, got an IterableDataset; pass streaming=True."
+                f"`{argument}` must be a Dataset unless it is streamed, got an IterableDataset; pass streaming=True."
             )
         return data, Columns(f"`{argument}`", Path()), None
     if isinstance(data, Dataset):
@@ -254,12 +253,10 @@ def _open(
             raise ValueError(f"`{argument}` must be a Dataset without a transform, got one with `set_transform`.")
         return data, Columns(f"`{argument}`", Path()), data._fingerprint
     path = Path(data)
+    if any((path / name).exists() for name in _SAVED):
+        return _load_from_disk(path, argument), Columns(str(path), path), [*map(FileState.of, path.glob("*.json"))]
     files = _find_files(path, argument)
     kind = files[0].suffix.lower()
-    if path.is_dir() and any(
-        (path / name).exists() for name in ("state.json", "dataset_info.json", "dataset_dict.json")
-    ):
-        return _load_from_disk(path, argument), Columns(str(path), path), [FileState.of(one) for one in files]
     if kind == _TAR:
         shards = TarShards(files, str(path), ignored)
         return stream_tars(shards) if streaming else index_tars(shards), shards, [*shards.files]
@@ -291,9 +288,9 @@ def _find_files(path: Path, argument: str) -> list[Path]:
     else:
         files = [Path(one) for one in sorted(glob.glob(str(path))) if Path(one).is_file()]
     if not files or len({one.suffix.lower() for one in files}) > 1:
-        found = f"which has files of {', '.join(sorted({one.suffix for one in files}))}" if files else "which is none"
+        found = f"which has {', '.join(sorted({one.suffix for one in files}))}" if files else "which is not a file"
         raise ValueError(
-            f"`{argument}` must be a JSON Lines file, or a file, folder or pattern of Parquet, Arrow or tar files, got "
-            f"{path}, {found}."
+            f"`{argument}` must be a JSON Lines file, or a file, folder or pattern of Parquet, Arrow or tar files, "
+            f"got {path}, {found}."
         )
     return files
