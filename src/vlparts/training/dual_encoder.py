@@ -15,7 +15,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..image_processors import default_image_processor, load_image_processor, read_image_processor_config
 from ..parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
-from ..parts.image_files import open_image
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.vlm_features import pixel_layout
 from .building import choose_trained, config_errors, make_text, make_tower, with_options
@@ -23,7 +22,7 @@ from .config import TrainConfig
 from .dataset import PaddedCollator
 from .encoding import Sample
 from .packed_trainer import PackTrainer
-from .record_formats import DataImage
+from .record_images import RecordImage, open_record_image
 from .records import PageRecord, Record, TextBlock
 
 __all__ = ["VISION", "ContrastiveTrainer", "PairCollator", "PairEncoder", "build_dual_encoder", "save_vision_tower"]
@@ -110,9 +109,8 @@ class PairEncoder:
             ValueError: If it has not one image and one text as its answer, the image cannot be read, or it is too
                 long.
         """
-        path, caption = _pair(record)
-        source: Any = DataImage(path) if path.startswith("data:") else self.root / path
-        image = open_image(source, max_image_pixels=self.max_image_pixels)
+        given, caption = _pair(record)
+        image = open_record_image(given, self.root, self.max_image_pixels)
         images = dict(self.processor.image_processor(image, return_tensors="pt"))
         ids = self.processor.tokenizer(caption)["input_ids"]
         if self.max_text_length is not None and len(ids) > self.max_text_length:
@@ -126,17 +124,17 @@ class PairEncoder:
         return pair
 
 
-def _pair(record: Record | PageRecord) -> tuple[str, str]:
+def _pair(record: Record | PageRecord) -> tuple[RecordImage, str]:
     if isinstance(record, PageRecord):
         raise ValueError("A record of a page is no pair of an image and a caption.")
     blocks = [block for message in record.messages if message.role == "assistant" for block in message.content]
     texts = [block.text for block in blocks if isinstance(block, TextBlock)]
-    if len(record.paths) != 1 or len(blocks) != 1 or not "".join(texts).strip():
+    if len(record.all_images) != 1 or len(blocks) != 1 or not "".join(texts).strip():
         raise ValueError(
-            f"A pair must have one image and one text of the assistant, got {len(record.paths)} images and "
+            f"A pair must have one image and one text of the assistant, got {len(record.all_images)} images and "
             f"{len(texts)} texts in {len(blocks)} blocks."
         )
-    return record.paths[0], texts[0]
+    return record.all_images[0], texts[0]
 
 
 class PairCollator:

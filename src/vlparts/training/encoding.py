@@ -20,10 +20,9 @@ from ..coordinates.formats.registry import as_seen
 from ..documents import open_page
 from ..documents.pages import DPI, MAX_IMAGE_PIXELS
 from ..parts.chat_placeholders import end_of_turn_id
-from ..parts.image_files import open_image
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
-from .record_formats import DataImage
+from .record_images import RecordImage, open_record_image, shown_image
 from .records import ImageBlock, Message, PageRecord, Record, RegionBlock, TextBlock
 
 # transformers looks for the same.
@@ -144,8 +143,8 @@ class SampleEncoder:
         if isinstance(record, PageRecord):
             images = [self._open_page(record)]
         else:
-            images = [self._open(path) for path in record.paths]
-        inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
+            images = [open_record_image(one, self.root, self.max_image_pixels) for one in record.all_images]
+        inputs = [self._process(*pair) for pair in zip(record.all_images, images, strict=True)]
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         messages = self.render(record, [image.size for image in images], self._prompt(record, number))
         ids, labels = self._tokenize(messages, counts)
@@ -158,22 +157,17 @@ class SampleEncoder:
             )
         return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
 
-    def _open(self, path: str) -> Image.Image:
-        source: Any = DataImage(path) if path.startswith("data:") else self.root / path
-        return open_image(source, max_image_pixels=self.max_image_pixels)
-
     def _open_page(self, record: PageRecord) -> Image.Image:
-        if record.page.startswith("data:"):
-            return self._open(record.page)
+        if not isinstance(record.page, str) or record.page.startswith("data:"):
+            return open_record_image(record.page, self.root, self.max_image_pixels)
         limit = MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
         return open_page(self.root / record.page, record.page_number, dpi=self.dpi, max_image_pixels=limit)
 
-    def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
+    def _process(self, given: RecordImage, image: Image.Image) -> dict[str, Tensor]:
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            shown = DataImage(path) if path.startswith("data:") else self.root / path
-            raise ValueError(f"Image {shown} cannot be processed: {error}") from None
+            raise ValueError(f"Image {shown_image(given, self.root)} cannot be processed: {error}") from None
 
     def _prompt(self, record: Record | PageRecord, number: int) -> str | None:
         """One of `prompts`; None without any, and for a record that has a text of the user."""

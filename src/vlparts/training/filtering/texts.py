@@ -72,7 +72,7 @@ def read_questions(record: Record | PageRecord) -> list[Question]:
         One question for each turn of the assistant. Empty for a record that cannot be judged by its text: one of a
         page, without images, with a region in an answer, or with an empty question or answer.
     """
-    if isinstance(record, PageRecord) or not record.paths:
+    if isinstance(record, PageRecord) or not record.all_images:
         return []
     questions: list[Question] = []
     system, asked = "", []
