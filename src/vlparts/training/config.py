@@ -237,9 +237,7 @@ class TrainConfig(BaseModel):
         if self.max_tokens is not None:
             raise ValueError("`streaming` takes no `max_tokens`: the steps for them are unknown; set `max_steps`")
         if self.max_steps < 1:
-            raise ValueError(
-                "`streaming` requires `max_steps`: the steps of `epochs` are unknown until they are done"
-            )
+            raise ValueError("`streaming` requires `max_steps`: the steps of `epochs` are unknown until they are done")
         if self.cache:
             raise ValueError("`streaming` takes no `cache`")
 

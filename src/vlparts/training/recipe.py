@@ -36,6 +36,7 @@ from ..journal import Journal
 from .config import COMPOSITION_FIELDS, UNSET, TrainConfig, check_config, read_yaml
 from .dual_encoder import VISION, save_vision_tower
 from .packed_trainer import pack_sampler
+from .stream import PackStream
 from .train import Prepared, check_output, prepare, train
 
 __all__ = [
@@ -176,7 +177,7 @@ class StagePlan:
         config: Its settings.
         parameters: Number of parameters of the model.
         trained: Number of those that are trained.
-        samples: Number of samples of an epoch.
+        samples: Number of samples of an epoch; unknown with `streaming`, as the next two.
         longest: Tokens of the longest sample.
         tokens: Tokens of the first epoch.
         steps: Number of optimizer steps.
@@ -186,16 +187,17 @@ class StagePlan:
     config: TrainConfig
     parameters: int
     trained: int
-    samples: int
-    longest: int
-    tokens: int
+    samples: int | None
+    longest: int | None
+    tokens: int | None
     steps: int
 
 
 def check_recipe(recipe: Recipe) -> list[StagePlan]:
     """Check all stages of a recipe without training.
 
-    Models are built on the meta device, and every record is encoded as in training. Nothing is written.
+    Models are built on the meta device, and every record is encoded as in training, or with `streaming` those of the
+    first pack. Nothing is written.
 
     Args:
         recipe: The recipe.
@@ -234,20 +236,32 @@ def _plans(recipe: Recipe, scratch: Path) -> Iterator[StagePlan]:
 
 
 def _plan(name: str, config: TrainConfig, run: Prepared) -> StagePlan:
-    sampler = pack_sampler(run.data, config.capacity, config.max_items, run.args)
-    steps = math.ceil(len(sampler) / (run.args.world_size * config.gradient_accumulation_steps))
-    lengths = [run.data.lengths[sample] for pack in sampler for sample in pack]
     parameters = [*run.model.parameters()]
+    steps, samples, longest, tokens = _plan_data(config, run)
     return StagePlan(
         name=name,
         config=config,
         parameters=sum(one.numel() for one in parameters),
         trained=sum(one.numel() for one in parameters if one.requires_grad),
-        samples=len(lengths),
-        longest=max(run.data.lengths),
-        tokens=sum(lengths),
-        steps=run.args.max_steps if run.args.max_steps > 0 else math.ceil(config.epochs * steps),
+        samples=samples,
+        longest=longest,
+        tokens=tokens,
+        steps=steps,
     )
+
+
+def _plan_data(config: TrainConfig, run: Prepared) -> tuple[int, int | None, int | None, int | None]:
+    """The steps, and the number of samples of an epoch, the longest one, and all their tokens."""
+    if isinstance(run.data, PackStream):
+        pack = next(iter(run.data))
+        if pack.error is not None:
+            raise pack.error
+        return config.max_steps, None, None, None
+    sampler = pack_sampler(run.data, config.capacity, config.max_items, run.args)
+    steps = math.ceil(len(sampler) / (run.args.world_size * config.gradient_accumulation_steps))
+    lengths = [run.data.lengths[sample] for pack in sampler for sample in pack]
+    steps = run.args.max_steps if run.args.max_steps > 0 else math.ceil(config.epochs * steps)
+    return steps, len(lengths), max(run.data.lengths), sum(lengths)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The DataLoader of a stream of packs, and its state in the checkpoints of a Trainer."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .encoding import Sample
 from .skipped import SKIPPED, SkippedRecords
 from .stream import PackStream, StreamedPack
 
-__all__ = ["EpochOfSteps", "StreamLoader", "has_stream", "load_stream", "stream_loader"]
+__all__ = ["EpochOfSteps", "StreamLoader", "has_stream", "load_stream", "start_stream", "stream_loader"]
 
 _FILE = "stream_{}.json"  # one for each process
 
@@ -44,12 +44,12 @@ class StreamLoader(DataLoader[Any]):
         self.stream = stream
         self.skipped = skipped
         generator = torch.Generator()  # so that a new iterator does not draw from the global one
-        collate = _Collate(collator)
+        collate: Any = _Collate(collator)  # takes one pack, as there is no batch size
         super().__init__(
             stream, batch_size=None, collate_fn=collate, num_workers=workers, generator=generator, **options
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         for batch, pack in super().__iter__():
             if pack.error is not None:
                 raise pack.error
@@ -110,6 +110,25 @@ def stream_loader(stream: PackStream, collator: Any, args: TrainingArguments) ->
         multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def start_stream(stream: PackStream, checkpoint: Path | None, args: TrainingArguments) -> None:
+    """Let a stream continue from a checkpoint, or begin a run, for which the file of skipped records is removed.
+
+    Args:
+        stream: The stream of this process.
+        checkpoint: The folder of the checkpoint, if any.
+        args: The Trainer's arguments.
+
+    Raises:
+        ValueError: As for [`load_stream`].
+    """
+    if checkpoint is not None:
+        load_stream(stream, checkpoint, args.dataloader_num_workers)
+        return
+    with args.main_process_first(local=False):
+        if args.process_index == 0:
+            (Path(str(args.output_dir)) / SKIPPED).unlink(missing_ok=True)
 
 
 def has_stream(checkpoint: Path) -> bool:

@@ -3,14 +3,30 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from datasets import IterableDataset
 
+from .config import TrainConfig
 from .encoding import Sample
-from .sources import Columns, RecordReader, Source
+from .records import Line
+from .sources import Columns, RecordReader, Source, open_source
 
-__all__ = ["StreamSource"]
+__all__ = ["StreamSource", "first_lines", "open_streams"]
+
+
+def open_streams(config: TrainConfig) -> list[Source]:
+    """Open the training data of a run as streams."""
+    return [
+        open_source(data, streaming=True, sample_weight_field=config.sample_weight_field) for data in config.shares
+    ]
+
+
+def first_lines(config: TrainConfig, sources: Sequence[Source]) -> Iterator[Line]:
+    """The first `tokenizer_records` of each source, without those that are invalid."""
+    for source in sources:
+        yield from islice(source.lines("skip"), config.tokenizer_records)
 
 
 class StreamRow(NamedTuple):
@@ -18,12 +34,12 @@ class StreamRow(NamedTuple):
 
     Args:
         shard: Its shard.
-        index: Its position in the shard.
+        position: Its position in the shard.
         columns: Its values.
     """
 
     shard: int
-    index: int
+    position: int
     columns: dict[str, Any]
 
 
@@ -72,7 +88,7 @@ class StreamSource:
 
     def place(self, row: StreamRow) -> str:
         """Where a row is, for messages."""
-        return self._reader(row).reader.place(row.columns, row.index)
+        return self._reader(row).reader.place(row.columns, row.position)
 
     def encode(self, row: StreamRow) -> Sample:
         """The sample of a row.
@@ -81,11 +97,11 @@ class StreamSource:
             RecordError: If it has none, with the place and the reason.
         """
         records = self._reader(row)
-        line = records.line(row.columns, row.index)
+        line = records.line(row.columns, row.position)
         try:
             sample = self.encoder(line.record, line.number)
         except ValueError as error:
-            raise records.error(row.columns, row.index, error) from None
+            raise records.error(row.columns, row.position, error) from None
         return sample if line.weight is None else replace(sample, weight=line.weight)
 
     def _reader(self, row: StreamRow) -> RecordReader:
@@ -112,24 +128,25 @@ class _SharedRows:
     def __init__(self, rows: IterableDataset, shards: list[int], epoch: int, first: int, step: int) -> None:
         self.rows, self.shards, self.epoch = rows, shards, epoch
         self.first, self.step = first, step
-        self.load_state_dict({"shard": 0, "index": 0, "rows": None})
+        self._at: dict[str, Any] = {"shard": 0, "position": 0, "rows": None}
 
     def __iter__(self) -> Iterator[StreamRow]:
-        for at in range(self._shard, len(self.shards)):
-            shard = self.rows.shard(self.rows.num_shards, self.shards[at])
+        start = self._at
+        for index in range(start["shard"], len(self.shards)):
+            shard = self.rows.shard(self.rows.num_shards, self.shards[index])
             shard.set_epoch(self.epoch)
-            start = 0
-            if at == self._shard and self._state is not None:
-                shard.load_state_dict(self._state)
-                start = self._index
-            # In batches of one: a DataLoader worker that iterates over rows gets every n-th shard only.
-            for index, batch in enumerate(shard.iter(batch_size=1), start):
-                if index % self.step == self.first:
-                    self._shard, self._index, self._state = at, index + 1, shard.state_dict()
-                    yield StreamRow(self.shards[at], index, {name: value[0] for name, value in batch.items()})
+            first = 0
+            if index == start["shard"] and start["rows"] is not None:
+                shard.load_state_dict(start["rows"])
+                first = start["position"]
+            # In batches of one: iteration over rows leaves shards out in a DataLoader worker.
+            for position, batch in enumerate(shard.iter(batch_size=1), first):
+                if position % self.step == self.first:
+                    self._at = {"shard": index, "position": position + 1, "rows": shard.state_dict()}
+                    yield StreamRow(self.shards[index], position, {name: one[0] for name, one in batch.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shard": self._shard, "index": self._index, "rows": self._state}
+        return self._at
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._shard, self._index, self._state = state["shard"], state["index"], state["rows"]
+        self._at = state

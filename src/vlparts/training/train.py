@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,12 @@ from .dual_encoder import (
 from .encoding import SampleEncoder
 from .optimizers import Rates, muon_with_adamw
 from .packed_trainer import PackedTrainer, WeightedPackedTrainer, pack_sampler
-from .records import RecordFile, read_records
+from .records import Line, RecordFile, read_records
+from .skipped import SKIPPED, SkippedRecords
+from .sources import Source
+from .stream import PackStream
+from .stream_loader import has_stream, start_stream
+from .stream_source import StreamSource, first_lines, open_streams
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +80,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     check_output(config.output)
     checkpoint = _find_checkpoint(config)
     run = prepare(config)
+    if isinstance(run.data, PackStream):
+        start_stream(run.data, checkpoint, run.args)
+    elif checkpoint is not None and has_stream(checkpoint):
+        raise ValueError(f"`output` {config.output} has checkpoints of a run with `streaming`; set it to resume.")
     trainer = run.trainer_class(
         model=run.model,
         args=run.args,
@@ -98,7 +108,12 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if run.eval_data is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, run.skipped)
+    skipped = run.skipped
+    if isinstance(run.data, PackStream):
+        skipped = [*skipped, *map(str, SkippedRecords(config.output / SKIPPED).read())]
+        if skipped and run.args.process_index == 0:
+            logger.warning("Skipped %d records, see %s. First: %s", len(skipped), config.output / SKIPPED, skipped[0])
+    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, skipped)
 
 
 @dataclass
@@ -120,7 +135,7 @@ class Prepared:
     model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
     processor: Any
     args: TrainingArguments
-    data: SampleDataset | MixedDataset
+    data: SampleDataset | MixedDataset | PackStream
     eval_data: SampleDataset | None
     collator: Any
     trainer_class: type[Any]
@@ -129,7 +144,7 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
-    """Build the model, and read and encode all records of a training run. Nothing is written.
+    """Build the model, and read and encode all records of a training run that is not streamed. Nothing is written.
 
     Args:
         config: The settings.
@@ -140,13 +155,20 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
         ValueError: If a setting is invalid.
     """
     set_seed(config.seed)
+    streams = open_streams(config) if config.streaming else []
     files = [
-        read_records(path, config.on_error, sample_weight_field=config.sample_weight_field) for path in config.shares
+        read_records(path, config.on_error, sample_weight_field=config.sample_weight_field)
+        for path in ([] if config.streaming else config.shares)
     ]
-    if config.sample_weight_field is not None and all(one.weight is None for file in files for one in file.lines):
+
+    def lines() -> Iterable[Line]:
+        return first_lines(config, streams) if config.streaming else chain(*(file.lines for file in files))
+
+    if config.sample_weight_field is not None and all(line.weight is None for line in lines()):
         names = ", ".join(map(str, config.shares))
-        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {names}.")
-    texts = chain(config.prompts, *(conversation_texts(file) for file in files))
+        which = f"none of the first {config.tokenizer_records} records" if config.streaming else "no record"
+        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in {which} of {names}.")
+    texts = chain(config.prompts, conversation_texts(lines()))
     if config.kind == "dual_encoder":
         model, processor = build_dual_encoder(config, texts, weights)
     else:
@@ -157,13 +179,17 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
     rates = _rates(config)
     if rates is not None:
         rates.groups(model, [])  # raises for names that match nothing
-    datasets = [_build_dataset(config, file, model, processor, args) for file in files]
-    mixed = isinstance(config.data, dict)
-    data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
-    if config.max_tokens is not None:
-        sampler = pack_sampler(data, config.capacity, config.max_items, args)
-        packs = config.gradient_accumulation_steps * args.world_size
-        args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
+    data: SampleDataset | MixedDataset | PackStream
+    if config.streaming:
+        data = _build_stream(config, streams, model, processor, args)
+    else:
+        datasets = [_build_dataset(config, file, model, processor, args) for file in files]
+        mixed = isinstance(config.data, dict)
+        data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
+        if config.max_tokens is not None:
+            sampler = pack_sampler(data, config.capacity, config.max_items, args)
+            packs = config.gradient_accumulation_steps * args.world_size
+            args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
     eval_data = None
     if config.eval_data:
         files.append(read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field))
@@ -184,26 +210,46 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 def _build_dataset(
     config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments
 ) -> SampleDataset:
-    root = records.path.parent
-    encoder: Any
-    if config.kind == "dual_encoder":
-        longest = getattr(model.config.text_config, "max_position_embeddings", None)
-        encoder = PairEncoder(processor, root, config.capacity, longest, config.max_image_pixels)
-    else:
-        encoder = SampleEncoder(
-            processor,
-            root,
-            config.on_outside,
-            config.coordinate_format,
-            max_length=config.capacity,
-            max_image_pixels=config.max_image_pixels,
-            dpi=config.dpi,
-            template=config.template,
-            prompts=config.prompts,
-            seed=config.seed,
-        )
+    encoder = _build_encoder(config, records.path.parent, model, processor)
     show = not args.disable_tqdm and args.process_index == 0
     return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
+
+
+def _build_stream(
+    config: TrainConfig, sources: list[Source], model: Any, processor: Any, args: TrainingArguments
+) -> PackStream:
+    streams = [
+        StreamSource(one, _build_encoder(config, one.records.root, model, processor), config.seed) for one in sources
+    ]
+    return PackStream(
+        streams,
+        config.capacity,
+        config.max_items,
+        weights=[*config.shares.values()],
+        shuffle_buffer=config.shuffle_buffer,
+        seed=config.seed,
+        process=args.process_index,
+        processes=args.world_size,
+        on_error=config.on_error,
+    )
+
+
+def _build_encoder(config: TrainConfig, root: Path, model: Any, processor: Any) -> Any:
+    if config.kind == "dual_encoder":
+        longest = getattr(model.config.text_config, "max_position_embeddings", None)
+        return PairEncoder(processor, root, config.capacity, longest, config.max_image_pixels)
+    return SampleEncoder(
+        processor,
+        root,
+        config.on_outside,
+        config.coordinate_format,
+        max_length=config.capacity,
+        max_image_pixels=config.max_image_pixels,
+        dpi=config.dpi,
+        template=config.template,
+        prompts=config.prompts,
+        seed=config.seed,
+    )
 
 
 def check_output(output: Path) -> None:
@@ -298,6 +344,7 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
         "save_steps": config.save_steps,
         "logging_steps": config.logging_steps,
         **evaluation,
+        **({"ignore_data_skip": True} if config.streaming else {}),  # the stream itself continues where it was
     }
     defaults = {
         "lr_scheduler_type": "cosine",
