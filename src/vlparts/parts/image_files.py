@@ -44,17 +44,20 @@ def open_image(
         return read_image(image, convert_rgb)
 
 
-def image_size(source: ImageSource, max_image_pixels: int | None = None) -> tuple[int, int]:
+def image_size(source: ImageSource, max_image_pixels: int | None = None, frame: int = 0) -> tuple[int, int]:
     """Return (width, height) of an image file after applying its EXIF orientation, without decoding its pixels.
 
     Args:
         source: Path of a file in any format that Pillow reads, or a binary file.
         max_image_pixels: As for [`open_image`].
+        frame: As for [`open_image`].
 
     Raises:
         ValueError: If the file does not exist, is not an image, or has more pixels than the limit.
     """
     with opened_image(source, max_image_pixels) as image:
+        if frame:
+            image.seek(frame)
         return upright_size(image)
 
 
