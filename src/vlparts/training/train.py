@@ -4,11 +4,14 @@ import json
 import logging
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,7 +31,8 @@ from .dual_encoder import (
 from .encoding import SampleEncoder
 from .optimizers import Rates, muon_with_adamw
 from .packed_trainer import PackedTrainer, WeightedPackedTrainer, pack_sampler
-from .records import RecordFile, read_records
+from .skipped import SkippedRecords
+from .sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     )
     if run.skipped and run.args.process_index == 0:
         logger.warning("Skipped %d records. First: %s", len(run.skipped), run.skipped[0])
+        for reason in run.skipped:
+            run.left_out.add(reason)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output)
@@ -98,7 +104,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if run.eval_data is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, run.skipped)
+    skipped = [*dict.fromkeys([*run.skipped, *run.left_out.messages()])]
+    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, skipped)
 
 
 @dataclass
@@ -115,6 +122,7 @@ class Prepared:
         trainer_class: Class of the Trainer.
         loss_options: Its options for the loss.
         skipped: Error messages of the skipped records.
+        left_out: Names the records that are skipped while the model is trained.
     """
 
     model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
@@ -126,10 +134,11 @@ class Prepared:
     trainer_class: type[Any]
     loss_options: dict[str, Any]
     skipped: list[str]
+    left_out: SkippedRecords
 
 
 def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
-    """Build the model, and read and encode all records of a training run. Nothing is written.
+    """Build the model, and measure all records of a training run. Nothing is written but caches.
 
     Args:
         config: The settings.
@@ -140,37 +149,51 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
         ValueError: If a setting is invalid.
     """
     set_seed(config.seed)
-    files = [
-        read_records(path, config.on_error, sample_weight_field=config.sample_weight_field) for path in config.shares
-    ]
-    if config.sample_weight_field is not None and all(one.weight is None for file in files for one in file.lines):
-        names = ", ".join(map(str, config.shares))
-        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {names}.")
-    texts = chain(config.prompts, *(conversation_texts(file) for file in files))
+    args = _training_arguments(config)
+    # A check is run by one process alone.
+    first = partial(args.main_process_first, local=False) if weights else nullcontext
+    with first():  # others find its caches
+        sources = [open_data(config, data) for data in config.shares]
+        eval_source = None if config.eval_data is None else open_data(config, config.eval_data, "eval_data")
+    texts = chain(config.prompts, *(conversation_texts(one.lines(config.on_error)) for one in sources))
     if config.kind == "dual_encoder":
         model, processor = build_dual_encoder(config, texts, weights)
     else:
         model, processor = build(config, texts, weights)
         if config.packing:
             _use_packed_attention(model)
-    args = _training_arguments(config)
     rates = _rates(config)
     if rates is not None:
         rates.groups(model, [])  # raises for names that match nothing
-    datasets = [_build_dataset(config, file, model, processor, args) for file in files]
+    left_out = SkippedRecords(config.output / "skipped.jsonl")
+    with first():
+        datasets = [_build_dataset(config, one, model, processor, args, left_out) for one in sources]
+        if eval_source is not None:
+            eval_data = _build_dataset(config, eval_source, model, processor, args, left_out, evaluates=True)
+    if config.sample_weight_field is not None and not any(one.weighted for one in datasets):
+        names = ", ".join(one.records.name for one in sources)
+        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {names}.")
     mixed = isinstance(config.data, dict)
     data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
     if config.max_tokens is not None:
         sampler = pack_sampler(data, config.capacity, config.max_items, args)
         packs = config.gradient_accumulation_steps * args.world_size
         args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
-    eval_data = None
-    if config.eval_data:
-        files.append(read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field))
-        eval_data = _build_dataset(config, files[-1], model, processor, args)
     trainer_class, collator, loss_options = _trainer_class(config, processor)
-    skipped = [reason for file in files for reason in file.skipped]
-    return Prepared(model, processor, args, data, eval_data, collator, trainer_class, loss_options, skipped)
+    every = datasets if eval_source is None else [*datasets, eval_data]
+    skipped = [reason for one in every for reason in one.skipped]
+    return Prepared(
+        model=model,
+        processor=processor,
+        args=args,
+        data=data,
+        eval_data=None if eval_source is None else eval_data,
+        collator=collator,
+        trainer_class=trainer_class,
+        loss_options=loss_options,
+        skipped=skipped,
+        left_out=left_out,
+    )
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -181,10 +204,27 @@ def save(model: Any, processor: Any, folder: Path) -> None:
         save_vision_tower(model, processor, folder / VISION)
 
 
+def open_data(config: TrainConfig, data: Path | Dataset, argument: str = "data") -> Source:
+    """Open training or evaluation data by the settings; see [`open_source`]."""
+    return open_source(
+        data,
+        argument=argument,
+        columns=config.columns,
+        ignore_columns=config.ignore_columns,
+        sample_weight_field=config.sample_weight_field,
+    )
+
+
 def _build_dataset(
-    config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments
+    config: TrainConfig,
+    source: Source,
+    model: Any,
+    processor: Any,
+    args: TrainingArguments,
+    left_out: SkippedRecords,
+    evaluates: bool = False,
 ) -> SampleDataset:
-    root = records.path.parent
+    root = source.records.root
     encoder: Any
     if config.kind == "dual_encoder":
         longest = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -202,8 +242,17 @@ def _build_dataset(
             prompts=config.prompts,
             seed=config.seed,
         )
-    show = not args.disable_tqdm and args.process_index == 0
-    return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
+    return SampleDataset(
+        source,
+        encoder,
+        config.on_error,
+        config.cache,
+        progress=not args.disable_tqdm and args.process_index == 0,
+        # The evaluation loss is a mean over all tokens, so none may be left out later.
+        check_pixels=config.check_pixels or (evaluates and config.on_error == "skip"),
+        num_proc=config.num_proc,
+        left_out=left_out,
+    )
 
 
 def check_output(output: Path) -> None:
