@@ -30,13 +30,10 @@ class Numbers:
         order = range(share, len(self.lengths), shares)
         return NumberRows(self, order if epoch % 2 == 0 else order[::-1])
 
-    def place(self, row: int) -> str:
-        return f"{self.name}, row {row}"
-
     def encode(self, row: int) -> Sample:
         length = self.lengths[row - self.first]
         if not length:
-            raise RecordError(f"{self.place(row)}: broken")
+            raise RecordError(f"{self.name}, row {row}: broken")
         ids = torch.full((length,), row)
         return Sample(ids, ids, {})
 
@@ -209,7 +206,7 @@ def test_broken_records_end_the_stream_or_are_named() -> None:
     assert [str(pack.error) for pack in packs] == ["None", "numbers, row 1: broken"]
     packs = packs_of(PackStream([Numbers(lengths)], 2, shuffle_buffer=1, on_error="skip"), 6)
     assert [bool(pack.skipped) for pack in packs] == [False, True, False, False, False, True]
-    assert packs[1].skipped == packs[5].skipped == [("numbers, row 1", "broken")]
+    assert packs[1].skipped == packs[5].skipped == ["numbers, row 1: broken"]
 
 
 def test_a_source_without_valid_records_ends_the_stream() -> None:

@@ -20,7 +20,8 @@ from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
 from vlparts.training.dataset import PaddedCollator, SampleDataset, collate_packed
 from vlparts.training.encoding import SampleEncoder
-from vlparts.training.records import RecordError, read_records
+from vlparts.training.records import RecordError
+from vlparts.training.sources import open_source
 from vlparts.training.train import train
 
 
@@ -70,9 +71,9 @@ def build_again(config: TrainConfig) -> tuple[Any, list[Any]]:
     from vlparts.training.building import conversation_texts
 
     set_seed(config.seed)
-    records = read_records(config.data)
-    model, processor = build(config, conversation_texts(records))
-    data = SampleDataset(records, SampleEncoder(processor, config.data.parent), progress=False)
+    source = open_source(config.data)
+    model, processor = build(config, conversation_texts(source.lines()))
+    data = SampleDataset(source, SampleEncoder(processor, config.data.parent), progress=False)
     return model.eval(), data[range(len(data))]
 
 
@@ -226,8 +227,8 @@ def test_skipped_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, logger="vlparts"):
         result = train(config)
     assert [reason.partition(": ")[0].rpartition("/")[2] for reason in result.skipped] == [
-        "train.jsonl, line 5",
         "train.jsonl, line 2",
+        "train.jsonl, line 5",
         "eval.jsonl, line 2",
     ]
     assert "Skipped 3 records. First: " in caplog.text
@@ -265,7 +266,7 @@ def test_outputs_that_cannot_be_folders_are_refused_before_records_are_read(
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
     output = {"below a file": "file/out", "cannot be made": "locked/of/out"}.get(kind, kind)
     config = settings(tmp_path / "in", output=tmp_path / output)
-    monkeypatch.setattr("vlparts.training.train.read_records", None)
+    monkeypatch.setattr("vlparts.training.train.open_source", None)
     for resume in (False, True):
         with pytest.raises(ValueError, match="`output` must be a folder, or a path where one can be made, got "):
             train(config.model_copy(update={"resume": resume}))

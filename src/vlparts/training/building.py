@@ -65,8 +65,8 @@ def build(
     return model, processor
 
 
-def conversation_texts(lines: Iterable[Line]) -> Iterable[str]:
-    """Yield the texts of records for training a tokenizer; coordinates are those of an image of one pixel."""
+def conversation_texts(lines: Iterable[Line]) -> Iterator[str]:
+    """Yield the texts of the records for training a tokenizer; coordinates are those of an image of one pixel."""
     for line in lines:
         if isinstance(line.record, PageRecord):
             yield from _page_texts(line.record)

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from datasets import Dataset
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ..documents.pages import DPI
 from ..losses.weights import PRESETS
@@ -48,10 +58,16 @@ class TrainConfig(BaseModel):
     Args:
         kind: What is trained: a "composed" model, or a "dual_encoder" of images and captions, whose settings `vision`,
             `text`, `tokenizer` and `dual_encoder` give its towers; see [`vlparts.training.dual_encoder`].
-        data: JSON Lines file of training records, or several with the shares of their samples in an epoch, such as
-            `{"ocr.jsonl": 0.7, "general.jsonl": 0.3}`; see [`Mixture`][vlparts.training.dataset.Mixture].
+        data: Training records: a JSON Lines file, a Parquet or Arrow file or folder, WebDataset tar shards (a file, a
+            folder or a pattern), or in Python a `datasets.Dataset`; see [`open_source`][vlparts.training.sources]. Or
+            several files with the shares of their samples in an epoch, such as `{"ocr.jsonl": 0.7, "general.jsonl":
+            0.3}`; see [`Mixture`][vlparts.training.dataset.Mixture].
         output: Folder for checkpoints and the trained model.
-        eval_data: JSON Lines file of evaluation records, if any.
+        eval_data: Evaluation records, if any, as for `data`.
+        columns: Names that the data has for fields of records, by the names of ours, such as `{"images": "pictures"}`.
+        ignore_columns: Names of columns, fields or extensions of the data that are not used.
+        num_proc: Number of processes that measure the records before training; None for the training process alone.
+        check_pixels: Decode all images before training. Otherwise damaged pixels are found when a record is used.
         vision: Vision encoder: a preset such as "navit:tiny" (a part and its preset), a checkpoint folder, the JSON
             file of a configuration, or a mapping of its fields with a "model_type" or a "preset".
         text: Text model: a preset such as "qwen3:tiny", a checkpoint folder, or a configuration as for `vision`.
@@ -122,9 +138,13 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["composed", "dual_encoder"] = "composed"
-    data: Path | dict[Path, _Positive]
+    data: Path | InstanceOf[Dataset] | dict[Path, _Positive]
     output: Path
-    eval_data: Path | None = None
+    eval_data: Path | InstanceOf[Dataset] | None = None
+    columns: dict[str, str] = {}
+    ignore_columns: list[str] = []
+    num_proc: int | None = Field(default=None, ge=1)
+    check_pixels: bool = False
     vision: str | dict[str, Any] = "navit:tiny"
     text: str | dict[str, Any] = "qwen3:tiny"
     model: Path | None = None
@@ -188,10 +208,24 @@ class TrainConfig(BaseModel):
 
     @field_validator("data")
     @classmethod
-    def _check_data(cls, value: Path | dict[Path, float]) -> Path | dict[Path, float]:
+    def _check_data(cls, value: Any) -> Any:
         if value == {}:
             raise ValueError("must be a file, or files with their shares, got none")
         return value
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in value if name not in FIELDS]
+        if unknown:
+            raise ValueError(f"must have fields of records as keys, {', '.join(sorted(FIELDS))}, got {unknown[0]!r}")
+        return value
+
+    @field_serializer("data", "eval_data", when_used="json")
+    def _serialize_data(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(path): share for path, share in value.items()}
+        return value._fingerprint if isinstance(value, Dataset) else value
 
     @field_validator("train", "freeze", "learning_rates", "weight_decays")
     @classmethod
@@ -242,9 +276,9 @@ class TrainConfig(BaseModel):
             raise ValueError("`streaming` takes no `cache`")
 
     @property
-    def shares(self) -> dict[Path, float]:
-        """The files of training records with their shares."""
-        return self.data if isinstance(self.data, dict) else {self.data: 1.0}
+    def shares(self) -> dict[Path | Dataset, float]:
+        """The training records with their shares."""
+        return {**self.data} if isinstance(self.data, dict) else {self.data: 1.0}
 
 
 def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig:

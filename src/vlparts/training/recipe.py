@@ -36,8 +36,9 @@ from ..journal import Journal
 from .config import COMPOSITION_FIELDS, UNSET, TrainConfig, check_config, read_yaml
 from .dual_encoder import VISION, save_vision_tower
 from .packed_trainer import pack_sampler
+from .run_folder import check_output
 from .stream import PackStream
-from .train import Prepared, check_output, prepare, train
+from .train import Prepared, open_data, prepare, train
 
 __all__ = [
     "RECIPES",
@@ -376,9 +377,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     for name, config in recipe.configs.items():
         fields = config.model_dump(mode="json", exclude=set(_OF_THE_RUN))
         found |= {f"{name}.{field}": value for field, value in fields.items()}
-        for path in (*config.shares, *([config.eval_data] if config.eval_data else [])):
-            if not path.is_file():
-                raise ValueError(f"Stage `{name}`: the records {path} must be a JSON Lines file, which is not a file.")
-            with path.open("rb") as file:
-                found[f"{name}: {path}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        for data in (*config.shares, *([config.eval_data] if config.eval_data else [])):
+            if isinstance(data, Path):  # other data is among the settings
+                with _errors_of(name):
+                    found[f"{name}: {data}"] = _content(config, data)
     return found
+
+
+def _content(config: TrainConfig, path: Path) -> str | None:
+    """Digest of a file of records, or what identifies other data and streams."""
+    if path.is_file() and not config.streaming:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return open_data(config, path, streaming=config.streaming).identity

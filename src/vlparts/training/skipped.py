@@ -1,61 +1,50 @@
-"""The file of the records that training skips."""
+"""Records that were skipped while a model is trained, in a file."""
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["SKIPPED", "Skipped", "SkippedRecords"]
-
-SKIPPED = "skipped.jsonl"
-"""Name of the file in the folder of a run."""
-
-
-class Skipped(NamedTuple):
-    """A record that was skipped.
-
-    Args:
-        place: Where it is, such as "train.jsonl, line 3".
-        reason: What is wrong with it.
-    """
-
-    place: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
+__all__ = ["SkippedRecords"]
 
 
 class SkippedRecords:
-    """Appends records to a file of JSON Lines with `place` and `reason`, each place once.
+    """A JSON Lines file with one row per record that was skipped, `{"skipped": message}`, whichever process did it.
 
-    Several processes may append to one file, since each line is one write.
+    Processes may append at the same time, since each row is one write. A row that is incomplete does not count.
 
     Args:
-        path: The file; made with the first record. Places in it are not added again.
+        path: The file; made with the first row.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places = {one.place for one in self.read()}
+        self._found: dict[str, None] = {}
+        self._read = 0
 
-    def add(self, records: Iterable[Skipped]) -> None:
-        """Append the records that are not in the file, as far as this object and its constructor know."""
-        for record in records:
-            if record.place in self._places:
-                continue
-            self._places.add(record.place)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(file, (json.dumps(record._asdict(), ensure_ascii=False) + "\n").encode())
-            finally:
-                os.close(file)
+    def add(self, message: str) -> None:
+        """Add a record; one that is there already is not added again."""
+        if message in self._found or message in self.messages():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        row = json.dumps({"skipped": message}, ensure_ascii=False) + "\n"
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(file, row.encode())
+        finally:
+            os.close(file)
 
-    def read(self) -> list[Skipped]:
-        """The records in the file."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        return [Skipped(**json.loads(line)) for line in lines if line.endswith(b"\n")]
+    def messages(self) -> list[str]:
+        """The messages so far."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                new = file.read().rpartition(b"\n")[0]
+            for row in new.splitlines():
+                self._found[json.loads(row)["skipped"]] = None
+            self._read += len(new) + bool(new)
+        return [*self._found]
+
+    def clear(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+        self._found, self._read = {}, 0

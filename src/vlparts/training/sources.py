@@ -17,7 +17,7 @@ from .record_formats import FIELDS
 from .records import Line, RecordError, parse_fields
 from .source_files import FileState, JsonLines, TarShards, digest, index_lines, index_tars, stream_tars
 
-__all__ = ["Columns", "Reader", "RecordReader", "Source", "listed", "open_source"]
+__all__ = ["Columns", "Reader", "RecordReader", "Source", "open_source"]
 
 _SAVED = ("state.json", "dataset_dict.json")  # files of `save_to_disk`
 _ARROW, _PARQUET, _TAR = ".arrow", ".parquet", ".tar"
@@ -162,10 +162,10 @@ class Source:
     """Rows of training data and what turns them into records.
 
     Args:
-        rows: The rows. Those of a `Dataset` have the format "arrow", in which images are not decoded; see [`listed`].
+        rows: The rows. Those of a `Dataset` have the format "arrow", in which images are not decoded.
         records: Turns a row, as a dictionary, into a record.
         identity: Digest of what the rows are, for caches: the path, size and time of modification of the files, or the
-            fingerprint of a dataset. None for an `IterableDataset`.
+            fingerprint of a dataset. None for data that is an `IterableDataset`.
     """
 
     rows: Dataset | IterableDataset
@@ -175,9 +175,14 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def listed(self, indices: Sequence[int] | slice) -> list[dict[str, Any]]:
+        """Rows of a map-style source as dictionaries."""
+        found: list[dict[str, Any]] = self.rows[indices].to_pylist()
+        return found
+
     def lines(self, on_error: str = "raise") -> Iterator[Line]:
         """Yield the records in order, one at a time; with "skip", without those that are invalid."""
-        rows = self.rows if isinstance(self.rows, IterableDataset) else _listed_in_chunks(self.rows)
+        rows = self.rows if isinstance(self.rows, IterableDataset) else self._all_listed()
         for index, row in enumerate(rows):
             try:
                 yield self.records.line(row, index)
@@ -185,16 +190,9 @@ class Source:
                 if on_error == "raise":
                     raise
 
-
-def listed(rows: Dataset, indices: Sequence[int] | slice) -> list[dict[str, Any]]:
-    """Rows of a map-style source as dictionaries."""
-    found: list[dict[str, Any]] = rows[indices].to_pylist()
-    return found
-
-
-def _listed_in_chunks(rows: Dataset, size: int = 256) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), size):
-        yield from listed(rows, slice(start, start + size))
+    def _all_listed(self, chunk: int = 64) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), chunk):
+            yield from self.listed(slice(start, start + chunk))
 
 
 def open_source(
@@ -232,10 +230,11 @@ def open_source(
         records.check_names(rows.column_names)
     if streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset(num_shards=min(num_shards, len(rows)))
-    if isinstance(rows, IterableDataset):
-        return Source(rows.decode(False) if rows.features else rows, records, None)
     settings = [identity, renamed, sorted(ignore_columns), sample_weight_field, str(reader.root)]
-    return Source(rows.with_format("arrow"), records, digest(settings))
+    found = None if identity is None else digest(settings)
+    if isinstance(rows, IterableDataset):
+        return Source(rows.decode(False) if rows.features else rows, records, found)
+    return Source(rows.with_format("arrow"), records, found)
 
 
 def _open(
@@ -254,7 +253,7 @@ def _open(
         return data, Columns(f"`{argument}`", Path()), data._fingerprint
     path = Path(data)
     if any((path / name).exists() for name in _SAVED):
-        return _load_from_disk(path, argument), Columns(str(path), path), [*map(FileState.of, path.glob("*.json"))]
+        return _load_from_disk(path, argument), Columns(str(path), path), [*map(FileState.of, sorted(path.iterdir()))]
     files = _find_files(path, argument)
     kind = files[0].suffix.lower()
     if kind == _TAR:
@@ -287,10 +286,12 @@ def _find_files(path: Path, argument: str) -> list[Path]:
         files = [one for one in sorted(path.iterdir()) if one.suffix.lower() in (_PARQUET, _ARROW, _TAR)]
     else:
         files = [Path(one) for one in sorted(glob.glob(str(path))) if Path(one).is_file()]
-    if not files or len({one.suffix.lower() for one in files}) > 1:
-        found = f"which has {', '.join(sorted({one.suffix for one in files}))}" if files else "which is not a file"
+    if not files:
         raise ValueError(
-            f"`{argument}` must be a JSON Lines file, or a file, folder or pattern of Parquet, Arrow or tar files, "
-            f"got {path}, {found}."
+            f"`{argument}` must be a JSON Lines file, got {path}, which is not a file; a folder or a pattern must "
+            "have Parquet, Arrow or tar files."
         )
+    kinds = sorted({one.suffix.lower() for one in files})
+    if len(kinds) > 1:
+        raise ValueError(f"`{argument}` {path} must have files of one kind, got {', '.join(kinds)}.")
     return files

@@ -12,7 +12,6 @@ from .bins import FirstFitPacker
 from .encoding import Sample
 from .records import RecordError
 from .shuffled_rows import Row, RowSource, ShuffledRows
-from .skipped import Skipped
 
 __all__ = ["PackStream", "SampleSource", "StreamedPack"]
 
@@ -20,14 +19,11 @@ __all__ = ["PackStream", "SampleSource", "StreamedPack"]
 class SampleSource(RowSource, Protocol):
     """Rows that readers share, and the samples in them."""
 
-    def place(self, row: Any) -> str:
-        """Where a row is, for messages."""
-
     def encode(self, row: Any) -> Sample:
         """The sample of a row.
 
         Raises:
-            RecordError: If it has none, with the place and the reason.
+            RecordError: If it has none; names the place and the reason.
         """
 
 
@@ -39,14 +35,14 @@ class StreamedPack:
         samples: Its samples, sorted by length.
         stream: Which of the streams of its process it is from.
         state: State of this stream after the pack, as JSON data.
-        skipped: The broken records that were met since the pack before.
+        skipped: Error messages of the broken records that were met since the pack before.
         error: What ends training, such as a broken record; such a pack has no samples.
     """
 
     samples: list[Sample]
     stream: int
     state: dict[str, Any]
-    skipped: list[Skipped]
+    skipped: list[str]
     error: ValueError | None = None
 
 
@@ -156,7 +152,7 @@ class _Packs:
         self._failing: dict[int, int] = {}  # epoch since which a source had broken records only
         self._packer: FirstFitPacker[_Item] = FirstFitPacker(config.capacity, config.max_items)
         self._ready: list[list[_Item]] = []
-        self._skipped: list[Skipped] = []
+        self._skipped: list[str] = []
 
     def next_pack(self) -> StreamedPack:
         while not self._ready:
@@ -185,8 +181,7 @@ class _Packs:
             return item
 
     def _skip(self, source: int, row: Row, error: RecordError) -> None:
-        place = self.config.sources[source].place(row.value)
-        self._skipped.append(Skipped(place, str(error).removeprefix(f"{place}: ")))
+        self._skipped.append(str(error))
         if row.epoch > self._failing.setdefault(source, row.epoch) + 1:
             raise RecordError(
                 f"{self.config.sources[source].name}: expected at least one valid record for each reader, got none in "

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .encoding import Sample
-from .skipped import SKIPPED, SkippedRecords
+from .skipped import SkippedRecords
 from .stream import PackStream, StreamedPack
 
-__all__ = ["EpochOfSteps", "StreamLoader", "has_stream", "load_stream", "start_stream", "stream_loader"]
+__all__ = ["EpochOfSteps", "StreamLoader", "has_stream", "load_stream", "stream_loader"]
 
 _FILE = "stream_{}.json"  # one for each process
 
@@ -55,7 +55,8 @@ class StreamLoader(DataLoader[Any]):
                 raise pack.error
             self.stream.states[pack.stream] = pack.state
             self.stream.first = (pack.stream + 1) % max(self.num_workers, 1)
-            self.skipped.add(pack.skipped)
+            for message in pack.skipped:
+                self.skipped.add(message)
             yield batch
 
     def save(self, checkpoint: Path) -> None:
@@ -103,32 +104,13 @@ def stream_loader(stream: PackStream, collator: Any, args: TrainingArguments) ->
     return StreamLoader(
         stream,
         collator,
-        SkippedRecords(Path(str(args.output_dir)) / SKIPPED),
+        SkippedRecords(Path(str(args.output_dir)) / "skipped.jsonl"),
         args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
-
-
-def start_stream(stream: PackStream, checkpoint: Path | None, args: TrainingArguments) -> None:
-    """Let a stream continue from a checkpoint, or begin a run, for which the file of skipped records is removed.
-
-    Args:
-        stream: The stream of this process.
-        checkpoint: The folder of the checkpoint, if any.
-        args: The Trainer's arguments.
-
-    Raises:
-        ValueError: As for [`load_stream`].
-    """
-    if checkpoint is not None:
-        load_stream(stream, checkpoint, args.dataloader_num_workers)
-        return
-    with args.main_process_first(local=False):
-        if args.process_index == 0:
-            (Path(str(args.output_dir)) / SKIPPED).unlink(missing_ok=True)
 
 
 def has_stream(checkpoint: Path) -> bool:

@@ -3,30 +3,14 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 from datasets import IterableDataset
 
-from .config import TrainConfig
 from .encoding import Sample
-from .records import Line
-from .sources import Columns, RecordReader, Source, open_source
+from .sources import Columns, RecordReader, Source
 
-__all__ = ["StreamSource", "first_lines", "open_streams"]
-
-
-def open_streams(config: TrainConfig) -> list[Source]:
-    """Open the training data of a run as streams."""
-    return [
-        open_source(data, streaming=True, sample_weight_field=config.sample_weight_field) for data in config.shares
-    ]
-
-
-def first_lines(config: TrainConfig, sources: Sequence[Source]) -> Iterator[Line]:
-    """The first `tokenizer_records` of each source, without those that are invalid."""
-    for source in sources:
-        yield from islice(source.lines("skip"), config.tokenizer_records)
+__all__ = ["StreamSource"]
 
 
 class StreamRow(NamedTuple):
@@ -86,15 +70,11 @@ class StreamSource:
         readers = len(range(share % len(order), shares, len(order)))
         return _SharedRows(self._rows, [order[share % len(order)]], epoch, share // len(order), readers)
 
-    def place(self, row: StreamRow) -> str:
-        """Where a row is, for messages."""
-        return self._reader(row).reader.place(row.columns, row.position)
-
     def encode(self, row: StreamRow) -> Sample:
         """The sample of a row.
 
         Raises:
-            RecordError: If it has none, with the place and the reason.
+            RecordError: If it has none; names the place and the reason.
         """
         records = self._reader(row)
         line = records.line(row.columns, row.position)

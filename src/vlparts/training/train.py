@@ -1,17 +1,15 @@
 """Fine-tuning of composed models with transformers' Trainer."""
 
-import json
 import logging
-import os
-import re
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
@@ -29,12 +27,12 @@ from .dual_encoder import (
 from .encoding import SampleEncoder
 from .optimizers import Rates, muon_with_adamw
 from .packed_trainer import PackedTrainer, WeightedPackedTrainer, pack_sampler
-from .records import Line, RecordFile, read_records
-from .skipped import SKIPPED, SkippedRecords
-from .sources import Source
+from .run_folder import check_output, find_checkpoint
+from .skipped import SkippedRecords
+from .sources import Source, open_source
 from .stream import PackStream
-from .stream_loader import has_stream, start_stream
-from .stream_source import StreamSource, first_lines, open_streams
+from .stream_loader import has_stream, load_stream
+from .stream_source import StreamSource
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +76,14 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
             off, or if there is no checkpoint to resume from.
     """
     check_output(config.output)
-    checkpoint = _find_checkpoint(config)
+    checkpoint = find_checkpoint(config)
     run = prepare(config)
-    if isinstance(run.data, PackStream):
-        start_stream(run.data, checkpoint, run.args)
-    elif checkpoint is not None and has_stream(checkpoint):
+    if checkpoint is None:
+        if run.args.process_index == 0:
+            run.left_out.clear()
+    elif isinstance(run.data, PackStream):
+        load_stream(run.data, checkpoint, run.args.dataloader_num_workers)
+    elif has_stream(checkpoint):
         raise ValueError(f"`output` {config.output} has checkpoints of a run with `streaming`; set it to resume.")
     trainer = run.trainer_class(
         model=run.model,
@@ -101,6 +102,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     )
     if run.skipped and run.args.process_index == 0:
         logger.warning("Skipped %d records. First: %s", len(run.skipped), run.skipped[0])
+        for reason in run.skipped:
+            run.left_out.add(reason)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output)
@@ -108,11 +111,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if run.eval_data is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    skipped = run.skipped
-    if isinstance(run.data, PackStream):
-        skipped = [*skipped, *map(str, SkippedRecords(config.output / SKIPPED).read())]
-        if skipped and run.args.process_index == 0:
-            logger.warning("Skipped %d records, see %s. First: %s", len(skipped), config.output / SKIPPED, skipped[0])
+    skipped = [*dict.fromkeys([*run.skipped, *run.left_out.messages()])]
     return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, skipped)
 
 
@@ -130,6 +129,7 @@ class Prepared:
         trainer_class: Class of the Trainer.
         loss_options: Its options for the loss.
         skipped: Error messages of the skipped records.
+        left_out: Names the records that are skipped while the model is trained.
     """
 
     model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
@@ -141,10 +141,11 @@ class Prepared:
     trainer_class: type[Any]
     loss_options: dict[str, Any]
     skipped: list[str]
+    left_out: SkippedRecords
 
 
 def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
-    """Build the model, and read and encode all records of a training run that is not streamed. Nothing is written.
+    """Build the model, and measure all records of a training run that is not streamed. Nothing is written but caches.
 
     Args:
         config: The settings.
@@ -155,48 +156,72 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
         ValueError: If a setting is invalid.
     """
     set_seed(config.seed)
-    streams = open_streams(config) if config.streaming else []
-    files = [
-        read_records(path, config.on_error, sample_weight_field=config.sample_weight_field)
-        for path in ([] if config.streaming else config.shares)
-    ]
-
-    def lines() -> Iterable[Line]:
-        return first_lines(config, streams) if config.streaming else chain(*(file.lines for file in files))
-
-    if config.sample_weight_field is not None and all(line.weight is None for line in lines()):
-        names = ", ".join(map(str, config.shares))
-        which = f"none of the first {config.tokenizer_records} records" if config.streaming else "no record"
-        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in {which} of {names}.")
-    texts = chain(config.prompts, conversation_texts(lines()))
+    args = _training_arguments(config)
+    # A check is run by one process alone.
+    first = partial(args.main_process_first, local=False) if weights else nullcontext
+    with first():  # others find its caches
+        sources = [open_data(config, data, streaming=config.streaming) for data in config.shares]
+        eval_source = None if config.eval_data is None else open_data(config, config.eval_data, "eval_data")
+    count = config.tokenizer_records if config.streaming else None
+    heads = (islice(one.lines(config.on_error), count) for one in sources)
+    texts = chain(config.prompts, *map(conversation_texts, heads))
     if config.kind == "dual_encoder":
         model, processor = build_dual_encoder(config, texts, weights)
     else:
         model, processor = build(config, texts, weights)
         if config.packing:
             _use_packed_attention(model)
-    args = _training_arguments(config)
     rates = _rates(config)
     if rates is not None:
         rates.groups(model, [])  # raises for names that match nothing
-    data: SampleDataset | MixedDataset | PackStream
-    if config.streaming:
-        data = _build_stream(config, streams, model, processor, args)
-    else:
-        datasets = [_build_dataset(config, file, model, processor, args) for file in files]
-        mixed = isinstance(config.data, dict)
-        data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
-        if config.max_tokens is not None:
-            sampler = pack_sampler(data, config.capacity, config.max_items, args)
-            packs = config.gradient_accumulation_steps * args.world_size
-            args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
-    eval_data = None
-    if config.eval_data:
-        files.append(read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field))
-        eval_data = _build_dataset(config, files[-1], model, processor, args)
+    left_out = SkippedRecords(config.output / "skipped.jsonl")
+    datasets: list[SampleDataset] = []
+    with first():
+        if not config.streaming:
+            datasets += [_build_dataset(config, one, model, processor, args, left_out) for one in sources]
+        if eval_source is not None:
+            eval_data = _build_dataset(config, eval_source, model, processor, args, left_out, evaluates=True)
+    _check_weights(config, sources, datasets)
+    data: SampleDataset | MixedDataset | PackStream = (
+        datasets[0] if datasets else _build_stream(config, sources, model, processor, args)
+    )
+    if datasets and isinstance(config.data, dict):
+        data = MixedDataset(datasets, [*config.shares.values()], config.seed)
+    if config.max_tokens is not None:
+        sampler = pack_sampler(data, config.capacity, config.max_items, args)
+        packs = config.gradient_accumulation_steps * args.world_size
+        args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
     trainer_class, collator, loss_options = _trainer_class(config, processor)
-    skipped = [reason for file in files for reason in file.skipped]
-    return Prepared(model, processor, args, data, eval_data, collator, trainer_class, loss_options, skipped)
+    every = datasets if eval_source is None else [*datasets, eval_data]
+    skipped = [reason for one in every for reason in one.skipped]
+    return Prepared(
+        model=model,
+        processor=processor,
+        args=args,
+        data=data,
+        eval_data=None if eval_source is None else eval_data,
+        collator=collator,
+        trainer_class=trainer_class,
+        loss_options=loss_options,
+        skipped=skipped,
+        left_out=left_out,
+    )
+
+
+def _check_weights(config: TrainConfig, sources: list[Source], datasets: list[SampleDataset]) -> None:
+    """Raise ValueError for a `sample_weight_field` in no record, or of a stream in none of the first."""
+    count = config.tokenizer_records
+    if config.sample_weight_field is None:
+        return
+    if config.streaming:
+        firsts = chain.from_iterable(islice(one.lines("skip"), count) for one in sources)
+        found = any(line.weight is not None for line in firsts)
+    else:
+        found = any(one.weighted for one in datasets)
+    if not found:
+        which = f"none of the first {count} records" if config.streaming else "no record"
+        names = ", ".join(one.records.name for one in sources)
+        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in {which} of {names}.")
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -207,20 +232,44 @@ def save(model: Any, processor: Any, folder: Path) -> None:
         save_vision_tower(model, processor, folder / VISION)
 
 
+def open_data(config: TrainConfig, data: Path | Dataset, argument: str = "data", streaming: bool = False) -> Source:
+    """Open training or evaluation data by the settings; see [`open_source`]."""
+    return open_source(
+        data,
+        streaming=streaming,
+        argument=argument,
+        columns=config.columns,
+        ignore_columns=config.ignore_columns,
+        sample_weight_field=config.sample_weight_field,
+    )
+
+
 def _build_dataset(
-    config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments
+    config: TrainConfig,
+    source: Source,
+    model: Any,
+    processor: Any,
+    args: TrainingArguments,
+    left_out: SkippedRecords,
+    evaluates: bool = False,
 ) -> SampleDataset:
-    encoder = _build_encoder(config, records.path.parent, model, processor)
-    show = not args.disable_tqdm and args.process_index == 0
-    return SampleDataset(records, encoder, config.on_error, config.cache, progress=show)
+    return SampleDataset(
+        source,
+        _build_encoder(config, source, model, processor),
+        config.on_error,
+        config.cache,
+        progress=not args.disable_tqdm and args.process_index == 0,
+        # The evaluation loss is a mean over all tokens, so none may be left out later.
+        check_pixels=config.check_pixels or (evaluates and config.on_error == "skip"),
+        num_proc=config.num_proc,
+        left_out=left_out,
+    )
 
 
 def _build_stream(
     config: TrainConfig, sources: list[Source], model: Any, processor: Any, args: TrainingArguments
 ) -> PackStream:
-    streams = [
-        StreamSource(one, _build_encoder(config, one.records.root, model, processor), config.seed) for one in sources
-    ]
+    streams = [StreamSource(one, _build_encoder(config, one, model, processor), config.seed) for one in sources]
     return PackStream(
         streams,
         config.capacity,
@@ -234,7 +283,8 @@ def _build_stream(
     )
 
 
-def _build_encoder(config: TrainConfig, root: Path, model: Any, processor: Any) -> Any:
+def _build_encoder(config: TrainConfig, source: Source, model: Any, processor: Any) -> Any:
+    root = source.records.root
     if config.kind == "dual_encoder":
         longest = getattr(model.config.text_config, "max_position_embeddings", None)
         return PairEncoder(processor, root, config.capacity, longest, config.max_image_pixels)
@@ -250,47 +300,6 @@ def _build_encoder(config: TrainConfig, root: Path, model: Any, processor: Any) 
         prompts=config.prompts,
         seed=config.seed,
     )
-
-
-def check_output(output: Path) -> None:
-    """Raise ValueError unless it is a folder that can be written to, or can be made one. Nothing is made here."""
-    existing = next(one for one in (output, *output.parents, Path("/")) if os.path.lexists(one))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if existing.is_dir() else "is no folder"
-        raise ValueError(
-            f"`output` must be a folder, or a path where one can be made, got {str(output)!r}, where {existing} "
-            f"{reason}."
-        )
-
-
-def _find_checkpoint(config: TrainConfig) -> Path | None:
-    """The last complete checkpoint in `output` if `resume` is on and there is one, otherwise None.
-
-    Unfinished checkpoints are logged as a warning and not used.
-    """
-    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in config.output.glob("checkpoint-*"))
-    found = {int(match[1]): path for match, path in names if match}
-    if not config.resume:
-        if found:
-            raise ValueError(f"`output` {config.output} contains checkpoints; set `resume`, or choose another folder.")
-        return None
-    if not found:
-        raise ValueError(f"`output` {config.output} contains no checkpoint to resume from.")
-    complete = [step for step, path in found.items() if _is_complete(path)]
-    unfinished = ", ".join(found[step].name for step in sorted(found.keys() - set(complete)))
-    start = f"The run resumes from {found[max(complete)].name}" if complete else "The run starts from the beginning"
-    if unfinished:
-        logger.warning("`output` %s contains unfinished checkpoints: %s. %s.", config.output, unfinished, start)
-    return found[max(complete)] if complete else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a complete state of the Trainer, which is written last."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None:
