@@ -1,6 +1,8 @@
 """Shares of sources: together every row once per epoch, of any number of readers, and states of all kinds of data."""
 
+import io
 import json
+import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -43,6 +45,15 @@ def data_of(kind: str, rows: int, folder: Path) -> Any:
         return IterableDataset.from_generator(rows_of, gen_kwargs={"numbers": list(range(rows))})
     if kind == "dataset":
         return Dataset.from_list([row_of(index) for index in range(rows)])
+    if kind == "tar":
+        for shard in range(2):
+            with tarfile.open(folder / f"{shard}.tar", "w") as file:
+                for index in range(shard, rows, 2):
+                    content = json.dumps(row_of(index)).encode()
+                    member = tarfile.TarInfo(f"{index}.json")
+                    member.size = len(content)
+                    file.addfile(member, io.BytesIO(content))
+        return folder / "*.tar"
     (folder / "parquet").mkdir(exist_ok=True)
     for shard in range(3):
         part = Dataset.from_list([row_of(index) for index in range(shard, rows, 3)])
@@ -50,7 +61,7 @@ def data_of(kind: str, rows: int, folder: Path) -> Any:
     return folder / "parquet"
 
 
-KINDS = ("json", "parquet", "dataset", "generator")
+KINDS = ("json", "parquet", "dataset", "generator", "tar")
 
 
 def source_of(kind: str, rows: int, folder: Path) -> StreamSource:

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from transformers import TrainingArguments
 
 from tests.training.making import TEXT, example, losses, settings, weights, write_records
@@ -79,6 +81,17 @@ def test_sources_are_mixed_and_epochs_are_logged_as_a_fraction_of_steps(tmp_path
     assert abs(second - 3 * first) <= 3
 
 
+def test_a_dataset_of_the_library_is_trained_on(tmp_path: Path) -> None:
+    rows = IterableDataset.from_generator(texts, gen_kwargs={"numbers": list(range(6))})
+    assert len(losses(train(config_for(tmp_path, data=rows, max_steps=3)))) == 3
+    with pytest.raises(ValueError, match="`data` must be a Dataset unless it is streamed, got an IterableDataset"):
+        train(config_for(tmp_path, "plain", data=rows, streaming=False, shuffle_buffer=1000))
+
+
+def texts(numbers: list[int]) -> Iterator[dict[str, Any]]:
+    yield from map(example, numbers)
+
+
 def test_evaluation_data_are_read_before(tmp_path: Path) -> None:
     write_records(tmp_path / "eval.jsonl", [example(index, tmp_path) for index in range(20, 25)])
     result = train(config_for(tmp_path, eval_data=tmp_path / "eval.jsonl", eval_steps=3, max_steps=6))
@@ -125,7 +138,7 @@ def test_a_broken_record_in_a_worker_is_named_alone(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "without steps": ({"max_steps": -1}, "`streaming` requires `max_steps`"),
     "with tokens": ({"max_steps": -1, "max_tokens": 5}, "`streaming` takes no `max_tokens`"),
-    "with a cache": ({"cache": True}, "`streaming` takes no `cache`"),
+    "with a cache": ({"cache": True}, "`streaming` takes `cache` for `eval_data` only"),
     "a buffer alone": ({"streaming": False}, "`shuffle_buffer` requires `streaming`"),
     "weights that are nowhere": (
         {"sample_weight_field": "importance"},

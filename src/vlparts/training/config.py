@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -59,7 +59,8 @@ class TrainConfig(BaseModel):
         kind: What is trained: a "composed" model, or a "dual_encoder" of images and captions, whose settings `vision`,
             `text`, `tokenizer` and `dual_encoder` give its towers; see [`vlparts.training.dual_encoder`].
         data: Training records: a JSON Lines file, a Parquet or Arrow file or folder, WebDataset tar shards (a file, a
-            folder or a pattern), or in Python a `datasets.Dataset`; see [`open_source`][vlparts.training.sources]. Or
+            folder or a pattern), or in Python a `datasets.Dataset`, or with `streaming` an `IterableDataset`; see
+            [`open_source`][vlparts.training.sources]. Or
             several files with the shares of their samples in an epoch, such as `{"ocr.jsonl": 0.7, "general.jsonl":
             0.3}`; see [`Mixture`][vlparts.training.dataset.Mixture].
         output: Folder for checkpoints and the trained model.
@@ -138,7 +139,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["composed", "dual_encoder"] = "composed"
-    data: Path | InstanceOf[Dataset] | dict[Path, _Positive]
+    data: Path | InstanceOf[Dataset] | InstanceOf[IterableDataset] | dict[Path, _Positive]
     output: Path
     eval_data: Path | InstanceOf[Dataset] | None = None
     columns: dict[str, str] = {}
@@ -225,6 +226,8 @@ class TrainConfig(BaseModel):
     def _serialize_data(self, value: Any) -> Any:
         if isinstance(value, dict):
             return {str(path): share for path, share in value.items()}
+        if isinstance(value, IterableDataset):
+            return repr(value)
         return value._fingerprint if isinstance(value, Dataset) else value
 
     @field_validator("train", "freeze", "learning_rates", "weight_decays")
@@ -272,11 +275,12 @@ class TrainConfig(BaseModel):
             raise ValueError("`streaming` takes no `max_tokens`: the steps for them are unknown; set `max_steps`")
         if self.max_steps < 1:
             raise ValueError("`streaming` requires `max_steps`: the steps of `epochs` are unknown until they are done")
-        if self.cache:
-            raise ValueError("`streaming` takes no `cache`")
+        for name in ("cache", "check_pixels", "num_proc"):
+            if getattr(self, name) and self.eval_data is None:
+                raise ValueError(f"`streaming` takes `{name}` for `eval_data` only, got none")
 
     @property
-    def shares(self) -> dict[Path | Dataset, float]:
+    def shares(self) -> dict[Path | Dataset | IterableDataset, float]:
         """The training records with their shares."""
         return {**self.data} if isinstance(self.data, dict) else {self.data: 1.0}
 

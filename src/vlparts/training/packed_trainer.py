@@ -81,6 +81,11 @@ class PackTrainer(Trainer):
         """Return Trainer's loader, or that of a stream, in which each process has its own data."""
         if not isinstance(self.train_dataset, PackStream):
             return super().get_train_dataloader()
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "A stream must not be used with tensor, context or sequence parallelism: each process reads its own "
+                "data."
+            )
         self._stream_loader = stream_loader(self.train_dataset, self.data_collator, self.args)
         return self._stream_loader
 

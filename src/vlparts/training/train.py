@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
@@ -232,7 +232,9 @@ def save(model: Any, processor: Any, folder: Path) -> None:
         save_vision_tower(model, processor, folder / VISION)
 
 
-def open_data(config: TrainConfig, data: Path | Dataset, argument: str = "data", streaming: bool = False) -> Source:
+def open_data(
+    config: TrainConfig, data: Path | Dataset | IterableDataset, argument: str = "data", streaming: bool = False
+) -> Source:
     """Open training or evaluation data by the settings; see [`open_source`]."""
     return open_source(
         data,
