@@ -187,7 +187,7 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
     )
     if datasets and isinstance(config.data, dict):
         data = MixedDataset(datasets, [*config.shares.values()], config.seed)
-    if config.max_tokens is not None:
+    if config.max_tokens is not None and not isinstance(data, PackStream):
         sampler = pack_sampler(data, config.capacity, config.max_items, args)
         packs = config.gradient_accumulation_steps * args.world_size
         args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
