@@ -1,9 +1,9 @@
 """Packs per second, time to the first pack and memory of a stream, against data that is measured before.
 
-    python tests/benchmarks/bench_streaming.py --records 200000 --packs 500 --workers 2
+    PYTHONPATH=. python tests/benchmarks/bench_streaming.py --records 200000 --packs 500 --workers 2
 
 Each side is a process of its own with an empty cache, which opens a JSON Lines file of records with small images and
-takes packs from a DataLoader. Memory is the largest sum of the resident memory of the process and of that of one worker.
+takes packs from a DataLoader. Memory is the largest resident memory of the process plus that of one worker.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 CAPACITY = 4096
-WORDS = "where is the small red cat under a table near the window and what colour has it".split()
+WORDS = ("where", "is", "the", "small", "red", "cat", "under", "a", "table", "and", "what", "colour", "has", "it")
 
 
 def write(folder: Path, count: int) -> Path:
