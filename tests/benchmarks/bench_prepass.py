@@ -22,22 +22,7 @@ from typing import Any
 import psutil
 
 IMAGES = 64
-WORDS = (
-    "where",
-    "is",
-    "the",
-    "small",
-    "red",
-    "cat",
-    "under",
-    "table",
-    "near",
-    "window",
-    "what",
-    "colour",
-    "has",
-    "it",
-)
+WORDS = "where is the small red cat under a table near the window and what colour has it"
 
 
 def write(folder: Path, count: int) -> Path:
@@ -51,7 +36,7 @@ def write(folder: Path, count: int) -> Path:
     path = folder / f"{count}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for index in range(count):
-            question, answer = (" ".join(words.choices(WORDS, k=words.randrange(5, 60))) for _ in range(2))
+            question, answer = (" ".join(words.choices(WORDS.split(), k=words.randrange(5, 60))) for _ in range(2))
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"image": f"{index % IMAGES}.jpg", "messages": turns}) + "\n")
     return path
