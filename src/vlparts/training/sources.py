@@ -232,7 +232,7 @@ def open_source(
         rows = rows.to_iterable_dataset(num_shards=min(num_shards, len(rows)))
     if isinstance(rows, IterableDataset):
         return Source(rows.decode(False) if rows.features else rows, records, None)
-    settings = [identity, renamed, sorted(ignore_columns), sample_weight_field, str(reader.root)]
+    settings = [identity, renamed, sorted(ignore_columns), sample_weight_field, str(reader.root.resolve())]
     return Source(rows.with_format("arrow"), records, digest(settings))
 
 

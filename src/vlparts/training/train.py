@@ -78,6 +78,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     check_output(config.output)
     checkpoint = _find_checkpoint(config)
     run = prepare(config)
+    if checkpoint is None and run.args.process_index == 0:
+        run.left_out.path.unlink(missing_ok=True)  # of a run before its first checkpoint
     trainer = run.trainer_class(
         model=run.model,
         args=run.args,
@@ -168,6 +170,7 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
     left_out = SkippedRecords(config.output / "skipped.jsonl")
     with first():
         datasets = [_build_dataset(config, one, model, processor, args, left_out) for one in sources]
+        eval_data = None
         if eval_source is not None:
             eval_data = _build_dataset(config, eval_source, model, processor, args, left_out, evaluates=True)
     if config.sample_weight_field is not None and not any(one.weighted for one in datasets):
@@ -180,14 +183,14 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
         packs = config.gradient_accumulation_steps * args.world_size
         args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
     trainer_class, collator, loss_options = _trainer_class(config, processor)
-    every = datasets if eval_source is None else [*datasets, eval_data]
+    every = datasets if eval_data is None else [*datasets, eval_data]
     skipped = [reason for one in every for reason in one.skipped]
     return Prepared(
         model=model,
         processor=processor,
         args=args,
         data=data,
-        eval_data=None if eval_source is None else eval_data,
+        eval_data=eval_data,
         collator=collator,
         trainer_class=trainer_class,
         loss_options=loss_options,
