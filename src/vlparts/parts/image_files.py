@@ -74,7 +74,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _has_late_text(image: Image.Image) -> bool:
-    """Whether a PNG file that is not decoded yet may have EXIF data behind its pixels, found by its chunks' headers."""
+    """Whether a PNG file that is not decoded yet may have EXIF data behind its pixels, by the names of its chunks."""
     file: Any = image.fp
     if file is None:
         return False

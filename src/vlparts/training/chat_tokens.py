@@ -111,7 +111,7 @@ class ChatTokenizer:
         """The text as `apply_chat_template` gives it, and the marked characters if they are asked for."""
         special = self.processor.tokenizer.special_tokens_map
         (text,), spans = render_jinja_template([messages], chat_template=self._template, **special, **options)
-        return text, spans[0] if spans else None
+        return text, _joined(spans[0]) if spans else None
 
     def _encode(self, texts: list[str]) -> dict[str, _Encoded]:
         """Ids of each text, and the start and end of the characters of each token, empty for slow tokenizers."""
@@ -159,13 +159,36 @@ class ChatTokenizer:
 
     def _marked_mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
         """True for the tokens that overlap a marked span, except image placeholders."""
-        inside = [any(first < end and last > start for start, end in spans) for first, last in offsets]
-        return [one and token != self.processor.image_token_id for one, token in zip(inside, ids, strict=True)]
+        if not ids:
+            return []
+        firsts, lasts = zip(*offsets, strict=True)
+        low, high = min(firsts), max(lasts)
+        near = [(start, end) for start, end in spans if low < end and high > start]
+        if not near:
+            return [False] * len(ids)
+        image = self.processor.image_token_id
+        if len(near) == 1:  # as in most answers
+            ((start, end),) = near
+            found = zip(ids, firsts, lasts, strict=True)
+            return [first < end and last > start and token != image for token, first, last in found]
+        inside = [any(first < end and last > start for start, end in near) for first, last in offsets]
+        return [one and token != image for one, token in zip(inside, ids, strict=True)]
 
     def _answer_mask(self, answer: list[int]) -> list[bool]:
         """True for the tokens of an answer up to and including the end of its turn, except image placeholders."""
         length = next((at for at in range(len(answer), 0, -1) if answer[at - 1] in self._ends), len(answer))
         return [index < length and token != self.processor.image_token_id for index, token in enumerate(answer)]
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order, with those that touch as one: a template marks the text of an answer and its end separately."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 def _continuation_template(processor: VisionLanguageProcessor) -> str:

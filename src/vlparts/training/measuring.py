@@ -143,16 +143,19 @@ class _Measure:
             try:
                 line = self.records.line(row, index)
             except RecordError as error:
-                found.append(self._checked(error))
+                found.append(error)
                 continue
             found.append(RecordError())
             weighted[place] = line.weight is not None
             valid.append((place, line))
         measured = self._measured([(line.record, line.number) for _, line in valid])
         for (place, _), one in zip(valid, measured, strict=True):
-            if isinstance(one, ValueError):
-                one = self._checked(self.records.error(rows[place], indices[place], one))
-            found[place] = one
+            is_error = isinstance(one, ValueError)
+            found[place] = self.records.error(rows[place], indices[place], one) if is_error else one
+        if self.on_error == "raise":
+            for one in found:
+                if isinstance(one, RecordError):
+                    raise one
         empty = Measured(0, 0, 0)
         numbers = np.array([one if isinstance(one, Measured) else empty for one in found], dtype=np.int32)
         return {
@@ -162,11 +165,6 @@ class _Measure:
             "weighted": weighted,
             "error": [None if isinstance(one, Measured) else str(one) for one in found],
         }
-
-    def _checked(self, error: RecordError) -> RecordError:
-        if self.on_error == "raise":
-            raise error
-        return error
 
     def _measured(self, records: list[tuple[Record | PageRecord, int]]) -> list[Measured | ValueError]:
         measured = self.encoder.measure(records)

@@ -230,7 +230,7 @@ def open_source(
         records.check_names(rows.column_names)
     if streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset(num_shards=min(num_shards, len(rows)))
-    settings = [identity, renamed, sorted(ignore_columns), sample_weight_field, str(reader.root)]
+    settings = [identity, renamed, sorted(ignore_columns), sample_weight_field, str(reader.root.resolve())]
     found = None if identity is None else digest(settings)
     if isinstance(rows, IterableDataset):
         return Source(rows.decode(False) if rows.features else rows, records, found)

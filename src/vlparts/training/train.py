@@ -80,7 +80,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     run = prepare(config)
     if checkpoint is None:
         if run.args.process_index == 0:
-            run.left_out.clear()
+            run.left_out.clear()  # of a run before its first checkpoint
     elif isinstance(run.data, PackStream):
         load_stream(run.data, checkpoint, run.args.dataloader_num_workers)
     elif has_stream(checkpoint):
@@ -179,6 +179,7 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
     with first():
         if not config.streaming:
             datasets += [_build_dataset(config, one, model, processor, args, left_out) for one in sources]
+        eval_data = None
         if eval_source is not None:
             eval_data = _build_dataset(config, eval_source, model, processor, args, left_out, evaluates=True)
     _check_weights(config, sources, datasets)
@@ -192,14 +193,14 @@ def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
         packs = config.gradient_accumulation_steps * args.world_size
         args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
     trainer_class, collator, loss_options = _trainer_class(config, processor)
-    every = datasets if eval_source is None else [*datasets, eval_data]
+    every = datasets if eval_data is None else [*datasets, eval_data]
     skipped = [reason for one in every for reason in one.skipped]
     return Prepared(
         model=model,
         processor=processor,
         args=args,
         data=data,
-        eval_data=None if eval_source is None else eval_data,
+        eval_data=eval_data,
         collator=collator,
         trainer_class=trainer_class,
         loss_options=loss_options,

@@ -31,7 +31,7 @@ def open_record(fields: dict[str, Any]) -> Record | PageRecord:
     Raises:
         ValueError: If it is not a record, or has scores that are not an object; names the field.
     """
-    names = FIELDS - {"id"} - (frozenset() if "page" in fields else PAGE_FIELDS)
+    names = FIELDS - {"id"} - (frozenset() if "page" in fields or "completion" in fields else PAGE_FIELDS)
     known = {name: value for name, value in fields.items() if name in names}
     pop_scores(known)
     return parse_record(known)
