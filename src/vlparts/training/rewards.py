@@ -183,8 +183,8 @@ def iou_reward(
         ValueError: If the format or `on_malformed` is unknown.
     """
     score = partial(_mean_similarity, kinds=tuple(set(KINDS) - {"point"}), labels=labels is not None)
-    found = get_format(format)
-    return CoordinateReward("iou_reward", score, found, boxes, labels, image_size, on_malformed, skip_thinking)
+    options = (get_format(format), boxes, labels, image_size, on_malformed, skip_thinking)
+    return CoordinateReward("iou_reward", score, *options)
 
 
 def point_in_box_reward(
@@ -212,8 +212,8 @@ def point_in_box_reward(
         ValueError: If the format or `on_malformed` is unknown.
     """
     score = partial(_mean_similarity, kinds=("point",), labels=labels is not None)
-    found = get_format(format)
-    return CoordinateReward("point_in_box_reward", score, found, boxes, labels, image_size, on_malformed, skip_thinking)
+    options = (get_format(format), boxes, labels, image_size, on_malformed, skip_thinking)
+    return CoordinateReward("point_in_box_reward", score, *options)
 
 
 def format_reward(
@@ -240,8 +240,8 @@ def format_reward(
     if kind is not None:
         check_choice(kind, "kind", tuple(KINDS))
     score = partial(_well_formed, kind=kind, exact=exact)
-    found = get_format(format)
-    return CoordinateReward("format_reward", score, found, None, None, image_size, "zero", skip_thinking)
+    options = (get_format(format), None, None, image_size, "zero", skip_thinking)
+    return CoordinateReward("format_reward", score, *options)
 
 
 def _mean_similarity(answer: Answer, truth: list[Region], kinds: tuple[str, ...], labels: bool) -> float:
