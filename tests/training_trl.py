@@ -1,6 +1,10 @@
 """Composed models in TRL's trainers, which the session `libraries` installs: SFT, DPO and GRPO, with images."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -305,11 +309,11 @@ def test_grpo(tmp_path: Path, vision: str) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, 12, 4):
         group = recorder.rows[start : start + 4]
-        assert len({str(row["prompt"]) for row in group}) == 1
+        texts = {part["text"] for row in group for part in row["prompt"][0]["content"] if part["type"] == "text"}
+        assert len(texts) == 1
+        prompt = [{"role": "user", "content": texts.pop()}]
         mean = sum(row["reward"] for row in group) / 4
         for row in group:
-            text = [part["text"] for part in row["prompt"][0]["content"] if part["type"] == "text"]
-            prompt = [{"role": "user", "content": text[0]}]
             one = log_probs(model, processor, prompt, row["ids"], row["images"][0])
             total = total - (row["reward"] - mean) * one.mean() / 12
     _, wanted = wanted_gradients(model, total)
@@ -348,3 +352,22 @@ def test_trainers_load_a_saved_folder(tmp_path: Path) -> None:
     )
     assert type(trainer.ref_model) is type(model)
     assert abs(trainer.train().training_loss - torch.log(torch.tensor(2.0)).item()) < 1e-6  # both are the same
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it trains, and evaluates in two further processes
+def test_the_example_runs(tmp_path: Path) -> None:
+    """In small: a model of two steps, whose answers are not well-formed."""
+    script = Path(__file__).parents[1] / "docs" / "examples" / "grpo_boxes.py"
+    small = ["--sft-steps", "2", "--grpo-steps", "1", "--images", "40", "10"]
+    done = subprocess.run(
+        [sys.executable, script, *small],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = re.findall(r"^\W+0\W+0\.\d{3}\W+0\.\d{3}\W.*$", done.stdout, re.MULTILINE)
+    assert row.count("%") == 4

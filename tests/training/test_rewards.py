@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tiny import tokenizer
 from vlparts.coordinates.codec import decode, encode
 from vlparts.coordinates.metrics.iou import paired_box_iou
 from vlparts.coordinates.regions import Region
@@ -188,6 +189,21 @@ def test_the_answer_is_the_last_message(completion: Any) -> None:
 
 def test_a_message_without_text_is_an_empty_answer() -> None:
     assert one(iou_reward(), [{"role": "assistant", "content": None}], [FULL]) == 0
+
+
+def test_special_tokens_are_read_by_a_tokenizer() -> None:
+    """TRL leaves them out of the text."""
+    words = tokenizer()
+    words.add_special_tokens({"extra_special_tokens": ["<|box_start|>", "<|box_end|>"]})
+    answer = encode([Region.box(*FULL)], SIZE, "qwen2_vl")
+    ids = [*words(answer, add_special_tokens=False)["input_ids"], words.eos_token_id]
+    text = words.decode(ids, skip_special_tokens=True)
+    assert "<|box_start|>" not in text
+    assert one(iou_reward("qwen2_vl"), text, [FULL], completion_ids=[ids]) == 0
+    assert one(iou_reward("qwen2_vl", tokenizer=words), text, [FULL], completion_ids=[ids]) == near(1)
+    exact = format_reward("qwen2_vl", kind="box", tokenizer=words)
+    padded = [*ids, words.eos_token_id]
+    assert exact([text] * 3, image_size=[SIZE] * 3, completion_ids=[ids, padded, []]) == [1.0, 1.0, 0.0]
 
 
 def test_names_and_copies() -> None:

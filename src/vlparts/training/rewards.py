@@ -54,6 +54,7 @@ class CoordinateReward:
         image_size: Column with the width and height of each image in pixels.
         on_malformed: See [`iou_reward`].
         skip_thinking: See [`iou_reward`].
+        tokenizer: See [`iou_reward`].
 
     Raises:
         ValueError: If `on_malformed` is unknown.
@@ -67,6 +68,7 @@ class CoordinateReward:
     image_size: str
     on_malformed: str
     skip_thinking: bool
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         check_choice(self.on_malformed, "on_malformed", _MALFORMED)
@@ -82,6 +84,7 @@ class CoordinateReward:
         Args:
             completions: Answers, each a text or a list of messages, of which the last is the answer.
             **columns: Columns of the dataset, each with one value per answer; those that are not used are ignored.
+                With a `tokenizer` also `completion_ids`, the token ids of the answers.
 
         Returns:
             One reward per answer; None where none is defined: for a row without true boxes (None), and for a malformed
@@ -91,10 +94,21 @@ class CoordinateReward:
             ValueError: If a column is missing or has a value that does not fit; names it.
         """
         count = len(completions)
+        if self.tokenizer is not None:
+            completions = [self._decode(ids) for ids in columns["completion_ids"]]
         sizes = self._column(columns, "image_size", count)
         boxes = [[]] * count if self.boxes is None else self._column(columns, "boxes", count)
         labels = [None] * count if self.labels is None else self._column(columns, "labels", count)
         return [self._reward(*row) for row in zip(completions, sizes, boxes, labels, strict=True)]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer with its special tokens, but for those at its end."""
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        length = len(ids)
+        while length and ids[length - 1] in ends:
+            length -= 1
+        text: str = self.tokenizer.decode(ids[:length], skip_special_tokens=False)
+        return text
 
     def _column(self, columns: Mapping[str, Any], argument: str, count: int) -> Sequence[Any]:
         name = getattr(self, argument)
@@ -160,6 +174,7 @@ def iou_reward(
     image_size: str = "image_size",
     on_malformed: str = "zero",
     skip_thinking: bool = False,
+    tokenizer: Any = None,
 ) -> CoordinateReward:
     """Return a reward from 0 to 1: the mean IoU of predicted and true boxes.
 
@@ -178,12 +193,15 @@ def iou_reward(
         on_malformed: Reward of an answer with a malformed region, for example one that is cut off: "zero"; "skip"
             leaves such regions out and scores the others; "none" gives no reward, which TRL leaves out of its sum.
         skip_thinking: Whether to leave out reasoning, see `decode`.
+        tokenizer: Tokenizer that decodes the token ids of the answers, with all special tokens but those at the end;
+            for formats and reasoning with marks that are special tokens, which TRL leaves out of the text. None to
+            read the text.
 
     Raises:
         ValueError: If the format or `on_malformed` is unknown.
     """
     score = partial(_mean_similarity, kinds=tuple(set(KINDS) - {"point"}), labels=labels is not None)
-    options = (get_format(format), boxes, labels, image_size, on_malformed, skip_thinking)
+    options = (get_format(format), boxes, labels, image_size, on_malformed, skip_thinking, tokenizer)
     return CoordinateReward("iou_reward", score, *options)
 
 
@@ -195,6 +213,7 @@ def point_in_box_reward(
     image_size: str = "image_size",
     on_malformed: str = "zero",
     skip_thinking: bool = False,
+    tokenizer: Any = None,
 ) -> CoordinateReward:
     """Return a reward from 0 to 1: the share of points that are in a true box of their own, edges included.
 
@@ -207,12 +226,13 @@ def point_in_box_reward(
         image_size: Column with width and height of the image.
         on_malformed: "zero", "skip" or "none".
         skip_thinking: Whether to leave out reasoning.
+        tokenizer: Tokenizer that decodes the token ids.
 
     Raises:
         ValueError: If the format or `on_malformed` is unknown.
     """
     score = partial(_mean_similarity, kinds=("point",), labels=labels is not None)
-    options = (get_format(format), boxes, labels, image_size, on_malformed, skip_thinking)
+    options = (get_format(format), boxes, labels, image_size, on_malformed, skip_thinking, tokenizer)
     return CoordinateReward("point_in_box_reward", score, *options)
 
 
@@ -223,6 +243,7 @@ def format_reward(
     exact: bool = True,
     image_size: str = "image_size",
     skip_thinking: bool = False,
+    tokenizer: Any = None,
 ) -> CoordinateReward:
     """Return a reward of 1 for a well-formed answer and 0 for any other.
 
@@ -233,6 +254,7 @@ def format_reward(
             needs at least one region and none that is malformed; other text and another layout are allowed.
         image_size: Column with width and height of the image in pixels.
         skip_thinking: Whether to leave out reasoning, see `decode`.
+        tokenizer: Tokenizer that decodes the token ids, see [`iou_reward`].
 
     Raises:
         ValueError: If the format or `kind` is unknown.
@@ -240,7 +262,7 @@ def format_reward(
     if kind is not None:
         check_choice(kind, "kind", tuple(KINDS))
     score = partial(_well_formed, kind=kind, exact=exact)
-    options = (get_format(format), None, None, image_size, "zero", skip_thinking)
+    options = (get_format(format), None, None, image_size, "zero", skip_thinking, tokenizer)
     return CoordinateReward("format_reward", score, *options)
 
 
