@@ -15,6 +15,8 @@ nox.needs_version = ">=2024.4.15"
 
 # The page whose snippets need packages that only the sessions `onnx` and `torchao` install.
 EXPORT_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/export.md]"
+# The page whose snippets need TRL.
+TRL_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/trl.md]"
 # Versions of torch_npu that the kernels are written for.
 NPU_VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
 # Installed without dependencies: those that a CPU needs are in tests/serving/requirements-vllm.txt.
@@ -99,7 +101,8 @@ def torchao(session: nox.Session) -> None:
 def libraries(session: nox.Session) -> None:
     """Run the training code with TRL, which is not a dependency."""
     install(session, ".[test]", "trl==1.16.0")
-    session.run("pytest", "tests/training_libraries.py", *session.posargs)
+    files = ("tests/training_libraries.py", "tests/training_trl.py", TRL_PAGE)
+    session.run("pytest", *(session.posargs or files))
 
 
 @nox.session
