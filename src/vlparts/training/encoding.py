@@ -145,9 +145,20 @@ class SampleEncoder:
             images = [self._open_page(record)]
         else:
             images = [self._open(path) for path in record.paths]
-        inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
+        inputs = [self.process(image, path) for image, path in zip(images, record.paths, strict=True)]
+        return self.encode(self.render(record, [image.size for image in images], self._prompt(record, number)), inputs)
+
+    def encode(self, messages: list[dict[str, Any]], inputs: Sequence[dict[str, Tensor]]) -> Sample:
+        """Encode chat messages up to the last turn of the assistant.
+
+        Args:
+            messages: Messages for the chat template, with lists of blocks as contents; see [`render`].
+            inputs: Output of the image processor for each image, in the order of the image blocks.
+
+        Raises:
+            ValueError: As for records.
+        """
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
-        messages = self.render(record, [image.size for image in images], self._prompt(record, number))
         ids, labels = self._tokenize(messages, counts)
         if all(label == IGNORE_INDEX for label in labels):
             raise ValueError("The assistant turns are empty; expected at least one token to train on.")
@@ -168,11 +179,12 @@ class SampleEncoder:
         limit = MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
         return open_page(self.root / record.page, record.page_number, dpi=self.dpi, max_image_pixels=limit)
 
-    def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
+    def process(self, image: Image.Image, path: str = "") -> dict[str, Tensor]:
+        """Return the output of the image processor for one image; an error names the path if there is one."""
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            shown = DataImage(path) if path.startswith("data:") else self.root / path
+            shown = DataImage(path) if path.startswith("data:") else self.root / path if path else "of the record"
             raise ValueError(f"Image {shown} cannot be processed: {error}") from None
 
     def _prompt(self, record: Record | PageRecord, number: int) -> str | None:
