@@ -75,6 +75,13 @@ class ComposedModelTemplate(Template):
         source = load_file(image)
         return read_image(source) if isinstance(source, Image.Image) else open_image(source)
 
+    def _preprocess_inputs(self, inputs: StdTemplateInputs) -> None:
+        """Open the images and put tags in the place of those without one."""
+        for name in ("tools", "videos", "audios", "objects", "chat_template_kwargs"):
+            if getattr(inputs, name):
+                raise ValueError(f"`{name}` must be empty for the template {TEMPLATE!r}, got {getattr(inputs, name)}.")
+        super()._preprocess_inputs(inputs)
+
     def _encode(self, inputs: StdTemplateInputs) -> dict[str, Any]:
         """Encode a conversation, in training with labels, otherwise with the prompt of an answer."""
         messages = self._to_messages(inputs)
@@ -98,9 +105,6 @@ class ComposedModelTemplate(Template):
 
     def _to_messages(self, inputs: StdTemplateInputs) -> list[dict[str, Any]]:
         """Messages with lists of blocks, and the images in their places."""
-        for name in ("tools", "videos", "audios", "objects", "chat_template_kwargs"):
-            if getattr(inputs, name):
-                raise ValueError(f"`{name}` must be empty for the template {TEMPLATE!r}, got {getattr(inputs, name)}.")
         messages = list(inputs.messages)
         if messages and messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
             messages.pop()  # the answer to generate
