@@ -60,7 +60,7 @@ class ComposedModelTemplate(Template):
                     f"`{name}` must be {value!r} for composed models, which have the chat template of their folder, "
                     f"got {getattr(self, name)!r}."
                 )
-        self.placeholder_tokens = []
+        self.placeholder_tokens: list[int] = []  # not the list that all templates share
         super().init_processor(processor)
         self.encoder = SampleEncoder(processor, Path())
         end = end_of_turn_id(processor.tokenizer, processor.chat_template)
@@ -127,6 +127,8 @@ class ComposedModelTemplate(Template):
 
 class ComposedModelLoader(ModelLoader):
     """Loads the composed model of a folder."""
+
+    auto_model_cls: Any
 
     def get_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model by transformers' class for models with images."""
