@@ -106,6 +106,16 @@ def libraries(session: nox.Session) -> None:
 
 
 @nox.session
+def frameworks(session: nox.Session) -> None:
+    """Train composed models with ms-swift on CPU by the plugin for it."""
+    install(session, ".[test]")
+    session.install("-q", "--no-deps", "-r", "tests/frameworks/requirements-ms-swift.txt")
+    folder = str(Path(session.create_tmp()).resolve())  # what ms-swift would keep in the home folder
+    session.env.update(HF_HOME=folder, MODELSCOPE_CACHE=folder, OMP_WAIT_POLICY="PASSIVE")
+    session.run("pytest", "tests/frameworks/swift_sft.py", *session.posargs)
+
+
+@nox.session
 def vllm(session: nox.Session) -> None:
     """Serve models with vLLM on CPU, compare with `generate`, test the plugin; `-- --quick` for a selection."""
     install(session, ".[test]")
