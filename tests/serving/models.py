@@ -22,6 +22,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    PixtralVisionConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -119,7 +120,9 @@ def _windowfree_processor() -> WindowFreeViTImageProcessor:
 
 COMPOSITIONS = {
     "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor, adapter=True),
-    "navit_moge": Composition(_navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor),
+    "navit_moge": Composition(
+        _navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor, adapter=True
+    ),
     "windowfree_llama": Composition(
         _windowfree("window_free_tiny"),
         LlamaConfig,
@@ -157,6 +160,12 @@ COMPOSITIONS = {
         projector="deepseek_ocr",
         text_options=EXPERTS,
         image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
+    ),
+    "pixtral_qwen3": Composition(
+        lambda: PixtralVisionConfig(**VISION, image_size=96, patch_size=8),
+        Qwen3Config,
+        options={"spatial_merge_size": 2},
+        adapter=True,
     ),
     "clip_llama": Composition(lambda: CLIPVisionConfig(**SQUARE), LlamaConfig),
     "siglip_gemma2": Composition(
