@@ -109,13 +109,16 @@ def vllm(session: nox.Session) -> None:
     python = Path(session.virtualenv.location) / "vllm" / "bin" / "python"
     if not python.exists():
         session.run("python", "-m", "venv", str(python.parents[1]))
-    pip = (str(python), "-m", "pip", "install", "-q", "--prefer-binary")
+    pip = (str(python), "-m", "pip", "install", "-q", "--no-compile", "--prefer-binary")
     session.run(*pip, "-r", "tests/serving/requirements-vllm.txt")
     session.run(*pip, "--no-deps", *VLLM)
-    session.run(str(python), "tests/serving/declare_operations.py")
+    session.run(str(python), "tests/serving/mend_environment.py")
     session.run("python", "-m", "tests.serving.vllm_serving", str(python), *session.posargs)
+    tests = ["tests/serving/vllm_http.py"]
     if not session.posargs:
-        session.run("pytest", "tests/serving/vllm_plugin.py", env={"VLPARTS_VLLM_PYTHON": str(python)})
+        tests.append("tests/serving/vllm_plugin.py")
+    if not session.posargs or "--quick" in session.posargs:
+        session.run("pytest", *tests, env={"VLPARTS_VLLM_PYTHON": str(python)})
 
 
 @nox.session

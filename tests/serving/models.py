@@ -1,7 +1,7 @@
 """Composed models that answer about colours: built, trained for a minute and saved with the answers of `generate`.
 
 `python -m tests.serving.models FOLDER NAME...` writes a folder per composition. It holds the model, the processor, a
-LoRA adapter in `adapter/` for some, the images of the requests in `inputs/`, and `expected.json`: for each request the
+LoRA adapter in `adapter/`, the images of the requests in `inputs/`, and `expected.json`: for each request the
 prompt and what `generate` answers in each dtype and with the adapter, see [`answer`].
 """
 
@@ -88,7 +88,6 @@ class Composition:
     options: dict[str, Any] = field(default_factory=dict)
     image_processor: Callable[[], Any] | None = None
     processor_options: dict[str, Any] = field(default_factory=dict)
-    adapter: bool = False
 
     @property
     def videos(self) -> bool:
@@ -119,10 +118,8 @@ def _windowfree_processor() -> WindowFreeViTImageProcessor:
 
 
 COMPOSITIONS = {
-    "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor, adapter=True),
-    "navit_moge": Composition(
-        _navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor, adapter=True
-    ),
+    "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor),
+    "navit_moge": Composition(_navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor),
     "windowfree_llama": Composition(
         _windowfree("window_free_tiny"),
         LlamaConfig,
@@ -145,7 +142,6 @@ COMPOSITIONS = {
         options={"projector_options": {"hidden_size": 96}},
         image_processor=_windowfree_processor,
         processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
-        adapter=True,
     ),
     "points": Composition(
         _windowfree("qwen2_vl_vit"),
@@ -165,7 +161,6 @@ COMPOSITIONS = {
         lambda: PixtralVisionConfig(**VISION, image_size=96, patch_size=8),
         Qwen3Config,
         options={"spatial_merge_size": 2},
-        adapter=True,
     ),
     "clip_llama": Composition(lambda: CLIPVisionConfig(**SQUARE), LlamaConfig),
     "siglip_gemma2": Composition(
@@ -297,13 +292,12 @@ def make(name: str, folder: Path) -> None:
         loaded = type(model).from_pretrained(folder, dtype=value)
         for record, request in pairs:
             record["answers"][dtype] = answer(loaded, processor, request)
-    if composition.adapter:
-        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
-        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
-        train(adapted, processor, STEPS // 2, composition.videos, prefix="It is ", rate=1e-2)
-        adapted.save_pretrained(folder / "adapter")
-        for record, request in pairs:
-            record["answers"]["adapter"] = answer(adapted, processor, request)
+    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
+    train(adapted, processor, STEPS // 2, composition.videos, prefix="It is ", rate=1e-2)
+    adapted.save_pretrained(folder / "adapter")
+    for record, request in pairs:
+        record["answers"]["adapter"] = answer(adapted, processor, request)
     (folder / "expected.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 

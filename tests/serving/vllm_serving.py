@@ -30,9 +30,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "own process": {"engine": EAGER, "ways": ["batch"], "processes": True},
     "streamed": {"engine": EAGER, "ways": ["stream"], "processes": True},
 }
-PLAN = {
-    name: [setting for setting in SETTINGS if setting != "LoRA" or one.adapter] for name, one in COMPOSITIONS.items()
-}
 QUICK = {"navit_qwen3": ["float32"]}
 
 
@@ -107,7 +104,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keeps the models, and uses those that are there")
     parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
     options = parser.parse_args()
-    plan = QUICK if options.quick else {name: PLAN[name] for name in options.names or COMPOSITIONS}
+    plan = QUICK if options.quick else dict.fromkeys(options.names or COMPOSITIONS, list(SETTINGS))
     found: dict[str, dict[str, Any]] = {}
     same = True
     with tempfile.TemporaryDirectory() as scratch:
