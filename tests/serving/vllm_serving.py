@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.serving.models import COMPOSITIONS, make
+from tests.serving.models import COMPOSITIONS, is_made, make
 from tests.serving.vllm_process import vllm_environment
 
 ALL_WAYS = ["batch", "alone", "chat"]
@@ -33,18 +33,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 QUICK = {"navit_qwen3": ["float32"]}
 
 
-def serve(python: str, folder: Path, settings: list[str]) -> dict[str, dict[str, Any]]:
-    """Run `serve.py` on a folder, once for the settings in its own process and once for the others."""
+def serve(python: str, name: str, folder: Path, settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Run `serve.py` on a composition, once for the settings in its own process and once for the others."""
+    plan = {setting: {"answers": "float32", **SETTINGS[setting]} for setting in settings}
+    if "LoRA" in plan:
+        plan["LoRA"] = {**plan["LoRA"], "engine": {**plan["LoRA"]["engine"], **COMPOSITIONS[name].adapter_options}}
     results: dict[str, dict[str, Any]] = {}
     for processes in (False, True):
-        names = [name for name in settings if SETTINGS[name].get("processes", False) == processes]
-        if names:
-            results |= _run(python, folder, names, processes)
+        chosen = {setting: one for setting, one in plan.items() if one.get("processes", False) == processes}
+        if chosen:
+            results |= _run(python, folder, chosen, processes)
     return results
 
 
-def _run(python: str, folder: Path, names: list[str], processes: bool) -> dict[str, dict[str, Any]]:
-    chosen = {name: {"answers": "float32", **SETTINGS[name]} for name in names}
+def _run(python: str, folder: Path, chosen: dict[str, dict[str, Any]], processes: bool) -> dict[str, dict[str, Any]]:
     kind = "processes" if processes else "process"
     log, path = folder / f"{kind}.log", folder / f"{kind}.json"
     path.unlink(missing_ok=True)
@@ -56,7 +58,7 @@ def _run(python: str, folder: Path, names: list[str], processes: bool) -> dict[s
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
     ended = {"error": ["The process ended:", *last], "rows": []}
-    return {name: found.get(name, ended) for name in names}
+    return {name: found.get(name, ended) for name in chosen}
 
 
 def summary(results: dict[str, Any] | None) -> str:
@@ -110,9 +112,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, settings in plan.items():
             folder = (options.folder or Path(scratch)).resolve() / name
-            if not (folder / "expected.json").exists():
-                make(name, folder)
-            found[name] = serve(options.python, folder, options.settings or settings)
+            settings = options.settings or settings
+            kinds = {SETTINGS[setting].get("answers", "float32"): None for setting in settings}
+            if not is_made(folder, kinds):
+                make(name, folder, kinds)
+            found[name] = serve(options.python, name, folder, settings)
             for setting, results in found[name].items():
                 same = report(name, setting, results) and same
     print(table(found))
