@@ -27,7 +27,7 @@ from tests.serving.plugin_models import (
 )
 from vlparts.parts.moe_options import SCORINGS
 
-pytestmark = pytest.mark.timeout(3600)  # all engines start in one fixture
+pytestmark = pytest.mark.timeout(7200)  # all engines start in one fixture
 
 
 @pytest.fixture(scope="module")
