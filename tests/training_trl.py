@@ -25,7 +25,7 @@ from tests.tiny import order_one, picture, text_config, tokenizer, vision_config
 from tests.training.weighted_making import arguments, assert_same
 from vlparts import compose, compose_processor
 from vlparts.parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
-from vlparts.training.dataset import PaddingFreeCollator
+from vlparts.training.collators import PaddingFreeCollator
 from vlparts.training.rewards import format_reward, iou_reward
 from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer

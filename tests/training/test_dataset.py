@@ -9,13 +9,8 @@ import torch
 from tests.tiny import picture
 from tests.training.making import example, processor_for, write_records
 from vlparts.parts.utils import IGNORE_INDEX
-from vlparts.training.dataset import (
-    PackSampler,
-    PaddedCollator,
-    PaddingFreeCollator,
-    SampleDataset,
-    collate_packed,
-)
+from vlparts.training.collators import PaddedCollator, PaddingFreeCollator, collate_packed
+from vlparts.training.dataset import PackSampler, SampleDataset
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError
 from vlparts.training.skipped import SkippedRecords

@@ -18,8 +18,9 @@ from transformers import (
 from tests.tiny import order_one, picture, vision_config
 from tests.training.making import TEXT, VISION, example, losses, saved_parts, settings, weights, write_records
 from vlparts.training.building import build
+from vlparts.training.collators import PaddedCollator, collate_packed
 from vlparts.training.config import TrainConfig
-from vlparts.training.dataset import PaddedCollator, SampleDataset, collate_packed
+from vlparts.training.dataset import SampleDataset
 from vlparts.training.encoding import SampleEncoder
 from vlparts.training.records import RecordError
 from vlparts.training.sources import open_source

@@ -20,8 +20,8 @@ from ..parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.vlm_features import pixel_layout
 from .building import choose_trained, config_errors, make_text, make_tower, with_options
+from .collators import PaddedCollator
 from .config import TrainConfig
-from .dataset import PaddedCollator
 from .encoding import Measured, Sample
 from .packed_trainer import PackTrainer
 from .record_images import RecordImage, open_record_image, record_image_size, shown_image

@@ -14,8 +14,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from .building import build, conversation_texts
+from .collators import PaddedCollator, SampleWeights, collate_packed
 from .config import TrainConfig
-from .dataset import MixedDataset, PaddedCollator, SampleDataset, SampleWeights, collate_packed, steps_for_tokens
+from .dataset import MixedDataset, SampleDataset, steps_for_tokens
 from .dual_encoder import ContrastiveTrainer, PairCollator, PairEncoder, build_dual_encoder
 from .encoding import SampleEncoder
 from .metrics import MetricsCollator, RunMetrics, task_names

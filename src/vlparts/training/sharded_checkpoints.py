@@ -55,7 +55,7 @@ def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -
         optimizer: The optimizer.
         folder: The checkpoint.
     """
-    named = get_optimizer_state_dict(model, optimizer, options=_SAVED)
+    named: Any = get_optimizer_state_dict(model, optimizer, options=_SAVED)
     if dist.get_rank() != 0:
         return
     names = [name for group in named["param_groups"] for name in group["params"]]
