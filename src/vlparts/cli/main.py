@@ -1,4 +1,4 @@
-"""Command line: `python -m vlparts demo | train | data | soup | coordinates | ocr | info`."""
+"""Command line: `python -m vlparts demo | train | plan | data | soup | coordinates | ocr | info`."""
 
 import importlib.metadata
 import os
@@ -14,6 +14,7 @@ from .coordinates import app as coordinates_app
 from .data import app as data_app
 from .errors import exit_on_value_error
 from .ocr import ocr
+from .plan import plan
 from .recipe import train_recipe
 from .soup import soup
 
@@ -21,6 +22,7 @@ app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_hel
 app.add_typer(coordinates_app, name="coordinates")
 app.add_typer(data_app, name="data")
 app.command()(ocr)
+app.command()(plan)
 app.command()(soup)
 console = Console()
 
