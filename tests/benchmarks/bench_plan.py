@@ -1,18 +1,19 @@
-"""Peak memory of a training step and its FLOPs, predicted by `vlparts plan` and measured, on CPU.
+"""Peak memory of a training step, predicted by `vlparts plan` and measured on CPU.
 
-Each case runs in a process of its own: two steps (forward, backward, fused AdamW, gradients freed), the second under
-PyTorch's profiler. "tensors" is the largest sum of all tensors that are alive, from the profiler's record of every
-allocation and the sizes of parameters and states before it; "process" is the growth of the peak of resident memory,
-which also has what the allocator keeps and scratch of kernels. FLOPs are those of `FlopCounterMode`, with attention by
-PyTorch's math kernel, whose products it counts (4 instead of 5 of them backward).
+Each case runs in a process of its own, forked from one that has imported everything: a step with one sample, and one
+with all of them under PyTorch's profiler (forward, backward, fused AdamW, gradients freed). "tensors" is the largest
+sum of all tensors that are alive, from the profiler's record of every allocation and the sizes of parameters and states
+before it. "process" is the growth of resident memory to its peak, which also has what the allocator keeps and scratch
+of kernels. `tests/training/test_scaling.py` compares FLOPs and saved tensors of the same models.
 
     python tests/benchmarks/bench_plan.py [case ...]
 """
 
+import multiprocessing
 import resource
-import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, Qwen3Config
 
 from vlparts import MoGEConfig, NaViTConfig, WindowFreeViTConfig, compose
-from vlparts.training.scaling.planning import Run, estimate
 from vlparts.training.scaling.memory import Strategy
+from vlparts.training.scaling.planning import Run, estimate
 
 SAMPLES, LENGTH, GRID, IMAGE_TOKEN = 4, 512, (16, 24), 5
 
@@ -89,21 +90,21 @@ def frozen() -> Any:
 CASES = {"dense": dense, "experts": experts, "frozen": frozen}
 
 
-def batch_of(model: Any, samples: int = SAMPLES) -> dict[str, Any]:
+def batch_of(model: Any, samples: int = SAMPLES, length: int = LENGTH, grid: tuple[int, int] = GRID) -> dict[str, Any]:
     """A pack of samples of one length, with an image each."""
-    rows, columns = GRID
+    rows, columns = grid
     tokens = rows * columns // model.config.merge_size**2
-    ids = torch.randint(10, 5000, (samples, LENGTH))
+    ids = torch.randint(10, 5000, (samples, length))
     ids[:, 1 : 1 + tokens] = IMAGE_TOKEN
-    bounds = torch.arange(samples + 1, dtype=torch.int32) * LENGTH
+    bounds = torch.arange(samples + 1, dtype=torch.int32) * length
     return {
         "input_ids": ids.view(1, -1),
         "labels": torch.where(ids == IMAGE_TOKEN, -100, ids).view(1, -1),
-        "position_ids": torch.arange(LENGTH).repeat(samples)[None],
+        "position_ids": torch.arange(length).repeat(samples)[None],
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
-        "max_length_q": LENGTH,
-        "max_length_k": LENGTH,
+        "max_length_q": length,
+        "max_length_k": length,
         "pixel_values": torch.randn(samples * rows * columns, 3 * model.config.vision_config.patch_size**2),
         "image_grid_thw": torch.tensor([[1, rows, columns]] * samples),
         "use_cache": False,
@@ -120,23 +121,30 @@ def prepare(name: str, checkpointing: bool) -> Any:
     return model
 
 
-def predict(model: Any, checkpointing: bool, precision: str, samples: int = SAMPLES) -> Any:
+def predict(
+    model: Any,
+    checkpointing: bool,
+    precision: str,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    grid: tuple[int, int] = GRID,
+) -> Any:
     """The estimate for one device and the pack of [`batch_of`]."""
-    side, (rows, columns) = model.config.vision_config.patch_size, GRID
+    side, (rows, columns) = model.config.vision_config.patch_size, grid
     run = Run(
         devices=1,
         memory=1e12,
-        capacity=samples * LENGTH,
+        capacity=samples * length,
         samples=1e6,
-        sample_tokens=LENGTH,
+        sample_tokens=length,
         image_size=(columns * side, rows * side),
         precision=precision,  # type: ignore[arg-type]
     )
     return estimate(model, run, Strategy("none", checkpointing=checkpointing))
 
 
-def measure(name: str, checkpointing: bool, precision: str) -> None:
-    """Print the peaks of live tensors and of the process in bytes."""
+def measure(name: str, checkpointing: bool, precision: str) -> tuple[float, int, int]:
+    """Return the predicted peak, that of all tensors, and that of the process, in bytes."""
     model = prepare(name, checkpointing)
     batch, small = batch_of(model), batch_of(model, 1)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], fused=True)
@@ -152,8 +160,6 @@ def measure(name: str, checkpointing: bool, precision: str) -> None:
     states = [one for state in optimizer.state.values() for one in state.values()]
     before = sum(one.nbytes for one in (*model.parameters(), *states))
     baseline = resident() - before
-    step(batch)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step(batch)
     events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
@@ -161,7 +167,9 @@ def measure(name: str, checkpointing: bool, precision: str) -> None:
     for event in sorted(events, key=lambda one: one.start_ns()):
         live += event.nbytes()
         largest = max(largest, live)
-    print(before + largest, peak - baseline)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(name, checkpointing, precision, before + largest, peak - baseline, file=sys.stderr, flush=True)
+    return predict(model, checkpointing, precision).memory.peak, before + largest, peak - baseline
 
 
 def resident() -> int:
@@ -173,21 +181,17 @@ def resident() -> int:
 def main(names: list[str]) -> None:
     """Measure all cases and print the table."""
     table = Table("case", "precision", "checkpointing", "predicted MB", "tensors MB", "ratio", "process MB")
-    for name in names or CASES:
-        for precision in ("float32", "mixed"):
-            for checkpointing in (False, True):
-                predicted = predict(prepare(name, checkpointing), checkpointing, precision).memory.peak
-                arguments = [sys.executable, __file__, "--measure", name, str(int(checkpointing)), precision]
-                output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-                tensors, process = map(int, output.split())
-                sizes = (f"{value / 1e6:.0f}" for value in (predicted, tensors))
-                ratio, used = f"{predicted / tensors:.2f}", f"{process / 1e6:.0f}"
-                table.add_row(name, precision, "yes" if checkpointing else "no", *sizes, ratio, used)
+    cases = list(product(names or CASES, (False, True), ("float32", "mixed")))
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for (name, checkpointing, precision), found in zip(
+            cases, pool.starmap(measure, cases, chunksize=1), strict=True
+        ):
+            predicted, tensors, process = found
+            sizes = (f"{value / 1e6:.0f}" for value in (predicted, tensors))
+            ratio, used = f"{predicted / tensors:.2f}", f"{process / 1e6:.0f}"
+            table.add_row(name, precision, "yes" if checkpointing else "no", *sizes, ratio, used)
     Console().print(table)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        measure(sys.argv[2], sys.argv[3] == "1", sys.argv[4])
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

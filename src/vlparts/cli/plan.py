@@ -44,9 +44,7 @@ def plan(
         Path | None,
         typer.Option(help="JSON Lines file of records, for the four numbers before; with --model FOLDER."),
     ] = None,
-    gradient_accumulation_steps: Annotated[
-        int, typer.Option(help="Packs per optimizer step on each device.")
-    ] = 1,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Packs per optimizer step on each device.")] = 1,
     precision: Annotated[
         str, typer.Option(help="mixed (float32 parameters, bfloat16 autocast), float32, or bfloat16.")
     ] = "mixed",
@@ -119,7 +117,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _measure(data: Path, model: str | None, *given: float | None) -> _Shape:
-    from ..training.scaling.measuring import measure_records
+    from ..training.scaling.planning import measure_records
 
     if any(one is not None for one in given):
         raise ValueError("`--data` replaces --sample-tokens, --samples and --tokens.")
@@ -132,13 +130,10 @@ def _tables(result: Any) -> list[Table]:
     parameters = Table("parameters", "all", "trained", "active per token")
     for name, row in result.parameters.items():
         parameters.add_row(name, *(_big(row[key]) for key in ("all", "trained", "active")))
-    memory = Table("strategy", "pack", "parameters", "optimizer", "gradients", "gathered", "casts", "activations")
-    memory.add_column("loss")
-    memory.add_column("peak GB")
-    for one in result.estimates:
-        fields = ("parameters", "optimizer", "gradients", "gathered", "casts", "activations", "loss", "peak")
-        sizes = (f"{getattr(one.memory, name) / 1e9:.1f}" for name in fields)
-        memory.add_row(Text(str(one.strategy)), f"{one.pack.tokens:,}", *sizes)
+    memory = Table("GB of a device", *(f"{one.strategy}, {one.pack.tokens:,} tokens" for one in result.estimates))
+    for field in dataclasses.fields(result.estimates[0].memory):
+        sizes = (f"{getattr(one.memory, field.name) / 1e9:.1f}" for one in result.estimates)
+        memory.add_row(field.name, *sizes)
     last = result.chosen or result.estimates[-1]
     pack, cost = last.pack, last.flops
     time = Table(f"{last.strategy}, packs of {pack.tokens:,} tokens", "")

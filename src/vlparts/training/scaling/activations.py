@@ -74,7 +74,9 @@ def count_kept(units: Sequence[Unit], precision: Precision, checkpointing: bool 
 
 
 def layer_bytes(unit: Unit, precision: Precision, flows: bool) -> float:
-    """Bytes that a layer keeps: R rows times the sum of
+    """Count the bytes that a layer keeps.
+
+    R rows times the sum of
 
     - norms: their input D, as a float32 copy in RMS norms; RMS norms of PyTorch operations also the normalized D;
     - attention: the input D of the projections, queries A, keys V and values V after rotation, the output A; a joint
@@ -111,7 +113,7 @@ def layer_bytes(unit: Unit, precision: Precision, flows: bool) -> float:
 
 
 def _stream_bytes(unit: Unit, precision: Precision) -> int:
-    """Bytes of a number of the hidden states between layers: embeddings are float32 under autocast, patches are not."""
+    """Bytes of a number between layers: under autocast embeddings are float32, patches are not."""
     return 4 if precision == "float32" or (precision == "mixed" and unit.part == "text") else 2
 
 
@@ -131,7 +133,8 @@ def _inputs(products: Sequence[nn.Linear], precision: Precision) -> float:
     trained = [one for one in products if one.weight.requires_grad]
     if not trained:
         return 0.0
-    return trained[0].in_features * (2.0 * len(trained) if precision == "mixed" else 4.0 if precision == "float32" else 2)
+    copies = {"float32": 4, "mixed": 2 * len(trained), "bfloat16": 2}
+    return float(trained[0].in_features * copies[precision])
 
 
 def _attention_bytes(attention: nn.Module, unit: Unit, precision: Precision) -> float:

@@ -1,9 +1,9 @@
 """Floating-point operations of a training step.
 
-A product of R rows with a weight of W numbers takes 2 R W operations (a multiplication and an addition each). Attention
-over P pairs of queries and keys with heads of a joint width A takes 4 P A (scores, and the weighted sum of values);
-as in PaLM (arXiv 2204.02311, appendix B) and in PyTorch's `FlopCounterMode`, a causal mask does not reduce P. Norms,
-activations, embeddings, the loss and the optimizer are left out.
+A product of R rows with a weight of W numbers takes 2 R W operations (a multiplication and an addition each).
+Attention over P pairs of queries and keys with heads of a joint width A takes 4 P A (scores, and the weighted sum of
+values); as in PaLM (arXiv 2204.02311, appendix B) and in PyTorch's `FlopCounterMode`, a causal mask does not reduce P.
+Norms, activations, embeddings, the loss and the optimizer are left out.
 """
 
 from collections.abc import Sequence

@@ -132,7 +132,7 @@ def count_memory(
 
 
 def optimizer_states(model: Any, optimizer: str) -> int:
-    """Numbers that an optimizer keeps: two for each trained one by AdamW, one by Muon for the matrices that it takes."""
+    """Count the numbers that an optimizer keeps: two for each trained one by AdamW, one for the matrices of Muon."""
     if optimizer == "adamw":
         return 2 * sum(one.numel() for one in model.parameters() if one.requires_grad)
     parts = muon_with_adamw(model, lr=1.0, weight_decay=0.0).parts
@@ -168,8 +168,9 @@ def _gathered_numbers(layer: nn.Module, expert_parallel: int, only_trained: bool
 
 
 def count_parameters(model: Any, share: float) -> dict[str, dict[str, float]]:
-    """Numbers of parameters by part, and of the whole model ("total"): all, those that are trained, and those that are
-    active for a token, of experts the share K / E.
+    """Count parameters by part, and of the whole model ("total").
+
+    Each has "all", those that are "trained", and those that are "active" for a token, of experts the share K / E.
 
     Args:
         model: The model.

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +15,7 @@ from ...composition import compose
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..building import choose_trained, config_errors, load_model, make_tower
 from ..config import COMPOSITION_FIELDS, TrainConfig
+from ..train import prepare
 from .activations import Precision, count_kept
 from .flops import Flops, count_flops
 from .memory import Memory, Strategy, count_memory, count_parameters
@@ -29,6 +32,10 @@ COMPOSED_PRESETS: dict[str, dict[str, Any]] = {
     "deepseek_ocr": {"vision": "deepencoder:deepseek_ocr", "text": "moge:deepseek_ocr", "projector": "deepseek_ocr"},
 }
 """Published composed models by name, as settings of a training run; further ones are `points15_presets`."""
+
+
+SAMPLED_IMAGES = 256
+"""Number of samples, evenly over the file, whose images are measured."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,8 @@ def _groups(model: Any) -> int:
 def _reason(tried: list[Estimate], run: Run) -> str:
     last, limit = tried[-1], f"{run.usable / 1e9:.0f} GB ({run.memory / 1e9:g} GB less {run.margin:.0%})"
     if last.fits:
-        found = f"{_named(last, run)} is the first that fits: its peak of {last.memory.peak / 1e9:.1f} GB is within {limit}"
+        peak = f"its peak of {last.memory.peak / 1e9:.1f} GB is within {limit}"
+        found = f"{_named(last, run)} is the first that fits: {peak}"
         if len(tried) == 1:
             return f"{found}."
         before = tried[-2]
@@ -273,4 +281,39 @@ def _reason(tried: list[Estimate], run: Run) -> str:
 
 
 def _named(one: Estimate, run: Run) -> str:
-    return str(one.strategy) + ("" if one.pack.tokens == run.capacity else f" with packs of {one.pack.tokens:,} tokens")
+    return str(one.strategy) + (
+        "" if one.pack.tokens == run.capacity else f" with packs of {one.pack.tokens:,} tokens"
+    )
+
+
+def measure_records(data: Path, model: Path) -> tuple[float, float, float, tuple[int, int]]:
+    """Encode all records as training does, and measure them.
+
+    Args:
+        data: JSON Lines file of training records.
+        model: Folder of a composed model with its processor; needs no weights.
+
+    Returns:
+        Mean tokens of a sample, the number of samples, mean number of images of a sample, and the width and height in
+        pixels of the mean image after resizing: a square root of the mean number of patches in its mean proportion.
+
+    Raises:
+        RecordError: If a record is invalid.
+        ValueError: If the images have no grids, as of encoders of images of one size.
+    """
+    config = TrainConfig(data=data, output=Path("-"), model=model, capacity=2**31 - 1, trainer={"use_cpu": True})
+    prepared = prepare(config, weights=False)
+    data_set, lengths = prepared.data, prepared.data.lengths
+    total = len(lengths)
+    step = max(1, total // SAMPLED_IMAGES)
+    chosen = [data_set[index].images or {} for index in range(0, total, step)]
+    grids = [one["image_grid_thw"].numpy() for one in chosen if "image_grid_thw" in one]
+    if not grids and any(chosen):
+        raise ValueError("`--data` requires an encoder whose images have grids; give --image-size instead.")
+    mean = sum(lengths) / total
+    if not grids:
+        return mean, float(total), 0.0, (1, 1)
+    sides = np.concatenate(grids)[:, 1:]
+    area, (rows, columns) = sides.prod(1).mean(), sides.mean(0)
+    scale = prepared.model.config.vision_config.patch_size * (area / (rows * columns)) ** 0.5
+    return mean, float(total), len(sides) / len(chosen), (round(columns * scale), round(rows * scale))
