@@ -2,9 +2,9 @@
 
 Each case runs in a process of its own, forked from one that has imported everything: a step with one sample, and one
 with all of them under PyTorch's profiler (forward, backward, fused AdamW, gradients freed). "tensors" is the largest
-sum of all tensors that are alive, from the profiler's record of every allocation and the sizes of parameters and states
-before it. "process" is the growth of resident memory to its peak, which also has what the allocator keeps and scratch
-of kernels. `tests/training/test_scaling.py` compares FLOPs and saved tensors of the same models.
+sum of all tensors that are alive, from the profiler's record of every allocation and the sizes of parameters and
+states before it. "process" is the growth of resident memory to its peak, which also has what the allocator keeps and
+scratch of kernels. `tests/training/test_scaling.py` compares FLOPs and saved tensors of the same models.
 
     python tests/benchmarks/bench_plan.py [case ...]
 """

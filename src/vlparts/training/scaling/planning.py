@@ -306,7 +306,7 @@ def measure_records(data: Path, model: Path) -> tuple[float, float, float, tuple
     data_set, lengths = prepared.data, prepared.data.lengths
     total = len(lengths)
     step = max(1, total // SAMPLED_IMAGES)
-    chosen = [data_set[index].images or {} for index in range(0, total, step)]
+    chosen = [sample.images or {} for sample in data_set[[*range(0, total, step)]]]
     grids = [one["image_grid_thw"].numpy() for one in chosen if "image_grid_thw" in one]
     if not grids and any(chosen):
         raise ValueError("`--data` requires an encoder whose images have grids; give --image-size instead.")
