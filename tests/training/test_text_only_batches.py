@@ -75,10 +75,10 @@ def work(rank: int, folder: Path, port: int) -> None:
             for _ in range(2):
                 model.zero_grad()
                 model(**inputs[kind], use_cache=False).loss.backward()
+            found = gradients(model)
             if wrapper == "fsdp":  # an evaluation gathers the encoder, too
                 with torch.no_grad():
                     model.eval()(**inputs[kind], use_cache=False)
-            found = gradients(model)
             save_file({name: one.contiguous() for name, one in found.items()}, folder / f"{kind} {wrapper} {rank}")
     distributed.destroy_process_group()
 
