@@ -60,6 +60,7 @@ def wrapped(model: Any, wrapper: str) -> Any:
         return DistributedDataParallel(model, find_unused_parameters=False)
     for layer in [one for one in model.modules() if type(one).__name__ in model._no_split_modules]:
         fully_shard(layer)
+    fully_shard(model.get_input_embeddings())  # as accelerate and transformers do
     return fully_shard(model)
 
 

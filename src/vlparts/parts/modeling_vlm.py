@@ -189,6 +189,12 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
                 pixel_values_videos, video_grid_thw, return_dict=True, **video_kwargs
             )
         media = {kind: media[kind] for kind in _PIXELS if media.get(kind) is not None}
+        alone = past_key_values is not None or server_of(self.config.text_config) is not None
+        unseen = None
+        if not media and not alone and must_run(self.vision_tower, self.projector):
+            unseen = (
+                self.encode_blank_image()
+            )  # before the embedding, as images are, since other processes gather both
 
         if self.config.has_multimodal_positions and (position_ids is None or position_ids.ndim == 2):
             check_cache_positions(position_ids, past_key_values, bool(media))
@@ -208,9 +214,9 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
-        alone = past_key_values is not None or server_of(self.config.text_config) is not None
-        if not media and not alone and must_run(self.vision_tower, self.projector):
-            inputs_embeds = self.run_without_images(inputs_embeds)
+        if unseen is not None:
+            nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
+            inputs_embeds = inputs_embeds.masked_scatter(nowhere, unseen.to(inputs_embeds))
 
         return self.run_language_model(
             attention_mask=attention_mask,

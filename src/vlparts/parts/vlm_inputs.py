@@ -132,19 +132,11 @@ class MultimodalInputsMixin:
             outputs.pooler_output = tokens.split(lengths.tolist())
         return outputs
 
-    def run_without_images(self, inputs_embeds: Tensor) -> Tensor:
-        """Run the vision encoder and the projector on a blank image that no token sees; see [`must_run`].
-
-        Args:
-            inputs_embeds: `(B, S, E)`.
-
-        Returns:
-            The same values; the parameters of both get gradients of zero.
-        """
-        blank = blank_image(self.vision_tower, self.config.merge_size, inputs_embeds.device)
-        features = self.get_image_features(**blank, return_dict=True).pooler_output
-        nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
-        return inputs_embeds.masked_scatter(nowhere, torch.cat(tuple(features)).to(inputs_embeds))
+    def encode_blank_image(self) -> Tensor:
+        """Encode and project a blank image, `(tokens, E)`; see [`must_run`]."""
+        device = next(self.projector.parameters()).device
+        blank = blank_image(self.vision_tower, self.config.merge_size, device)
+        return torch.cat(tuple(self.get_image_features(**blank, return_dict=True).pooler_output))
 
     def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Embed tokens, int64 of any shape to `(..., E)`, as the text model does; or return given embeddings."""
