@@ -16,10 +16,12 @@ from datasets import IterableDataset
 from transformers import TrainingArguments
 
 from tests.training.making import TEXT, example, losses, settings, weights, write_records
+from tests.training.recipe_making import small_recipe
 from tests.training.test_resuming import ROOT, Cut, assert_same
 from vlparts.training.config import TrainConfig
+from vlparts.training.recipe import check_recipe, run_recipe
 from vlparts.training.records import RecordError
-from vlparts.training.stream_loader import stream_loader
+from vlparts.training.stream_loader import has_stream, stream_loader
 from vlparts.training.train import train
 
 
@@ -109,6 +111,15 @@ def test_a_dual_encoder_is_trained(tmp_path: Path) -> None:
     given = {"kind": "dual_encoder", "data": tmp_path / "captions.jsonl", "dual_encoder": {"projection_dim": 16}}
     result = train(config_for(tmp_path, max_items=4, max_steps=3, **given))
     assert len(losses(result)) == 3
+
+
+def test_a_stage_of_a_recipe_is_streamed(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, **{"instruction.streaming": True, "instruction.shuffle_buffer": 3})
+    plan = check_recipe(recipe)[-1]
+    assert (plan.steps, plan.samples, plan.longest, plan.tokens) == (4, None, None, None)
+    result = run_recipe(recipe).stages[-1]
+    assert result.steps == 4
+    assert has_stream(result.folder / "checkpoint-4")
 
 
 def test_broken_records_are_named_once(tmp_path: Path) -> None:
