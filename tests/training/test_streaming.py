@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import IterableDataset
@@ -230,7 +230,7 @@ result = train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
 
 
 def start(folder: Path, config: TrainConfig, processes: int = 1) -> "subprocess.Popen[bytes]":
-    """Train in a process group of its own."""
+    """Train in a process of its own."""
     (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -240,17 +240,19 @@ def start(folder: Path, config: TrainConfig, processes: int = 1) -> "subprocess.
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=(folder / "errors").open("wb"),
-        start_new_session=True,
     )
 
 
 def kill_when(process: "subprocess.Popen[bytes]", reached: Any, delay: float = 0.0) -> None:
-    """Kill a process and its workers, after something is reached."""
+    """Kill a process and all that it started, which a launcher puts into sessions of their own."""
     while process.poll() is None and not reached():
         time.sleep(0.002)
     time.sleep(delay)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    found = [psutil.Process(process.pid)] if process.poll() is None else []
+    found += [child for one in found for child in one.children(recursive=True)]
+    for one in found:
+        one.kill()
+    psutil.wait_procs(found[1:])
     process.wait()
 
 
