@@ -75,7 +75,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _has_late_text(image: Image.Image) -> bool:
     """Whether a PNG file that is not decoded yet may have EXIF data behind its pixels, by the names of its chunks."""
-    file: Any = image.fp
+    file: Any = getattr(image, "fp", None)  # of an image file only
     if file is None:
         return False
     position, at, seen_pixels = file.tell(), 8, False

@@ -98,8 +98,9 @@ class SampleDataset(Dataset):
 
     def line(self, index: int) -> Line:
         """The record of a sample."""
-        row = int(self._measured.rows[index])
-        return self.source.records.line(*self.source.listed([row]), row)
+        position = int(self._measured.rows[index])
+        (row,) = self.source.listed([position])
+        return self.source.records.line(row, position)
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample | None:
         """A sample; None if it is left out."""

@@ -141,6 +141,8 @@ class SampleEncoder:
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
         (tokens,) = self.chat([self.render(record, [image.size for image in images], self._prompt(record, number))])
         measured = self._measured(tokens, counts)
+        if isinstance(tokens, ValueError):
+            raise tokens
         if isinstance(measured, ValueError):
             raise measured
         if self.max_length is not None and measured.length > self.max_length:

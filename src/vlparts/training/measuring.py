@@ -150,8 +150,10 @@ class _Measure:
             valid.append((place, line))
         measured = self._measured([(line.record, line.number) for _, line in valid])
         for (place, _), one in zip(valid, measured, strict=True):
-            is_error = isinstance(one, ValueError)
-            found[place] = self.records.error(rows[place], indices[place], one) if is_error else one
+            if isinstance(one, ValueError):
+                found[place] = self.records.error(rows[place], indices[place], one)
+            else:
+                found[place] = one
         if self.on_error == "raise":
             for one in found:
                 if isinstance(one, RecordError):
