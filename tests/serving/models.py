@@ -1,7 +1,7 @@
 """Composed models that answer about colours: built, trained for a minute and saved with the answers of `generate`.
 
 `python -m tests.serving.models FOLDER NAME...` writes a folder per composition. It holds the model, the processor, a
-LoRA adapter in `adapter/` for some, the images of the requests in `inputs/`, and `expected.json`: for each request the
+LoRA adapter in `adapter/`, the images of the requests in `inputs/`, and `expected.json`: for each request the
 prompt and what `generate` answers in each dtype and with the adapter, see [`answer`].
 """
 
@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    PixtralVisionConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -73,7 +74,8 @@ AREA = {"shortest_edge": SMALLEST, "longest_edge": LARGEST}
 NEW_TOKENS = 12
 TOP = 20  # tokens of each step whose log-probabilities are compared
 STEPS = 160
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]  # layers of the text model that have an adapter
+KINDS = ("float32", "bfloat16", "adapter")  # of answers: by the model in a dtype, or by the adapter in float32
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Composition:
     options: dict[str, Any] = field(default_factory=dict)
     image_processor: Callable[[], Any] | None = None
     processor_options: dict[str, Any] = field(default_factory=dict)
-    adapter: bool = False
+    adapter_options: dict[str, Any] = field(default_factory=dict)  # arguments of `vllm.LLM` to serve the adapter
 
     @property
     def videos(self) -> bool:
@@ -118,8 +120,14 @@ def _windowfree_processor() -> WindowFreeViTImageProcessor:
 
 
 COMPOSITIONS = {
-    "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor, adapter=True),
-    "navit_moge": Composition(_navit, MoGEConfig, text_options=EXPERTS, image_processor=_navit_processor),
+    "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor),
+    "navit_moge": Composition(
+        _navit,
+        MoGEConfig,
+        text_options=EXPERTS,
+        image_processor=_navit_processor,
+        adapter_options={"lora_target_modules": ADAPTED},  # vLLM's experts on CPU take no adapters
+    ),
     "windowfree_llama": Composition(
         _windowfree("window_free_tiny"),
         LlamaConfig,
@@ -142,7 +150,6 @@ COMPOSITIONS = {
         options={"projector_options": {"hidden_size": 96}},
         image_processor=_windowfree_processor,
         processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
-        adapter=True,
     ),
     "points": Composition(
         _windowfree("qwen2_vl_vit"),
@@ -157,6 +164,12 @@ COMPOSITIONS = {
         projector="deepseek_ocr",
         text_options=EXPERTS,
         image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
+        adapter_options={"lora_target_modules": ADAPTED},
+    ),
+    "pixtral_qwen3": Composition(
+        lambda: PixtralVisionConfig(**VISION, image_size=96, patch_size=8),
+        Qwen3Config,
+        options={"spatial_merge_size": 2},
     ),
     "clip_llama": Composition(lambda: CLIPVisionConfig(**SQUARE), LlamaConfig),
     "siglip_gemma2": Composition(
@@ -272,8 +285,8 @@ def save_request(folder: Path, index: int, request: Request) -> dict[str, Any]:
     return {**record, "right": request.answer, "answers": {}}
 
 
-def make(name: str, folder: Path) -> None:
-    """Build, train and save a composition, with an adapter and the answers of `generate`."""
+def make(name: str, folder: Path, kinds: Collection[str] = KINDS) -> None:
+    """Build, train and save a composition, with these kinds of answers of `generate` and the adapter for "adapter"."""
     composition = COMPOSITIONS[name]
     model, processor = build(composition)
     train(model, processor, STEPS, composition.videos)
@@ -284,18 +297,24 @@ def make(name: str, folder: Path) -> None:
     pairs = list(zip(records, composition.requests, strict=True))
     for record, request in pairs:
         record["prompt"] = render(processor, request)
-    for dtype, value in DTYPES.items():
-        loaded = type(model).from_pretrained(folder, dtype=value)
+    for kind in kinds:
+        if kind == "adapter":
+            layers = rf".*language_model.*\.({'|'.join(ADAPTED)})"
+            answering = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
+            train(answering, processor, STEPS // 2, composition.videos, prefix="It is ", rate=1e-2)
+            answering.save_pretrained(folder / "adapter")
+        else:
+            answering = type(model).from_pretrained(folder, dtype=kind)
         for record, request in pairs:
-            record["answers"][dtype] = answer(loaded, processor, request)
-    if composition.adapter:
-        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
-        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
-        train(adapted, processor, STEPS // 2, composition.videos, prefix="It is ", rate=1e-2)
-        adapted.save_pretrained(folder / "adapter")
-        for record, request in pairs:
-            record["answers"]["adapter"] = answer(adapted, processor, request)
+            record["answers"][kind] = answer(answering, processor, request)
     (folder / "expected.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def is_made(folder: Path, kinds: Collection[str]) -> bool:
+    """Whether the folder has a composition with these kinds of answers."""
+    path = folder / "expected.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return bool(records) and all(set(kinds) <= record["answers"].keys() for record in records)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Jobs for vLLM with the plugin: runs with the interpreter of vLLM's environment, which finds vlparts on its path.
 
-`python -P plugin_jobs.py JOBS RESULTS`: both are JSON files. A job names one of the functions here and its arguments;
-its result is what the function returns, or the error as text. Engines run one after the other in this process.
+`python -m tests.serving.plugin_jobs JOBS RESULTS`: both are JSON files. A job names one of the functions here and its
+arguments; its result is what the function returns, or the error as text. Engines run one after the other.
 """
 
 import gc
@@ -11,6 +11,9 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from tests.serving.http_requests import stream, with_files
+from tests.serving.vllm_process import running_server
 
 LIMITS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "seed": 0}
 
@@ -43,6 +46,37 @@ def serve(folder: str, requests: list[dict[str, Any]], **options: Any) -> dict[s
     gc.collect()
     cleanup_dist_env_and_memory()
     return found
+
+
+def ask_server(folder: str, requests: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    """Send requests of the OpenAI client to `vllm serve` at once; a request has `new_tokens`, `extra` and either.
+
+    `prompt`, or `conversation` with `images`, whose answer is streamed if it has `stream`.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from openai import BadRequestError
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        extra = {"return_token_ids": True, **request["extra"]}
+        common = {"model": "served", "temperature": 0.0, "extra_body": extra}
+        try:
+            if "prompt" in request:
+                made = client.completions.create(prompt=request["prompt"], max_tokens=request["new_tokens"], **common)
+                return {"tokens": made.choices[0].token_ids, "prompt_tokens": made.usage.prompt_tokens}
+            messages = with_files(request["conversation"], [Path(folder) / name for name in request["images"]])
+            if request["stream"]:
+                tokens, _, prompt_tokens = stream(client, messages, request["new_tokens"], request["extra"])
+                return {"tokens": tokens, "prompt_tokens": prompt_tokens}
+            made = client.chat.completions.create(
+                messages=messages, max_completion_tokens=request["new_tokens"], **common
+            )
+            return {"tokens": made.choices[0].token_ids, "prompt_tokens": made.usage.prompt_tokens}
+        except BadRequestError as error:
+            return {"refused": str(error)}
+
+    with running_server(Path(folder), {**LIMITS, **options}) as client, ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(ask, requests))
 
 
 def match_router(config: dict[str, Any] | None) -> bool:

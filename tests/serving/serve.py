@@ -1,38 +1,30 @@
 """Serves a folder of `models.py` with vLLM and compares its answers with those of `generate`.
 
-Runs in the environment of vLLM, where vlparts is not installed: `python -P serve.py FOLDER RESULTS SETTINGS`. SETTINGS
-is JSON, by name: `engine`, arguments of `vllm.LLM`; `answers`, the answers of `expected.json` to compare with; `ways`,
-some methods of `Engine`, or "stream" alone for the OpenAI-compatible server. RESULTS gets for each setting the seconds
-until the engine was ready, the number of tokens of prompts from its cache, and a row for each request and way; or an
-error.
+Runs in the environment of vLLM, where vlparts is not installed: `python -m tests.serving.serve FOLDER RESULTS
+SETTINGS`. SETTINGS is JSON, by name: `engine`, arguments of `vllm.LLM`; `answers`, the answers of `expected.json` to
+compare with; `ways`, some methods of `Engine`, or "stream" alone for `vllm serve`. RESULTS gets for each setting the
+seconds until the engine was ready, the number of tokens of prompts from its cache, and a row for each request and way;
+or an error.
 """
 
 import argparse
-import base64
 import gc
 import importlib.util
 import json
-import mimetypes
-import socket
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tests.serving.http_requests import TOP, Answer, stream, with_files, with_images
+from tests.serving.vllm_process import running_server
+
 LIMITS = {"max_model_len": 512, "max_num_seqs": 8, "seed": 0}
-SERVER_TIMEOUT = 900  # seconds; a busy machine takes minutes
 NEW_TOKENS = 12
-TOP = 5
 Record = dict[str, Any]
-# Tokens, the log-probabilities of the likeliest tokens of each step, and the number of tokens of the prompt.
-Answer = tuple[list[int], list[dict[int, float]], int]
 
 
 def engine_options(records: list[Record], options: dict[str, Any]) -> dict[str, Any]:
@@ -48,15 +40,6 @@ def prompt_of(record: Record, folder: Path) -> dict[str, Any]:
         np.stack([np.asarray(Image.open(folder / name)) for name in names]) for names in record["videos"]
     ]
     return {"prompt": record["prompt"], "multi_modal_data": {kind: items for kind, items in media.items() if items}}
-
-
-def with_images(record: Record, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The request as a conversation, in which these blocks take the places of the images."""
-    rest = iter(blocks)
-    return [
-        {**turn, "content": [next(rest) if block["type"] == "image" else block for block in turn["content"]]}
-        for turn in record["conversation"]
-    ]
 
 
 class Engine:
@@ -86,7 +69,8 @@ class Engine:
         conversations = []
         for record in records:
             images = [Image.open(self.folder / name) for name in record["images"]]
-            conversations.append(with_images(record, [{"type": "image_pil", "image_pil": image} for image in images]))
+            blocks = [{"type": "image_pil", "image_pil": image} for image in images]
+            conversations.append(with_images(record["conversation"], blocks))
         made = self.engine.chat(conversations, self.sampling, use_tqdm=False, lora_request=self.adapter)
         return [self.read(one) for one in made]
 
@@ -95,73 +79,6 @@ class Engine:
         tokens = list(made.outputs[0].token_ids)
         logprobs = [{token: one.logprob for token, one in step.items()} for step in made.outputs[0].logprobs]
         return tokens, logprobs, len(made.prompt_token_ids)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-@contextmanager
-def running_server(folder: Path, options: dict[str, Any]) -> Iterator[Any]:
-    """Start vLLM's OpenAI-compatible server and yield a client of it."""
-    from openai import APIConnectionError, OpenAI
-
-    port = free_port()
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "served"]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        command += [flag] if value is True else [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    server = subprocess.Popen(command)
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    try:
-        deadline = time.monotonic() + SERVER_TIMEOUT
-        while True:
-            try:
-                client.models.list()
-                break
-            except APIConnectionError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("The server did not start.") from None
-                time.sleep(0.5)
-        yield client
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def stream(client: Any, folder: Path, record: Record) -> Answer:
-    """Ask the server, with images as data URLs, and collect the answer from the stream."""
-    urls = []
-    for name in record["images"]:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        urls.append(f"data:{mimetypes.guess_type(name)[0]};base64,{data}")
-    messages = with_images(record, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
-    events = client.chat.completions.create(
-        model="served",
-        messages=messages,
-        temperature=0.0,
-        max_completion_tokens=NEW_TOKENS,
-        logprobs=True,
-        top_logprobs=TOP,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"return_token_ids": True, "return_tokens_as_token_ids": True},
-    )
-    tokens: list[int] = []
-    logprobs: list[dict[int, float]] = []
-    prompt_tokens = 0
-    for event in events:
-        for choice in event.choices:
-            tokens += getattr(choice, "token_ids", None) or []
-            if choice.logprobs is not None and choice.logprobs.content:
-                steps = [step.top_logprobs for step in choice.logprobs.content]
-                logprobs += [{int(one.token.removeprefix("token_id:")): one.logprob for one in step} for step in steps]
-        if event.usage is not None:
-            prompt_tokens = event.usage.prompt_tokens
-    return tokens, logprobs, prompt_tokens
 
 
 def compare(way: str, record: Record, expected: Record, found: Answer) -> dict[str, Any]:
@@ -196,7 +113,9 @@ def run(folder: Path, records: list[Record], options: dict[str, Any]) -> dict[st
     if options["ways"] == ["stream"]:
         with running_server(folder, engine_options(records, options)) as client:
             ready = time.perf_counter() - started
-            add("stream", as_files, [stream(client, folder, record) for record in as_files])
+            for record in as_files:
+                messages = with_files(record["conversation"], [folder / name for name in record["images"]])
+                add("stream", [record], [stream(client, messages, NEW_TOKENS)])
     else:
         engine = Engine(folder, records, options)
         ready = time.perf_counter() - started

@@ -7,13 +7,13 @@ of tokens of a prompt differs. `--table FILE` writes the table of the documentat
 
 import argparse
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.serving.models import COMPOSITIONS, make
+from tests.serving.models import COMPOSITIONS, is_made, make
+from tests.serving.vllm_process import vllm_environment
 
 ALL_WAYS = ["batch", "alone", "chat"]
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
@@ -30,45 +30,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "own process": {"engine": EAGER, "ways": ["batch"], "processes": True},
     "streamed": {"engine": EAGER, "ways": ["stream"], "processes": True},
 }
-DTYPES = ["float32", "bfloat16"]
-PLAN = {name: list(SETTINGS) if one.adapter else [*DTYPES, "streamed"] for name, one in COMPOSITIONS.items()}
-QUICK = {"navit_qwen3": ["float32", "streamed"]}
+QUICK = {"navit_qwen3": ["float32"]}
 
 
-def serve(python: str, folder: Path, settings: list[str]) -> dict[str, dict[str, Any]]:
-    """Run `serve.py` on a folder, once for the settings in its own process and once for the others."""
+def serve(python: str, name: str, folder: Path, settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Run `serve.py` on a composition, once for the settings in its own process and once for the others."""
+    plan = {setting: {"answers": "float32", **SETTINGS[setting]} for setting in settings}
+    if "LoRA" in plan:
+        plan["LoRA"] = {**plan["LoRA"], "engine": {**plan["LoRA"]["engine"], **COMPOSITIONS[name].adapter_options}}
     results: dict[str, dict[str, Any]] = {}
     for processes in (False, True):
-        names = [name for name in settings if SETTINGS[name].get("processes", False) == processes]
-        if names:
-            results |= _run(python, folder, names, processes)
+        chosen = {setting: one for setting, one in plan.items() if one.get("processes", False) == processes}
+        if chosen:
+            results |= _run(python, folder, chosen, processes)
     return results
 
 
-def _run(python: str, folder: Path, names: list[str], processes: bool) -> dict[str, dict[str, Any]]:
-    chosen = {name: {"answers": "float32", **SETTINGS[name]} for name in names}
-    hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+def _run(python: str, folder: Path, chosen: dict[str, dict[str, Any]], processes: bool) -> dict[str, dict[str, Any]]:
     kind = "processes" if processes else "process"
     log, path = folder / f"{kind}.log", folder / f"{kind}.json"
     path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        environment.update(
-            HF_HUB_OFFLINE="1",
-            HF_MODULES_CACHE=scratch,
-            OMP_NUM_THREADS="1",
-            VLLM_CPU_KVCACHE_SPACE="1",
-            VLLM_CPU_OMP_THREADS_BIND="nobind",
-            VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)),
-            VLLM_NO_USAGE_STATS="1",
-        )
-        script = str(Path(__file__).with_name("serve.py"))
-        command = [python, "-P", script, str(folder), str(path), json.dumps(chosen)]
+        environment = vllm_environment(Path(scratch), processes=processes)
+        command = [python, "-P", "-m", "tests.serving.serve", str(folder), str(path), json.dumps(chosen)]
         with log.open("w", encoding="utf-8") as file:
             subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    ended = {"error": [f"The process ended; see {log}."], "rows": []}
-    return {name: found.get(name, ended) for name in names}
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+    ended = {"error": ["The process ended:", *last], "rows": []}
+    return {name: found.get(name, ended) for name in chosen}
 
 
 def summary(results: dict[str, Any] | None) -> str:
@@ -111,20 +101,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("python", help="interpreter of vLLM's environment")
     parser.add_argument("names", nargs="*", help=f"compositions, of {', '.join(COMPOSITIONS)}; all by default")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="by default all, or a selection of them")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="by default all")
     parser.add_argument("--quick", action="store_true", help="a selection for every change")
     parser.add_argument("--folder", type=Path, help="keeps the models, and uses those that are there")
     parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
     options = parser.parse_args()
-    plan = QUICK if options.quick else {name: PLAN[name] for name in options.names or COMPOSITIONS}
+    plan = QUICK if options.quick else dict.fromkeys(options.names or COMPOSITIONS, list(SETTINGS))
     found: dict[str, dict[str, Any]] = {}
     same = True
     with tempfile.TemporaryDirectory() as scratch:
         for name, settings in plan.items():
             folder = (options.folder or Path(scratch)).resolve() / name
-            if not (folder / "expected.json").exists():
-                make(name, folder)
-            found[name] = serve(options.python, folder, options.settings or settings)
+            settings = options.settings or settings
+            kinds = {SETTINGS[setting].get("answers", "float32"): None for setting in settings}
+            if not is_made(folder, kinds):
+                make(name, folder, kinds)
+            found[name] = serve(options.python, name, folder, settings)
             for setting, results in found[name].items():
                 same = report(name, setting, results) and same
     print(table(found))

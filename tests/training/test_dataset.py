@@ -9,7 +9,8 @@ import torch
 from tests.tiny import picture
 from tests.training.making import example, processor_for, write_records
 from vlparts.parts.utils import IGNORE_INDEX
-from vlparts.training.dataset import PackSampler, PaddedCollator, SampleDataset, collate_packed
+from vlparts.training.collators import PaddedCollator, PaddingFreeCollator, collate_packed
+from vlparts.training.dataset import PackSampler, SampleDataset
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError
 from vlparts.training.skipped import SkippedRecords
@@ -191,6 +192,32 @@ def test_a_batch_of_samples() -> None:
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (7 - length)
     assert batch["image_grid_thw"].tolist() == [[1, 2, 1], [1, 1, 1], [1, 3, 1]]
     assert batch["pixel_values"][:, 0].tolist() == [10, 10, 40, 40, 40, 40]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_padded_batch_becomes_the_row_of_its_samples(side: str) -> None:
+    def collate(batch: list[list[Sample]]) -> dict[str, Any]:
+        padded = PaddedCollator(pad_token_id=0)(batch)
+        if side == "left":
+            width = padded["input_ids"].shape[1]
+            for name in ("input_ids", "labels", "attention_mask"):
+                rows = zip(padded[name], SAMPLES, strict=True)
+                padded[name] = torch.stack([row.roll(width - len(sample)) for row, sample in rows])
+        return padded
+
+    row, wanted = PaddingFreeCollator(collate)([SAMPLES]), collate_packed([SAMPLES])
+    assert row.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(torch.as_tensor(row[name]), torch.as_tensor(value)), name
+
+
+def test_other_inputs_per_token_raise() -> None:
+    def collate(batch: list[list[Sample]]) -> dict[str, Any]:
+        padded = PaddedCollator(pad_token_id=0)(batch)
+        return {**padded, "mm_token_type_ids": padded["input_ids"]}
+
+    with pytest.raises(ValueError, match="`collator` must return no 'mm_token_type_ids'"):
+        PaddingFreeCollator(collate)([[sample_of(5, 10, [])]])
 
 
 @pytest.mark.parametrize("collate", [collate_packed, PaddedCollator(0)])

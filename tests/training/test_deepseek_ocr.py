@@ -16,8 +16,9 @@ from tests.training.making import losses, settings, weights, write_records
 from tests.training.test_resuming import Cut
 from vlparts import DeepEncoderImageProcessor
 from vlparts.training.building import build, conversation_texts, select_parameters
+from vlparts.training.collators import collate_packed
 from vlparts.training.config import TrainConfig
-from vlparts.training.dataset import SampleDataset, collate_packed
+from vlparts.training.dataset import SampleDataset
 from vlparts.training.encoding import SampleEncoder
 from vlparts.training.recipe import load_recipe, run_recipe
 from vlparts.training.sources import open_source

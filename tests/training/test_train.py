@@ -18,8 +18,9 @@ from transformers import (
 from tests.tiny import order_one, picture, vision_config
 from tests.training.making import TEXT, VISION, example, losses, saved_parts, settings, weights, write_records
 from vlparts.training.building import build
+from vlparts.training.collators import PaddedCollator, collate_packed
 from vlparts.training.config import TrainConfig
-from vlparts.training.dataset import PaddedCollator, SampleDataset, collate_packed
+from vlparts.training.dataset import SampleDataset
 from vlparts.training.encoding import SampleEncoder
 from vlparts.training.records import RecordError
 from vlparts.training.sources import open_source
@@ -158,7 +159,7 @@ def test_the_saved_folder_holds_weights_code_and_processor_and_no_pickle(tmp_pat
     output = tmp_path / "output"
     files = {path.name for path in output.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", "modeling_vlm.py", "processing_vlm.py", "tokenizer.json"} <= files
-    assert {Path(name).suffix for name in files} == {".json", ".py", ".safetensors", ".jinja"}
+    assert {Path(name).suffix for name in files} == {".json", ".jsonl", ".py", ".safetensors", ".jinja"}
     saved = weights(output)
     for name, value in result.model.state_dict().items():
         assert torch.equal(saved[name], value), name
@@ -287,7 +288,7 @@ def test_outputs_that_cannot_be_folders_are_refused_before_records_are_read(
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
     output = {"below a file": "file/out", "cannot be made": "locked/of/out"}.get(kind, kind)
     config = settings(tmp_path / "in", output=tmp_path / output)
-    monkeypatch.setattr("vlparts.training.train.open_source", None)
+    monkeypatch.setattr("vlparts.training.preparation.open_source", None)
     for resume in (False, True):
         with pytest.raises(ValueError, match="`output` must be a folder, or a path where one can be made, got "):
             train(config.model_copy(update={"resume": resume}))

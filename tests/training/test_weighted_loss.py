@@ -16,8 +16,9 @@ from tests.training.weighted_making import VOCABULARY, Rows, arguments, padded
 from vlparts import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 from vlparts.losses.weights import PRESETS
 from vlparts.training.building import build, conversation_texts
+from vlparts.training.collators import PaddedCollator, SampleWeights, collate_packed
 from vlparts.training.config import TrainConfig, load_config
-from vlparts.training.dataset import PaddedCollator, SampleDataset, SampleWeights, collate_packed
+from vlparts.training.dataset import SampleDataset
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError, read_records
 from vlparts.training.sources import open_source

@@ -1,4 +1,4 @@
-"""Command line: `python -m vlparts demo | train | data | soup | coordinates | ocr | info`."""
+"""Command line: `python -m vlparts demo | train | show | data | soup | coordinates | ocr | info`."""
 
 import importlib.metadata
 import os
@@ -20,6 +20,8 @@ from .soup import soup
 app = typer.Typer(help="Vision-language parts for transformers.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(coordinates_app, name="coordinates")
 app.add_typer(data_app, name="data")
+show_app = typer.Typer(help="Pictures.", no_args_is_help=True)
+app.add_typer(show_app, name="show")
 app.command()(ocr)
 app.command()(soup)
 console = Console()
@@ -177,6 +179,20 @@ def train(
         for reason in result.skipped:
             console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
         console.print(f"{result.steps} steps, {len(result.skipped)} records skipped.")
+
+
+@show_app.command("run")
+def show_run(
+    folder: Annotated[Path, typer.Argument(help="Output of a training run or a recipe, also while it runs.")],
+    output: Annotated[Path | None, typer.Option(help="Picture; by default run.png in the folder.")] = None,
+) -> None:
+    """Draw losses, learning rate, speed, packing and router load of a training run."""
+    from ..show import run
+
+    path = folder / "run.png" if output is None else output
+    with exit_on_value_error():
+        run(folder, path)
+    typer.echo(path)
 
 
 @app.command()

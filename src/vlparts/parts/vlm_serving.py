@@ -140,6 +140,7 @@ class ServedProcessor(ProcessorMixin):
     video_token: str | None
     spatial_merge_size: int
     image_seq_length: int | None
+    patch_size: int | None
     count_image_tokens: Callable[[Any, int], int]
     _to_model_inputs: Callable[[Any], Any]
 
@@ -157,8 +158,9 @@ class ServedProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
         """Process images, videos and text.
 
-        For a server, each video has its own budget of pixels, and views are returned as lists with one tensor per
-        image: `image_tile_grid` `(2,)`, and `image_view_grid` `(views, 3)` instead of `image_grid_thw`.
+        For a server, each video has its own budget of pixels, and some fields are lists with one tensor per image:
+        `pixel_values` `(C, H, W)` of padded images, without the padding; of views `image_tile_grid` `(2,)`, and
+        `image_view_grid` `(views, 3)` instead of `image_grid_thw`.
         """
         process = super().__call__
         if not self._called_by_server(text, kwargs):
@@ -172,6 +174,10 @@ class ServedProcessor(ProcessorMixin):
             if "image_grid_thw" in data:
                 views = (tiles.prod(-1) + 1).tolist()
                 data["image_view_grid"] = list(torch.as_tensor(data.pop("image_grid_thw")).split(views))
+        if self.patch_size is not None and "pixel_values" in data:  # images are padded to the largest in the call
+            sides = (torch.as_tensor(data["spatial_shapes"]) * self.patch_size).tolist()
+            images = zip(torch.as_tensor(data["pixel_values"]), sides, strict=True)
+            data["pixel_values"] = [image[:, :height, :width].contiguous() for image, (height, width) in images]
         return data
 
     def _get_num_multimodal_tokens(

@@ -128,6 +128,8 @@ class TrainConfig(BaseModel):
         save_steps: Steps between checkpoints.
         eval_steps: Steps between evaluations.
         logging_steps: Steps between log lines.
+        metrics: Also log losses by task and answer length, speed, packing and router load; see
+            [`vlparts.training.metrics`].
         resume: Resume from the last checkpoint in `output`.
         on_error: "raise" on a broken record, or "skip" it and report it.
         on_outside: Policy for a region outside its image: "raise", "clamp" it to the image, or "skip" it.
@@ -186,6 +188,7 @@ class TrainConfig(BaseModel):
     save_steps: int = Field(default=500, ge=1)
     eval_steps: int = Field(default=500, ge=1)
     logging_steps: int = Field(default=10, ge=1)
+    metrics: bool = True
     resume: bool = False
     on_error: Literal["raise", "skip"] = "raise"
     on_outside: Literal["raise", "clamp", "skip"] = "raise"

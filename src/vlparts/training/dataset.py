@@ -1,21 +1,18 @@
-"""Datasets, samplers and collators of encoded samples, packed to a fixed capacity or padded."""
+"""Datasets of encoded samples, and the sampler of packs of a fixed capacity."""
 
 import random
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import DataCollatorWithFlattening
 
-from ..parts.utils import IGNORE_INDEX
 from .bins import plan_packing
-from .encoding import Sample, join_images
+from .encoding import Sample
 from .images.balance import split_packs
 from .measuring import Encoder, measure_samples
 from .records import Line, RecordError
@@ -42,6 +39,7 @@ class SampleDataset(Dataset):
         check_pixels: Decode all images at construction.
         num_proc: Number of processes that measure; None for this one.
         left_out: Where samples that are left out of their packs are named; None where `on_error` is "raise".
+        task: Index of the source among several, for losses by task.
 
     Attributes:
         lengths: Tokens of each sample, int32.
@@ -65,6 +63,7 @@ class SampleDataset(Dataset):
         check_pixels: bool = False,
         num_proc: int | None = None,
         left_out: SkippedRecords | None = None,
+        task: int = 0,
     ) -> None:
         options: dict[str, Any] = {"check_pixels": check_pixels, "num_proc": num_proc, "progress": progress}
         found = measure_samples(source, encoder, on_error, **options)
@@ -77,6 +76,7 @@ class SampleDataset(Dataset):
         self._measured = found
         self._on_error = on_error
         self._left_out = left_out
+        self._task = task
         self._cache: dict[int, Sample] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class SampleDataset(Dataset):
                 )
         except ValueError as error:
             raise self.source.records.error(row, position, error) from None
-        return sample if line.weight is None else replace(sample, weight=line.weight)
+        return replace(sample, weight=1.0 if line.weight is None else line.weight, task=self._task)
 
 
 class Mixture:
@@ -316,63 +316,3 @@ def steps_for_tokens(sampler: PackSampler, lengths: Sequence[int], packs_per_ste
                 steps += 1
         epoch += 1
     return steps
-
-
-_flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX, return_flash_attn_kwargs=True)
-
-
-def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:
-    """Concatenate the samples of all packs to one row, as transformers' `DataCollatorWithFlattening` does.
-
-    Args:
-        batch: Packs of samples; all become one row.
-
-    Returns:
-        `input_ids`, `labels`, `position_ids` `(1, N)`, `cu_seq_lens_q` and `cu_seq_lens_k` `(samples + 1,)` int32,
-        `max_length_q` and `max_length_k` int, and the image tensors. The first label of each sample is -100, since no
-        token of the same sample precedes it.
-    """
-    samples = [sample for pack in batch for sample in pack]
-    row = _flatten([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
-    # Attention takes one tensor for both as self-attention over equal segments, and skips a comparison.
-    row["cu_seq_lens_k"] = row["cu_seq_lens_q"]
-    return {**row, **join_images([sample.images for sample in samples if sample.images])}
-
-
-class PaddedCollator:
-    """Stacks samples to a batch padded on the right, for text models without packed attention.
-
-    Args:
-        pad_token_id: Id of padding tokens.
-    """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, batch: list[list[Sample]]) -> dict[str, Any]:
-        """Return `input_ids`, `labels` and `attention_mask` `(B, longest)`, and the image tensors."""
-        samples = [sample for pack in batch for sample in pack]
-        ids = [sample.input_ids for sample in samples]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
-            "attention_mask": pad([torch.ones_like(one) for one in ids], batch_first=True),
-            **join_images([sample.images for sample in samples if sample.images]),
-        }
-
-
-class SampleWeights:
-    """Wraps a collator and adds the loss weight of each sample to its batch.
-
-    Args:
-        collator: Collates packs of samples.
-    """
-
-    def __init__(self, collator: Callable[[list[list[Sample]]], dict[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, batch: list[list[Sample]]) -> dict[str, Any]:
-        """Return the collator's batch, with `sample_weights` `(samples,)` float32."""
-        weights = torch.tensor([sample.weight for pack in batch for sample in pack])
-        return {**self.collator(batch), "sample_weights": weights}

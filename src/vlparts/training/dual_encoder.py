@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoModel, Trainer, VisionTextDualEncoderProcessor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -19,8 +20,8 @@ from ..parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.vlm_features import pixel_layout
 from .building import choose_trained, config_errors, make_text, make_tower, with_options
+from .collators import PaddedCollator
 from .config import TrainConfig
-from .dataset import PaddedCollator
 from .encoding import Measured, Sample
 from .packed_trainer import PackTrainer
 from .record_images import RecordImage, open_record_image, record_image_size, shown_image
@@ -119,7 +120,7 @@ class PairEncoder:
             raise measured
         if measured.length > self.max_length:
             raise self.too_long(measured.length, measured.image_tokens)
-        return Pair(torch.tensor(ids), torch.tensor(ids), images)
+        return Pair(torch.tensor(ids), torch.tensor(ids), images, image_count=1)
 
     def measure(self, records: Sequence[tuple[Record | PageRecord, int]]) -> list[Measured | ValueError]:
         """The lengths of encoded records, see [`SampleEncoder.measure`]."""
@@ -204,7 +205,11 @@ class ContrastiveTrainer(PackTrainer):
 
 
 def save_vision_tower(
-    model: NaViTDualEncoder, processor: VisionTextDualEncoderProcessor, folder: Path, weights: bool = True
+    model: NaViTDualEncoder,
+    processor: VisionTextDualEncoderProcessor,
+    folder: Path,
+    weights: bool = True,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Save the vision tower, without attention pooling, and its image processor as a vision encoder for `compose`.
 
@@ -213,15 +218,19 @@ def save_vision_tower(
         processor: Its processor.
         folder: The folder.
         weights: False to save the configuration only.
+        state: The whole weights of the dual encoder; needed if its parameters are sharded.
     """
-    tower = model.vision_model
+    tower, prefix = model.vision_model, "vision_model."
+    own = tower.state_dict()
+    if state is not None:
+        own = {name: state[prefix + name] for name in own}
     if getattr(tower.config, "pooling", None) == "map":
         config = type(tower.config)(**{**tower.config.to_dict(), "pooling": "none"})
-        with nullcontext() if weights else torch.device("meta"):
-            bare = type(tower)(config)
-        state = tower.state_dict()
-        if weights:
-            bare.load_state_dict({name: state[name] for name in bare.state_dict()})
-        tower = bare
-    (tower if weights else tower.config).save_pretrained(folder)
+        with torch.device("meta"):
+            tower = type(tower)._from_config(config, dtype=tower.dtype)
+        own = {name: own[name] for name in tower.state_dict()}
+    if weights:
+        tower.save_pretrained(folder, state_dict=own)
+    else:
+        tower.config.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)

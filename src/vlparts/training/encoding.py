@@ -32,12 +32,16 @@ class Sample:
         labels: `(S,)` int64, -100 outside the assistant turns.
         images: Output of the image processor: tensors with one or more rows per image; empty without images.
         weight: Weight of the record in the loss.
+        image_count: Number of images.
+        task: Index of the file of the record among several.
     """
 
     input_ids: Tensor
     labels: Tensor
     images: dict[str, Tensor]
     weight: float = 1.0
+    image_count: int = 0
+    task: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -137,9 +141,21 @@ class SampleEncoder:
                 the template rewrites earlier turns, or the sample is longer than `max_length`.
         """
         images = [self._open(record, one) for one in record.all_images]
-        inputs = [self._process(*pair) for pair in zip(record.all_images, images, strict=True)]
+        inputs = [self.process(image, one) for image, one in zip(images, record.all_images, strict=True)]
+        return self.encode(self.render(record, [image.size for image in images], self._prompt(record, number)), inputs)
+
+    def encode(self, messages: list[dict[str, Any]], inputs: Sequence[dict[str, Tensor]]) -> Sample:
+        """Encode chat messages up to the last turn of the assistant.
+
+        Args:
+            messages: Messages for the chat template, with lists of blocks as contents; see [`render`].
+            inputs: Output of the image processor for each image, in the order of the image blocks.
+
+        Raises:
+            ValueError: As for records.
+        """
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
-        (tokens,) = self.chat([self.render(record, [image.size for image in images], self._prompt(record, number))])
+        (tokens,) = self.chat([messages])
         measured = self._measured(tokens, counts)
         if isinstance(tokens, ValueError):
             raise tokens
@@ -148,7 +164,7 @@ class SampleEncoder:
         if self.max_length is not None and measured.length > self.max_length:
             raise self.too_long(measured.length, measured.image_tokens)
         ids, labels = self._expand(tokens, counts)
-        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs))
+        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs), image_count=len(inputs))
 
     def measure(self, records: Sequence[tuple[Record | PageRecord, int]]) -> list[Measured | ValueError]:
         """The lengths of encoded records, from the sizes in the headers of their images; no pixels are read.
@@ -202,11 +218,13 @@ class SampleEncoder:
     def _page_limit(self) -> int:
         return MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
 
-    def _process(self, given: RecordImage, image: Image.Image) -> dict[str, Tensor]:
+    def process(self, image: Image.Image, given: RecordImage | None = None) -> dict[str, Tensor]:
+        """Return the output of the image processor for one image; an error names what was `given` for it."""
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            raise ValueError(f"Image {shown_image(given, self.root)} cannot be processed: {error}") from None
+            shown = "of the record" if given is None else shown_image(given, self.root)
+            raise ValueError(f"Image {shown} cannot be processed: {error}") from None
 
     def _count(self, given: RecordImage, size: tuple[int, int]) -> int:
         """Number of tokens of an image of this width and height."""

@@ -33,12 +33,14 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from transformers import TrainerCallback
 
 from ..journal import Journal
+from ..run_log import RECIPE
 from .config import COMPOSITION_FIELDS, UNSET, TrainConfig, check_config, read_yaml
 from .dual_encoder import VISION, save_vision_tower
 from .packed_trainer import pack_sampler
+from .preparation import Prepared, open_data, prepare
 from .run_folder import check_output
 from .stream import PackStream
-from .train import Prepared, open_data, prepare, train
+from .train import train
 
 __all__ = [
     "RECIPES",
@@ -53,7 +55,6 @@ __all__ = [
 
 RECIPES = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 """Recipes of published models by name."""
-_JOURNAL = "recipe.jsonl"
 _OF_THE_RUN = ("output", "resume")
 _MERGED = ("trainer", "image_processor")
 _OF_A_STAGE = (*_OF_THE_RUN, "model", "kind", *COMPOSITION_FIELDS)
@@ -211,8 +212,8 @@ def check_recipe(recipe: Recipe) -> list[StagePlan]:
             recipe or of none.
     """
     check_output(recipe.output)
-    if (recipe.output / _JOURNAL).exists():
-        Journal(recipe.output / _JOURNAL, _settings(recipe)).close()
+    if (recipe.output / RECIPE).exists():
+        Journal(recipe.output / RECIPE, _settings(recipe)).close()
     else:
         for config in recipe.configs.values():
             if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
@@ -344,7 +345,7 @@ def run_recipe(
     Raises:
         ValueError: As for [`check_recipe`], before anything is trained or written.
     """
-    path, settings = recipe.output / _JOURNAL, _settings(recipe)
+    path, settings = recipe.output / RECIPE, _settings(recipe)
     state = PartialState()
     with state.main_process_first():  # of several processes one checks the recipe and makes the journal
         if not path.exists():

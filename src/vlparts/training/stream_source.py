@@ -38,12 +38,13 @@ class StreamSource:
         source: The source, opened with `streaming`.
         encoder: Encodes a record and its number to a sample.
         seed: Seed of the order of the shards.
+        task: Index of the source among several, for losses by task.
 
     Raises:
         ValueError: If the rows have a shuffle buffer, or are divided among processes already.
     """
 
-    def __init__(self, source: Source, encoder: Callable[..., Sample], seed: int) -> None:
+    def __init__(self, source: Source, encoder: Callable[..., Sample], seed: int, task: int = 0) -> None:
         if not isinstance(source.rows, IterableDataset):
             raise ValueError(f"`source` must be opened with streaming=True, got a {type(source.rows).__name__}.")
         if source.rows._distributed is not None:
@@ -58,6 +59,7 @@ class StreamSource:
         self.name = source.records.name
         self.encoder = encoder
         self.seed = seed
+        self.task = task
         self._rows = source.rows
         self._records = source.records
 
@@ -82,7 +84,7 @@ class StreamSource:
             sample = self.encoder(line.record, line.number)
         except ValueError as error:
             raise records.error(row.columns, row.position, error) from None
-        return sample if line.weight is None else replace(sample, weight=line.weight)
+        return replace(sample, weight=1.0 if line.weight is None else line.weight, task=self.task)
 
     def _reader(self, row: StreamRow) -> RecordReader:
         """The reader of a row, which names the shard where positions are those in a shard."""
