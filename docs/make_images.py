@@ -430,6 +430,11 @@ def compression(path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def run(path: Path) -> None:
+    """Draw the log that `docs/make_run.py` writes to `images/run`."""
+    show.run(FOLDER / "run", path)
+
+
 IMAGES: dict[str, Callable[[Path], None]] = {
     "attention": attention,
     "compression": compression,
@@ -443,6 +448,7 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "positions": positions,
     "published": published,
     "router_load": router_load,
+    "run": run,
     "sampling": sampling,
     "served": served,
     "serving": serving,

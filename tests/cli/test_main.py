@@ -15,6 +15,7 @@ from tests.training.making import TEXT, VISION, example, write_records
 from vlparts.backends import BackendStatus
 from vlparts.cli import main as command_line
 from vlparts.registration import PARTS
+from vlparts.run_log import write_log
 from vlparts.training.config import TrainConfig
 
 OPTIONS = {
@@ -297,6 +298,22 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("error: `output` must be a folder, or a path where one can be made, got ")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_is_drawn_into_its_folder_or_elsewhere(tmp_path: Path) -> None:
+    write_log(tmp_path / "run", [{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 2}])
+    for arguments, path in (
+        ((), tmp_path / "run" / "run.png"),
+        (("--output", tmp_path / "other.svg"), tmp_path / "other.svg"),
+    ):
+        result = run("show", "run", tmp_path / "run", *arguments)
+        assert (result.exit_code, result.stdout) == (0, f"{path}\n")
+        assert path.stat().st_size > 1000
+    result = run("show", "run", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "error: `folder` must be the output of a training run that has logged a step, got "
+    )
 
 
 def test_the_version() -> None:

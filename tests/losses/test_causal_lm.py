@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from tests.losses.loss_oracle import IGNORED, assert_equal, drawn, gradients, make_case
-from vlparts.losses.causal_lm import WEIGHTED_LOSS_NAME, weighted_causal_lm_loss
+from vlparts.losses.causal_lm import WEIGHTED_LOSS_NAME, next_token_losses, weighted_causal_lm_loss
 from vlparts.losses.cross_entropy import weighted_cross_entropy
 from vlparts.losses.weights import PRESETS, weigh_next_tokens
 
@@ -147,6 +147,25 @@ def test_a_native_model_takes_the_weights_as_an_input(by_name: bool) -> None:
         weighted_cross_entropy(model(tokens).logits, shifted(labels), preset="square"), model.lm_head.weight
     )
     assert_equal(model.lm_head.weight.grad, wanted[0], 1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_next_token_losses_are_those_of_single_tokens(monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
+    """In chunks of two tokens, without a graph of its own."""
+    monkeypatch.setattr("vlparts.losses._token_chunks.CHUNK_BYTES", 2 * 4 * 7)
+    logits = torch.randn(2, 6, 7)
+    labels = torch.randint(7, (2, 6))
+    labels[0, :3] = labels[1, 4] = IGNORED
+    weights = torch.ones(2, 6) if weighted else None
+    if weights is not None:
+        weights[1, 2] = 0
+    losses, mask = next_token_losses(logits, labels, weights)
+    for row in range(2):
+        for at in range(6):
+            counts = at < 5 and labels[row, at + 1] != IGNORED and not (weighted and (row, at + 1) == (1, 2))
+            assert bool(mask[row, at]) == counts
+            expected = -logits[row, at].log_softmax(-1)[labels[row, at + 1]] if counts else torch.tensor(0.0)
+            torch.testing.assert_close(losses[row, at], expected)
 
 
 def test_other_models_keep_their_loss() -> None:

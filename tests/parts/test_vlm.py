@@ -152,7 +152,7 @@ def test_an_inner_layer_can_be_chosen() -> None:
 
 
 def test_packed_samples_have_the_loss_of_separate_ones() -> None:
-    from vlparts.training.dataset import collate_packed
+    from vlparts.training.collators import collate_packed
     from vlparts.training.encoding import Sample
 
     model, processor = composed()

@@ -12,7 +12,7 @@ from tests.tiny import SIZES, order_one, picture, vision_config
 from vlparts import VisionLanguageForConditionalGeneration, compose, compose_processor
 from vlparts.parts.rope_multimodal import get_multimodal_position_ids
 from vlparts.parts.vlm_positions import multimodal_positions
-from vlparts.training.dataset import collate_packed
+from vlparts.training.collators import collate_packed
 from vlparts.training.encoding import Sample
 
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")

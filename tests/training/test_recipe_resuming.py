@@ -40,7 +40,10 @@ class Kill(Cut):
 
 
 def logs(result: RecipeResult) -> list[Any]:
-    return [[line for line in stage.log if "train_runtime" not in line] for stage in result.stages]
+    return [
+        [{name: line[name] for name in line if not name.startswith("speed/")} for line in stage.log if "loss" in line]
+        for stage in result.stages
+    ]
 
 
 def assert_same(folder: Path, resumed: RecipeResult, whole: RecipeResult, output: str) -> None:

@@ -13,9 +13,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..parts.utils import IGNORE_INDEX
 from ._checks import check_labels, check_weights, loss_dtype
-from .cross_entropy import masked_token_losses
+from ._token_chunks import chunked_losses
+from .cross_entropy import masked_token_losses, token_losses
 
-__all__ = ["WEIGHTED_LOSS_NAME", "weighted_causal_lm_loss"]
+__all__ = ["WEIGHTED_LOSS_NAME", "next_token_losses", "weighted_causal_lm_loss"]
 
 WEIGHTED_LOSS_NAME = "vlparts_weighted"
 
@@ -74,6 +75,29 @@ def weighted_causal_lm_loss(
         return total
     count = valid.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
     return total / count.clamp(min=1)
+
+
+def next_token_losses(logits: Tensor, labels: Tensor, loss_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute the unweighted cross-entropy of every next token with loss, in chunks of tokens.
+
+    Args:
+        logits: `(B, S, V)`.
+        labels: `(B, S)`, shifted here.
+        loss_weights: `(B, S)` weights aligned with the labels; tokens of weight 0 have no loss.
+
+    Returns:
+        Losses `(B, S)` of the tokens that follow each token, float64 for float64 logits, otherwise float32; and a mask
+        `(B, S)` of those with loss, the others are 0.
+    """
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(logits.device)
+    mask = targets != IGNORE_INDEX
+    if loss_weights is not None:
+        mask &= F.pad(loss_weights, (0, 1))[:, 1:].to(logits.device) != 0
+    flat = targets.flatten()
+    losses = chunked_losses(
+        logits.reshape(-1, logits.shape[-1]), mask.flatten(), lambda rows, tokens: token_losses(rows, flat[tokens])
+    )
+    return losses.view(mask.shape), mask
 
 
 LOSS_MAPPING.setdefault(WEIGHTED_LOSS_NAME, weighted_causal_lm_loss)

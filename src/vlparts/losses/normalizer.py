@@ -8,7 +8,7 @@ from torch import Tensor
 from ..parts.utils import IGNORE_INDEX
 from .weights import resolve_mix, weigh_next_tokens, weigh_tokens
 
-__all__ = ["LossNormalizer", "sum_over_processes"]
+__all__ = ["LossNormalizer", "gather_over_processes", "sum_over_processes"]
 
 
 class LossNormalizer:
@@ -121,9 +121,20 @@ def sum_over_processes(values: Tensor, group: Any = None, device: torch.device |
     Returns:
         float64 on the device of `values`, the same in each process; `values` if torch.distributed is not initialised.
     """
+    gathered = gather_over_processes(values, group, device)
+    return values if gathered is None else gathered.sum(0)
+
+
+def gather_over_processes(
+    values: Tensor, group: Any = None, device: torch.device | str | None = None
+) -> Tensor | None:
+    """Gather float64 values of all processes, of shape `(processes, n)`, as [`sum_over_processes`] does.
+
+    Without torch.distributed the result is None.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
+        return None
     bits = values.view(torch.int32).to(device or values.device)  # not every accelerator has float64
     gathered = [torch.empty_like(bits) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, bits, group=group)
-    return torch.stack([part.to(values.device).view(torch.float64) for part in gathered]).sum(0)
+    return torch.stack([part.to(values.device).view(torch.float64) for part in gathered])

@@ -3,14 +3,71 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..moe.statistics import RouterLoad, RouterStatistics
 from ..parts.moe_losses import normalized_scores
 from ..parts.moe_router import GroupedTopKRouter
 
-__all__ = ["RouterLoadCallback"]
+__all__ = ["RouterLoadCallback", "RouterLoads"]
+
+
+class RouterLoads:
+    """The load of every `GroupedTopKRouter` of a model, counted by forward hooks in training mode.
+
+    Args:
+        model: The model.
+        num_devices: Number of devices over which the experts of a layer are split, see [`RouterLoadCallback`].
+        scores: Also accumulate the scores of experts, for `importance_cv2` and `score_entropy` of [`RouterLoad`].
+
+    Attributes:
+        statistics: Of each router, by the name of its module; empty for a model without one.
+    """
+
+    def __init__(self, model: nn.Module, num_devices: int | None = None, scores: bool = True) -> None:
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, GroupedTopKRouter)}
+        self._scores = scores
+        self.statistics: dict[str, RouterStatistics] = {}
+        for name, router in routers.items():
+            options = router.options
+            groups = options.num_expert_groups or options.num_experts
+            groups = groups if num_devices is None else num_devices
+            self.statistics[name] = RouterStatistics(options.num_experts, groups)
+        self._handles = [
+            router.register_forward_hook(self._hook(name), with_kwargs=True) for name, router in routers.items()
+        ]
+
+    def compute(self, per_layer: bool = False) -> dict[str, float]:
+        """Compute the entries of the log over all processes, and reset the statistics."""
+        loads = {}
+        for name, statistics in self.statistics.items():
+            statistics.all_reduce()
+            loads[name] = statistics.compute()
+            statistics.reset()
+        return _log_values(loads, per_layer)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str) -> Any:
+        """Return a forward hook that counts the expert choices of one router."""
+
+        def count(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
+        ) -> None:
+            if not module.training:
+                return
+            assert isinstance(module, GroupedTopKRouter)
+            logits, _, indices = output
+            mask = kwargs.get("token_mask", args[1] if len(args) > 1 else None)
+            mask = None if mask is None else mask.reshape(-1)
+            scores = normalized_scores(logits.detach(), module.options.scoring, mask) if self._scores else None
+            self.statistics[name].update(indices, scores, mask)
+
+        return count
 
 
 class RouterLoadCallback(TrainerCallback):
@@ -37,25 +94,22 @@ class RouterLoadCallback(TrainerCallback):
 
     def __init__(self, num_devices: int | None = None, per_layer: bool = False) -> None:
         self.num_devices, self.per_layer = num_devices, per_layer
-        self.statistics: dict[str, RouterStatistics] = {}
-        self._handles: list[RemovableHandle] = []
+        self._loads: RouterLoads | None = None
+
+    @property
+    def statistics(self) -> dict[str, RouterStatistics]:
+        """Statistics since the last log, by the name of the router's module."""
+        return {} if self._loads is None else self._loads.statistics
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Register a forward hook on every router."""
         self._remove_hooks()
-        routers = {name: module for name, module in model.named_modules() if isinstance(module, GroupedTopKRouter)}
-        if not routers:
+        loads = RouterLoads(model, self.num_devices)
+        if not loads.statistics:
             raise ValueError(f"`model` must contain a GroupedTopKRouter, got {type(model).__name__} without one.")
-        self.statistics = {}
-        for name, router in routers.items():
-            options = router.options
-            groups = options.num_expert_groups or options.num_experts
-            groups = groups if self.num_devices is None else self.num_devices
-            self.statistics[name] = RouterStatistics(options.num_experts, groups)
-        for name, router in routers.items():
-            self._handles.append(router.register_forward_hook(self._hook(name), with_kwargs=True))
+        self._loads = loads
 
     def on_log(
         self,
@@ -66,14 +120,9 @@ class RouterLoadCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the values to the log entry and reset the statistics."""
-        if logs is None or "loss" not in logs or not self._handles:
+        if logs is None or "loss" not in logs or self._loads is None:
             return
-        loads = {}
-        for name, statistics in self.statistics.items():
-            statistics.all_reduce()
-            loads[name] = statistics.compute()
-            statistics.reset()
-        values = _log_values(loads, self.per_layer)
+        values = self._loads.compute(self.per_layer)
         logs.update(values)
         state.log_history[-1].update(values)
 
@@ -83,27 +132,9 @@ class RouterLoadCallback(TrainerCallback):
         """Remove the hooks."""
         self._remove_hooks()
 
-    def _hook(self, name: str) -> Any:
-        """Return a forward hook that counts the expert choices of one router."""
-
-        def count(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
-        ) -> None:
-            if not module.training:
-                return
-            assert isinstance(module, GroupedTopKRouter)
-            logits, _, indices = output
-            mask = kwargs.get("token_mask", args[1] if len(args) > 1 else None)
-            mask = None if mask is None else mask.reshape(-1)
-            scores = normalized_scores(logits.detach(), module.options.scoring, mask)
-            self.statistics[name].update(indices, scores, mask)
-
-        return count
-
     def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._loads is not None:
+            self._loads.remove()
 
 
 def _log_values(loads: dict[str, RouterLoad], per_layer: bool) -> dict[str, float]:
