@@ -15,6 +15,8 @@ nox.needs_version = ">=2024.4.15"
 
 # The page whose snippets need packages that only the sessions `onnx` and `torchao` install.
 EXPORT_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/export.md]"
+# The page whose snippets need TRL.
+TRL_PAGE = "tests/house/test_docs.py::test_snippets_run[docs/trl.md]"
 # Versions of torch_npu that the kernels are written for.
 NPU_VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
 # Installed without dependencies: those that a CPU needs are in tests/serving/requirements-vllm.txt.
@@ -97,9 +99,20 @@ def torchao(session: nox.Session) -> None:
 
 @nox.session
 def libraries(session: nox.Session) -> None:
-    """Run the training code with TRL and the datasets library, which are not dependencies."""
-    install(session, ".[test]", "datasets==5.2.0", "trl==1.16.0")
-    session.run("pytest", "tests/training_libraries.py", *session.posargs)
+    """Run the training code with TRL, which is not a dependency."""
+    install(session, ".[test]", "trl==1.16.0")
+    files = ("tests/training_libraries.py", "tests/training_trl.py", TRL_PAGE)
+    session.run("pytest", *(session.posargs or files))
+
+
+@nox.session
+def frameworks(session: nox.Session) -> None:
+    """Train composed models with ms-swift on CPU by the plugin for it."""
+    install(session, ".[test]")
+    session.install("-q", "--no-deps", "-r", "tests/frameworks/requirements-ms-swift.txt")
+    folder = str(Path(session.create_tmp()).resolve())  # what ms-swift would keep in the home folder
+    session.env.update(HF_HOME=folder, MODELSCOPE_CACHE=folder, OMP_WAIT_POLICY="PASSIVE")
+    session.run("pytest", "tests/frameworks/swift_sft.py", *session.posargs)
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""The training code with TRL and the datasets library, which the session `libraries` installs."""
+"""The training code with TRL, which the session `libraries` installs, and image streams over datasets."""
 
 import copy
 from pathlib import Path

@@ -49,7 +49,7 @@ def run(name: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
     """Train and ask one model; its figures."""
     training = write_dataset(out / "data", "train", IMAGES, Task(), held_out=False, seed=seed)
     held_out = write_dataset(out / "data", "held_out", HELD_OUT, Task(), held_out=True, seed=seed)
-    tokenizer: Any = train_tokenizer(conversation_texts(read_records(training)))
+    tokenizer: Any = train_tokenizer(conversation_texts(read_records(training).lines))
     if name == "location tokens":
         tokenizer = PaddedCoordinateTokenizer.from_tokenizer(tokenizer, location_tokens=LocationTokens("<loc_{}>"))
     tokenizer.save_pretrained(out / "tokenizer")

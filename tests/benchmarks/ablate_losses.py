@@ -108,7 +108,7 @@ def run(preset: str, seed: int, steps: int, out: Path, mix: float | None) -> dic
     folder = out / "data"
     training = ask_kinds(write_dataset(folder, "train", IMAGES, Task(), held_out=False, seed=seed), every=False)
     held_out = ask_kinds(write_dataset(folder, "held_out", HELD_OUT, Task(), held_out=True, seed=seed), every=True)
-    tokenizer = train_tokenizer(conversation_texts(read_records(training)))
+    tokenizer = train_tokenizer(conversation_texts(read_records(training).lines))
     tokenizer.save_pretrained(out / "tokenizer")
     settings = {"loss": preset, "tokenizer": out / "tokenizer"}
     if preset == "openpangu_mix":

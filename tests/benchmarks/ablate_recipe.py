@@ -76,7 +76,7 @@ def run(way: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
     training = write_dataset(out / "data", "train", IMAGES, Task(), held_out=False, seed=seed)
     held_out = write_dataset(out / "data", "held_out", HELD_OUT, Task(), held_out=True, seed=seed)
     captions = write_captions(training)
-    texts = [text for path in (training, captions) for text in conversation_texts(read_records(path))]
+    texts = [text for path in (training, captions) for text in conversation_texts(read_records(path).lines)]
     train_tokenizer(texts).save_pretrained(out / "tokenizer")
     result = run_recipe(recipe_of(way, out, training, captions, seed, steps))
     scores = {

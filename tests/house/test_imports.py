@@ -10,7 +10,7 @@ import pytest
 # Most time of an import as a multiple of that of `import numpy` in the same process, since machines differ.
 LIMIT, COORDINATES_LIMIT = 6.0, 3.0
 ATTEMPTS = 5
-FORBIDDEN_MODULES = {"torch_npu", "torchvision", "matplotlib", "peft", "typer", "vllm"}
+FORBIDDEN_MODULES = {"torch_npu", "torchvision", "matplotlib", "peft", "swift", "typer", "vllm"}
 # Time is that of the processor, and the best of several processes counts: the machine may be busy.
 YARDSTICK = """
 import json, sys, time

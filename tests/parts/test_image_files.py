@@ -2,6 +2,7 @@
 
 import io
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny import picture, save_turned
-from vlparts.parts.image_files import image_size, open_image, read_image, to_rgb
+from vlparts.parts.image_files import image_size, open_image, read_image, to_rgb, upright_size
 
 
 def encoded(kind: str) -> bytes:
@@ -177,3 +178,20 @@ def test_cmyk_white_is_white() -> None:
 def test_unknown_ranges_are_refused(image: Image.Image, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_rgb(image)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_exif_data_behind_the_pixels_of_a_png_counts(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + content
+    chunk = len(content).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+    file = io.BytesIO()
+    picture(24, 12).save(file, "PNG")
+    data = file.getvalue()
+    late = data[:-12] + chunk + data[-12:]
+    assert image_size(io.BytesIO(late)) == open_image(io.BytesIO(late)).size == ((12, 24), (24, 12))[orientation == 1]
+    with Image.open(io.BytesIO(data)) as image:
+        assert upright_size(image) == (24, 12)
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(picture(24, 12)))  # its file is where it was

@@ -90,6 +90,7 @@ def test_raw_and_normalised_pixels_pass() -> None:
         check_normalized(normalize_raw_pixels(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, dtype))
     check_normalized(torch.tensor([-MAX_NORMALIZED_MAGNITUDE]))
     check_normalized(torch.zeros(0, 588))
+    check_normalized(torch.empty(2, 588, device="meta"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vlparts.training.config import TrainConfig
 from vlparts.training.dataset import SampleDataset, collate_packed
 from vlparts.training.encoding import SampleEncoder
 from vlparts.training.recipe import load_recipe, run_recipe
-from vlparts.training.records import read_records
+from vlparts.training.sources import open_source
 from vlparts.training.train import train
 
 WORDS = ("cat", "dog", "fox", "hen")
@@ -59,9 +59,9 @@ def config_for(folder: Path, count: int = 6, **changes: Any) -> TrainConfig:
 def built(config: TrainConfig) -> tuple[Any, Any, SampleDataset]:
     """The model and processor of a run before training, and its samples."""
     set_seed(config.seed)
-    records = read_records(config.data)
-    model, processor = build(config, conversation_texts(records))
-    return model, processor, SampleDataset(records, SampleEncoder(processor, config.data.parent), progress=False)
+    source = open_source(config.data)
+    model, processor = build(config, conversation_texts(source.lines()))
+    return model, processor, SampleDataset(source, SampleEncoder(processor, config.data.parent), progress=False)
 
 
 @pytest.mark.parametrize(("count", "steps"), [(12, 6), pytest.param(100, 24, marks=pytest.mark.slow)])

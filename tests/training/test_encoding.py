@@ -119,7 +119,7 @@ def test_the_loss_covers_the_answers_with_their_end_tokens(folder: Path, name: s
 
 def inference_chat(given_record: Record, folder: Path) -> list[dict[str, Any]]:
     """The record as the messages that a user would write to ask the model."""
-    images = iter(Image.open(folder / path) for path in given_record.paths)
+    images = iter(Image.open(folder / path) for path in given_record.all_images)
     placed = any(block.type == "image" for m in given_record.messages for block in m.content)
     chat = []
     for message in given_record.messages:
@@ -153,7 +153,7 @@ def test_a_prompt_equals_that_of_inference(folder: Path, name: str, words: str, 
             chat[:turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )
         assert asked["input_ids"][0].tolist() == sample.input_ids[:begin].tolist()
-    if given_record.paths:
+    if given_record.all_images:
         for key, value in sample.images.items():
             assert torch.equal(asked[key], value), key
 

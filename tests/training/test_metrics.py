@@ -15,7 +15,8 @@ from tests.training.making import example, losses, settings, weights, write_reco
 from vlparts.run_log import LOG
 from vlparts.training.config import TrainConfig
 from vlparts.training.metrics import FACTS, LENGTHS, RunMetrics, task_names
-from vlparts.training.train import prepare, train
+from vlparts.training.preparation import prepare
+from vlparts.training.train import train
 
 ROOT = Path(__file__).parents[2]
 

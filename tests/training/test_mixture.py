@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.training.making import example, losses, settings, weights, write_records
 from vlparts.training.dataset import Mixture, PackSampler, steps_for_tokens
-from vlparts.training.train import prepare, train
+from vlparts.training.preparation import prepare
+from vlparts.training.train import train
 
 FILES = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=1, max_size=4)
 

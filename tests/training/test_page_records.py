@@ -18,6 +18,7 @@ from vlparts.training.building import conversation_texts
 from vlparts.training.config import TrainConfig
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import PageRecord, RecordError, read_records
+from vlparts.training.sources import open_source
 from vlparts.training.tokenizer import train_tokenizer
 
 TITLE = {"type": "title", "box": [0, 0, 30, 10], "text": "# Report"}
@@ -189,11 +190,10 @@ def test_broken_records_are_named(tmp_path: Path, processor: Any, name: str) -> 
     encrypted_pdf(tmp_path / "locked.pdf")
     path = write_records(tmp_path / "train.jsonl", [PAGE, record, PAGE])
     with pytest.raises(RecordError, match=rf"train\.jsonl, line 2: .*{message}"):
-        SampleDataset(read_records(path), SampleEncoder(processor, tmp_path), progress=False)
-    records = read_records(path, on_error="skip")
-    data = SampleDataset(records, SampleEncoder(processor, tmp_path), on_error="skip", progress=False)
+        SampleDataset(open_source(path), SampleEncoder(processor, tmp_path), progress=False)
+    data = SampleDataset(open_source(path), SampleEncoder(processor, tmp_path), on_error="skip", progress=False)
     assert len(data) == 2
-    assert len(records.skipped) == 1
+    assert len(data.skipped) == 1
 
 
 def test_policies_for_boxes_outside_the_page(tmp_path: Path, processor: Any) -> None:
@@ -208,7 +208,7 @@ def test_policies_for_boxes_outside_the_page(tmp_path: Path, processor: Any) -> 
 
 def test_texts_for_a_tokenizer(tmp_path: Path) -> None:
     rows = [PAGE, BOXED, {**BOXED, "blocks": [{**TITLE, "text": ANSWER}]}]
-    found = list(conversation_texts(read_records(write_records(tmp_path / "train.jsonl", rows))))
+    found = list(conversation_texts(open_source(write_records(tmp_path / "train.jsonl", rows)).lines()))
     assert found[:3] == ["\nFree OCR.", PAGE["markdown"], "\n<|grounding|>Convert the document to markdown."]
     assert found[3].endswith("Two columns.")
     assert len(found) == 5  # a text that cannot be written is reported when it is encoded

@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "missing records": (
         {"instruction.data": "none.jsonl"},
-        "`instruction`: .*none.jsonl must be a JSON Lines file",
+        "`instruction`: `data` must be a JSON Lines file, got .*none.jsonl",
     ),
     "name to train": (
         {"projector.train": ["model.nothing.*"]},

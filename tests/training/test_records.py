@@ -199,9 +199,9 @@ def test_every_form_of_a_good_record(tmp_path: Path) -> None:
     assert point.region().points == ((1.0, 2.5),)
     assert isinstance(box, RegionBlock)
     assert (box.region().xyxy, box.label) == ((0.0, 0.0, 0.0, 0.0), "b")
-    assert placed.paths == ("a.png", "b.png")
+    assert placed.all_images == ("a.png", "b.png")
     assert placed.messages[0].content[1:] == (ImageBlock(), ImageBlock())
-    assert words.paths == ()
+    assert words.all_images == ()
     assert words.messages[2].content == ()
 
 

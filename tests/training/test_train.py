@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -20,7 +21,8 @@ from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
 from vlparts.training.dataset import PaddedCollator, SampleDataset, collate_packed
 from vlparts.training.encoding import SampleEncoder
-from vlparts.training.records import RecordError, read_records
+from vlparts.training.records import RecordError
+from vlparts.training.sources import open_source
 from vlparts.training.train import train
 
 
@@ -70,9 +72,9 @@ def build_again(config: TrainConfig) -> tuple[Any, list[Any]]:
     from vlparts.training.building import conversation_texts
 
     set_seed(config.seed)
-    records = read_records(config.data)
-    model, processor = build(config, conversation_texts(records))
-    data = SampleDataset(records, SampleEncoder(processor, config.data.parent), progress=False)
+    source = open_source(config.data)
+    model, processor = build(config, conversation_texts(source.lines()))
+    data = SampleDataset(source, SampleEncoder(processor, config.data.parent), progress=False)
     return model.eval(), data[range(len(data))]
 
 
@@ -220,17 +222,37 @@ def test_skipped_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     rows[4] = {"messages": []}
     write_records(tmp_path / "train.jsonl", rows)
     write_records(tmp_path / "eval.jsonl", [rows[0], rows[1]])
-    with pytest.raises(RecordError, match=r"train\.jsonl, line 5: messages"):
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 2: Image"):
         train(settings(tmp_path))
     config = settings(tmp_path, on_error="skip", eval_data=tmp_path / "eval.jsonl", max_steps=1)
     with caplog.at_level(logging.WARNING, logger="vlparts"):
         result = train(config)
     assert [reason.partition(": ")[0].rpartition("/")[2] for reason in result.skipped] == [
-        "train.jsonl, line 5",
         "train.jsonl, line 2",
+        "train.jsonl, line 5",
         "eval.jsonl, line 2",
     ]
     assert "Skipped 3 records. First: " in caplog.text
+    named = (tmp_path / "output" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["skipped"] for line in named] == result.skipped
+
+
+def test_damaged_pixels_under_skip_are_named_in_the_output(tmp_path: Path) -> None:
+    rows = [example(index, tmp_path) for index in range(6)]
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
+    write_records(tmp_path / "train.jsonl", rows)
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 4: Image .*3\.png cannot be read"):
+        train(settings(tmp_path))
+    (reason,) = train(settings(tmp_path, on_error="skip", output=tmp_path / "skipped", epochs=2)).skipped
+    assert "line 4: Image" in reason
+
+
+def test_a_dataset_trains_as_its_file_does(tmp_path: Path) -> None:
+    rows = [example(index) for index in range(6)]
+    write_records(tmp_path / "train.jsonl", rows)
+    plain = train(settings(tmp_path, max_steps=2))
+    other = settings(tmp_path, max_steps=2, data=Dataset.from_list(rows), output=tmp_path / "other")
+    assert losses(train(other)) == losses(plain)
 
 
 def test_a_label_that_cannot_be_written_is_an_error_of_its_line(tmp_path: Path) -> None:
@@ -265,7 +287,7 @@ def test_outputs_that_cannot_be_folders_are_refused_before_records_are_read(
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
     output = {"below a file": "file/out", "cannot be made": "locked/of/out"}.get(kind, kind)
     config = settings(tmp_path / "in", output=tmp_path / output)
-    monkeypatch.setattr("vlparts.training.train.read_records", None)
+    monkeypatch.setattr("vlparts.training.preparation.open_source", None)
     for resume in (False, True):
         with pytest.raises(ValueError, match="`output` must be a folder, or a path where one can be made, got "):
             train(config.model_copy(update={"resume": resume}))

@@ -20,6 +20,7 @@ from vlparts.training.config import TrainConfig, load_config
 from vlparts.training.dataset import PaddedCollator, SampleDataset, SampleWeights, collate_packed
 from vlparts.training.encoding import Sample, SampleEncoder
 from vlparts.training.records import RecordError, read_records
+from vlparts.training.sources import open_source
 from vlparts.training.train import train
 from vlparts.training.weighted_inputs import WeightedCollator
 from vlparts.training.weighted_loss import WeightedLossTrainer
@@ -45,9 +46,9 @@ def build_again(config: TrainConfig) -> tuple[nn.Module, list[Sample]]:
     from transformers import set_seed
 
     set_seed(config.seed)
-    records = read_records(config.data, sample_weight_field=config.sample_weight_field)
-    model, processor = build(config, conversation_texts(records))
-    data = SampleDataset(records, SampleEncoder(processor, config.data.parent), progress=False)
+    source = open_source(config.data, sample_weight_field=config.sample_weight_field)
+    model, processor = build(config, conversation_texts(source.lines()))
+    data = SampleDataset(source, SampleEncoder(processor, config.data.parent), progress=False)
     return model.eval(), data[range(len(data))]
 
 

@@ -246,3 +246,11 @@ def test_predicting_without_labels(tmp_path: Path) -> None:
     output = trainer.predict(data)
     assert "test_loss" not in output.metrics
     assert output.predictions.shape[0] == len(data)
+
+
+def test_a_trained_model_can_be_copied(tmp_path: Path) -> None:
+    """Nothing on it holds the graph of the last step."""
+    model = llama()
+    step(tmp_path, model, padded, "token")
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(one, two) for one, two in zip(copied.parameters(), model.parameters(), strict=True))

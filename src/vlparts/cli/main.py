@@ -64,7 +64,10 @@ def demo(
 
 @app.command()
 def train(
-    data: Annotated[Path | None, typer.Option(help="JSON Lines file of training records.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Training records: JSON Lines, Parquet or Arrow, or WebDataset tars like 'shards/*.tar'."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the trained model.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override them.")] = None,
     recipe: Annotated[
@@ -78,7 +81,17 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Check the recipe and show its plan, without training.")
     ] = False,
-    eval_data: Annotated[Path | None, typer.Option(help="JSON Lines file of evaluation records.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Evaluation records, as for --data.")] = None,
+    num_proc: Annotated[
+        int | None, typer.Option(help="Processes that measure the records before training; by default none.")
+    ] = None,
+    check_pixels: Annotated[
+        bool | None, typer.Option(help="Decode all images before training, not only their headers.")
+    ] = None,
+    ignore_columns: Annotated[
+        list[str] | None,
+        typer.Option("--ignore-column", help="Column or field of the data that is not used; may be repeated."),
+    ] = None,
     vision: Annotated[str | None, typer.Option(help="Preset such as navit:tiny, folder, or JSON file.")] = None,
     text: Annotated[str | None, typer.Option(help="Preset such as qwen3:tiny, folder, or JSON file.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a composed model to train further.")] = None,
@@ -117,6 +130,12 @@ def train(
         int | None, typer.Option(help="Packs or batches per optimizer step on each process.")
     ] = None,
     packing: Annotated[bool | None, typer.Option(help="Pack samples, or pad them to a batch.")] = None,
+    streaming: Annotated[
+        bool | None, typer.Option(help="Read the data while training, without a pass beforehand; for --max-steps.")
+    ] = None,
+    shuffle_buffer: Annotated[
+        int | None, typer.Option(help="Records in the shuffle buffer of each reader, with --streaming.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --epochs.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Number of tokens, instead of --epochs.")] = None,

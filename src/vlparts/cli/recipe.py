@@ -80,8 +80,8 @@ def _plan_table(plans: list[Any]) -> Table:
             Text(trained),
             f"{plan.trained:,} of {plan.parameters:,}",
             Text("\n".join(files)),
-            f"{plan.samples:,}",
-            f"{plan.longest:,} of {config.capacity:,}",
+            "streamed" if plan.samples is None else f"{plan.samples:,}",
+            f"{config.capacity:,} at most" if plan.longest is None else f"{plan.longest:,} of {config.capacity:,}",
             f"{plan.steps:,}",
             Text("\n".join(rates)),
         )

@@ -5,15 +5,16 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..parts.image_files import open_image, opened_image
+from ..parts.image_files import image_size, open_image, opened_image
 
-__all__ = ["Document", "Page", "find_documents", "open_page", "parse_page_numbers"]
+__all__ = ["Document", "Page", "find_documents", "open_page", "page_size", "parse_page_numbers"]
 
 DPI = 144
 """Resolution at which the published programs of DeepSeek-OCR draw the pages of PDF files."""
@@ -46,14 +47,36 @@ class Page:
             ValueError: If the page cannot be read or is too large; names the file and the page.
         """
         path = self.document.path
-        if self.document.num_pages == 1 and not self.document.is_pdf:
-            return open_image(path, max_image_pixels=max_image_pixels)
-        try:
+        with self._named_errors():
             if not self.document.is_pdf:
                 return open_image(path, max_image_pixels=max_image_pixels, frame=self.number - 1)
             with _open_pdf(path) as pdf:
                 return _draw(pdf[self.number - 1], dpi / POINTS_PER_INCH, max_image_pixels)
+
+    def size(self, dpi: float = DPI, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+        """Return the width and height that the page has when it is opened, without decoding or drawing it.
+
+        Args:
+            dpi: As for `open`.
+            max_image_pixels: As for `open`.
+
+        Raises:
+            ValueError: If the page cannot be found or is too large; names the file and the page.
+        """
+        path = self.document.path
+        with self._named_errors():
+            if not self.document.is_pdf:
+                return image_size(path, max_image_pixels=max_image_pixels, frame=self.number - 1)
+            with _open_pdf(path) as pdf:
+                return _drawn_size(pdf[self.number - 1], dpi / POINTS_PER_INCH, max_image_pixels)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
+            if self.document.num_pages == 1 and not self.document.is_pdf:
+                raise  # which names the file
             raise ValueError(f"{self}: {error}") from None
         except Exception as error:  # pypdfium2 raises its own and others, such as TypeError
             raise ValueError(f"{self} cannot be read: {error}") from None
@@ -145,12 +168,28 @@ def open_page(
             several and there is no number.
         ImportError: If it is a PDF and pypdfium2 is not installed.
     """
-    document = _open_document(Path(path))
+    return _find_page(Path(path), number).open(dpi, max_image_pixels)
+
+
+def page_size(
+    path: PathLike, number: int | None = None, *, dpi: float = DPI, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[int, int]:
+    """Return the width and height of the image that [`open_page`] gives for the same arguments, without its pixels.
+
+    Raises:
+        ValueError: If the file or the page cannot be found, or is too large, or the number is missing.
+        ImportError: If it is a PDF and pypdfium2 is not installed.
+    """
+    return _find_page(Path(path), number).size(dpi, max_image_pixels)
+
+
+def _find_page(path: Path, number: int | None) -> Page:
+    document = _open_document(path)
     if number is None and document.num_pages != 1:
         raise ValueError(f"{path} has {document.num_pages} pages; expected the number of one.")
     if number is not None and not 1 <= number <= document.num_pages:
         raise ValueError(f"{path} has {document.num_pages} pages, got page number {number}.")
-    return Page(document, number or 1).open(dpi, max_image_pixels)
+    return Page(document, number or 1)
 
 
 def _document_or_error(path: Path) -> Document | ValueError:
@@ -212,13 +251,18 @@ def _open_pdf(path: Path) -> Any:
 
 
 def _draw(page: Any, scale: float, max_image_pixels: int) -> Image.Image:
+    _drawn_size(page, scale, max_image_pixels)
+    return page.render(scale=scale).to_pil().convert("RGB")
+
+
+def _drawn_size(page: Any, scale: float, max_image_pixels: int) -> tuple[int, int]:
     width, height = (math.ceil(side * scale) for side in page.get_size())
     if width * height > max_image_pixels:
         raise ValueError(
             f"The page has {width} x {height} pixels, more than {max_image_pixels}; pass a larger `max_image_pixels` "
             "or a smaller `dpi`."
         )
-    return page.render(scale=scale).to_pil().convert("RGB")
+    return width, height
 
 
 def parse_page_numbers(text: str) -> list[int]:

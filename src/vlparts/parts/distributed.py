@@ -1,15 +1,71 @@
-"""A batch whose rows are distributed over processes, and the process groups of losses.
+"""A batch whose rows are distributed over processes, the process groups of losses, and models that are sharded.
 
 Shapes: n rows of this process, N rows of all processes, D columns.
 """
 
+import os
+import re
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["SharedBatch"]
+__all__ = ["ShardableMixin", "SharedBatch"]
+
+
+class ShardableMixin:
+    """Names the layers of a model of several models, by which it is sharded, and saves it as an ordinary folder.
+
+    `fully_shard` replaces the class of a model by one of PyTorch's, whose code transformers would save as the model's.
+    """
+
+    def post_init(self) -> None:
+        """Finish the construction: name the layers of the model, and nothing that it does not have.
+
+        Classes of transformers also name layers of models of their family that are not part of them, such as the text
+        embeddings of CLIP, and accelerate refuses such names. `_no_split_modules` keeps those that exist and gets
+        every layer that supports gradient checkpointing. `_fsdp_plan` shards these.
+        """
+        super().post_init()  # type: ignore[misc]
+        model: Any = self
+        modules = {re.sub(r"\.\d+(?=\.|$)", ".*", name): one for name, one in model.named_modules()}
+        layers = {type(one).__name__ for one in modules.values() if isinstance(one, GradientCheckpointingLayer)}
+        named = {type(one).__name__ for one in modules.values()} & set(model._no_split_modules)
+        model._no_split_modules = named | layers
+        units = [path for path, one in modules.items() if type(one).__name__ in model._no_split_modules]
+        known = {path: style for path, style in (model._fsdp_plan or {}).items() if path in modules}
+        model._fsdp_plan = {**dict.fromkeys(units, "free_full_weight"), **known}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the model with whole weights. All processes call it with a sharded model, and the first one writes.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: As for transformers' models. With `state_dict`, whole weights, only the first process needs to
+                call it.
+        """
+        model: Any = self
+        own = next(one for one in type(model).__mro__ if not one.__module__.startswith("torch."))
+        if own is type(model):
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            return
+        state_dict = kwargs.pop("state_dict", None)
+        if state_dict is None:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if dist.get_rank() != 0:
+                return
+        config = copy(model.config)
+        vars(config).pop("distributed_config", None)
+        with torch.device("meta"):
+            whole = own(config).to(model.dtype)
+        if model.can_generate():
+            whole.generation_config = model.generation_config
+        whole.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 class SharedBatch:

@@ -44,27 +44,54 @@ def open_image(
         return read_image(image, convert_rgb)
 
 
-def image_size(source: ImageSource, max_image_pixels: int | None = None) -> tuple[int, int]:
+def image_size(source: ImageSource, max_image_pixels: int | None = None, frame: int = 0) -> tuple[int, int]:
     """Return (width, height) of an image file after applying its EXIF orientation, without decoding its pixels.
 
     Args:
         source: Path of a file in any format that Pillow reads, or a binary file.
         max_image_pixels: As for [`open_image`].
+        frame: As for [`open_image`].
 
     Raises:
         ValueError: If the file does not exist, is not an image, or has more pixels than the limit.
     """
     with opened_image(source, max_image_pixels) as image:
+        if frame:
+            image.seek(frame)
         return upright_size(image)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (width, height) of a Pillow image after applying its EXIF orientation."""
-    is_transposed = image.getexif().get(_ORIENTATION) in _TRANSPOSED
+    # Pillow decodes a PNG image to find EXIF data behind the pixels, where hardly any file has them.
+    whole = image.format != "PNG" or _has_late_text(image)
+    exif = image.getexif() if whole else Image.Image.getexif(image)
+    is_transposed = exif.get(_ORIENTATION) in _TRANSPOSED
     if is_transposed and image.format == "TIFF":
         image.load()  # Pillow turns TIFF images itself: some versions when they open, others when they load
         return image.size
     return (image.height, image.width) if is_transposed else image.size
+
+
+def _has_late_text(image: Image.Image) -> bool:
+    """Whether a PNG file that is not decoded yet may have EXIF data behind its pixels, by the names of its chunks."""
+    file: Any = getattr(image, "fp", None)  # of an image file only
+    if file is None:
+        return False
+    position, at, seen_pixels = file.tell(), 8, False
+    try:
+        while True:
+            file.seek(at)
+            header = file.read(8)
+            kind = header[4:]
+            if len(header) < 8 or kind == b"IEND":
+                return False
+            if seen_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            seen_pixels |= kind == b"IDAT"
+            at += 12 + int.from_bytes(header[:4])
+    finally:
+        file.seek(position)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from torch import Tensor
 MAX_NORMALIZED_MAGNITUDE = 16.0
 """Largest magnitude of normalized pixels. With CLIP's statistics they are between -1.8 and 2.2."""
 
+_NORMALIZED = "normalized pixels in floating point"
+
 
 def patchify(frames: np.ndarray, patch_size: int, merge_size: int = 1) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut an image or video into patches, frame by frame, in reading order of blocks of m x m patches.
@@ -84,35 +86,34 @@ def normalize_raw_pixels(
     return rearrange(torch.addcmul(shift, channels, scale), "l c p -> l (c p)").to(dtype)
 
 
-def check_normalized(pixel_values: Tensor) -> None:
+def check_normalized(pixel_values: Tensor, *, raw: bool = True) -> None:
     """Check by dtype and range that pixels are raw or normalized. Synchronizes with the device.
 
-    Exported programs do not check the range.
+    The range is not checked while exporting, nor on the meta device.
 
     Dark raw pixels and pixels in [0, 1] cannot be distinguished from normalized ones.
 
     Args:
-        pixel_values: Pixels of any shape. uint8 pixels are raw and always accepted.
+        pixel_values: Pixels of any shape.
+        raw: Whether uint8 pixels are accepted, which are raw; for models that normalize them.
 
     Raises:
         ValueError: If a floating-point tensor holds values beyond `MAX_NORMALIZED_MAGNITUDE` or not finite, or the
-            dtype is neither uint8 nor floating point.
+            dtype is neither accepted uint8 nor floating point.
     """
-    if pixel_values.dtype == torch.uint8:
+    if raw and pixel_values.dtype == torch.uint8:
         return
+    expected = "raw pixels as uint8, or normalized pixels in floating point" if raw else _NORMALIZED
     if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"`pixel_values` is {pixel_values.dtype}; expected raw pixels as uint8, or normalized pixels in floating "
-            "point."
-        )
-    if torch.compiler.is_exporting():
+        raise ValueError(f"`pixel_values` is {pixel_values.dtype}; expected {expected}.")
+    if torch.compiler.is_exporting() or pixel_values.is_meta:
         return
     largest = float(pixel_values.detach().abs().max()) if pixel_values.numel() else 0.0
     if not largest <= MAX_NORMALIZED_MAGNITUDE:  # true for NaN too
+        remedy = "pass them as uint8, which the model normalizes, or use" if raw else "normalize them by"
         raise ValueError(
             f"`pixel_values` holds values up to {largest:g} in {pixel_values.dtype}; expected normalized pixels of at "
-            f"most {MAX_NORMALIZED_MAGNITUDE:g}. If these are raw pixels (0 to 255), pass them as uint8, which the "
-            "model normalizes, or use `normalize_raw_pixels`."
+            f"most {MAX_NORMALIZED_MAGNITUDE:g}. If these are raw pixels (0 to 255), {remedy} `normalize_raw_pixels`."
         )
 
 

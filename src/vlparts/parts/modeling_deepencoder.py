@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepencoder import PATCHES_PER_TOKEN, DeepEncoderConfig
+from .distributed import ShardableMixin
 from .image_pixels import check_normalized
 from .ops_activations import ExactGELU, get_activation
 from .ops_attention import dense_attention_forward
@@ -267,7 +268,7 @@ class DeepEncoderOutput(BaseModelOutputWithPooling):
     tokens_per_image: Tensor | None = None
 
 
-class DeepEncoderPreTrainedModel(PreTrainedModel):
+class DeepEncoderPreTrainedModel(ShardableMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: DeepEncoderConfig

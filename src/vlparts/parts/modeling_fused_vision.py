@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_fused_vision import FusedVisionConfig
+from .distributed import ShardableMixin
 from .utils import ForwardKwargs, SubmodelInitializationMixin, check_encoder_kwargs, mark_initialized
 from .vlm_features import encode_images
 from .vlm_towers import native_encoder_from_config
@@ -32,7 +33,7 @@ class FusedVisionOutput(BaseModelOutputWithPooling):
     feature_maps: tuple[Tensor, ...] | None = None
 
 
-class FusedVisionPreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
+class FusedVisionPreTrainedModel(ShardableMixin, SubmodelInitializationMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: FusedVisionConfig

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moge import MoGEConfig
 from .decoders import GrowingCacheGenerationMixin, prepare_decoder_inputs
+from .distributed import ShardableMixin
 from .moe_experts import RoutedExperts, check_whole_groups
 from .moe_losses import balance_loss
 from .moe_router import GroupedTopKRouter
@@ -121,7 +122,7 @@ class MoGEDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
 
 
-class MoGEPreTrainedModel(PreTrainedModel):
+class MoGEPreTrainedModel(ShardableMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: MoGEConfig

@@ -20,6 +20,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_navit import NaViTConfig
+from .distributed import ShardableMixin
+from .image_pixels import check_normalized
 from .ops_activations import get_activation
 from .ops_linear import apply_linear
 from .ops_rotary import axial_rotary
@@ -151,7 +153,7 @@ class NaViTOutput(BaseModelOutputWithPooling):
     keep_index: Tensor | None = None
 
 
-class NaViTPreTrainedModel(PreTrainedModel):
+class NaViTPreTrainedModel(ShardableMixin, PreTrainedModel):
     """Base class: weight initialization and the attributes that transformers expects."""
 
     config: NaViTConfig
@@ -246,7 +248,8 @@ class NaViTModel(NaViTPreTrainedModel):
 
         Raises:
             ValueError: If patches do not have C*P*P values, grids are malformed or do not sum to L patches, or
-                `keep_index` does not match them, or a further keyword argument is unknown.
+                `keep_index` does not match them, pixels are not in the range of normalized ones (checked with the
+                grids), or a further keyword argument is unknown.
         """
         check_encoder_kwargs(kwargs)
         # Not from the layer: servers replace linear layers by classes without `in_features`.
@@ -255,6 +258,7 @@ class NaViTModel(NaViTPreTrainedModel):
             raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
             validate_grid(image_grid_thw, patches, self.config.spatial_merge_size, keep_index)
+            check_normalized(pixel_values, raw=False)
         layout = get_patch_layout(image_grid_thw, patches, self.config.spatial_merge_size, keep_index, position_ids)
         if cu_seqlens is None:
             is_clip = self.config.video_attention == "clip"

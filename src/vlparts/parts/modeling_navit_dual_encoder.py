@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_navit_dual_encoder import NaViTDualEncoderConfig
+from .distributed import ShardableMixin
 from .dual_encoder_loss import sigmoid_contrastive_loss, softmax_contrastive_loss
 from .dual_encoder_towers import (
     blank_padding,
@@ -70,7 +71,7 @@ class NaViTDualEncoderOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
 
-class NaViTDualEncoder(SubmodelInitializationMixin, PreTrainedModel):
+class NaViTDualEncoder(ShardableMixin, SubmodelInitializationMixin, PreTrainedModel):
     """A vision tower and a text tower, each with a projection, trained contrastively.
 
     The loss is exact but never materialises the logits of all pairs ([`softmax_contrastive_loss`],

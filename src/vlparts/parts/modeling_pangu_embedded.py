@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pangu_embedded import PanguEmbeddedConfig
 from .decoders import prepare_decoder_inputs
+from .distributed import ShardableMixin
 from .ops_rms_norm import RMSNorm
 from .packed_samples import keep_samples_apart
 from .rope_multimodal import AXES, MultiAxisGenerationMixin, multimodal_rotary, rotary_axes
@@ -63,7 +64,7 @@ class PanguEmbeddedDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class PanguEmbeddedPreTrainedModel(PreTrainedModel):
+class PanguEmbeddedPreTrainedModel(ShardableMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: PanguEmbeddedConfig

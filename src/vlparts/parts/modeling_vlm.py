@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import VisionLanguageConfig
+from .distributed import ShardableMixin
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
 from .part_models import model_from_config, vision_tower_from_config
@@ -27,8 +28,10 @@ from .utils import (
     add_auto_classes,
     check_shape,
     check_token_inputs,
+    server_of,
     slice_for_logits,
 )
+from .vlm_distributed import must_run
 from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
@@ -41,7 +44,7 @@ from .vlm_views import ViewAssembler
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel):
+class VisionLanguagePreTrainedModel(ShardableMixin, SubmodelInitializationMixin, PreTrainedModel):
     """Base class: weight initialisation and the attributes that transformers expects."""
 
     config: VisionLanguageConfig
@@ -64,8 +67,15 @@ class VisionLanguagePreTrainedModel(SubmodelInitializationMixin, PreTrainedModel
     def maybe_distribute_model(
         cls, model: "VisionLanguagePreTrainedModel", distributed_config: Any, mesh_manager: Any
     ) -> "VisionLanguagePreTrainedModel":
-        """Distribute a model over processes when it is loaded, without dividing a group of experts."""
+        """Distribute a model over processes when it is loaded, without dividing a group of experts.
+
+        Raises:
+            ValueError: If a group of experts would be divided, or for pipeline parallelism, which transformers has for
+                text models only.
+        """
         check_whole_groups(model.config, distributed_config)
+        if getattr(distributed_config, "pp_size", 1) > 1:
+            raise ValueError(f"`pp_size` must be 1 for a composed model, got {distributed_config.pp_size}.")
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
 
@@ -198,6 +208,9 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
+        alone = past_key_values is not None or server_of(self.config.text_config) is not None
+        if not media and not alone and must_run(self.vision_tower, self.projector):
+            inputs_embeds = self.run_without_images(inputs_embeds)
 
         return self.run_language_model(
             attention_mask=attention_mask,
@@ -213,6 +226,8 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
     """The composed model with a language head, for generation, training and pipelines."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)

@@ -20,6 +20,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_windowfree import WindowFreeViTConfig
+from .distributed import ShardableMixin
 from .image_pixels import check_normalized, normalize_raw_pixels
 from .ops_activations import get_activation
 from .ops_linear import apply_linear
@@ -213,7 +214,7 @@ class WindowFreeViTOutput(BaseModelOutputWithPooling):
     patch_index: Tensor | None = None
 
 
-class WindowFreeViTPreTrainedModel(PreTrainedModel):
+class WindowFreeViTPreTrainedModel(ShardableMixin, PreTrainedModel):
     """Base class: weight initialization and the attributes that transformers expects."""
 
     config: WindowFreeViTConfig

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
+from .image_pixels import check_normalized
 from .packed_index import merge_order, validate_grid
 from .utils import activation_dtype, check_shape
 from .vlm_towers import VISION_TOWERS, VisionTower, patch_width
@@ -145,7 +146,8 @@ def encode_images(
 
     Raises:
         ValueError: If an input that the encoder needs is missing or has another shape, raw pixels are given to an
-            encoder that does not normalise them, or its output does not hold one feature per patch.
+            encoder that does not normalise them, pixels are beyond the range of normalised ones (not checked while
+            compiling), or the output does not hold one feature per patch.
     """
     tower = get_vision_tower(encoder)
     pixel_values = _cast_pixels(pixel_values, encoder)
@@ -255,15 +257,12 @@ def _as_pooling_output(outputs: Any) -> BaseModelOutputWithPooling:
 
 
 def _cast_pixels(pixel_values: Tensor, encoder: PreTrainedModel) -> Tensor:
-    if pixel_values.is_floating_point():
-        return pixel_values.to(activation_dtype(encoder, pixel_values.dtype))
-    # A cast would turn raw pixels into wrong normalised ones without an error.
-    if not hasattr(encoder.config, "image_mean"):
-        raise ValueError(
-            f"`pixel_values` is {pixel_values.dtype}; the vision encoder {type(encoder).__name__} takes normalised "
-            "pixels in floating point."
-        )
-    return pixel_values
+    # A cast, or a collator, would turn raw pixels into wrong normalised ones without an error.
+    if not pixel_values.is_floating_point() or not torch.compiler.is_compiling():
+        check_normalized(pixel_values, raw=hasattr(encoder.config, "image_mean"))
+    if not pixel_values.is_floating_point():
+        return pixel_values
+    return pixel_values.to(activation_dtype(encoder, pixel_values.dtype))
 
 
 def _feature_maps(outputs: Any, layer: int) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .ops_linear import apply_linear
 from .packed_samples import positions_in_samples, run_text_model
 from .utils import ForwardKwargs, check_token_inputs
+from .vlm_distributed import blank_image
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
@@ -130,6 +131,20 @@ class MultimodalInputsMixin:
                 lengths = sum_views(lengths, square_tiles)
             outputs.pooler_output = tokens.split(lengths.tolist())
         return outputs
+
+    def run_without_images(self, inputs_embeds: Tensor) -> Tensor:
+        """Run the vision encoder and the projector on a blank image that no token sees; see [`must_run`].
+
+        Args:
+            inputs_embeds: `(B, S, E)`.
+
+        Returns:
+            The same values; the parameters of both get gradients of zero.
+        """
+        blank = blank_image(self.vision_tower, self.config.merge_size, inputs_embeds.device)
+        features = self.get_image_features(**blank, return_dict=True).pooler_output
+        nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
+        return inputs_embeds.masked_scatter(nowhere, torch.cat(tuple(features)).to(inputs_embeds))
 
     def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Embed tokens, int64 of any shape to `(..., E)`, as the text model does; or return given embeddings."""

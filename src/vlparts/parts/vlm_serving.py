@@ -24,8 +24,8 @@ The transformers backends of vLLM and SGLang serve a saved folder without `vlpar
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -204,7 +204,9 @@ class ServedProcessor(ProcessorMixin):
             views = [count(height, width, options) if tiled and count else 1 for height, width in sizes]
             return [self.image_seq_length * number for number in views], views
         if count is None:  # a native processor of padded images, one row each
-            blank = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in sizes]
+            blank = [
+                Image.new("RGB", (width, height)) for height, width in sizes
+            ]  # axes of small arrays are ambiguous
             processed = self._to_model_inputs(processor(blank, **options))
             return [self.count_image_tokens(processed, index) for index in range(len(blank))], [1] * len(blank)
         patches = [count(height, width, options) for height, width in sizes]

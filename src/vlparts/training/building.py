@@ -23,7 +23,7 @@ from ..parts.part_configs import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
 from .config import COMPOSITION_FIELDS, PARTS, TrainConfig
 from .presets import config_from_preset, preset_names
-from .records import PageRecord, Record, RecordFile, RegionBlock, TextBlock
+from .records import Line, PageRecord, Record, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
 
 # Arguments of `compose_processor` by the name of a chat template.
@@ -65,9 +65,9 @@ def build(
     return model, processor
 
 
-def conversation_texts(records: RecordFile) -> Iterable[str]:
+def conversation_texts(lines: Iterable[Line]) -> Iterator[str]:
     """Yield the texts of the records for training a tokenizer; coordinates are those of an image of one pixel."""
-    for line in records.lines:
+    for line in lines:
         if isinstance(line.record, PageRecord):
             yield from _page_texts(line.record)
         else:

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from datasets import Dataset, IterableDataset
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ..documents.pages import DPI
 from ..losses.weights import PRESETS
@@ -48,10 +58,17 @@ class TrainConfig(BaseModel):
     Args:
         kind: What is trained: a "composed" model, or a "dual_encoder" of images and captions, whose settings `vision`,
             `text`, `tokenizer` and `dual_encoder` give its towers; see [`vlparts.training.dual_encoder`].
-        data: JSON Lines file of training records, or several with the shares of their samples in an epoch, such as
-            `{"ocr.jsonl": 0.7, "general.jsonl": 0.3}`; see [`Mixture`][vlparts.training.dataset.Mixture].
+        data: Training records: a JSON Lines file, a Parquet or Arrow file or folder, WebDataset tar shards (a file, a
+            folder or a pattern), or in Python a `datasets.Dataset`, or with `streaming` an `IterableDataset`; see
+            [`open_source`][vlparts.training.sources]. Or
+            several files with the shares of their samples in an epoch, such as `{"ocr.jsonl": 0.7, "general.jsonl":
+            0.3}`; see [`Mixture`][vlparts.training.dataset.Mixture].
         output: Folder for checkpoints and the trained model.
-        eval_data: JSON Lines file of evaluation records, if any.
+        eval_data: Evaluation records, if any, as for `data`.
+        columns: Names that the data has for fields of records, by the names of ours, such as `{"images": "pictures"}`.
+        ignore_columns: Names of columns, fields or extensions of the data that are not used.
+        num_proc: Number of processes that measure the records before training; None for the training process alone.
+        check_pixels: Decode all images before training. Otherwise damaged pixels are found when a record is used.
         vision: Vision encoder: a preset such as "navit:tiny" (a part and its preset), a checkpoint folder, the JSON
             file of a configuration, or a mapping of its fields with a "model_type" or a "preset".
         text: Text model: a preset such as "qwen3:tiny", a checkpoint folder, or a configuration as for `vision`.
@@ -79,6 +96,13 @@ class TrainConfig(BaseModel):
         capacity: Tokens of a pack (one micro-batch on one process), image tokens included. Longer samples raise.
         max_items: Maximum number of samples in a pack; None for no limit.
         packing: Pack samples into one row with attention within each sample; False pads them to a batch instead.
+        streaming: Read the data in order while training, without a pass over it beforehand, see
+            [`PackStream`][vlparts.training.stream.PackStream]. Requires `max_steps`. `data` may be too large to be
+            listed, and broken records are found when they are reached.
+        shuffle_buffer: Records in the shuffle buffer of each of the sources of `data` on each reader (process or
+            DataLoader worker), with `streaming`.
+        tokenizer_records: Number of records at the start of each of the sources of `data` on which a tokenizer is
+            trained, and in which `sample_weight_field` must occur, with `streaming`.
         epochs: Passes over the data.
         max_steps: Optimizer steps; overrides `epochs` if positive.
         max_tokens: Tokens to train on, image tokens included, instead of `epochs` or `max_steps`: as many steps as are
@@ -117,9 +141,13 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["composed", "dual_encoder"] = "composed"
-    data: Path | dict[Path, _Positive]
+    data: Path | InstanceOf[Dataset] | InstanceOf[IterableDataset] | dict[Path, _Positive]
     output: Path
-    eval_data: Path | None = None
+    eval_data: Path | InstanceOf[Dataset] | None = None
+    columns: dict[str, str] = {}
+    ignore_columns: list[str] = []
+    num_proc: int | None = Field(default=None, ge=1)
+    check_pixels: bool = False
     vision: str | dict[str, Any] = "navit:tiny"
     text: str | dict[str, Any] = "qwen3:tiny"
     model: Path | None = None
@@ -139,6 +167,9 @@ class TrainConfig(BaseModel):
     capacity: int = Field(default=2048, ge=1)
     max_items: int | None = Field(default=None, ge=1)
     packing: bool = True
+    streaming: bool = False
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    tokenizer_records: int = Field(default=10_000, ge=1)
     epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     max_steps: int = Field(default=-1, ge=-1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -181,10 +212,26 @@ class TrainConfig(BaseModel):
 
     @field_validator("data")
     @classmethod
-    def _check_data(cls, value: Path | dict[Path, float]) -> Path | dict[Path, float]:
+    def _check_data(cls, value: Any) -> Any:
         if value == {}:
             raise ValueError("must be a file, or files with their shares, got none")
         return value
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in value if name not in FIELDS]
+        if unknown:
+            raise ValueError(f"must have fields of records as keys, {', '.join(sorted(FIELDS))}, got {unknown[0]!r}")
+        return value
+
+    @field_serializer("data", "eval_data", when_used="json")
+    def _serialize_data(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(path): share for path, share in value.items()}
+        if isinstance(value, IterableDataset):
+            return repr(value)
+        return value._fingerprint if isinstance(value, Dataset) else value
 
     @field_validator("train", "freeze", "learning_rates", "weight_decays")
     @classmethod
@@ -210,6 +257,7 @@ class TrainConfig(BaseModel):
             raise ValueError("`train` and `freeze` must not both be given, since each is what the other is not")
         if self.max_tokens is not None and self.max_steps > 0:
             raise ValueError("`max_tokens` and `max_steps` must not both be given")
+        self._check_streaming()
         if self.prompts and self.template == "continuation":
             raise ValueError("`prompts` requires template='chat'; the contents of turns alone have no prompt")
         if self.kind == "dual_encoder":
@@ -220,10 +268,24 @@ class TrainConfig(BaseModel):
             raise ValueError("`dual_encoder` requires kind='dual_encoder'")
         return self
 
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            for name in ("shuffle_buffer", "tokenizer_records"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"`{name}` requires `streaming`")
+            return
+        if self.max_tokens is not None:
+            raise ValueError("`streaming` takes no `max_tokens`: the steps for them are unknown; set `max_steps`")
+        if self.max_steps < 1:
+            raise ValueError("`streaming` requires `max_steps`: the steps of `epochs` are unknown until they are done")
+        for name in ("cache", "check_pixels", "num_proc"):
+            if getattr(self, name) and self.eval_data is None:
+                raise ValueError(f"`streaming` takes `{name}` for `eval_data` only, got none")
+
     @property
-    def shares(self) -> dict[Path, float]:
-        """The files of training records with their shares."""
-        return self.data if isinstance(self.data, dict) else {self.data: 1.0}
+    def shares(self) -> dict[Path | Dataset | IterableDataset, float]:
+        """The training records with their shares."""
+        return {**self.data} if isinstance(self.data, dict) else {self.data: 1.0}
 
 
 def load_config(path: str | Path | None, changes: dict[str, Any]) -> TrainConfig:

@@ -1,95 +1,142 @@
 """Datasets, samplers and collators of encoded samples, packed to a fixed capacity or padded."""
 
 import random
+from array import array
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from tqdm.auto import tqdm
 from transformers import DataCollatorWithFlattening
 
 from ..parts.utils import IGNORE_INDEX
 from .bins import plan_packing
 from .encoding import Sample, join_images
 from .images.balance import split_packs
-from .records import Line, RecordError, RecordFile
+from .measuring import Encoder, measure_samples
+from .records import Line, RecordError
+from .skipped import SkippedRecords
+from .sources import Source
 
 # The golden ratio as a fraction of a turn, in integers, which do not round.
 _TURN, _GOLDEN = 2**32, 2654435769
+# Batch inputs with a value per token that packing would have to change.
+_PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids", "token_weights", "sample_ids")
 
 
 class SampleDataset(Dataset):
-    """Samples of a record file, encoded on access.
+    """Samples of a source, encoded on access.
 
-    Every record is also encoded once at construction, so that broken records are found before training starts and
-    lengths are known.
+    Every record is measured at construction, so that invalid records are found before training starts and lengths are
+    known; see [`measure_samples`]. Damaged pixels are found when a record is encoded, or with `check_pixels` now.
 
     Args:
-        records: The record file.
+        source: The source.
         encoder: Encodes a record and its line number to a sample, such as a [`SampleEncoder`].
-        on_error: "raise" on a record that cannot be encoded, or "skip" it and append the reason to `records.skipped`.
+        on_error: "raise" on a record that cannot be encoded, or "skip" it: an invalid one is no sample, and one with
+            damaged pixels is left out of its pack. A pack that would be empty has the next sample that can be encoded.
         cache: Keep the encoded samples in memory.
         progress: Show a progress bar.
+        check_pixels: Decode all images at construction.
+        num_proc: Number of processes that measure; None for this one.
+        left_out: Where samples that are left out of their packs are named; None where `on_error` is "raise".
+        task: Index of the source among several, for losses by task.
 
     Attributes:
-        lengths: Tokens of each sample.
+        lengths: Tokens of each sample, int32.
         targets: Number of tokens with loss, over all samples.
+        weighted: Whether a record has a loss weight of its own.
+        skipped: Error messages of the records that are no samples.
 
     Raises:
-        RecordError: If a record cannot be encoded and `on_error` is "raise", or if no record is usable.
+        RecordError: If a record is invalid and `on_error` is "raise", or if no record is usable.
     """
 
     mixture = None
 
     def __init__(
         self,
-        records: RecordFile,
-        encoder: Callable[..., Sample],
+        source: Source,
+        encoder: Encoder,
         on_error: str = "raise",
         cache: bool = False,
         progress: bool = True,
+        check_pixels: bool = False,
+        num_proc: int | None = None,
+        left_out: SkippedRecords | None = None,
+        task: int = 0,
     ) -> None:
-        self.records = records
+        options: dict[str, Any] = {"check_pixels": check_pixels, "num_proc": num_proc, "progress": progress}
+        found = measure_samples(source, encoder, on_error, **options)
+        self.source = source
         self.encoder = encoder
-        self.lines: list[Line] = []
-        self.lengths: list[int] = []
-        self.targets = 0
-        self._cache: list[Sample] | None = [] if cache else None
-        for line in tqdm(records.lines, desc=f"reading {records.path.name}", disable=not progress, leave=False):
-            try:
-                sample = self._encode(line)
-            except RecordError as error:
-                if on_error == "raise":
-                    raise
-                records.skipped.append(str(error))
-                continue
-            self.lines.append(line)
-            self.lengths.append(len(sample))
-            self.targets += int((sample.labels[1:] != IGNORE_INDEX).sum())
-            if self._cache is not None:
-                self._cache.append(sample)
-        if not self.lines:
-            raise records.empty_error()
+        self.lengths = array("i", found.lengths.tobytes())
+        self.targets = found.targets
+        self.weighted = found.weighted
+        self.skipped = found.skipped
+        self._measured = found
+        self._on_error = on_error
+        self._left_out = left_out
+        self._task = task
+        self._cache: dict[int, Sample] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.lengths)
 
     def __getitem__(self, pack: Sequence[int]) -> list[Sample]:
         """The samples of one pack."""
-        if self._cache is not None:
-            return [self._cache[index] for index in pack]
-        return [self._encode(self.lines[index]) for index in pack]
+        rows = self.source.listed([int(self._measured.rows[index]) for index in pack]) if len(pack) else []
+        found = [self._sample(index, row) for index, row in zip(pack, rows, strict=True)]
+        samples = [one for one in found if one is not None]
+        if samples or not found:
+            return samples
+        for index in ((pack[0] + offset) % len(self) for offset in range(1, len(self))):
+            (row,) = self.source.listed([int(self._measured.rows[index])])
+            sample = self._sample(index, row)
+            if sample is not None:
+                return [sample]
+        raise RecordError(f"{self.source.records.name}: no record can be encoded.")
 
-    def _encode(self, line: Line) -> Sample:
+    def line(self, index: int) -> Line:
+        """The record of a sample."""
+        position = int(self._measured.rows[index])
+        (row,) = self.source.listed([position])
+        return self.source.records.line(row, position)
+
+    def _sample(self, index: int, row: dict[str, Any]) -> Sample | None:
+        """A sample; None if it is left out."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        try:
+            sample = self._encode(index, row)
+        except RecordError as error:
+            if self._on_error == "raise":
+                raise
+            if self._left_out is not None:
+                self._left_out.add(str(error))
+            return None
+        if self._cache is not None:
+            self._cache[index] = sample
+        return sample
+
+    def _encode(self, index: int, row: dict[str, Any]) -> Sample:
+        position = int(self._measured.rows[index])
+        line = self.source.records.line(row, position)
         try:
             sample = self.encoder(line.record, line.number)
+            if len(sample) != self.lengths[index]:
+                raise ValueError(
+                    f"The sample has {len(sample)} tokens, but {self.lengths[index]} when it was measured. An image "
+                    f"has changed since; delete {self._measured.cache.with_suffix('')}* to measure again."
+                )
         except ValueError as error:
-            raise self.records.error(line.number, error) from None
-        return sample if line.weight is None else replace(sample, weight=line.weight)
+            raise self.source.records.error(row, position, error) from None
+        return replace(sample, weight=1.0 if line.weight is None else line.weight, task=self._task)
 
 
 class Mixture:
@@ -172,7 +219,7 @@ class MixedDataset(Dataset):
 
     def __init__(self, datasets: Sequence[SampleDataset], shares: Sequence[float], seed: int) -> None:
         self.datasets = datasets
-        self.lengths = [length for one in datasets for length in one.lengths]
+        self.lengths = array("i", chain.from_iterable(one.lengths for one in datasets))
         self.mixture = Mixture([one.lengths for one in datasets], shares, seed)
         self._ends = [sum(len(one) for one in datasets[: index + 1]) for index in range(len(datasets))]
 
@@ -280,6 +327,15 @@ def steps_for_tokens(sampler: PackSampler, lengths: Sequence[int], packs_per_ste
 _flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX, return_flash_attn_kwargs=True)
 
 
+def _one_row(ids: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Any]:
+    """Concatenate samples, ids and labels `(S,)` of each; see [`collate_packed`]."""
+    pairs = zip(ids, labels, strict=True)
+    row: dict[str, Any] = _flatten([{"input_ids": one.tolist(), "labels": its.tolist()} for one, its in pairs])
+    # Attention takes one tensor for both as self-attention over equal segments, and skips a comparison.
+    row["cu_seq_lens_k"] = row["cu_seq_lens_q"]
+    return row
+
+
 def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:
     """Concatenate the samples of all packs to one row, as transformers' `DataCollatorWithFlattening` does.
 
@@ -292,9 +348,7 @@ def collate_packed(batch: list[list[Sample]]) -> dict[str, Any]:
         token of the same sample precedes it.
     """
     samples = [sample for pack in batch for sample in pack]
-    row = _flatten([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
-    # Attention takes one tensor for both as self-attention over equal segments, and skips a comparison.
-    row["cu_seq_lens_k"] = row["cu_seq_lens_q"]
+    row = _one_row([sample.input_ids for sample in samples], [sample.labels for sample in samples])
     return {**row, **join_images([sample.images for sample in samples if sample.images])}
 
 
@@ -319,6 +373,34 @@ class PaddedCollator:
             "attention_mask": pad([torch.ones_like(one) for one in ids], batch_first=True),
             **join_images([sample.images for sample in samples if sample.images]),
         }
+
+
+class PaddingFreeCollator:
+    """Wraps a collator of padded batches and puts their samples in one row, without padding.
+
+    For composed models, which keep the samples of a row apart. Images are passed on as they are.
+
+    Args:
+        collator: Collates features to `input_ids`, `labels` and `attention_mask` `(B, S)`, padded on either side, and
+            image tensors, such as TRL's `DataCollatorForVisionLanguageModeling`.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        """Return the collator's batch with one row; see [`collate_packed`].
+
+        Raises:
+            ValueError: If the batch has another input with a value per token, such as `position_ids`.
+        """
+        batch = dict(self.collator(features))
+        unpacked = [name for name in _PER_TOKEN if batch.get(name) is not None]
+        if unpacked:
+            raise ValueError(f"`collator` must return no {unpacked[0]!r}; pack samples before it is added.")
+        ids, labels, kept = batch.pop("input_ids"), batch.pop("labels"), batch.pop("attention_mask").bool()
+        rows = [[row[mask] for row, mask in zip(rows, kept, strict=True)] for rows in (ids, labels)]
+        return {**_one_row(*rows), **batch}
 
 
 class SampleWeights:

@@ -4,26 +4,27 @@ A `NaViTDualEncoder` is trained on pairs of an image and its caption. Its vision
 encoder that the next stage composes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from transformers import AutoModel, Trainer, VisionTextDualEncoderProcessor
 from transformers.modeling_utils import PreTrainedModel
 
 from ..image_processors import default_image_processor, load_image_processor, read_image_processor_config
 from ..parts.configuration_navit_dual_encoder import NaViTDualEncoderConfig
-from ..parts.image_files import open_image
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.vlm_features import pixel_layout
 from .building import choose_trained, config_errors, make_text, make_tower, with_options
 from .config import TrainConfig
 from .dataset import PaddedCollator
-from .encoding import Sample
+from .encoding import Measured, Sample
 from .packed_trainer import PackTrainer
-from .record_formats import DataImage
+from .record_images import RecordImage, open_record_image, record_image_size, shown_image
 from .records import PageRecord, Record, TextBlock
 
 __all__ = ["VISION", "ContrastiveTrainer", "PairCollator", "PairEncoder", "build_dual_encoder", "save_vision_tower"]
@@ -110,33 +111,72 @@ class PairEncoder:
             ValueError: If it has not one image and one text as its answer, the image cannot be read, or it is too
                 long.
         """
-        path, caption = _pair(record)
-        source: Any = DataImage(path) if path.startswith("data:") else self.root / path
-        image = open_image(source, max_image_pixels=self.max_image_pixels)
+        given, caption = _pair(record)
+        image = open_record_image(given, self.root, self.max_image_pixels)
         images = dict(self.processor.image_processor(image, return_tensors="pt"))
         ids = self.processor.tokenizer(caption)["input_ids"]
+        measured = self._measured(ids, len(images["pixel_values"]))
+        if isinstance(measured, ValueError):
+            raise measured
+        if measured.length > self.max_length:
+            raise self.too_long(measured.length, measured.image_tokens)
+        return Pair(torch.tensor(ids), torch.tensor(ids), images, image_count=1)
+
+    def measure(self, records: Sequence[tuple[Record | PageRecord, int]]) -> list[Measured | ValueError]:
+        """The lengths of encoded records, see [`SampleEncoder.measure`]."""
+        found: list[int | ValueError] = []
+        captions: list[str] = []
+        for record, _ in records:
+            try:
+                given, caption = _pair(record)
+                width, height = record_image_size(given, self.root, self.max_image_pixels)
+                found.append(self._count_patches(given, height, width))
+                captions.append(caption)
+            except ValueError as error:
+                found.append(error)
+        ids = iter(self.processor.tokenizer(captions)["input_ids"] if captions else [])
+        return [one if isinstance(one, ValueError) else self._measured(next(ids), one) for one in found]
+
+    def too_long(self, length: int, image_tokens: int) -> ValueError:
+        """The error of a pair that is longer than `max_length`."""
+        return ValueError(
+            f"The pair has {length} patches and tokens; expected at most {self.max_length}. Raise `capacity` or use "
+            "smaller images."
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What lengths depend on beside the processor and the records, as JSON data."""
+        names = ("max_text_length", "max_image_pixels")
+        return {name: getattr(self, name) for name in names} | {"pillow_limit": Image.MAX_IMAGE_PIXELS, "pairs": True}
+
+    def _count_patches(self, given: RecordImage, height: int, width: int) -> int:
+        """Rows of `pixel_values` of an image of this size."""
+        processor = self.processor.image_processor
+        try:
+            if hasattr(processor, "get_number_of_image_patches"):
+                return int(processor.get_number_of_image_patches(height, width, {}))
+            return len(processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"])
+        except ValueError as error:
+            raise ValueError(f"Image {shown_image(given, self.root)} cannot be processed: {error}") from None
+
+    def _measured(self, ids: list[int], patches: int) -> Measured | ValueError:
         if self.max_text_length is not None and len(ids) > self.max_text_length:
-            raise ValueError(f"The caption has {len(ids)} tokens; the text tower takes {self.max_text_length}.")
-        pair = Pair(torch.tensor(ids), torch.tensor(ids), images, image_count=1)
-        if len(pair) > self.max_length:
-            raise ValueError(
-                f"The pair has {len(pair)} patches and tokens; expected at most {self.max_length}. Raise `capacity` "
-                "or use smaller images."
-            )
-        return pair
+            return ValueError(f"The caption has {len(ids)} tokens; the text tower takes {self.max_text_length}.")
+        return Measured(len(ids) + patches, patches, len(ids) - 1)
 
 
-def _pair(record: Record | PageRecord) -> tuple[str, str]:
+def _pair(record: Record | PageRecord) -> tuple[RecordImage, str]:
     if isinstance(record, PageRecord):
         raise ValueError("A record of a page is no pair of an image and a caption.")
     blocks = [block for message in record.messages if message.role == "assistant" for block in message.content]
     texts = [block.text for block in blocks if isinstance(block, TextBlock)]
-    if len(record.paths) != 1 or len(blocks) != 1 or not "".join(texts).strip():
+    if len(record.all_images) != 1 or len(blocks) != 1 or not "".join(texts).strip():
         raise ValueError(
-            f"A pair must have one image and one text of the assistant, got {len(record.paths)} images and "
+            f"A pair must have one image and one text of the assistant, got {len(record.all_images)} images and "
             f"{len(texts)} texts in {len(blocks)} blocks."
         )
-    return record.paths[0], texts[0]
+    return record.all_images[0], texts[0]
 
 
 class PairCollator:
@@ -165,7 +205,11 @@ class ContrastiveTrainer(PackTrainer):
 
 
 def save_vision_tower(
-    model: NaViTDualEncoder, processor: VisionTextDualEncoderProcessor, folder: Path, weights: bool = True
+    model: NaViTDualEncoder,
+    processor: VisionTextDualEncoderProcessor,
+    folder: Path,
+    weights: bool = True,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Save the vision tower, without attention pooling, and its image processor as a vision encoder for `compose`.
 
@@ -174,15 +218,19 @@ def save_vision_tower(
         processor: Its processor.
         folder: The folder.
         weights: False to save the configuration only.
+        state: The whole weights of the dual encoder; needed if its parameters are sharded.
     """
-    tower = model.vision_model
+    tower, prefix = model.vision_model, "vision_model."
+    own = tower.state_dict()
+    if state is not None:
+        own = {name: state[prefix + name] for name in own}
     if getattr(tower.config, "pooling", None) == "map":
         config = type(tower.config)(**{**tower.config.to_dict(), "pooling": "none"})
-        with nullcontext() if weights else torch.device("meta"):
-            bare = type(tower)(config)
-        state = tower.state_dict()
-        if weights:
-            bare.load_state_dict({name: state[name] for name in bare.state_dict()})
-        tower = bare
-    (tower if weights else tower.config).save_pretrained(folder)
+        with torch.device("meta"):
+            tower = type(tower)._from_config(config, dtype=tower.dtype)
+        own = {name: own[name] for name in tower.state_dict()}
+    if weights:
+        tower.save_pretrained(folder, state_dict=own)
+    else:
+        tower.config.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)

@@ -1,45 +1,26 @@
 """Encoding of training records to token ids, labels and image tensors."""
 
-import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import as_seen
-from ..documents import open_page
-from ..documents.pages import DPI, MAX_IMAGE_PIXELS
-from ..parts.chat_placeholders import end_of_turn_id
-from ..parts.image_files import open_image
+from ..documents.pages import DPI, MAX_IMAGE_PIXELS, open_page, page_size
 from ..parts.processing_vlm import VisionLanguageProcessor
 from ..parts.utils import IGNORE_INDEX
-from .record_formats import DataImage
+from .chat_tokens import ChatTokenizer, Tokens
+from .record_images import RecordImage, open_record_image, record_image_size, shown_image
 from .records import ImageBlock, Message, PageRecord, Record, RegionBlock, TextBlock
 
-# transformers looks for the same.
-_MARK = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
-# The contents of the turns, with a line break after the text of a turn that is not the assistant's.
-_CONTINUATION = (
-    "{%- for message in messages -%}"
-    "{%- for block in message['content'] -%}"
-    "{%- if block['type'] == 'image' -%}{{ IMAGE }}"
-    "{%- elif message['role'] == 'assistant' -%}{%- generation -%}{{ block['text'] }}{%- endgeneration -%}"
-    "{%- else -%}{{ block['text'] }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ eos_token }}{%- endgeneration -%}"
-    "{%- elif message['content'] | selectattr('text') | list -%}{{ '\\n' }}{%- endif -%}"
-    "{%- endfor -%}"
-)
+_MAX_COUNTS = 2**14  # sizes of images whose number of tokens is kept
 
 
 @dataclass(frozen=True)
@@ -64,6 +45,20 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+class Measured(NamedTuple):
+    """The lengths of an encoded record.
+
+    Attributes:
+        length: Length of the sample: its tokens, or for a dual encoder patches and tokens.
+        image_tokens: How many of them are of images.
+        targets: Number of tokens with loss.
+    """
+
+    length: int
+    image_tokens: int
+    targets: int
 
 
 def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -119,20 +114,20 @@ class SampleEncoder:
         prompts: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        if template not in ("chat", "continuation"):
-            raise ValueError(f"`template` must be 'chat' or 'continuation', got {template!r}.")
         encode([], (1, 1), coordinate_format, on_outside=on_outside)  # raises for an unknown policy or format
         self.processor = processor
         self.root = root
         self.on_outside = on_outside
+        self.coordinate_format = coordinate_format
         self.format = as_seen(coordinate_format, processor)
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
         self.dpi = dpi
         self.prompts = prompts
         self.seed = seed
-        self.template = _continuation_template(processor) if template == "continuation" else None
-        self._ends = {processor.tokenizer.eos_token_id, end_of_turn_id(processor.tokenizer, processor.chat_template)}
+        self.template = template
+        self.chat = ChatTokenizer(processor, template)
+        self._counts: dict[tuple[int, int], int] = {}
 
     def __call__(self, record: Record | PageRecord, number: int = 0) -> Sample:
         """Encode one record.
@@ -145,39 +140,121 @@ class SampleEncoder:
             ValueError: If an image or page cannot be read or processed, a region is outside its image under "raise",
                 the template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        if isinstance(record, PageRecord):
-            images = [self._open_page(record)]
-        else:
-            images = [self._open(path) for path in record.paths]
-        inputs = [self._process(*pair) for pair in zip(record.paths, images, strict=True)]
+        images = [self._open(record, one) for one in record.all_images]
+        inputs = [self.process(image, one) for image, one in zip(images, record.all_images, strict=True)]
+        return self.encode(self.render(record, [image.size for image in images], self._prompt(record, number)), inputs)
+
+    def encode(self, messages: list[dict[str, Any]], inputs: Sequence[dict[str, Tensor]]) -> Sample:
+        """Encode chat messages up to the last turn of the assistant.
+
+        Args:
+            messages: Messages for the chat template, with lists of blocks as contents; see [`render`].
+            inputs: Output of the image processor for each image, in the order of the image blocks.
+
+        Raises:
+            ValueError: As for records.
+        """
         counts = [self.processor.count_image_tokens(one, 0) for one in inputs]
-        messages = self.render(record, [image.size for image in images], self._prompt(record, number))
-        ids, labels = self._tokenize(messages, counts)
-        if all(label == IGNORE_INDEX for label in labels):
-            raise ValueError("The assistant turns are empty; expected at least one token to train on.")
-        if self.max_length is not None and len(ids) > self.max_length:
-            raise ValueError(
-                f"The sample has {len(ids)} tokens ({sum(counts)} of them for images); expected at most "
-                f"{self.max_length}. Raise `capacity` or use smaller images."
-            )
-        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs), image_count=len(images))
+        (tokens,) = self.chat([messages])
+        measured = self._measured(tokens, counts)
+        if isinstance(tokens, ValueError):
+            raise tokens
+        if isinstance(measured, ValueError):
+            raise measured
+        if self.max_length is not None and measured.length > self.max_length:
+            raise self.too_long(measured.length, measured.image_tokens)
+        ids, labels = self._expand(tokens, counts)
+        return Sample(torch.tensor(ids), torch.tensor(labels), join_images(inputs), image_count=len(inputs))
 
-    def _open(self, path: str) -> Image.Image:
-        source: Any = DataImage(path) if path.startswith("data:") else self.root / path
-        return open_image(source, max_image_pixels=self.max_image_pixels)
+    def measure(self, records: Sequence[tuple[Record | PageRecord, int]]) -> list[Measured | ValueError]:
+        """The lengths of encoded records, from the sizes in the headers of their images; no pixels are read.
 
-    def _open_page(self, record: PageRecord) -> Image.Image:
-        if record.page.startswith("data:"):
-            return self._open(record.page)
-        limit = MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
-        return open_page(self.root / record.page, record.page_number, dpi=self.dpi, max_image_pixels=limit)
+        `max_length` is not considered. Errors of pixels are found when a record is encoded.
 
-    def _process(self, path: str, image: Image.Image) -> dict[str, Tensor]:
+        Args:
+            records: Records with the numbers of their lines.
+
+        Returns:
+            For each record its lengths, or the error that it would have.
+        """
+        chats: list[list[dict[str, Any]]] = []
+        found: list[list[int] | ValueError] = []
+        for record, number in records:
+            try:
+                sizes = [self._size(record, one) for one in record.all_images]
+                counts = [self._count(one, size) for one, size in zip(record.all_images, sizes, strict=True)]
+                chats.append(self.render(record, sizes, self._prompt(record, number)))
+                found.append(counts)
+            except ValueError as error:
+                found.append(error)
+        tokens = iter(self.chat(chats))
+        return [one if isinstance(one, ValueError) else self._measured(next(tokens), one) for one in found]
+
+    def too_long(self, length: int, image_tokens: int) -> ValueError:
+        """The error of a sample that is longer than `max_length`."""
+        return ValueError(
+            f"The sample has {length} tokens ({image_tokens} of them for images); expected at most "
+            f"{self.max_length}. Raise `capacity` or use smaller images."
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What lengths depend on beside the processor and the records, as JSON data."""
+        names = ("on_outside", "max_image_pixels", "dpi", "template", "seed")
+        prompts = {"prompts": [*self.prompts], "pillow_limit": Image.MAX_IMAGE_PIXELS}
+        return {name: getattr(self, name) for name in names} | prompts | {"format": self.coordinate_format}
+
+    def _open(self, record: Record | PageRecord, image: RecordImage) -> Image.Image:
+        if isinstance(record, PageRecord) and isinstance(image, str) and not image.startswith("data:"):
+            return open_page(self.root / image, record.page_number, dpi=self.dpi, max_image_pixels=self._page_limit)
+        return open_record_image(image, self.root, self.max_image_pixels)
+
+    def _size(self, record: Record | PageRecord, image: RecordImage) -> tuple[int, int]:
+        if isinstance(record, PageRecord) and isinstance(image, str) and not image.startswith("data:"):
+            return page_size(self.root / image, record.page_number, dpi=self.dpi, max_image_pixels=self._page_limit)
+        return record_image_size(image, self.root, self.max_image_pixels)
+
+    @property
+    def _page_limit(self) -> int:
+        return MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
+
+    def process(self, image: Image.Image, given: RecordImage | None = None) -> dict[str, Tensor]:
+        """Return the output of the image processor for one image; an error names what was `given` for it."""
         try:
             return dict(self.processor.image_processor(image, return_tensors="pt"))
         except ValueError as error:
-            shown = DataImage(path) if path.startswith("data:") else self.root / path
+            shown = "of the record" if given is None else shown_image(given, self.root)
             raise ValueError(f"Image {shown} cannot be processed: {error}") from None
+
+    def _count(self, given: RecordImage, size: tuple[int, int]) -> int:
+        """Number of tokens of an image of this width and height."""
+        if size not in self._counts:
+            try:
+                counts = self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])
+            except ValueError as error:
+                raise ValueError(f"Image {shown_image(given, self.root)} cannot be processed: {error}") from None
+            if len(self._counts) == _MAX_COUNTS:
+                self._counts.clear()
+            (self._counts[size],) = counts["num_image_tokens"]
+        return self._counts[size]
+
+    def _measured(self, tokens: Tokens | ValueError, counts: list[int]) -> Measured | ValueError:
+        if isinstance(tokens, ValueError):
+            return tokens
+        placeholders = tokens.ids.count(self.processor.image_token_id)
+        if placeholders > len(counts):
+            return ValueError(
+                f"The conversation has {placeholders} {self.processor.image_token} tokens for {len(counts)} images."
+            )
+        if placeholders < len(counts):
+            return ValueError(
+                f"The chat template placed {placeholders} of {len(counts)} images before the last assistant turn; "
+                "expected all of them."
+            )
+        if not any(tokens.in_loss):
+            return ValueError("The assistant turns are empty; expected at least one token to train on.")
+        length = len(tokens.ids) - placeholders + sum(counts)
+        return Measured(length, sum(counts), sum(tokens.in_loss) - tokens.in_loss[0])
 
     def _prompt(self, record: Record | PageRecord, number: int) -> str | None:
         """One of `prompts`; None without any, and for a record that has a text of the user."""
@@ -232,107 +309,12 @@ class SampleEncoder:
             after_region = bool(text)
         return blocks
 
-    def _tokenize(self, messages: list[dict[str, Any]], counts: list[int]) -> tuple[list[int], list[int]]:
-        """Token ids and labels; the ids before each answer equal those of the generation prompt."""
-        ids: list[int] = []
-        in_loss: list[bool] = []
-        text = ""
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = self._marked_spans(messages[: answers[-1] + 1]) if answers else None
-        for index in answers:
-            prompt = self._render_template(messages[:index], add_generation_prompt=True)
-            answered = self._render_template(messages[: index + 1])
-            if not prompt.startswith(text) or not answered.startswith(prompt):
-                raise ValueError(
-                    "The chat template rewrites earlier turns, so the assistant tokens cannot be located."
-                )
-            for start, end in ((text, prompt), (prompt, answered)):
-                part, offsets = self._continuation(ids, start, end)
-                if marked is not None:
-                    in_loss += self._marked_mask(part, offsets, marked)
-                else:
-                    in_loss += [False] * len(part) if end is prompt else self._answer_mask(part)
-                ids += part
-            text = answered
-        return self._expand(ids, in_loss, counts)
-
-    def _marked_spans(self, messages: list[dict[str, Any]]) -> list[tuple[int, int]] | None:
-        """Start and end of the characters that the template marks by `{% generation %}`; None if it has no marks."""
-        template = self.template or self.processor.chat_template
-        template = template["default"] if isinstance(template, dict) else template
-        if not self.processor.tokenizer.is_fast or not _MARK.search(template):
-            return None
-        _, (spans,) = render_jinja_template(
-            [messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self.processor.tokenizer.special_tokens_map,
-        )
-        return spans
-
-    def _render_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        try:
-            # As a batch: the empty list before a first assistant turn is not accepted as a single conversation.
-            return self.processor.apply_chat_template(
-                [messages],
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )[0]
-        except TemplateError as error:
-            raise ValueError(f"The chat template cannot render the conversation: {error}") from None
-
-    def _continuation(self, ids: list[int], start: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of the part of `text` after its prefix `start`, whose ids are `ids`; and their characters.
-
-        The whole text is tokenized, since tokenizers may encode the first word of a text differently and add a BOS
-        token. The rest is tokenized alone only if a token would span the end of `start`. The characters, as start and
-        end in `text`, are empty for tokenizers without offsets.
-        """
-        tokenizer = self.processor.tokenizer
-        # The same condition as in ProcessorMixin.apply_chat_template.
-        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        options = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-        whole = tokenizer(text, add_special_tokens=not has_bos, **options)
-        if whole["input_ids"][: len(ids)] == ids:
-            return whole["input_ids"][len(ids) :], whole.get("offset_mapping", [])[len(ids) :]
-        rest = tokenizer(text[len(start) :], add_special_tokens=False, **options)
-        shift = len(start)
-        return rest["input_ids"], [(first + shift, last + shift) for first, last in rest.get("offset_mapping", [])]
-
-    def _marked_mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-        """True for the tokens that overlap a marked span, except image placeholders."""
-        inside = [any(first < end and last > start for start, end in spans) for first, last in offsets]
-        return [one and token != self.processor.image_token_id for one, token in zip(inside, ids, strict=True)]
-
-    def _answer_mask(self, answer: list[int]) -> list[bool]:
-        """True for the tokens of an answer up to and including the end of its turn, except image placeholders."""
-        length = next((at for at in range(len(answer), 0, -1) if answer[at - 1] in self._ends), len(answer))
-        return [index < length and token != self.processor.image_token_id for index, token in enumerate(answer)]
-
-    def _expand(self, ids: list[int], in_loss: list[bool], counts: list[int]) -> tuple[list[int], list[int]]:
+    def _expand(self, tokens: Tokens, counts: list[int]) -> tuple[list[int], list[int]]:
         """Repeat each image placeholder once per image feature, and derive the labels."""
-        token = self.processor.image_token_id
-        placeholders = ids.count(token)
-        if placeholders > len(counts):
-            raise ValueError(
-                f"The conversation has {placeholders} {self.processor.image_token} tokens for {len(counts)} images."
-            )
-        if placeholders < len(counts):
-            raise ValueError(
-                f"The chat template placed {placeholders} of {len(counts)} images before the last assistant turn; "
-                "expected all of them."
-            )
         remaining = iter(counts)
-        repeats = [next(remaining) if one == token else 1 for one in ids]
-        labels = [one if counted else IGNORE_INDEX for one, counted in zip(ids, in_loss, strict=True)]
-        return list(_repeat(ids, repeats)), list(_repeat(labels, repeats))
-
-
-def _continuation_template(processor: VisionLanguageProcessor) -> str:
-    names = ("vision_start_token", "image_token", "vision_end_token")
-    image = "".join(getattr(processor, name) or "" for name in names)
-    return _CONTINUATION.replace("IMAGE", json.dumps(image))  # quoted as in Jinja
+        repeats = [next(remaining) if one == self.processor.image_token_id else 1 for one in tokens.ids]
+        labels = [one if counted else IGNORE_INDEX for one, counted in zip(tokens.ids, tokens.in_loss, strict=True)]
+        return list(_repeat(tokens.ids, repeats)), list(_repeat(labels, repeats))
 
 
 def _has_user_text(record: Record | PageRecord) -> bool:

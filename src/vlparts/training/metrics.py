@@ -18,7 +18,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..parts.utils import IGNORE_INDEX
 from .encoding import Sample
 from .router_callback import RouterLoads
 
-__all__ = ["LENGTHS", "MetricsCollator", "RunMetrics", "TaskEncoder", "task_names"]
+__all__ = ["LENGTHS", "MetricsCollator", "RunMetrics", "task_names"]
 
 LENGTHS = ("1-16", "17-64", "65-256", "257+")
 """Ranges of the number of tokens with loss of a sample, by which losses are logged."""
@@ -45,22 +44,6 @@ def task_names(paths: Sequence[Path]) -> list[str]:
     """Names of the files of records in the log: their stems, or their paths without suffix if stems are not unique."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [path.with_suffix("").as_posix() for path in paths]
-
-
-class TaskEncoder:
-    """Wraps an encoder of records and marks its samples with a task.
-
-    Args:
-        encoder: Encodes a record and its line number to a sample.
-        task: Index of the file of records.
-    """
-
-    def __init__(self, encoder: Callable[..., Sample], task: int) -> None:
-        self.encoder, self.task = encoder, task
-
-    def __call__(self, record: Any, number: int = 0) -> Sample:
-        """Encode one record."""
-        return replace(self.encoder(record, number), task=self.task)
 
 
 class MetricsCollator:

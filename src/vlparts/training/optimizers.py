@@ -79,8 +79,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
         super().__init__([one for part in self.parts for one in part.param_groups], {})
-        # The same dicts as in the inner optimizers, so that a scheduler sets the learning rates of both.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        """Let the inner optimizers use the groups and states of this one, as a scheduler or a checkpoint sets them."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -93,15 +99,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of the inner optimizers, AdamW first."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that [`state_dict`] returned."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        """Load a state, as of any optimizer."""
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def muon_with_adamw(model: nn.Module, lr: float, weight_decay: float, rates: Rates | None = None) -> MuonWithAdamW:

@@ -1,17 +1,22 @@
 """Trainers over packs of samples, with the mean over tokens or the weighted loss."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import unwrap_peft_model
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
 
+from . import sharded_checkpoints
 from .dataset import PackSampler
 from .metrics import RunMetrics, without_facts
 from .optimizers import Rates
 from .step_balance import StepBalance, balances_sequences
+from .stream import PackStream
+from .stream_loader import EpochOfSteps, StreamLoader, stream_loader
 from .weighted_inputs import WeightedLabels, ignore_repeated
 from .weighted_loss import WeightedLossTrainer
 
@@ -34,6 +39,9 @@ def pack_sampler(data: Any, capacity: int, max_items: int | None, args: Training
 class PackTrainer(Trainer):
     """transformers' Trainer with packs of samples as batches; see [`PackedTrainer`].
 
+    The training data may be a [`PackStream`][vlparts.training.stream.PackStream], whose state is in each checkpoint:
+    [`load_stream`][vlparts.training.stream_loader.load_stream] lets it continue from one, before `train` does.
+
     Args:
         model: The model.
         *args: Passed to Trainer.
@@ -49,6 +57,7 @@ class PackTrainer(Trainer):
 
     optimizer: Any
     lr_scheduler: Any
+    _stream_loader: StreamLoader | None = None
 
     def __init__(
         self,
@@ -74,6 +83,33 @@ class PackTrainer(Trainer):
             model.config.use_cache = use_cache
         if metrics is not None:
             self.add_callback(metrics)
+        if isinstance(self.train_dataset, PackStream):
+            self.add_callback(EpochOfSteps)
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's loader, or that of a stream, in which each process has its own data."""
+        if not isinstance(self.train_dataset, PackStream):
+            return super().get_train_dataloader()
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "A stream must not be used with tensor, context or sequence parallelism: each process reads its own "
+                "data."
+            )
+        self._stream_loader = stream_loader(self.train_dataset, self.data_collator, self.args)
+        return self._stream_loader
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """Return Trainer's values, with one epoch for a stream, after which a run that is resumed takes no step."""
+        epochs, *others = super().set_initial_training_values(args, dataloader)
+        return (1 if isinstance(dataloader, StreamLoader) else epochs, *others)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, which Trainer's own state completes; that of the streams of all processes comes first."""
+        if self._stream_loader is not None:
+            run = Path(self._get_output_dir(trial=trial))
+            self._stream_loader.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PackSampler:
         data = train_dataset if train_dataset is not None else self.train_dataset
@@ -111,6 +147,33 @@ class PackTrainer(Trainer):
             chosen = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor_at)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def saves_whole(self) -> bool:
+        """Whether FSDP2 shards the model, and checkpoints hold it whole, as those of one process."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 2 and "FULL" in str(plugin.state_dict_type)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.saves_whole:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded_checkpoints.save_optimizer(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.saves_whole:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif model is not None:  # sharded; Trainer calls this before, too
+            sharded_checkpoints.load_model(model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.saves_whole:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded_checkpoints.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def compute_loss(
         self,

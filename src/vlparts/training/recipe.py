@@ -37,7 +37,10 @@ from ..run_log import RECIPE
 from .config import COMPOSITION_FIELDS, UNSET, TrainConfig, check_config, read_yaml
 from .dual_encoder import VISION, save_vision_tower
 from .packed_trainer import pack_sampler
-from .train import Prepared, check_output, prepare, train
+from .preparation import Prepared, open_data, prepare
+from .run_folder import check_output
+from .stream import PackStream
+from .train import train
 
 __all__ = [
     "RECIPES",
@@ -176,7 +179,7 @@ class StagePlan:
         config: Its settings.
         parameters: Number of parameters of the model.
         trained: Number of those that are trained.
-        samples: Number of samples of an epoch.
+        samples: Number of samples of an epoch; unknown with `streaming`, as the next two.
         longest: Tokens of the longest sample.
         tokens: Tokens of the first epoch.
         steps: Number of optimizer steps.
@@ -186,16 +189,17 @@ class StagePlan:
     config: TrainConfig
     parameters: int
     trained: int
-    samples: int
-    longest: int
-    tokens: int
+    samples: int | None
+    longest: int | None
+    tokens: int | None
     steps: int
 
 
 def check_recipe(recipe: Recipe) -> list[StagePlan]:
     """Check all stages of a recipe without training.
 
-    Models are built on the meta device, and every record is encoded as in training. Nothing is written.
+    Models are built on the meta device, and every record is encoded as in training, or with `streaming` those of the
+    first pack. Nothing is written.
 
     Args:
         recipe: The recipe.
@@ -234,20 +238,32 @@ def _plans(recipe: Recipe, scratch: Path) -> Iterator[StagePlan]:
 
 
 def _plan(name: str, config: TrainConfig, run: Prepared) -> StagePlan:
-    sampler = pack_sampler(run.data, config.capacity, config.max_items, run.args)
-    steps = math.ceil(len(sampler) / (run.args.world_size * config.gradient_accumulation_steps))
-    lengths = [run.data.lengths[sample] for pack in sampler for sample in pack]
     parameters = [*run.model.parameters()]
+    steps, samples, longest, tokens = _plan_data(config, run)
     return StagePlan(
         name=name,
         config=config,
         parameters=sum(one.numel() for one in parameters),
         trained=sum(one.numel() for one in parameters if one.requires_grad),
-        samples=len(lengths),
-        longest=max(run.data.lengths),
-        tokens=sum(lengths),
-        steps=run.args.max_steps if run.args.max_steps > 0 else math.ceil(config.epochs * steps),
+        samples=samples,
+        longest=longest,
+        tokens=tokens,
+        steps=steps,
     )
+
+
+def _plan_data(config: TrainConfig, run: Prepared) -> tuple[int, int | None, int | None, int | None]:
+    """The steps, and the number of samples of an epoch, the longest one, and all their tokens."""
+    if isinstance(run.data, PackStream):
+        pack = next(iter(run.data))
+        if pack.error is not None:
+            raise pack.error
+        return config.max_steps, None, None, None
+    sampler = pack_sampler(run.data, config.capacity, config.max_items, run.args)
+    steps = math.ceil(len(sampler) / (run.args.world_size * config.gradient_accumulation_steps))
+    lengths = [run.data.lengths[sample] for pack in sampler for sample in pack]
+    steps = run.args.max_steps if run.args.max_steps > 0 else math.ceil(config.epochs * steps)
+    return steps, len(lengths), max(run.data.lengths), sum(lengths)
 
 
 @contextmanager
@@ -362,9 +378,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     for name, config in recipe.configs.items():
         fields = config.model_dump(mode="json", exclude=set(_OF_THE_RUN))
         found |= {f"{name}.{field}": value for field, value in fields.items()}
-        for path in (*config.shares, *([config.eval_data] if config.eval_data else [])):
-            if not path.is_file():
-                raise ValueError(f"Stage `{name}`: the records {path} must be a JSON Lines file, which is not a file.")
-            with path.open("rb") as file:
-                found[f"{name}: {path}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        for data in (*config.shares, *([config.eval_data] if config.eval_data else [])):
+            if isinstance(data, Path):  # other data is among the settings
+                with _errors_of(name):
+                    found[f"{name}: {data}"] = _content(config, data)
     return found
+
+
+def _content(config: TrainConfig, path: Path) -> str | None:
+    """Digest of a file of records, or what identifies other data and streams."""
+    if path.is_file() and not config.streaming:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return open_data(config, path, streaming=config.streaming).identity

@@ -1,75 +1,64 @@
-"""Training records in the shapes of OpenAI, ShareGPT and LLaVA, and of pages, converted to those of `records`."""
+"""Training records in the shapes of OpenAI, ShareGPT, LLaVA and TRL, and of pages, converted to those of `records`."""
 
-import base64
-import binascii
-import io
 import reprlib
 from collections.abc import Set
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-__all__ = ["FIELDS", "SCORES", "DataImage", "convert_record"]
+__all__ = ["FIELDS", "SCORES", "convert_record"]
 
 SCORES = "filter_scores"
 """Key of the scores of `vlparts data filter`, an object; training accepts and ignores it."""
 PAGE_FIELDS = frozenset({"page", "page_number", "markdown", "blocks", "prompt"})
-FIELDS = PAGE_FIELDS | {"messages", "image", "images", "conversations", "system", "id", SCORES}
+FIELDS = PAGE_FIELDS | {"messages", "image", "images", "conversations", "system", "completion", "id", SCORES}
 """Keys of a record in any of the shapes."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_MARK = "<image>"
 
 
-class DataImage(io.BytesIO):
-    """The bytes of an image in a base64 `data:` URI.
-
-    Args:
-        uri: The URI.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.shown = self.name = f"{uri[:30]}..."
-        head, comma, payload = uri.partition(",")
-        try:
-            if not comma or not head.endswith(";base64"):
-                raise ValueError("expected ';base64,' after the type")
-            super().__init__(base64.b64decode(payload, validate=True))
-        except (ValueError, binascii.Error) as error:
-            raise ValueError(f"Image {self.shown} is not a base64 data: URI: {error}.") from None
-
-    def __str__(self) -> str:
-        return self.shown
-
-
 def convert_record(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a record with `messages`, image blocks and `images`.
 
-    The shape is found by the keys: `page` is that of `PageRecord`, `conversations` ShareGPT's or LLaVA's, `messages`
-    ours, or OpenAI's if a part has the type "image_url". What is no known shape is returned as it is, for the checks
-    of `Record`.
+    The shape is found by the keys: `page` is that of `PageRecord`, `conversations` ShareGPT's or LLaVA's, `completion`
+    TRL's, `messages` ours or TRL's, or OpenAI's if a part has the type "image_url". What is no known shape is returned
+    as it is, for the checks of `Record`.
 
     Args:
         fields: The JSON object.
 
     Raises:
-        ValueError: If the shape is ambiguous, `page` or `conversations` come with unknown keys, or an image is neither
-            a local file nor a `data:` URI.
+        ValueError: If the shape is ambiguous, or `page`, `conversations` or `completion` come with unknown keys.
     """
     if "page" in fields:
         _check_keys("A record with 'page'", fields, PAGE_FIELDS)
     elif "conversations" in fields:
         fields = _from_conversations(fields)
-    elif isinstance(fields.get("messages"), list):
+    elif "completion" in fields:
+        fields = _from_completion(fields)
+    if isinstance(fields.get("messages"), list):
         fields = _from_image_urls(fields)
-    changes: dict[str, Any] = {
-        name: _local_path(fields[name]) for name in ("image", "page") if isinstance(fields.get(name), str)
-    }
-    if isinstance(fields.get("images"), list):
-        changes["images"] = [_local_path(one) if isinstance(one, str) else one for one in fields["images"]]
-    return {**fields, **changes}
+    return fields
+
+
+def _from_completion(fields: dict[str, Any]) -> dict[str, Any]:
+    """Convert TRL's shape of a prompt and a completion, of messages or texts; only the completion is trained on."""
+    if "messages" in fields:
+        raise ValueError("A record must have either 'messages' or 'completion', got both.")
+    _check_keys("A record with 'completion'", fields, {"prompt", "completion", "image", "images", "id"})
+    turns = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        given = fields.get(name, [])
+        given = [{"role": role, "content": given}] if isinstance(given, str) else given
+        if not isinstance(given, list):
+            raise ValueError(f"'{name}' must be a list of messages or a string, got {type(given).__name__}.")
+        answers = [isinstance(one, dict) and one.get("role") == "assistant" for one in given]
+        if name == "prompt" and any(answers):
+            raise ValueError("'prompt' has a turn of the assistant, which would have a loss; use 'messages' instead.")
+        if name == "completion" and not all(answers):
+            raise ValueError("'completion' must have turns of the assistant only; use 'messages' instead.")
+        turns += given
+    kept = {name: value for name, value in fields.items() if name in ("image", "images")}
+    return {**kept, "messages": turns}
 
 
 def _from_conversations(fields: dict[str, Any]) -> dict[str, Any]:
@@ -148,16 +137,6 @@ def _image_part(part: Any, place: str, images: list[str]) -> Any:
         raise ValueError(f"{place}.image_url: Expected a URL, got {type(url).__name__}.")
     images.append(url)
     return {"type": "image"}
-
-
-def _local_path(image: str) -> str:
-    """Return the path of an image, or a `data:` URI."""
-    if image.startswith("data:") or "://" not in image:
-        return image
-    parts = urlsplit(image)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return unquote(parts.path)
-    raise ValueError(f"Image {image:.100} is neither a local file nor a data: URI; download it first.")
 
 
 def _check_keys(place: str, fields: dict[str, Any], known: Set[str], required: bool = False) -> None:

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..coordinates.io.json_lines import parse_object
 from ..coordinates.regions import Region
@@ -16,6 +25,7 @@ from ..documents import DEEPSEEK_OCR_PROMPTS, write_page
 from ..documents import Block as AnswerBlock
 from ..documents.recognition import prompt_content
 from .record_formats import SCORES, convert_record
+from .record_images import RecordImage, image_of
 from .weighted_inputs import checked_weight
 
 
@@ -29,6 +39,7 @@ class _Strict(BaseModel):
 
 _Number = Annotated[float, Field(strict=True)]  # refuses strings and bools
 _Box = tuple[_Number, _Number, _Number, _Number]
+_Image = Annotated[RecordImage, PlainValidator(image_of)]
 
 
 class TextBlock(_Strict):
@@ -100,13 +111,13 @@ class Message(_Strict):
 class Record(_Strict):
     """A conversation about images: `{"image": path, "messages": [...]}`, or `"images": [paths]` for several.
 
-    A path may also be a base64 `data:` URI.
+    A path may also be a base64 `data:` URI, or an image in memory: the bytes of a file, or a Pillow image.
 
     Without `{"type": "image"}` blocks, all images are placed at the start of the first user turn.
     """
 
-    image: str | None = None
-    images: tuple[str, ...] = ()
+    image: _Image | None = None
+    images: tuple[_Image, ...] = ()
     messages: tuple[Message, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -115,7 +126,7 @@ class Record(_Strict):
             raise ValueError("A record must have either 'image' or 'images', got both.")
         if not any(message.role == "assistant" for message in self.messages):
             raise ValueError("A record must have an assistant turn, got none.")
-        count = len(self.paths)
+        count = len(self.all_images)
         for message in self.messages:
             for block in message.content:
                 if isinstance(block, RegionBlock) and block.image >= count:
@@ -128,8 +139,8 @@ class Record(_Strict):
         return self
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of all images as in the record."""
+    def all_images(self) -> tuple[RecordImage, ...]:
+        """All images as in the record."""
         return (self.image,) if self.image is not None else self.images
 
 
@@ -156,14 +167,15 @@ class PageBlock(_Strict):
 class PageRecord(_Strict):
     """A page and its Markdown, for document models: `{"page": path, "markdown": "..."}`.
 
-    `page` is an image or a PDF file, `page_number`, from 1, its page, which may be left out if it has only one.
+    `page` is an image or a PDF file, `page_number`, from 1, its page, which may be left out if it has only one. An
+    image may also be a `data:` URI or in memory.
     `blocks` are the Markdown with boxes. Both may be given if they have the same text, apart from whitespace.
 
     `prompt` has the placeholder "<image>". The default is DeepSeek-OCR's for Markdown with boxes or without, see
     `vlparts.documents.DEEPSEEK_OCR_PROMPTS`.
     """
 
-    page: str
+    page: _Image
     page_number: int | None = Field(default=None, ge=1, strict=True)
     markdown: str | None = None
     blocks: tuple[PageBlock, ...] | None = Field(default=None, min_length=1)
@@ -185,8 +197,9 @@ class PageRecord(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PageRecord":
-        if self.page_number is not None and self.page.startswith("data:"):
-            raise ValueError("'page_number' requires the path of a file as 'page', got a data: URI.")
+        if self.page_number is not None and (not isinstance(self.page, str) or self.page.startswith("data:")):
+            given = "a data: URI" if isinstance(self.page, str) else "an image in memory"
+            raise ValueError(f"'page_number' requires the path of a file as 'page', got {given}.")
         if self.markdown is None and self.blocks is None:
             raise ValueError("A record of a page must have 'markdown' or 'blocks', got neither.")
         if self.markdown is not None and self.blocks is not None:
@@ -201,8 +214,8 @@ class PageRecord(_Strict):
         return self
 
     @property
-    def paths(self) -> tuple[str]:
-        """Path of the page as in the record."""
+    def all_images(self) -> tuple[RecordImage]:
+        """The page as in the record."""
         return (self.page,)
 
     @property
@@ -302,7 +315,7 @@ def read_records(
     found = RecordFile(path)
     for number, text in numbered_lines(path):
         try:
-            found.lines.append(Line(number, *_parse(text, sample_weight_field)))
+            found.lines.append(Line(number, *parse_fields(parse_object(text), sample_weight_field)))
         except (ValueError, RecursionError) as error:
             reason = "The JSON is nested too deeply." if isinstance(error, RecursionError) else error
             if on_error == "raise":
@@ -323,10 +336,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(
-    line: bytes, sample_weight_field: str | None
+def parse_fields(
+    fields: dict[str, Any], sample_weight_field: str | None = None
 ) -> tuple[Record | PageRecord, float | None, dict[str, Any] | None]:
-    fields = parse_object(line)
+    """Return the record of a JSON object, its loss weight, and its scores.
+
+    Raises:
+        ValueError: If it is not a record, or has an invalid weight or scores; names the field.
+    """
     weight = None
     if sample_weight_field is not None and sample_weight_field in fields:
         weight = checked_weight(fields.pop(sample_weight_field), sample_weight_field)

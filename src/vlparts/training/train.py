@@ -1,37 +1,24 @@
 """Fine-tuning of composed models with transformers' Trainer."""
 
-import json
 import logging
-import os
-import re
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+from transformers import TrainerCallback
 
 from ..parts.modeling_navit_dual_encoder import NaViTDualEncoder
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..run_log import append_entry, write_log
-from .building import build, conversation_texts
 from .config import TrainConfig
-from .dataset import MixedDataset, PaddedCollator, SampleDataset, SampleWeights, collate_packed, steps_for_tokens
-from .dual_encoder import (
-    VISION,
-    ContrastiveTrainer,
-    PairCollator,
-    PairEncoder,
-    build_dual_encoder,
-    save_vision_tower,
-)
-from .encoding import SampleEncoder
-from .metrics import MetricsCollator, RunMetrics, TaskEncoder, task_names
-from .optimizers import Rates, muon_with_adamw
-from .packed_trainer import PackedTrainer, WeightedPackedTrainer, pack_sampler
-from .records import RecordFile, read_records
+from .dual_encoder import VISION, save_vision_tower
+from .optimizers import muon_with_adamw
+from .preparation import prepare, rates_of
+from .run_folder import check_output, find_checkpoint
+from .stream import PackStream
+from .stream_loader import has_stream, load_stream
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +62,15 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
             off, or if there is no checkpoint to resume from.
     """
     check_output(config.output)
-    checkpoint = _find_checkpoint(config)
+    checkpoint = find_checkpoint(config)
     run = prepare(config)
+    if checkpoint is None:
+        if run.args.process_index == 0:
+            run.left_out.clear()  # of a run before its first checkpoint
+    elif isinstance(run.data, PackStream):
+        load_stream(run.data, checkpoint, run.args.dataloader_num_workers)
+    elif has_stream(checkpoint):
+        raise ValueError(f"`output` {config.output} has checkpoints of a run with `streaming`; set it to resume.")
     trainer = run.trainer_class(
         model=run.model,
         args=run.args,
@@ -89,97 +83,25 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         capacity=config.capacity,
         max_items=config.max_items,
         learning_rate_steps=config.learning_rate_steps,
-        rates=_rates(config),
+        rates=rates_of(config),
         metrics=run.metrics,
         **run.loss_options,
     )
     if run.skipped and run.args.process_index == 0:
         logger.warning("Skipped %d records. First: %s", len(run.skipped), run.skipped[0])
+        for reason in run.skipped:
+            run.left_out.add(reason)
+    _check_sharding(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes gather sharded weights
     if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output)
+        save(trainer.accelerator.unwrap_model(trainer.model), run.processor, config.output, state)
     trainer.accelerator.wait_for_everyone()
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if run.eval_data is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, run.skipped)
-
-
-@dataclass
-class Prepared:
-    """What a training run consists of, before its Trainer.
-
-    Args:
-        model: The model, with gradients for what is trained.
-        processor: Its processor.
-        args: The Trainer's arguments, with `max_steps` for a number of tokens.
-        data: Training samples.
-        eval_data: Evaluation samples, if any.
-        collator: Makes a batch of packs of samples.
-        trainer_class: Class of the Trainer.
-        loss_options: Its options for the loss.
-        skipped: Error messages of the skipped records.
-        metrics: Scalars of the run for the log, if any.
-    """
-
-    model: VisionLanguageForConditionalGeneration | NaViTDualEncoder
-    processor: Any
-    args: TrainingArguments
-    data: SampleDataset | MixedDataset
-    eval_data: SampleDataset | None
-    collator: Any
-    trainer_class: type[Any]
-    loss_options: dict[str, Any]
-    skipped: list[str]
-    metrics: RunMetrics | None
-
-
-def prepare(config: TrainConfig, weights: bool = True) -> Prepared:
-    """Build the model, and read and encode all records of a training run. Nothing is written.
-
-    Args:
-        config: The settings.
-        weights: False for a model on the meta device, to check a run: folders need no weights.
-
-    Raises:
-        RecordError: If a record is invalid and `on_error` is "raise", or if no record is valid.
-        ValueError: If a setting is invalid.
-    """
-    set_seed(config.seed)
-    files = [
-        read_records(path, config.on_error, sample_weight_field=config.sample_weight_field) for path in config.shares
-    ]
-    if config.sample_weight_field is not None and all(one.weight is None for file in files for one in file.lines):
-        names = ", ".join(map(str, config.shares))
-        raise ValueError(f"`sample_weight_field` {config.sample_weight_field!r} is in no record of {names}.")
-    texts = chain(config.prompts, *(conversation_texts(file) for file in files))
-    if config.kind == "dual_encoder":
-        model, processor = build_dual_encoder(config, texts, weights)
-    else:
-        model, processor = build(config, texts, weights)
-        if config.packing:
-            _use_packed_attention(model)
-    args = _training_arguments(config)
-    rates = _rates(config)
-    if rates is not None:
-        rates.groups(model, [])  # raises for names that match nothing
-    datasets = [_build_dataset(config, file, model, processor, args, task) for task, file in enumerate(files)]
-    mixed = isinstance(config.data, dict)
-    data = MixedDataset(datasets, [*config.shares.values()], config.seed) if mixed else datasets[0]
-    if config.max_tokens is not None:
-        sampler = pack_sampler(data, config.capacity, config.max_items, args)
-        packs = config.gradient_accumulation_steps * args.world_size
-        args.max_steps = steps_for_tokens(sampler, data.lengths, packs, config.max_tokens)
-    eval_data = None
-    if config.eval_data:
-        files.append(read_records(config.eval_data, config.on_error, "eval_data", config.sample_weight_field))
-        eval_data = _build_dataset(config, files[-1], model, processor, args)
-    trainer_class, collator, loss_options = _trainer_class(config, processor)
-    skipped = [reason for file in files for reason in file.skipped]
-    metrics = None
-    if config.metrics:
-        collator, metrics = MetricsCollator(collator), RunMetrics(task_names([*config.shares]), config.capacity)
-    return Prepared(model, processor, args, data, eval_data, collator, trainer_class, loss_options, skipped, metrics)
+    skipped = [*dict.fromkeys([*run.skipped, *run.left_out.messages()])]
+    return TrainResult(run.model, run.processor, trainer.state.global_step, trainer.state.log_history, skipped)
 
 
 class _RunLog(TrainerCallback):
@@ -194,154 +116,37 @@ class _RunLog(TrainerCallback):
             append_entry(Path(args.output_dir), state.log_history[-1])
 
 
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Save a trained model and its processor, and of a dual encoder its vision tower in a folder of its own."""
-    model.save_pretrained(folder)
+def save(model: Any, processor: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Save a trained model and its processor, and of a dual encoder its vision tower in a folder of its own.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        folder: The folder.
+        state: The whole weights; needed for a model whose parameters are sharded.
+    """
+    model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     if isinstance(model, NaViTDualEncoder):
-        save_vision_tower(model, processor, folder / VISION)
+        save_vision_tower(model, processor, folder / VISION, state=state)
 
 
-def _build_dataset(
-    config: TrainConfig, records: RecordFile, model: Any, processor: Any, args: TrainingArguments, task: int = 0
-) -> SampleDataset:
-    root = records.path.parent
-    encoder: Any
-    if config.kind == "dual_encoder":
-        longest = getattr(model.config.text_config, "max_position_embeddings", None)
-        encoder = PairEncoder(processor, root, config.capacity, longest, config.max_image_pixels)
-    else:
-        encoder = SampleEncoder(
-            processor,
-            root,
-            config.on_outside,
-            config.coordinate_format,
-            max_length=config.capacity,
-            max_image_pixels=config.max_image_pixels,
-            dpi=config.dpi,
-            template=config.template,
-            prompts=config.prompts,
-            seed=config.seed,
-        )
-    show = not args.disable_tqdm and args.process_index == 0
-    return SampleDataset(records, TaskEncoder(encoder, task), config.on_error, config.cache, progress=show)
-
-
-def check_output(output: Path) -> None:
-    """Raise ValueError unless it is a folder that can be written to, or can be made one. Nothing is made here."""
-    existing = next(one for one in (output, *output.parents, Path("/")) if os.path.lexists(one))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if existing.is_dir() else "is no folder"
+def _check_sharding(trainer: Any) -> None:
+    """Raise ValueError if FSDP or DeepSpeed was asked for and is not in use, or is another than what is tested."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    wanted = trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if wanted and plugin is None:
         raise ValueError(
-            f"`output` must be a folder, or a path where one can be made, got {str(output)!r}, where {existing} "
-            f"{reason}."
+            "`trainer` fsdp, or FSDP in the configuration of accelerate, requires several processes on accelerators, "
+            f"got {trainer.args.world_size} on {trainer.args.device.type}, for which accelerate does not shard."
         )
-
-
-def _find_checkpoint(config: TrainConfig) -> Path | None:
-    """The last complete checkpoint in `output` if `resume` is on and there is one, otherwise None.
-
-    Unfinished checkpoints are logged as a warning and not used.
-    """
-    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in config.output.glob("checkpoint-*"))
-    found = {int(match[1]): path for match, path in names if match}
-    if not config.resume:
-        if found:
-            raise ValueError(f"`output` {config.output} contains checkpoints; set `resume`, or choose another folder.")
-        return None
-    if not found:
-        raise ValueError(f"`output` {config.output} contains no checkpoint to resume from.")
-    complete = [step for step, path in found.items() if _is_complete(path)]
-    unfinished = ", ".join(found[step].name for step in sorted(found.keys() - set(complete)))
-    start = f"The run resumes from {found[max(complete)].name}" if complete else "The run starts from the beginning"
-    if unfinished:
-        logger.warning("`output` %s contains unfinished checkpoints: %s. %s.", config.output, unfinished, start)
-    return found[max(complete)] if complete else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a complete state of the Trainer, which is written last."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
-
-
-def _use_packed_attention(model: VisionLanguageForConditionalGeneration) -> None:
-    text = model.model.language_model
-    if not text._supports_attention_backend:
-        raise ValueError(
-            f"`text` {type(text).__name__} does not support custom attention functions, so its samples cannot be "
-            "packed; set packing=False."
-        )
-    model.set_attn_implementation({"text_config": "vlparts_packed"})
-
-
-def _trainer_class(config: TrainConfig, processor: Any) -> tuple[type[Any], Any, dict[str, Any]]:
-    """The Trainer class, its collator, and its options for the loss in the settings."""
-    pad = processor.tokenizer.pad_token_id or 0
-    if config.kind == "dual_encoder":
-        return ContrastiveTrainer, PairCollator(pad), {}
-    collator = collate_packed if config.packing else PaddedCollator(pad)
-    if config.loss is None and config.sample_weight_field is None:
-        return PackedTrainer, collator, {}
-    options = {"preset": config.loss or "token", "mix": config.mix}
-    return WeightedPackedTrainer, SampleWeights(collator), options
-
-
-def _rates(config: TrainConfig) -> Rates | None:
-    if not config.learning_rates and not config.weight_decays:
-        return None
-    return Rates(config.learning_rate, config.weight_decay, config.learning_rates, config.weight_decays)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP must have the version 2 (`fsdp_version: 2`), got {plugin.fsdp_version}.")
 
 
 def _optimizer_factory(config: TrainConfig) -> tuple[Any, dict[str, Any]] | None:
     """Trainer's `optimizer_cls_and_kwargs` for Muon: a function that returns the factory, and its arguments."""
     if config.optimizer == "adamw":
         return None
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "rates": _rates(config)}
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "rates": rates_of(config)}
     return lambda: muon_with_adamw, options
-
-
-def _training_arguments(config: TrainConfig) -> TrainingArguments:
-    evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_data else {}
-    settings = {
-        "output_dir": str(config.output),
-        "per_device_train_batch_size": 1,  # one pack
-        "per_device_eval_batch_size": 1,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps,
-        "learning_rate": config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "seed": config.seed,
-        "save_steps": config.save_steps,
-        "logging_steps": config.logging_steps,
-        **evaluation,
-    }
-    defaults = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": config.warmup_ratio,
-        "save_total_limit": 2,
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-        "include_num_input_tokens_seen": "no",
-    }
-    for name in config.trainer:
-        if name in settings:
-            raise ValueError(f"`trainer` must not contain {name!r}, which has its own setting.")
-    if config.learning_rate_steps and "lr_scheduler_type" in config.trainer:
-        raise ValueError(
-            "`learning_rate_steps` replaces 'lr_scheduler_type' in `trainer`; expected only one of the two."
-        )
-    try:
-        args = TrainingArguments(**settings, **{**defaults, **config.trainer})
-    except TypeError as error:
-        raise ValueError(f"`trainer` must contain fields of TrainingArguments only: {error}") from None
-    try:
-        get_reporting_integration_callbacks(args.report_to)
-    except ValueError as error:
-        raise ValueError(f"`trainer` report_to={config.trainer['report_to']!r}: {error}") from None
-    return args

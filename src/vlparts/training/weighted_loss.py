@@ -305,6 +305,7 @@ class WeightedLossTrainer(Trainer):
             self._evaluation.add(
                 _logits(outputs), self._without_repeated(targets), inputs.get("shift_labels") is not None
             )
+        self._tracked_loss.results.clear()  # they hold the graph, with which the model could not be copied
         return (loss, outputs) if return_outputs else loss
 
     def _compute_model_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:

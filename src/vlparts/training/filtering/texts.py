@@ -31,7 +31,7 @@ def open_record(fields: dict[str, Any]) -> Record | PageRecord:
     Raises:
         ValueError: If it is not a record, or has scores that are not an object; names the field.
     """
-    names = FIELDS - {"id"} - (frozenset() if "page" in fields else PAGE_FIELDS)
+    names = FIELDS - {"id"} - (frozenset() if "page" in fields or "completion" in fields else PAGE_FIELDS)
     known = {name: value for name, value in fields.items() if name in names}
     pop_scores(known)
     return parse_record(known)
@@ -72,7 +72,7 @@ def read_questions(record: Record | PageRecord) -> list[Question]:
         One question for each turn of the assistant. Empty for a record that cannot be judged by its text: one of a
         page, without images, with a region in an answer, or with an empty question or answer.
     """
-    if isinstance(record, PageRecord) or not record.paths:
+    if isinstance(record, PageRecord) or not record.all_images:
         return []
     questions: list[Question] = []
     system, asked = "", []
