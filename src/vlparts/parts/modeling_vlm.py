@@ -30,9 +30,10 @@ from .utils import (
     check_token_inputs,
     slice_for_logits,
 )
+from .vlm_distributed import attach_unseen
 from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
-from .vlm_inputs import MultimodalInputsMixin, attach_unseen, build_head, compute_logits, fill_placeholders
+from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
 from .vlm_serving import ServedModelMixin, check_servable

@@ -73,3 +73,11 @@ def blank_image(encoder: PreTrainedModel, merge_size: int, device: torch.device)
     return {
         "pixel_values": torch.zeros(1, channels, *((size, size) if isinstance(size, int) else size), device=device)
     }
+
+
+def attach_unseen(inputs_embeds: Tensor, features: Tensor | None) -> Tensor:
+    """Return embeddings `(B, S, E)` unchanged, with features `(tokens, E)`, if any, whose gradients are zero."""
+    if features is None:
+        return inputs_embeds
+    nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
+    return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds))

@@ -357,11 +357,3 @@ def fill_placeholders(
         check_placeholders(mask, [len(tokens) for tokens in features], kind, frames)
     tokens = torch.cat(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
-
-
-def attach_unseen(inputs_embeds: Tensor, features: Tensor | None) -> Tensor:
-    """Return embeddings `(B, S, E)` unchanged, with features `(tokens, E)`, if any, whose gradients are zero."""
-    if features is None:
-        return inputs_embeds
-    nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
-    return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds))

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from safetensors.torch import load_file
-from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,7 +32,7 @@ def load_model(model: Any, folder: Path) -> None:
     Raises:
         ValueError: If the checkpoint has no such file.
     """
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     if dist.get_rank() == 0:
         names = [SAFE_WEIGHTS_NAME]
         if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
