@@ -45,7 +45,7 @@ def train_steps(folder: Path, data: Path, steps: int, metrics: bool) -> tuple[fl
         fields = {**SETTINGS, "max_steps": steps, "metrics": metrics, "trainer": quiet}
         result = train(TrainConfig(data=data, output=Path(output), **fields), callbacks=[clock])
     seconds = (clock.times[-1] - clock.times[FIRST - 1]) / (steps - FIRST)
-    return seconds, [line["loss"] for line in result.log if "loss" in line]
+    return seconds, [line["train_loss"] for line in result.log if "train_loss" in line]
 
 
 def main() -> None:

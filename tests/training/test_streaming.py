@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,16 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import IterableDataset
 from transformers import TrainingArguments
 
 from tests.training.making import TEXT, example, losses, settings, weights, write_records
+from tests.training.recipe_making import small_recipe
 from tests.training.test_resuming import ROOT, Cut, assert_same
 from vlparts.training.config import TrainConfig
+from vlparts.training.recipe import check_recipe, run_recipe
 from vlparts.training.records import RecordError
-from vlparts.training.stream_loader import stream_loader
+from vlparts.training.stream_loader import has_stream, stream_loader
 from vlparts.training.train import train
 
 
@@ -109,6 +111,15 @@ def test_a_dual_encoder_is_trained(tmp_path: Path) -> None:
     given = {"kind": "dual_encoder", "data": tmp_path / "captions.jsonl", "dual_encoder": {"projection_dim": 16}}
     result = train(config_for(tmp_path, max_items=4, max_steps=3, **given))
     assert len(losses(result)) == 3
+
+
+def test_a_stage_of_a_recipe_is_streamed(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, **{"instruction.streaming": True, "instruction.shuffle_buffer": 3})
+    plan = check_recipe(recipe)[-1]
+    assert (plan.steps, plan.samples, plan.longest, plan.tokens) == (4, None, None, None)
+    result = run_recipe(recipe).stages[-1]
+    assert result.steps == 4
+    assert has_stream(result.folder / "checkpoint-4")
 
 
 def test_broken_records_are_named_once(tmp_path: Path) -> None:
@@ -219,7 +230,7 @@ result = train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
 
 
 def start(folder: Path, config: TrainConfig, processes: int = 1) -> "subprocess.Popen[bytes]":
-    """Train in a process group of its own."""
+    """Train in a process of its own."""
     (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -229,17 +240,19 @@ def start(folder: Path, config: TrainConfig, processes: int = 1) -> "subprocess.
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=(folder / "errors").open("wb"),
-        start_new_session=True,
     )
 
 
 def kill_when(process: "subprocess.Popen[bytes]", reached: Any, delay: float = 0.0) -> None:
-    """Kill a process and its workers, after something is reached."""
+    """Kill a process and all that it started, which a launcher puts into sessions of their own."""
     while process.poll() is None and not reached():
         time.sleep(0.002)
     time.sleep(delay)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    found = [psutil.Process(process.pid)] if process.poll() is None else []
+    found += [child for one in found for child in one.children(recursive=True)]
+    for one in found:
+        one.kill()
+    psutil.wait_procs(found[1:])
     process.wait()
 
 

@@ -60,6 +60,7 @@ def wrapped(model: Any, wrapper: str) -> Any:
         return DistributedDataParallel(model, find_unused_parameters=False)
     for layer in [one for one in model.modules() if type(one).__name__ in model._no_split_modules]:
         fully_shard(layer)
+    fully_shard(model.get_input_embeddings())  # as accelerate and transformers do
     return fully_shard(model)
 
 
@@ -75,10 +76,10 @@ def work(rank: int, folder: Path, port: int) -> None:
             for _ in range(2):
                 model.zero_grad()
                 model(**inputs[kind], use_cache=False).loss.backward()
+            found = gradients(model)
             if wrapper == "fsdp":  # an evaluation gathers the encoder, too
                 with torch.no_grad():
                     model.eval()(**inputs[kind], use_cache=False)
-            found = gradients(model)
             save_file({name: one.contiguous() for name, one in found.items()}, folder / f"{kind} {wrapper} {rank}")
     distributed.destroy_process_group()
 

@@ -223,7 +223,7 @@ def test_skipped_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     rows[4] = {"messages": []}
     write_records(tmp_path / "train.jsonl", rows)
     write_records(tmp_path / "eval.jsonl", [rows[0], rows[1]])
-    with pytest.raises(RecordError, match=r"train\.jsonl, line 2: Image"):
+    with pytest.raises(RecordError, match=r"train\.jsonl, line 5: messages"):
         train(settings(tmp_path))
     config = settings(tmp_path, on_error="skip", eval_data=tmp_path / "eval.jsonl", max_steps=1)
     with caplog.at_level(logging.WARNING, logger="vlparts"):

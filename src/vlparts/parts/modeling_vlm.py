@@ -28,13 +28,11 @@ from .utils import (
     add_auto_classes,
     check_shape,
     check_token_inputs,
-    server_of,
     slice_for_logits,
 )
-from .vlm_distributed import must_run
 from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
-from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
+from .vlm_inputs import MultimodalInputsMixin, attach_unseen, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
 from .vlm_projectors import Projector
 from .vlm_serving import ServedModelMixin, check_servable
@@ -189,6 +187,9 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
                 pixel_values_videos, video_grid_thw, return_dict=True, **video_kwargs
             )
         media = {kind: media[kind] for kind in _PIXELS if media.get(kind) is not None}
+        blank = None  # encoded before the tokens are embedded, as images are: other processes gather both
+        if not media and past_key_values is None:
+            blank = self.encode_blank_image((inputs_embeds if input_ids is None else input_ids).device)
 
         if self.config.has_multimodal_positions and (position_ids is None or position_ids.ndim == 2):
             check_cache_positions(position_ids, past_key_values, bool(media))
@@ -208,9 +209,7 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
-        alone = past_key_values is not None or server_of(self.config.text_config) is not None
-        if not media and not alone and must_run(self.vision_tower, self.projector):
-            inputs_embeds = self.run_without_images(inputs_embeds)
+        inputs_embeds = attach_unseen(inputs_embeds, blank)
 
         return self.run_language_model(
             attention_mask=attention_mask,

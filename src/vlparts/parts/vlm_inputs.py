@@ -17,8 +17,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .ops_linear import apply_linear
 from .packed_samples import positions_in_samples, run_text_model
-from .utils import ForwardKwargs, check_token_inputs
-from .vlm_distributed import blank_image
+from .utils import ForwardKwargs, check_token_inputs, server_of
+from .vlm_distributed import blank_image, must_run
 from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
 from .vlm_positions import multimodal_positions
 from .vlm_projectors import Projector
@@ -132,19 +132,12 @@ class MultimodalInputsMixin:
             outputs.pooler_output = tokens.split(lengths.tolist())
         return outputs
 
-    def run_without_images(self, inputs_embeds: Tensor) -> Tensor:
-        """Run the vision encoder and the projector on a blank image that no token sees; see [`must_run`].
-
-        Args:
-            inputs_embeds: `(B, S, E)`.
-
-        Returns:
-            The same values; the parameters of both get gradients of zero.
-        """
-        blank = blank_image(self.vision_tower, self.config.merge_size, inputs_embeds.device)
-        features = self.get_image_features(**blank, return_dict=True).pooler_output
-        nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
-        return inputs_embeds.masked_scatter(nowhere, torch.cat(tuple(features)).to(inputs_embeds))
+    def encode_blank_image(self, device: torch.device) -> Tensor | None:
+        """Encode and project a blank image, `(tokens, E)`, if other processes wait for it; see [`must_run`]."""
+        if server_of(self.config.text_config) is not None or not must_run(self.vision_tower, self.projector):
+            return None
+        blank = blank_image(self.vision_tower, self.config.merge_size, device)
+        return torch.cat(tuple(self.get_image_features(**blank, return_dict=True).pooler_output))
 
     def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Embed tokens, int64 of any shape to `(..., E)`, as the text model does; or return given embeddings."""
@@ -364,3 +357,11 @@ def fill_placeholders(
         check_placeholders(mask, [len(tokens) for tokens in features], kind, frames)
     tokens = torch.cat(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
+
+
+def attach_unseen(inputs_embeds: Tensor, features: Tensor | None) -> Tensor:
+    """Return embeddings `(B, S, E)` unchanged, with features `(tokens, E)`, if any, whose gradients are zero."""
+    if features is None:
+        return inputs_embeds
+    nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
+    return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds))

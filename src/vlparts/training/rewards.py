@@ -146,7 +146,7 @@ class CoordinateReward:
         for box in boxes:
             if not isinstance(box, Sequence) or len(box) != 4:
                 raise ValueError(f"`{self.boxes}` must be lists of x1, y1, x2, y2, got {box!r}.")
-        return [Region.box(*box, label=label) for box, label in zip(boxes, labels, strict=True)]
+        return [Region.box(x1, y1, x2, y2, label) for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True)]
 
 
 def answer_text(completion: Any) -> str:
