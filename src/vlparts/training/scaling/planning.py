@@ -15,7 +15,7 @@ from ...composition import compose
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..building import choose_trained, config_errors, load_model, make_tower
 from ..config import COMPOSITION_FIELDS, TrainConfig
-from ..train import prepare
+from ..preparation import prepare
 from .activations import Precision, count_kept
 from .flops import Flops, count_flops
 from .memory import Memory, Strategy, count_memory, count_parameters
@@ -140,7 +140,7 @@ def build_model(settings: dict[str, Any]) -> VisionLanguageForConditionalGenerat
         if given:
             raise ValueError(f"`model` replaces {', '.join(given)}; expected only one of the two.")
         settings = {**{key: one for key, one in settings.items() if key != "model"}, **COMPOSED_PRESETS.get(name, {})}
-    config = TrainConfig(data="-", output="-", **settings)  # neither is read
+    config = TrainConfig(data="-", output=Path("-"), **settings)  # neither is read
     with torch.device("meta"):
         if name in points15_presets():
             model = VisionLanguageForConditionalGeneration(points15_config(name))
@@ -303,7 +303,8 @@ def measure_records(data: Path, model: Path) -> tuple[float, float, float, tuple
     """
     config = TrainConfig(data=data, output=Path("-"), model=model, capacity=2**31 - 1, trainer={"use_cpu": True})
     prepared = prepare(config, weights=False)
-    data_set, lengths = prepared.data, prepared.data.lengths
+    data_set: Any = prepared.data
+    lengths = data_set.lengths
     total = len(lengths)
     step = max(1, total // SAMPLED_IMAGES)
     chosen = [sample.images or {} for sample in data_set[[*range(0, total, step)]]]
@@ -315,5 +316,6 @@ def measure_records(data: Path, model: Path) -> tuple[float, float, float, tuple
         return mean, float(total), 0.0, (1, 1)
     sides = np.concatenate(grids)[:, 1:]
     area, (rows, columns) = sides.prod(1).mean(), sides.mean(0)
-    scale = prepared.model.config.vision_config.patch_size * (area / (rows * columns)) ** 0.5
+    vision: Any = prepared.model.config.vision_config
+    scale = vision.patch_size * (area / (rows * columns)) ** 0.5
     return mean, float(total), len(sides) / len(chosen), (round(columns * scale), round(rows * scale))
