@@ -125,7 +125,8 @@ def save(model: Any, processor: Any, folder: Path, state: dict[str, Tensor] | No
         folder: The folder.
         state: The whole weights; needed for a model whose parameters are sharded.
     """
-    model.save_pretrained(folder, state_dict=state)
+    # A copy, since `save_pretrained` takes the weights out of what it is given.
+    model.save_pretrained(folder, state_dict=None if state is None else {**state})
     processor.save_pretrained(folder)
     if isinstance(model, NaViTDualEncoder):
         save_vision_tower(model, processor, folder / VISION, state=state)
