@@ -23,6 +23,7 @@ OPTIONS = {
     "changes",
     "chat_template",
     "check",
+    "check_pixels",
     "config",
     "data",
     "dpi",
@@ -30,6 +31,7 @@ OPTIONS = {
     "eval_data",
     "freeze",
     "gradient_accumulation_steps",
+    "ignore_columns",
     "learning_rate",
     "loss",
     "max_image_pixels",
@@ -38,6 +40,7 @@ OPTIONS = {
     "max_tokens",
     "mix",
     "model",
+    "num_proc",
     "on_error",
     "on_outside",
     "optimizer",
@@ -50,6 +53,8 @@ OPTIONS = {
     "sample_weight_field",
     "save_steps",
     "seed",
+    "shuffle_buffer",
+    "streaming",
     "template",
     "text",
     "tokenizer",
@@ -58,7 +63,7 @@ OPTIONS = {
     "vision",
 }
 OTHERS = {"changes", "check", "config", "recipe", "trained"}  # no settings of that name
-FLAGS = {"changes": "set", "prompts": "prompt", "trained": "train"}
+FLAGS = {"changes": "set", "ignore_columns": "ignore_column", "prompts": "prompt", "trained": "train"}
 SETTINGS: dict[str, Any] = {
     "vision": VISION,
     "text": TEXT,
@@ -181,6 +186,11 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         "loss": "openpangu_mix",
         "mix": 0.0,
         "sample_weight_field": "weight",
+        "ignore_columns": ["url", "id"],
+        "num_proc": 2,
+        "check_pixels": True,
+        "streaming": True,
+        "shuffle_buffer": 11,
         "seed": 3,
         "save_steps": 4,
         "resume": True,

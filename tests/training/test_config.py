@@ -17,6 +17,10 @@ VALUES: dict[str, Any] = {
     "text": "folder",
     "model": "composed",
     "tokenizer": "words",
+    "columns": {"images": "pictures"},
+    "ignore_columns": ["url"],
+    "num_proc": 2,
+    "check_pixels": True,
     "chat_template": "chat.jinja",
     "projector": "linear",
     "projector_options": {},
@@ -50,12 +54,14 @@ VALUES: dict[str, Any] = {
     "on_error": "skip",
     "on_outside": "clamp",
     "cache": True,
+    "metrics": False,
     "trust_remote_code": True,
     "trainer": {"max_grad_norm": 0.5},
 }
 ALTERNATIVES: list[dict[str, Any]] = [
     {"train": ["model.*"]},
     {"max_tokens": 5},
+    {"streaming": True, "max_steps": 3, "shuffle_buffer": 5, "tokenizer_records": 7},
     {"template": "continuation"},
     {"kind": "dual_encoder", "dual_encoder": {"loss": "sigmoid"}},
 ]

@@ -189,9 +189,10 @@ def test_broken_records_are_named(tmp_path: Path, processor: Any, name: str) -> 
     pdf(tmp_path / "b.pdf", broken=(2,))
     encrypted_pdf(tmp_path / "locked.pdf")
     path = write_records(tmp_path / "train.jsonl", [PAGE, record, PAGE])
+    options = {"check_pixels": True, "progress": False}  # the pixels of one image are damaged, and not its header
     with pytest.raises(RecordError, match=rf"train\.jsonl, line 2: .*{message}"):
-        SampleDataset(open_source(path), SampleEncoder(processor, tmp_path), progress=False)
-    data = SampleDataset(open_source(path), SampleEncoder(processor, tmp_path), on_error="skip", progress=False)
+        SampleDataset(open_source(path), SampleEncoder(processor, tmp_path), **options)
+    data = SampleDataset(open_source(path), SampleEncoder(processor, tmp_path), on_error="skip", **options)
     assert len(data) == 2
     assert len(data.skipped) == 1
 
