@@ -198,6 +198,10 @@ class VisionLanguageProcessor(ServedProcessor):
         count = len(make_flat_list_of_images(images))
         return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(count)]
 
+    def process_image(self, image: Any) -> dict[str, Any]:
+        """Return the inputs of the model for one image, as PyTorch tensors."""
+        return dict(self._to_model_inputs(self.image_processor(image, return_tensors="pt")))
+
     def _to_model_inputs(self, processed: Any) -> Any:
         """Give the grids of Pixtral's and Gemma 4's images as `spatial_shapes`; drop what is not for the model."""
         shapes, given = None, None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..coordinates.codec import encode
 from ..coordinates.formats.registry import as_seen
@@ -62,7 +63,9 @@ class Measured(NamedTuple):
 
 
 def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate outputs of an image processor along dimension 0; {} without images.
+    """Concatenate the inputs of images along dimension 0; {} without images.
+
+    Images with `spatial_shapes`, `(n, C, H, W)` of different sizes, are padded with 0 at the bottom and the right.
 
     Raises:
         ValueError: If outputs differ in their names.
@@ -74,7 +77,13 @@ def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             raise ValueError(
                 f"Outputs of an image processor must have the same names, got {[*images[0]]} and {[*one]}."
             )
-    return {name: torch.cat([one[name] for one in images]) for name in images[0]}
+    joined = {name: [one[name] for one in images] for name in images[0]}
+    if "spatial_shapes" in joined and images[0]["pixel_values"].ndim == 4:
+        height, width = (max(one["pixel_values"].shape[side] for one in images) for side in (-2, -1))
+        joined["pixel_values"] = [
+            pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2])) for one in joined["pixel_values"]
+        ]
+    return {name: torch.cat(values) for name, values in joined.items()}
 
 
 class SampleEncoder:
@@ -221,7 +230,7 @@ class SampleEncoder:
     def process(self, image: Image.Image, given: RecordImage | None = None) -> dict[str, Tensor]:
         """Return the output of the image processor for one image; an error names what was `given` for it."""
         try:
-            return dict(self.processor.image_processor(image, return_tensors="pt"))
+            return self.processor.process_image(image)
         except ValueError as error:
             shown = "of the record" if given is None else shown_image(given, self.root)
             raise ValueError(f"Image {shown} cannot be processed: {error}") from None
