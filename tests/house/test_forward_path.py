@@ -10,7 +10,7 @@ from tests.parts.test_vlm import GROUPS, batch, composed
 from vlparts.parts import modeling_vlm
 
 PARTS = Path(modeling_vlm.__file__).parent
-MAX_FILES = 17
+MAX_FILES = 18
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,14 @@ class ShardableMixin:
         """
         super().post_init()  # type: ignore[misc]
         model: Any = self
-        modules = {re.sub(r"\.\d+(?=\.|$)", ".*", name): one for name, one in model.named_modules()}
-        layers = {type(one).__name__ for one in modules.values() if isinstance(one, GradientCheckpointingLayer)}
-        named = {type(one).__name__ for one in modules.values()} & set(model._no_split_modules)
+        # Layers of one list may have several classes, so a path with "*" does not stand for one module.
+        modules = [(re.sub(r"\.\d+(?=\.|$)", ".*", name), one) for name, one in model.named_modules()]
+        layers = {type(one).__name__ for _, one in modules if isinstance(one, GradientCheckpointingLayer)}
+        named = {type(one).__name__ for _, one in modules} & set(model._no_split_modules)
         model._no_split_modules = named | layers
-        units = [path for path, one in modules.items() if type(one).__name__ in model._no_split_modules]
-        known = {path: style for path, style in (model._fsdp_plan or {}).items() if path in modules}
+        units = [path for path, one in modules if type(one).__name__ in model._no_split_modules]
+        paths = {path for path, _ in modules}
+        known = {path: style for path, style in (model._fsdp_plan or {}).items() if path in paths}
         model._fsdp_plan = {**dict.fromkeys(units, "free_full_weight"), **known}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

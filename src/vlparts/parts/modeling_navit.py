@@ -258,7 +258,7 @@ class NaViTModel(NaViTPreTrainedModel):
             raise ValueError(f"`pixel_values` must have shape (patches, {features}), got {tuple(pixel_values.shape)}.")
         if cu_seqlens is None or max_seqlen is None or position_ids is None:
             validate_grid(image_grid_thw, patches, self.config.spatial_merge_size, keep_index)
-            check_normalized(pixel_values, raw=False)
+            check_normalized(pixel_values if keep_index is None else pixel_values[keep_index >= 0], raw=False)
         layout = get_patch_layout(image_grid_thw, patches, self.config.spatial_merge_size, keep_index, position_ids)
         if cu_seqlens is None:
             is_clip = self.config.video_attention == "clip"

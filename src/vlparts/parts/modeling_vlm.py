@@ -210,7 +210,8 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
         for kind, outputs in media.items():
             inputs_embeds = fill_placeholders(inputs_embeds, masks[kind], outputs.pooler_output, kind, grids.get(kind))
-        inputs_embeds = attach_unseen(inputs_embeds, blank)
+        if blank is not None:
+            inputs_embeds = attach_unseen(inputs_embeds, blank)
 
         return self.run_language_model(
             attention_mask=attention_mask,

@@ -75,9 +75,7 @@ def blank_image(encoder: PreTrainedModel, merge_size: int, device: torch.device)
     }
 
 
-def attach_unseen(inputs_embeds: Tensor, features: Tensor | None) -> Tensor:
-    """Return embeddings `(B, S, E)` unchanged, with features `(tokens, E)`, if any, whose gradients are zero."""
-    if features is None:
-        return inputs_embeds
+def attach_unseen(inputs_embeds: Tensor, features: Tensor) -> Tensor:
+    """Return embeddings `(B, S, E)` unchanged, with features `(tokens, E)` whose gradients are zero."""
     nowhere = torch.zeros_like(inputs_embeds[..., :1], dtype=torch.bool)
     return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds))
