@@ -1,4 +1,4 @@
-"""Improves the boxes of a small composed model by GRPO, with the IoU of its sampled answers as the reward.
+"""Trains a small composed model by GRPO, with the IoU of its sampled answers as the reward.
 
 The task is that of the demo: to locate a digit in a photograph. A model is first trained on written answers for some
 steps, then by TRL's `GRPOTrainer` on the same images. `python docs/examples/grpo_boxes.py --help`; needs
@@ -75,7 +75,7 @@ def run(folder: Path, seed: int, sft_steps: int, grpo_steps: int, images: tuple[
             per_device_train_batch_size=64,
             num_generations=8,
             max_completion_length=ANSWER_TOKENS,
-            learning_rate=2e-4,
+            learning_rate=5e-5,
             reward_weights=[1.0, 0.2],
             logging_steps=10,
             save_strategy="no",

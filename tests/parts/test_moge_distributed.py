@@ -113,7 +113,10 @@ def test_equals_one_process(folder: Path, world: int, mode: str) -> None:
             assert here == EXPERTS // world
             # Tokens, times whole groups here, times experts of each; of the one layer, in inference and in training.
             assert evaluated == 2 * INPUT_IDS.numel() * (GROUPS // world) * (CHOSEN // GROUPS)
-        assert found.keys() == expected.keys()
+        assert expected.keys() <= found.keys()
+        for name in found.keys() - expected.keys():  # of the vision encoder, which runs beside other processes
+            assert name.startswith(("model.vision_tower.", "model.projector."))
+            assert torch.count_nonzero(found.pop(name)) == 0
         for name, tensor in found.items():
             torch.testing.assert_close(
                 tensor, expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
