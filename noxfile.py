@@ -54,7 +54,7 @@ def slow(session: nox.Session) -> None:
     """Run the slow tests; arguments after `--` go to pytest."""
     install(session, ".[test]")
     session.env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin slow tests down manifold on a busy machine
-    session.run("pytest", "-m", "slow", *session.posargs)
+    session.run("pytest", "-m", "slow", "-n", "auto", "--maxprocesses", "2", *session.posargs)
 
 
 @nox.session
