@@ -31,7 +31,7 @@ class ShardableMixin:
         """
         super().post_init()  # type: ignore[misc]
         model: Any = self
-        # Layers of one list may have several classes, so a path with "*" does not stand for one module.
+        # The layers of one list may differ in class, so "layers.*" can match modules of several classes.
         modules = [(re.sub(r"\.\d+(?=\.|$)", ".*", name), one) for name, one in model.named_modules()]
         layers = {type(one).__name__ for _, one in modules if isinstance(one, GradientCheckpointingLayer)}
         named = {type(one).__name__ for _, one in modules} & set(model._no_split_modules)

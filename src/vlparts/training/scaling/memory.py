@@ -109,7 +109,7 @@ def count_memory(
     head_gradient = float(head.numel() * size * head.requires_grad)
     if strategy.sharding == "fsdp2":
         gathered, casts = gathered_bytes(model, strategy, precision), 0.0
-        head_gradient /= shards  # the whole of it, before it is reduced, is part of `gathered`
+        head_gradient /= shards  # `gathered` includes the full gradient before it is reduced
     elif strategy.sharding == "ddp":
         buckets = gradients
     before = gradients if accumulates or buckets else 0.0
