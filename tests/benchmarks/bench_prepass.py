@@ -47,8 +47,11 @@ def encoder(folder: Path) -> Any:
     from tests.training.making import processor_for
 
     from vlparts.training.encoding import SampleEncoder
+    from vlparts.training.tokenizer import train_tokenizer
 
-    return SampleEncoder(processor_for(), folder, max_length=4096)
+    # Its tokens are whole words, as those of large vocabularies are.
+    words = train_tokenizer([f"{WORDS} {WORDS}", "user\n", "assistant\n"])
+    return SampleEncoder(processor_for(words=words), folder, max_length=4096)
 
 
 def start(path: Path, num_proc: int | None) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -11,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..parts.chat_placeholders import end_of_turn_id
 from ..parts.processing_vlm import VisionLanguageProcessor
+from .prefix_tokens import Encoded, PrefixTokenizer
 
 __all__ = ["ChatTokenizer", "Tokens"]
 
@@ -29,7 +31,6 @@ _CONTINUATION = (
     "{%- endfor -%}"
 )
 _Chat = list[dict[str, Any]]
-_Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """Texts of a conversation: before each answer and after it, in turn; and the marked characters of the last one."""
+    """Texts of a conversation, before each answer and after it in turn; and the marked characters of the last one."""
 
     texts: list[str]
-    marked: list[tuple[int, int]] | None
+    marked: list[tuple[int, int]]
 
 
 class ChatTokenizer:
@@ -75,104 +76,67 @@ class ChatTokenizer:
         self._template = _continuation_template(processor) if template == "continuation" else chat
         self._has_marks = processor.tokenizer.is_fast and _MARK.search(self._template) is not None
         self._ends = {processor.tokenizer.eos_token_id, end_of_turn_id(processor.tokenizer, processor.chat_template)}
+        self._tokenize = PrefixTokenizer(processor.tokenizer, self._template)
 
     def __call__(self, conversations: Sequence[_Chat]) -> list[Tokens | ValueError]:
         """Return the tokens of each conversation, or the error of one that cannot be tokenized.
 
-        The tokenizer is called once for all of them, as most of the time of a call is not spent on its texts.
-
         Args:
             conversations: Messages for the chat template, with an answer. What follows the last one is left out.
         """
-        rendered = [self._render(one) for one in conversations]
-        texts = {text: None for one in rendered if isinstance(one, _Rendered) for text in one.texts}
-        encoded = self._encode([*texts])
-        return [self._tokens(one, encoded) if isinstance(one, _Rendered) else one for one in rendered]
+        rendered = self._render(conversations)
+        parts = iter(self._tokenize([one.texts for one in rendered if isinstance(one, _Rendered)]))
+        return [self._tokens(next(parts), one.marked) if isinstance(one, _Rendered) else one for one in rendered]
 
-    def _render(self, messages: _Chat) -> _Rendered | ValueError:
-        texts: list[str] = []
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = None
+    def _render(self, conversations: Sequence[_Chat]) -> list[_Rendered | ValueError]:
+        """Render together, as half of the time of a call is not spent on its conversations; each alone on an error."""
         try:
-            for index in answers:
-                prompt, _ = self._render_template(messages[:index], add_generation_prompt=True)
-                marks = self._has_marks and index == answers[-1]
-                answered, marked = self._render_template(messages[: index + 1], return_assistant_tokens_mask=marks)
-                if not prompt.startswith(texts[-1] if texts else "") or not answered.startswith(prompt):
-                    return ValueError(
-                        "The chat template rewrites earlier turns, so the assistant tokens cannot be located."
-                    )
-                texts += [prompt, answered]
+            return self._render_together(conversations)
         except TemplateError as error:
-            return ValueError(f"The chat template cannot render the conversation: {error}")
-        return _Rendered(texts, marked if self._has_marks else None)
+            if len(conversations) > 1:
+                return [one for chat in conversations for one in self._render([chat])]
+            return [ValueError(f"The chat template cannot render the conversation: {error}")]
 
-    def _render_template(self, messages: _Chat, **options: Any) -> tuple[str, Any]:
-        """The text as `apply_chat_template` gives it, and the marked characters if they are asked for."""
+    def _render_together(self, conversations: Sequence[_Chat]) -> list[_Rendered | ValueError]:
+        answers = [(chat, at) for chat in conversations for at, one in enumerate(chat) if one["role"] == "assistant"]
+        prompts, _ = self._render_all([chat[:at] for chat, at in answers], add_generation_prompt=True)
+        options = {"return_assistant_tokens_mask": self._has_marks}
+        answered, marked = self._render_all([chat[: at + 1] for chat, at in answers], **options)
+        found: list[_Rendered | ValueError] = []
+        last = 0
+        for chat in conversations:
+            first, last = last, last + sum(one["role"] == "assistant" for one in chat)
+            texts = [text for both in zip(prompts[first:last], answered[first:last], strict=True) for text in both]
+            if all(text.startswith(before) for before, text in pairwise(texts)):
+                found.append(_Rendered(texts, _joined(marked[last - 1]) if first < last and marked else []))
+            else:
+                message = "The chat template rewrites earlier turns, so the assistant tokens cannot be located."
+                found.append(ValueError(message))
+        return found
+
+    def _render_all(self, chats: list[_Chat], **options: Any) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """The texts as `apply_chat_template` gives them, and the marked characters if they are asked for."""
         special = self.processor.tokenizer.special_tokens_map
-        (text,), spans = render_jinja_template([messages], chat_template=self._template, **special, **options)
-        return text, _joined(spans[0]) if spans else None
+        return render_jinja_template(chats, chat_template=self._template, **special, **options)
 
-    def _encode(self, texts: list[str]) -> dict[str, _Encoded]:
-        """Ids of each text, and the start and end of the characters of each token, empty for slow tokenizers."""
-        bos = self.processor.tokenizer.bos_token
-        # The same condition as in ProcessorMixin.apply_chat_template.
-        with_bos = [text for text in texts if bos is not None and text.startswith(bos)]
-        without = [text for text in texts if bos is None or not text.startswith(bos)]
-        return {**self._encode_all(with_bos, False), **self._encode_all(without, True)}
-
-    def _encode_all(self, texts: list[str], add_special_tokens: bool) -> dict[str, _Encoded]:
-        if not texts:
-            return {}
-        tokenizer = self.processor.tokenizer
-        options = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-        found = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, **options)
-        offsets = found.get("offset_mapping", [[]] * len(texts))
-        return dict(zip(texts, zip(found["input_ids"], offsets, strict=True), strict=True))
-
-    def _tokens(self, rendered: _Rendered, encoded: dict[str, _Encoded]) -> Tokens:
+    def _tokens(self, parts: list[Encoded], marked: list[tuple[int, int]]) -> Tokens:
         ids: list[int] = []
         in_loss: list[bool] = []
-        before = ""
-        for number, text in enumerate(rendered.texts):
-            part, offsets = self._continuation(ids, before, text, encoded[text])
-            if rendered.marked is not None:
-                in_loss += self._marked_mask(part, offsets, rendered.marked)
+        for number, part in enumerate(parts):
+            ids += part.ids
+            if self._has_marks:
+                in_loss += self._marked_mask(part, marked)
             else:
-                in_loss += self._answer_mask(part) if number % 2 else [False] * len(part)
-            ids += part
-            before = text
+                in_loss += self._answer_mask(part.ids) if number % 2 else [False] * len(part.ids)
         return Tokens(ids, in_loss)
 
-    def _continuation(self, ids: list[int], start: str, text: str, whole: _Encoded) -> _Encoded:
-        """Token ids of the part of `text` after its prefix `start`, whose ids are `ids`; and their characters.
-
-        The whole text is tokenized, since tokenizers may encode the first word of a text differently and add a BOS
-        token. The rest is tokenized alone only if a token would span the end of `start`. The characters, as start and
-        end in `text`, are empty for tokenizers without offsets.
-        """
-        if whole[0][: len(ids)] == ids:
-            return whole[0][len(ids) :], whole[1][len(ids) :]
-        rest = text[len(start) :]
-        found, offsets = self._encode_all([rest], False)[rest]
-        return found, [(first + len(start), last + len(start)) for first, last in offsets]
-
-    def _marked_mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    def _marked_mask(self, part: Encoded, spans: list[tuple[int, int]]) -> list[bool]:
         """True for the tokens that overlap a marked span, except image placeholders."""
-        if not ids:
-            return []
-        firsts, lasts = zip(*offsets, strict=True)
-        low, high = min(firsts), max(lasts)
-        near = [(start, end) for start, end in spans if low < end and high > start]
-        if not near:
-            return [False] * len(ids)
-        image = self.processor.image_token_id
-        if len(near) == 1:  # as in most answers
-            ((start, end),) = near
-            found = zip(ids, firsts, lasts, strict=True)
-            return [first < end and last > start and token != image for token, first, last in found]
-        inside = [any(first < end and last > start for start, end in near) for first, last in offsets]
-        return [one and token != image for one, token in zip(inside, ids, strict=True)]
+        mask = [False] * len(part.ids)
+        for start, end in spans:
+            for index in part.overlapping(start, end):
+                mask[index] = part.ids[index] != self.processor.image_token_id
+        return mask
 
     def _answer_mask(self, answer: list[int]) -> list[bool]:
         """True for the tokens of an answer up to and including the end of its turn, except image placeholders."""
