@@ -289,3 +289,12 @@ def test_a_view_of_the_image_processor_forwards_everything_else() -> None:
     with pytest.raises(AttributeError):
         _ = processor.video_processor.nothing
     assert not hasattr(MODELS["clip"]()[1], "video_processor")
+
+
+def test_a_model_without_a_placeholder_of_videos_takes_none() -> None:
+    """vLLM writes the placeholder into its trial of the encoder if there is a video processor that counts tokens."""
+    made = openpangu()[1]
+    images_only = type(made)(made.image_processor, made.tokenizer, made.chat_template, image_token=made.image_token)
+    assert not hasattr(images_only, "video_processor")
+    assert images_only.model_input_names == [name for name in made.model_input_names if "video" not in name]
+    assert images_only._get_num_multimodal_tokens(video_sizes=[(2, 64, 64)])["num_video_tokens"] is None

@@ -135,7 +135,9 @@ class VisionLanguageProcessor(ServedProcessor):
 
     @property
     def video_processor(self) -> Any:
-        """The image processor as a video processor, if it takes videos; used by transformers and servers."""
+        """The image processor as a video processor, if the model takes videos; used by transformers and servers."""
+        if self.video_token is None:
+            raise AttributeError("The processor has no `video_token`.")
         if not hasattr(self.image_processor, "preprocess_videos"):
             raise AttributeError(f"{type(self.image_processor).__name__} has no method `preprocess_videos`.")
         return VideoView(self.image_processor)

@@ -17,6 +17,7 @@ The transformers backends of vLLM and SGLang serve a saved folder without `vlpar
   result for an image or video may depend on nothing else in the call, since a server keeps it. A field has as many
   rows per image as `image_grid_thw` or [`ServedProcessor._get_num_multimodal_tokens`] says, or is a list with
   one tensor per image.
+- Videos: a processor without a placeholder of videos has no `video_processor`, by which a server knows.
 - Names: the `model_input_names` of `image_processor` and `video_processor` are disjoint.
 - Configurations are pickled by value with all that their modules reach: they import no model and no operation.
 """
@@ -196,7 +197,8 @@ class ServedProcessor(ProcessorMixin):
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
             counts["num_image_tokens"], counts["num_image_patches"] = self._count_images(image_sizes, kwargs)
-        if video_sizes is not None and hasattr(self.image_processor, "get_video_grid_thw"):
+        can_count = self.video_token is not None and hasattr(self.image_processor, "get_video_grid_thw")
+        if video_sizes is not None and can_count:
             grids = [self.image_processor.get_video_grid_thw(*size, **kwargs) for size in video_sizes]
             block = self.spatial_merge_size**2
             counts["num_video_tokens"] = [frames * (rows * columns // block) for frames, rows, columns in grids]
