@@ -30,6 +30,7 @@ _REGION = "\0"  # in place of a region
 _NUMBER = r"([0-9]{1,9}+(?:\.[0-9]{1,9}+)?+)"
 _SPACE = r"\s{0,3}+"
 _QUOTE = r"(?:\\?[\"'`]|[\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\uff02]|&(?:quot|\#34|\#39);)?+"
+_DIGIT = re.compile("[0-9]")  # in every layout, and outside of regions in few texts
 _TAG = re.compile(r"</?[^<>\s\"=]+>")
 _KEY = re.compile(r"([A-Za-z_]\w*)[\"']?\s*([:=])[\s\"'\d.]*([\[(]*)\Z")  # of a JSON member or an attribute
 
@@ -105,7 +106,7 @@ def find_suspicions(
     places: list[_Place] = []
     if signs.marks:
         places += (match.span() + ((), None) for match in signs.marks.finditer(rest))
-    for layout in signs.layouts:
+    for layout in signs.layouts if _DIGIT.search(rest) else ():
         places += (match.span() + (match.groups(), layout) for match in layout.pattern.finditer(rest))
     places.sort(key=lambda place: (place[0], -place[1]))
     positions = sorted(position for position, _ in errors)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlparts.coordinates.grammars import json_objects
 from vlparts.coordinates.grammars.base import Coded
 from vlparts.coordinates.grammars.json_objects import JsonGrammar
 
@@ -154,3 +155,46 @@ def test_what_cannot_be_written_raises(region: Coded, message: str) -> None:
 def test_keys_that_cannot_be_raise(keys: Any) -> None:
     with pytest.raises(ValueError, match="^`keys` must"):
         JsonGrammar(keys=keys)
+
+
+PIECES = [
+    *('{"bbox_2d"', '{"point_2d"', '{ "bbox_2d" :', '"label"', '"other"', ": [1, 2, 3, 4]", ":[007,8]", ": [1,2,3]"),
+    *(
+        ": [1.0, 2, 3, 4]",
+        ": [-1, 2]",
+        ": [1234567890, 1]",
+        ', "label": "cat"',
+        ': "a\\u0041"',
+        ': "\ud800"',
+        ": null",
+    ),
+    *(
+        '"',
+        "\\",
+        "\t",
+        "\x01",
+        "\u00a0",
+        " ",
+        "\n",
+        ",",
+        "[",
+        "]",
+        "{",
+        "}",
+        "```json\n",
+        "```",
+        "'bbox_2d'",
+        "cat 12",
+    ),
+]
+SOUND = '{"bbox_2d": [1, 2, 3, 4], "label": "cat"}'
+
+
+@given(st.lists(st.sampled_from([*PIECES, SOUND, SOUND + ", ", '{"a": ']), max_size=9).map("".join))
+def test_objects_that_need_no_reading_are_read_alike(text: str) -> None:
+    """By the pattern for plain objects, and by the scanner alone."""
+    grammar = JsonGrammar()
+    found = grammar.scan(text)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(json_objects, "_plain_object", lambda *_: None)
+        assert found == grammar.scan(text)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..regions import KINDS
 from .base import QUOTE_LENGTH, Coded, DecodeError, Found, Grammar, check_writable
@@ -12,14 +13,24 @@ from .json_scanner import JsonList, JsonNumber, JsonObject, JsonString, objects
 
 __all__ = ["MAX_DIGITS", "JsonGrammar", "cut_list", "fault_reason", "label_of", "lost_text", "ordered"]
 
-_OPENING = re.compile(r"\[\s*+\Z")
+_SPACE = re.compile(r"\s*+")
 _CLOSING = re.compile(r"\s*+\]")
-_FENCE = re.compile(r"```[a-z]*+\s*+\Z")
+_FENCE_NAME = re.compile(r"[a-z]*+\s*+")
 _FENCE_END = re.compile(r"\s*+```")
+_BRACE_END = re.compile(r"\s*+\}")
 _NEXT = re.compile(r"\s*+,\s*+")
 _LOOKBEHIND = 64  # characters before a list that may belong to it
 MAX_DIGITS = 9
 """Maximum number of digits of a code."""
+
+
+@lru_cache(maxsize=64)
+def _plain_object(keys: Sequence[str], label_key: str) -> re.Pattern[str]:
+    """Match an object with a list of codes and a label without escapes or no label, as most are."""
+    space, names = r"[ \t\n\r]*+", "|".join(map(re.escape, keys))
+    number = f"{space}[0-9]{{1,{MAX_DIGITS}}}+{space}"
+    label = rf'(?:,{space}"{re.escape(label_key)}"{space}:{space}"([^"\\\x00-\x1f\ud800-\udfff]*+)"{space})?+'
+    return re.compile(rf'\{{{space}"({names})"{space}:{space}\[({number}(?:,{number})*+)\]{space}{label}\}}')
 
 
 def _integer(value: object) -> int | str:
@@ -40,6 +51,15 @@ def _counts(kind: str) -> str:
     return f"{2 * least}" if most == least else f"an even number of at least {2 * least}"
 
 
+def _wrong_count(kind: str, codes: Sequence[int]) -> str:
+    """Return the reason why a region of this kind cannot have so many numbers, or ""."""
+    least, most = KINDS[kind]
+    points, odd = divmod(len(codes), 2)
+    if odd or points < least or (most is not None and points > most):
+        return f"malformed object: a {kind} has {_counts(kind)} numbers, got {len(codes)}"
+    return ""
+
+
 def ordered(
     found: list[Found], errors: list[DecodeError], text: str, names: Sequence[str] = ()
 ) -> tuple[list[Found], list[DecodeError]]:
@@ -50,10 +70,19 @@ def ordered(
     found.sort()
     errors.sort()
     for first, last in _groups(text, [item.outer for item in found]):
-        start, end = _with_marks(text, found[first].outer[0], found[last].outer[1], names)
-        found[first] = found[first]._replace(outer=(start, found[first].outer[1]))
-        found[last] = found[last]._replace(outer=(found[last].outer[0], end))
+        inner = found[first].outer[0], found[last].outer[1]
+        start, end = _with_marks(text, *inner, names)
+        if first == last:
+            found[first] = _with_span(found[first], (start, end))
+        elif (start, end) != inner:
+            found[first] = _with_span(found[first], (start, found[first].outer[1]))
+            found[last] = _with_span(found[last], (found[last].outer[0], end))
     return found, errors
+
+
+def _with_span(item: Found, span: tuple[int, int]) -> Found:
+    """The same as `_replace(outer=span)` in half the time."""
+    return Found(item[0], item[1], span, *item[3:])
 
 
 def _groups(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -67,25 +96,25 @@ def _groups(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]
     return groups
 
 
-def _opening(text: str, pattern: re.Pattern[str], end: int) -> int | None:
-    """Return the start of a mark that ends at `end`, or None."""
-    first = max(0, end - _LOOKBEHIND)
-    match = pattern.search(text[first:end])
-    return first + match.start() if match else None
+def _opening(text: str, mark: str, rest: re.Pattern[str], end: int) -> int | None:
+    """Return the start of the last `mark` if nothing but `rest` is between it and `end`, or None."""
+    first = text.rfind(mark, max(0, end - _LOOKBEHIND), end)
+    return first if first >= 0 and rest.fullmatch(text, first + len(mark), end) else None
 
 
 def _with_marks(text: str, start: int, end: int, names: Sequence[str]) -> tuple[int, int]:
     """Extend the span of the objects of a list to the marks around them."""
-    pairs = [(_OPENING, _CLOSING)]
-    if names:
-        wrapper = re.compile(rf'\{{\s*+"(?:{"|".join(map(re.escape, names))})"\s*+:\s*+\Z')
-        pairs.append((wrapper, re.compile(r"\s*+\}")))
-    for opening, closing in [*pairs, (_FENCE, _FENCE_END)]:
-        first, last = _opening(text, opening, start), closing.match(text, end)
-        if first is not None and last is not None:
+    first, last = _opening(text, "[", _SPACE, start), _CLOSING.match(text, end)
+    if first is not None and last is not None:
+        start, end = first, last.end()
+    elif first is not None or last is not None:
+        return start, end  # a list with other items
+    if names and (last := _BRACE_END.match(text, end)):
+        name = re.compile(rf'\s*+"(?:{"|".join(map(re.escape, names))})"\s*+:\s*+')
+        if (first := _opening(text, "{", name, start)) is not None:
             start, end = first, last.end()
-        elif opening is _OPENING and (first is not None or last is not None):
-            break  # a list with other items
+    if (last := _FENCE_END.match(text, end)) and (first := _opening(text, "```", _FENCE_NAME, start)) is not None:
+        start, end = first, last.end()
     return start, end
 
 
@@ -102,7 +131,7 @@ def lost_text(text: str, regions: Sequence[JsonObject], own_keys: Sequence[str],
     spans = sorted((item.start, item.end) for item in regions)
     for first, last in _groups(text, spans):
         start, end = spans[first][0], spans[last][1]
-        opening, closing = _opening(text, _OPENING, start), _CLOSING.match(text, end)
+        opening, closing = _opening(text, "[", _SPACE, start), _CLOSING.match(text, end)
         if opening is not None and closing is None:
             errors.append(_other_items(text, end))
         elif opening is None and closing is not None:
@@ -192,8 +221,18 @@ class JsonGrammar:
         names = self._names
         quoted = re.compile(rf"\{{\s*+'(?:{'|'.join(map(re.escape, names))})'")  # as Python prints an object
         pattern = re.compile("|".join(f'"{re.escape(name)}"' for name in names))
+        kinds = {key: kind for kind, key in self.keys}
         spans: list[tuple[int, int]] = []
-        for item in objects(text):
+        for item in objects(text, plain=_plain_object(names, self.label_key)):
+            if isinstance(item, re.Match):
+                spans.append(span := item.span())
+                kind, (first, last) = kinds[item[1]], item.span(2)
+                codes = [*map(int, item[2].split(","))]
+                if reason := _wrong_count(kind, codes):
+                    errors.append(DecodeError(item.start(), reason))
+                else:
+                    found.append(Found(first - 1, last + 1, span, kind, codes, item[3]))
+                continue
             is_region = any(key in names for key, _ in item.members)
             if item.fault == "single quotes":
                 is_region = bool(quoted.match(text, item.start))
@@ -225,7 +264,7 @@ class JsonGrammar:
         names = {key: kind for kind, key in self.keys if key in members}
         if len(names) > 1 or len(members) != len(item.members):
             return "malformed object: more than one list of coordinates, or a key occurs twice"
-        (key, kind), (least, most) = *names.items(), KINDS[next(iter(names.values()))]
+        ((key, kind),) = names.items()
         value = members[key]
         if not isinstance(value, JsonList):
             return f"malformed object: {key!r} must be a list of {_counts(kind)} integers"
@@ -235,9 +274,8 @@ class JsonGrammar:
             if isinstance(code, str):
                 return f"malformed object: a coordinate {code}"
             codes.append(code)
-        points, odd = divmod(len(codes), 2)
-        if odd or points < least or (most is not None and points > most):
-            return f"malformed object: a {kind} has {_counts(kind)} numbers, got {len(codes)}"
+        if reason := _wrong_count(kind, codes):
+            return reason
         label = label_of(members.get(self.label_key, "null"))
         image = _integer(members.get(self.image_key, JsonNumber(0, "0"))) if self.image_key else 0
         if isinstance(label, JsonString) or isinstance(image, str):

@@ -178,14 +178,25 @@ def _read_object(text: str, start: int, found: Callable[[JsonObject], None], dep
         position = after
 
 
-def objects(text: str, depth: int = DEPTH) -> Iterator[JsonObject]:
+def objects(
+    text: str, depth: int = DEPTH, plain: re.Pattern[str] | None = None
+) -> Iterator[JsonObject | re.Match[str]]:
     """Yield all objects of a text, inner ones before outer ones, malformed ones with their fault.
 
     An object with single quotes, as Python prints it, is not read: it is yielded without members, with that fault.
     Containers that are nested deeper than `depth` are malformed.
+
+    Args:
+        text: The text.
+        depth: Maximum nesting of containers.
+        plain: Matches sound objects that need no reading: those outside of other objects are yielded as its matches.
     """
     position = text.find("{")
     while position >= 0:
+        if plain is not None and (match := plain.match(text, position)):
+            yield match
+            position = text.find("{", match.end())
+            continue
         if _QUOTED.match(text, position):
             yield JsonObject(position, position + 1, [], "single quotes")
             position = text.find("{", position + 1)
