@@ -5,7 +5,6 @@ import platform
 import shutil
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..training.presets import preset_names
 from ..training.train import train
 from . import ask
 from .data import Task, write_dataset
+from .deadline import Deadline
 from .isolation import environment_without, run_without
 from .score import Score, read_answers, score
 
@@ -35,10 +35,8 @@ SETTINGS: dict[str, Any] = {
     "cache": True,
     "logging_steps": 20,
 }
-# Seconds besides training after the trial: encoding images, loading, generating, drawing.
-_RESERVE = 50.0
-_TIMED_STEPS = (5, 20)
-_TRIAL_IMAGES = 400
+LEAST_MINUTES = 0.5
+MOST_STEPS = 100_000  # of a training that ends by the clock
 
 
 def run_demo(
@@ -55,7 +53,7 @@ def run_demo(
 
     Args:
         out: Folder for the data, the checkpoint `model`, `predictions.png` and `metrics.json`, which are overwritten.
-        minutes: Total time in minutes; the number of training steps is computed from the speed of a short trial.
+        minutes: Total time in minutes, whatever else the machine does: training ends in time for the evaluation.
         seed: Seed of the weights and the order of samples.
         steps: Number of training steps, instead of `minutes`.
         console: Console for progress messages; None for no output.
@@ -73,8 +71,8 @@ def run_demo(
         raise ValueError(f"`text` must be one of {', '.join(preset_names('text'))}, got {text!r}.")
     if steps is not None:
         positive_integer(steps, "steps")
-    if steps is None and minutes * 60 <= _RESERVE:
-        raise ValueError(f"`minutes` must be more than {_RESERVE / 60:g}, got {minutes:g}.")
+    if steps is None and minutes <= LEAST_MINUTES:
+        raise ValueError(f"`minutes` must be more than {LEAST_MINUTES:g}, got {minutes:g}.")
     console, task = console or Console(quiet=True), task or Task()
     began = time.perf_counter()
     for name in ("data", "model"):
@@ -83,13 +81,18 @@ def run_demo(
     training = write_dataset(out / "data", "train", images[0], task, held_out=False, seed=seed)
     held_out = write_dataset(out / "data", "held_out", images[1], task, held_out=True, seed=seed)
 
-    base = TrainConfig(data=training, output=out / "model", seed=seed, text=text, **SETTINGS)
+    config = TrainConfig(data=training, output=out / "model", seed=seed, text=text, **SETTINGS)
     if steps is None:
-        left = minutes * 60 - _RESERVE - (time.perf_counter() - began)
-        steps = max(1, int(left / _seconds_per_step(base)))
-    console.print(f"Training for {steps} steps")
+        console.print(f"Training until {minutes:g} minutes have passed in all")
+        quiet = {"disable_tqdm": True, "save_strategy": "no"}
+        config = config.model_copy(update={"max_steps": MOST_STEPS, "trainer": quiet})
+        callbacks = [Deadline(began + 60 * minutes, _reserve, console)]
+    else:
+        console.print(f"Training for {steps} steps")
+        config = config.model_copy(update={"max_steps": steps, "save_steps": steps})
+        callbacks = []
     started = time.perf_counter()
-    result = train(base.model_copy(update={"max_steps": steps, "save_steps": steps}))
+    result = train(config, callbacks=callbacks)
     trained = time.perf_counter() - started
 
     console.print("Evaluating the saved model in a process where vlparts cannot be imported")
@@ -101,7 +104,7 @@ def run_demo(
         **scores.to_dict(),
         "text": text,
         "digits": task.digits,
-        "steps": steps,
+        "steps": result.steps,
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         "training_seconds": round(trained, 1),
@@ -137,24 +140,13 @@ def ask_without_vlparts(folder: Path, questions: Path, tokens: int = 40) -> list
         return json.loads(answers.read_text(encoding="utf-8"))
 
 
-def _seconds_per_step(config: TrainConfig) -> float:
-    """Measure the time of a training step in a short trial run, without its first steps."""
-    first, last = _TIMED_STEPS
-    times: list[float] = []
+def _reserve(step: float) -> float:
+    """Seconds from the end of training to that of the demo, as measured on fast and slow machines.
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter())
-
-    (data,) = config.shares
-    subset = data.with_name("trial.jsonl")
-    with data.open(encoding="utf-8") as lines:
-        subset.write_text("".join(islice(lines, _TRIAL_IMAGES)), encoding="utf-8")
-    with tempfile.TemporaryDirectory() as scratch:
-        quiet = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
-        changes = {"data": subset, "output": Path(scratch), "max_steps": last, "trainer": quiet}
-        train(config.model_copy(update=changes), callbacks=[Clock()])
-    return (times[-1] - times[first - 1]) / (last - first)
+    Args:
+        step: Seconds of a training step, which generation and the start of a process are compared with.
+    """
+    return 15.0 + 40.0 * step
 
 
 def _draw(items: list[dict[str, Any]], path: Path) -> None:
