@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 __all__ = ["JsonList", "JsonNumber", "JsonObject", "JsonString", "objects"]
 
@@ -178,6 +178,10 @@ def _read_object(text: str, start: int, found: Callable[[JsonObject], None], dep
         position = after
 
 
+@overload
+def objects(text: str, depth: int = DEPTH, plain: None = None) -> Iterator[JsonObject]: ...
+@overload
+def objects(text: str, depth: int = DEPTH, *, plain: re.Pattern[str]) -> Iterator[JsonObject | re.Match[str]]: ...
 def objects(
     text: str, depth: int = DEPTH, plain: re.Pattern[str] | None = None
 ) -> Iterator[JsonObject | re.Match[str]]:
