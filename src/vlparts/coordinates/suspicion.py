@@ -184,7 +184,8 @@ def _signs(grammar: Grammar) -> _Signs:
         key = _KEY.search(_TAG.sub("", pieces[0]))
         if key and key[3]:  # "bbox_2d: [12"
             begun = rf"{_SPACE}[:=]{_SPACE}[\[({{]{_SPACE}{_QUOTE}[-+]?+[0-9]"
-            marks[rf"(?<!\w){re.escape(key[1])}{_QUOTE}{begun}"] = None
+            name = re.escape(key[1])  # first in the pattern, which is then searched for as a plain text
+            marks[rf"{name}(?<!\w{name}){_QUOTE}{begun}"] = None
         layouts.append(_layout(pieces, key))
     return _Signs(tuple(layouts), re.compile("|".join(marks)) if marks else None)
 

@@ -54,6 +54,8 @@ def _counts(kind: str) -> str:
 def _wrong_count(kind: str, codes: Sequence[int]) -> str:
     """Return the reason why a region of this kind cannot have so many numbers, or ""."""
     least, most = KINDS[kind]
+    if len(codes) == 2 * least:  # as nearly all
+        return ""
     points, odd = divmod(len(codes), 2)
     if odd or points < least or (most is not None and points > most):
         return f"malformed object: a {kind} has {_counts(kind)} numbers, got {len(codes)}"
@@ -225,13 +227,14 @@ class JsonGrammar:
         spans: list[tuple[int, int]] = []
         for item in objects(text, plain=_plain_object(names, self.label_key)):
             if isinstance(item, re.Match):
-                spans.append(span := item.span())
-                kind, (first, last) = kinds[item[1]], item.span(2)
-                codes = [*map(int, item[2].split(","))]
+                span, _, (first, last), _ = item.regs
+                key, numbers, label = item.groups()
+                kind, codes = kinds[key], [*map(int, numbers.split(","))]
+                spans.append(span)
                 if reason := _wrong_count(kind, codes):
-                    errors.append(DecodeError(item.start(), reason))
+                    errors.append(DecodeError(span[0], reason))
                 else:
-                    found.append(Found(first - 1, last + 1, span, kind, codes, item[3]))
+                    found.append(Found(first - 1, last + 1, span, kind, codes, label))
                 continue
             is_region = any(key in names for key, _ in item.members)
             if item.fault == "single quotes":
