@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(case: str, folder: Path, output: str, event: int | None) -> None:
+def run(case: str, folder: Path, output: str, event: int | None = None) -> None:
     """Train in this process, which kills itself before the event of this number; without one, write their number."""
     datasets.config.HF_DATASETS_CACHE = folder / output / "cache"
     sys.stdout = sys.stderr = (folder / f"{output}.log").open("a", encoding="utf-8", buffering=1)
@@ -69,11 +69,20 @@ def run(case: str, folder: Path, output: str, event: int | None) -> None:
     (folder / f"{output}.events").write_text(str(count))
 
 
-def start(case: str, folder: Path, output: str, event: int | None = None) -> BaseProcess:
-    """Run in a process of its own, which has everything imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(case, folder, output, event))
+@pytest.fixture(scope="module")
+def context() -> Any:
+    """Starts processes that have everything imported already."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload([__name__])
+    first = made.Process(target=int)  # waits for the imports
+    first.start()
+    first.join()
+    return made
+
+
+def start(context: Any, *arguments: Any) -> BaseProcess:
+    """Call [`run`] in a process of its own."""
+    process: BaseProcess = context.Process(target=run, args=arguments)
     process.start()
     return process
 
@@ -107,18 +116,18 @@ def log_of(output: Path) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", [*CONFIGS, "recipe"])
-def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_bit(tmp_path: Path, case: str) -> None:
+def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_bit(tmp_path: Path, context: Any, case: str) -> None:
     """By the clock, and while files are written, in turn. `VLPARTS_KILLS` is the number of each, `-s` prints them."""
     write_data(tmp_path)
     began = time.monotonic()
-    finish(start(case, tmp_path, "whole"), tmp_path, "whole")
+    finish(start(context, case, tmp_path, "whole"), tmp_path, "whole")
     seconds = time.monotonic() - began
     events = int((tmp_path / "whole.events").read_text())
     moments = random.Random(case)
     killed: list[str] = []
     while len(killed) < 2 * KILLS:
         event = moments.randint(1, events) if len(killed) % 2 else None
-        process = start(case, tmp_path, "killed", event)
+        process = start(context, case, tmp_path, "killed", event)
         if event is None:
             process.join(delay := moments.uniform(0, seconds))
             process.kill()
@@ -129,7 +138,7 @@ def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_bit(tmp_path: Pat
             finish(process, tmp_path, "killed")
             shutil.rmtree(tmp_path / "killed")
     print(f"{case}: {seconds:.1f} s, {events} events, killed at {', '.join(killed)}")
-    finish(start(case, tmp_path, "killed"), tmp_path, "killed")
+    finish(start(context, case, tmp_path, "killed"), tmp_path, "killed")
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole") != []
     folders = ("encoder", "projector", "instruction") if case == "recipe" else ("",)
     for folder in folders:
