@@ -178,6 +178,6 @@ def _divide(whole: Encoded, ends: list[tuple[int, list[int]]]) -> list[Encoded] 
 
 
 def _appends_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer adds a token behind a text, such as EOS."""
+    """Whether the tokenizer adds, or may add, a token behind a text, such as EOS."""
     alone, added = (tokenizer("a", add_special_tokens=one)["input_ids"] for one in (False, True))
-    return added[len(added) - len(alone) :] != alone
+    return not alone or added[len(added) - len(alone) :] != alone
