@@ -76,7 +76,8 @@ def run(folder: Path, seed: int, sft_steps: int, grpo_steps: int, images: tuple[
             per_device_train_batch_size=256,  # 16 questions
             num_generations=16,
             max_completion_length=ANSWER_TOKENS,
-            learning_rate=1e-4,
+            learning_rate=2e-4,
+            temperature=0.7,
             reward_weights=[1.0, 0.2],
             logging_steps=10,
             save_strategy="no",

@@ -44,6 +44,7 @@ SMALL_FILES = {
     "vlparts.checkpoints.deepseek_ocr.names": "the names of tensors are a file of their own in each family",
     "vlparts._public": "loaded on first use, so that `import vlparts` is lazy",
     "vlparts.demo.ask": "a script for a Python without vlparts",
+    "vlparts.demo.deadline": "tested with a clock of its own",
     "vlparts.training.tokenizer": "used alone in the README, without the dependencies of training",
 }
 # The two patterns by which transformers finds the files to copy into a checkpoint; they read text, not code.
