@@ -41,6 +41,16 @@ class Kill(Cut):
         os._exit(77)
 
 
+class After(Cut):
+    """Ends a run after the checkpoint of a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control)
+
+
 def config_for(folder: Path, output: str, **changes: Any) -> TrainConfig:
     return settings(folder, **{"epochs": 3, "capacity": 100, "save_steps": 3, "output": folder / output, **changes})
 
@@ -80,6 +90,18 @@ def test_a_run_that_was_cut_off_goes_on_to_the_bit(tmp_path: Path, name: str) ->
     assert whole.steps == changes.get("max_steps", 3 * -(-PACKS // accumulated)) > step
     with pytest.raises(InterruptedError):
         train(config_for(tmp_path, "cut", **changes), callbacks=[Cut(step)])
+    resumed = train(config_for(tmp_path, "cut", resume=True, **changes))
+    assert_same(tmp_path, resumed, whole)
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": PACKS + 3}, {"epochs": 1}, {"max_steps": 3, "loss": "sample"}])
+def test_a_run_that_was_cut_off_after_its_last_step_takes_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Also where that step is not the last of an epoch."""
+    last = changes.get("max_steps", PACKS)
+    changes = {**changes, "save_steps": last}
+    whole = train(config_for(tmp_path, "whole", **changes))
+    with pytest.raises(InterruptedError):
+        train(config_for(tmp_path, "cut", **changes), callbacks=[After(last)])
     resumed = train(config_for(tmp_path, "cut", resume=True, **changes))
     assert_same(tmp_path, resumed, whole)
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from tests.training.making import TEXT, example, losses, settings, weights, write_records
 from tests.training.recipe_making import small_recipe
-from tests.training.test_resuming import ROOT, Cut, assert_same
+from tests.training.test_resuming import ROOT, After, Cut, assert_same
 from vlparts.training.config import TrainConfig
 from vlparts.training.recipe import check_recipe, run_recipe
 from vlparts.training.records import RecordError
@@ -52,16 +52,6 @@ def test_a_run_that_was_cut_off_goes_on_to_the_bit(tmp_path: Path, name: str) ->
         train(config_for(tmp_path, "cut", **changes), callbacks=[After(step) if step == 12 else Cut(step)])
     resumed = train(config_for(tmp_path, "cut", resume=True, **changes))
     assert_same(tmp_path, resumed, whole)
-
-
-class After(Cut):
-    """Ends a run after the checkpoint of a step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pass
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control)
 
 
 def test_the_state_has_positions_only(tmp_path: Path) -> None:

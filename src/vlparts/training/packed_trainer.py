@@ -98,10 +98,11 @@ class PackTrainer(Trainer):
         self._stream_loader = stream_loader(self.train_dataset, self.data_collator, self.args)
         return self._stream_loader
 
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
-        """Return Trainer's values, with one epoch for a stream, after which a run that is resumed takes no step."""
-        epochs, *others = super().set_initial_training_values(args, dataloader)
-        return (1 if isinstance(dataloader, StreamLoader) else epochs, *others)
+    def _init_training_state(self, max_steps: int, updates: int, epochs: int, *others: Any) -> tuple[int, int]:
+        """Return the epochs and batches that are done: all, if a run that is resumed has taken its last step."""
+        done: tuple[int, int] = super()._init_training_state(max_steps, updates, epochs, *others)
+        # Trainer takes one more step unless that was the last of an epoch.
+        return (epochs, 0) if self.state.global_step >= max_steps else done
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, which Trainer's own state completes; that of the streams of all processes comes first."""
