@@ -48,7 +48,7 @@ class Deadline(TrainerCallback):
         share = 1.0 if left <= 0 else (now - self._start) / (now - self._start + left)
         kwargs["lr_scheduler"].last_epoch = min(round(share * state.max_steps), state.max_steps) - 1
         self._bar.update(self._task, completed=share, step=steps)
-        control.should_training_stop = left <= 0
+        control.should_training_stop |= left <= 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss."""
