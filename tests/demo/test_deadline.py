@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from tests.training.making import losses, settings
-from vlparts.demo.deadline import Deadline
+from vlparts.demo.deadline import Deadline, progress_bar
 from vlparts.training.train import train
 
 
@@ -27,9 +27,10 @@ def test_the_learning_rate_follows_the_clock(tmp_path: Path, seconds: list[float
             now[0] += next(steps)
 
     output = io.StringIO()
-    deadline = Steps(100 + total, lambda step: reserved, Console(file=output), lambda: now[0])
     changes = {"max_steps": 1000, "warmup_ratio": 0.0, "trainer": {"disable_tqdm": True, "save_strategy": "no"}}
-    result = train(settings(tmp_path, **changes), callbacks=[deadline])
+    with progress_bar(Console(file=output)) as bar:
+        deadline = Steps(100 + total, lambda step: reserved, bar, lambda: now[0])
+        result = train(settings(tmp_path, **changes), callbacks=[deadline])
     passed = [sum(seconds[: index + 1]) for index in range(result.steps)]
     assert passed[-2] < total - reserved <= passed[-1]
     found = [line["learning_rate"] for line in result.log if "loss" in line]
@@ -47,5 +48,5 @@ def test_slow_steps_leave_more_time_for_what_follows(tmp_path: Path) -> None:
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now[0] += 2
 
-    deadline = Steps(20.0, lambda step: 3 * step, Console(quiet=True), lambda: now[0])
+    deadline = Steps(20.0, lambda step: 3 * step, progress_bar(Console(quiet=True)), lambda: now[0])
     assert train(settings(tmp_path, max_steps=50), callbacks=[deadline]).steps == 7

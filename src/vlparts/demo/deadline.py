@@ -8,7 +8,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-__all__ = ["Deadline"]
+__all__ = ["Deadline", "progress_bar"]
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar for [`Deadline`], to be used in a `with` statement, which ends it also if training is interrupted."""
+    shown = TextColumn("Training, step {task.fields[step]}, loss {task.fields[loss]}")
+    return Progress(shown, BarColumn(), TimeRemainingColumn(), console=console)
 
 
 class Deadline(TrainerCallback):
@@ -20,7 +26,7 @@ class Deadline(TrainerCallback):
     Args:
         end: Value of `clock` at which everything has to be finished.
         reserve: Seconds that what follows takes, as a function of the mean seconds of a training step.
-        console: Where the progress bar is drawn.
+        bar: A [`progress_bar`].
         clock: Returns seconds.
     """
 
@@ -28,18 +34,15 @@ class Deadline(TrainerCallback):
         self,
         end: float,
         reserve: Callable[[float], float],
-        console: Console,
+        bar: Progress,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._end, self._reserve, self._clock = end, reserve, clock
-        shown = TextColumn("Training, step {task.fields[step]}, loss {task.fields[loss]}")
-        self._bar = Progress(shown, BarColumn(), TimeRemainingColumn(), console=console)
+        self._end, self._reserve, self._bar, self._clock = end, reserve, bar, clock
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._start = self._clock()
         self._task = self._bar.add_task("", total=1.0, step=0, loss="-")
-        self._bar.start()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the schedule to the time; the Trainer advances it after this."""
@@ -54,7 +57,3 @@ class Deadline(TrainerCallback):
         """Show the loss."""
         if "loss" in (logs or {}):
             self._bar.update(self._task, loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the progress bar."""
-        self._bar.stop()

@@ -19,7 +19,7 @@ from ..training.presets import preset_names
 from ..training.train import train
 from . import ask
 from .data import Task, write_dataset
-from .deadline import Deadline
+from .deadline import Deadline, progress_bar
 from .isolation import environment_without, run_without
 from .score import Score, read_answers, score
 
@@ -82,17 +82,16 @@ def run_demo(
     held_out = write_dataset(out / "data", "held_out", images[1], task, held_out=True, seed=seed)
 
     config = TrainConfig(data=training, output=out / "model", seed=seed, text=text, **SETTINGS)
+    started = time.perf_counter()
     if steps is None:
         console.print(f"Training until {minutes:g} minutes have passed in all")
         quiet = {"disable_tqdm": True, "save_strategy": "no"}
         config = config.model_copy(update={"max_steps": MOST_STEPS, "trainer": quiet})
-        callbacks = [Deadline(began + 60 * minutes, _reserve, console)]
+        with progress_bar(console) as bar:
+            result = train(config, callbacks=[Deadline(began + 60 * minutes, _reserve, bar)])
     else:
         console.print(f"Training for {steps} steps")
-        config = config.model_copy(update={"max_steps": steps, "save_steps": steps})
-        callbacks = []
-    started = time.perf_counter()
-    result = train(config, callbacks=callbacks)
+        result = train(config.model_copy(update={"max_steps": steps, "save_steps": steps}))
     trained = time.perf_counter() - started
 
     console.print("Evaluating the saved model in a process where vlparts cannot be imported")
