@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.losses.loss_oracle import IGNORED, assert_equal, drawn, gradients
-from tests.losses.test_linear_cross_entropy import CLASSES, WIDTH, Inputs, expected_of, inputs, ours
+from tests.losses.test_linear_cross_entropy import CLASSES, WIDTH, Inputs, assert_same, expected_of, inputs, ours
 from vlparts.losses import _vocab_chunks
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy
 
@@ -120,14 +120,14 @@ def test_logits_are_never_held_together(cache_bytes: int, monkeypatch: pytest.Mo
 
 
 class Products(TorchDispatchMode):
-    """Counts the classes of all products of the head with tokens."""
+    """Counts the multiplications of all products, as classes times tokens."""
 
-    classes = 0
+    count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             left, right = args[-2:]
-            self.classes += next(n for n in (*left.shape, *right.shape) if n not in (WIDTH, 100))
+            self.count += left.shape[0] * left.shape[1] * right.shape[1] // WIDTH
         return function(*args, **(kwargs or {}))
 
 
@@ -138,10 +138,41 @@ def test_cached_chunks_save_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
         set_chunks(monkeypatch, cached_chunks * 5 * 100 * 8)
         with Products() as seen:
             gradients(ours(given), *given[:2])
-        assert seen.classes == classes
+        assert seen.count == classes * 100
     with torch.no_grad(), Products() as seen:
         ours(given)
-    assert seen.classes == CLASSES
+    assert seen.count == CLASSES * 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tokens", [30, 32, 41])
+def test_groups_of_tokens_that_fit_in_the_cache_repeat_no_product(
+    dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vocab_chunks, "MIN_GROUP_TOKENS", 8)
+    monkeypatch.setattr(_vocab_chunks, "GROUP_MULTIPLE", 4)
+    set_chunks(monkeypatch, CLASSES * dtype.itemsize * 11)  # 11 tokens fit, 8 are taken
+    given = inputs([tokens - 9, 9], dtype=dtype)
+    given.case.labels.clamp_(min=0)
+    with Products() as seen:
+        gradients(ours(given), *given[:2])
+    assert seen.count == 3 * CLASSES * tokens
+    for options in (dict(), dict(softcap=2.0), dict(label_smoothing=0.1, z_loss=0.1)):
+        assert_same(given, 1e-10 if dtype == torch.float64 else 1e-4, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_one_group_so_that_its_gradient_is_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vocab_chunks, "MIN_GROUP_TOKENS", 1)
+    monkeypatch.setattr(_vocab_chunks, "GROUP_MULTIPLE", 1)
+    set_chunks(monkeypatch, CLASSES * 4 * 8)
+    given = inputs([3000], dtype=dtype)
+    wide = wide_of(given)
+    (found,), (wanted,) = (gradients(ours(each), each.weight) for each in (given, wide))
+    rounded = wanted.to(dtype).double()
+    assert (found.double() - wanted).norm() < 3 * (rounded - wanted).norm()
 
 
 def test_chunks_shrink_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..parts.utils import IGNORE_INDEX, refuse_second_derivative
 from ._checks import check_fraction, check_labels, check_number, loss_dtype
-from ._vocab_chunks import Head, HeadGradients, NeedsGrad, head_losses
+from ._head_gradients import Head, HeadGradients, NeedsGrad
+from ._vocab_chunks import head_losses
 from .cross_entropy import WeightedLoss, active_tokens, collect_parts, weighted_cross_entropy_with_parts
 from .weights import weigh_tokens
 

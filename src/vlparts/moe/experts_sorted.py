@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from ..kernels.cpu.linear import is_faster, linear_cpu, weight_gradient
+from ..kernels.cpu.linear import is_faster, linear_cpu, linear_out_cpu, weight_gradient
 from ..parts.moe_experts import check_routing
 from ..parts.ops_library import define_operation
 from ..parts.utils import refuse_second_derivative
@@ -147,17 +147,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: list[_Segme
         return F.grouped_mm(x, weight[experts].transpose(1, 2), offs=ends[experts] - first)
     if len(chunk) == 1:
         return linear_cpu(x, weight[chunk[0].expert], None if bias is None else bias[chunk[0].expert])
-    (outer, inner), transposed = weight.shape[1:], not weight[0].is_contiguous()
-    output = x.new_empty(len(x), outer)
+    output = x.new_empty(len(x), weight.shape[1])
     for expert, start, end in chunk:
-        rows = x[start - first : end - first]
-        target = output[start - first : end - first]
-        if is_faster(x.dtype, len(rows), inner, outer, transposed=transposed):
-            target.copy_(linear_cpu(rows, weight[expert], None if bias is None else bias[expert]))
-        elif bias is None:
-            torch.mm(rows, weight[expert].t(), out=target)
-        else:
-            torch.addmm(bias[expert], rows, weight[expert].t(), out=target)
+        rows = slice(start - first, end - first)
+        linear_out_cpu(output[rows], x[rows], weight[expert], None if bias is None else bias[expert], add=False)
     return output
 
 

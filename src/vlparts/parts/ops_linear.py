@@ -12,6 +12,29 @@ from .ops_library import define_operation
 linear = define_operation("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", F.linear)
 
 
+def linear_out_reference(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool) -> None:
+    """Write a linear layer's output to `out`, or add it, without recording gradients of it.
+
+    Args:
+        out: `(M, N)`.
+        x: `(M, K)` of the same type.
+        weight: `(N, K)` of the same type.
+        bias: `(N,)` or None; only without `add`.
+        add: Whether to add to `out`.
+    """
+    if add:
+        out.addmm_(x, weight.t())
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+linear_out = define_operation(
+    "linear_out(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool add) -> ()", linear_out_reference
+)
+
+
 class _LinearOperation(TorchFunctionMode):
     """Replaces `torch.nn.functional.linear` of plain tensors by `vlparts::linear`."""
 

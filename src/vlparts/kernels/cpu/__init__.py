@@ -6,7 +6,7 @@ from torch import Tensor
 from ...parts import ops_activations, ops_attention, ops_linear, ops_rotary, packed_segments  # noqa: F401 (define the operations)
 from ...parts.ops_rms_norm import rms_norm_reference
 from .attention import packed_attention_cpu
-from .linear import linear_cpu, linear_cpu_autograd
+from .linear import linear_cpu, linear_cpu_autograd, linear_out_cpu
 
 # Largest activation of a pass, in bytes. Beyond about 32 MiB the C library returns memory to the system after every
 # use, and allocating it again costs more than the arithmetic: with 2,000 to 8,000 tokens per pass, a ViT-S takes 0.8
@@ -32,6 +32,7 @@ def register() -> None:
     impl("vlparts::linear", "CPU", linear_cpu)
     impl("vlparts::linear", "AutogradCPU", linear_cpu_autograd)
     impl("vlparts::linear", "AutocastCPU", torch.nn.functional.linear)  # casts the inputs to one dtype
+    impl("vlparts::linear_out", both, linear_out_cpu)
     impl("vlparts::rms_norm", both, rms_norm_cpu)
     impl("vlparts::tokens_per_pass", both, tokens_per_pass_cpu)
 
