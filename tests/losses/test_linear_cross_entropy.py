@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.kernels.cpu.forms import prefer_forms
 from tests.losses.loss_oracle import IGNORED, Case, assert_equal, drawn, gradients, make_case
-from vlparts.kernels.cpu import linear as linear_cpu
 from vlparts.losses import _vocab_chunks
 from vlparts.losses.cross_entropy import weighted_cross_entropy, weighted_cross_entropy_with_parts
 from vlparts.losses.linear_cross_entropy import linear_weighted_cross_entropy, linear_weighted_cross_entropy_with_parts
@@ -209,8 +209,7 @@ def test_parts_are_those_of_the_logits() -> None:
 @pytest.mark.usefixtures("cache_bytes")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_float32_of_many_tokens(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: onednn and torch.backends.mkldnn.is_available())
-    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+    prefer_forms(monkeypatch, "onednn" if onednn else "pytorch")
     monkeypatch.setattr(_vocab_chunks, "MAX_CHUNK_CLASSES", 9)
     wide, narrow = inputs([70, 1, 130]), inputs([70, 1, 130], dtype=torch.float32)
     expected, loss = expected_of(wide), ours(narrow)

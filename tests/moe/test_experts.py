@@ -11,7 +11,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from vlparts.kernels.cpu import linear
+from tests.kernels.cpu.forms import prefer_forms
 from vlparts.moe import expert_costs, experts_dense, experts_sorted, forget_expert_costs, register
 
 OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
@@ -196,11 +196,10 @@ def test_many_experts(implementation: str, dtype: torch.dtype, tolerance: float)
         assert (mine.double() - exact).pow(2).mean().sqrt() < tolerance * exact.pow(2).mean().sqrt()
 
 
-@pytest.mark.parametrize("name", ["mkl_is_slow_in_layers", "mkl_is_slow"])
-def test_other_products_in_float32(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("form", ["onednn", "weight_first"])
+def test_other_products_in_float32(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """The products of `linear_cpu` are used wherever they are faster."""
-    monkeypatch.setattr(linear, name, torch.backends.mkldnn.is_available)
-    monkeypatch.setattr(linear, "MULTIPLICATIONS_FROM", 1)
+    prefer_forms(monkeypatch, form)
     module, (hidden, index, weights) = experts("plain", experts=14, width=16, inner=8), routing(20, width=16)
     expected = oracle(module, hidden, index, weights)
     expected = [expected, *torch.autograd.grad(expected.pow(2).sum(), [hidden, *module.parameters()])]

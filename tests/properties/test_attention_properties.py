@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kernels.cpu.forms import prefer_forms
 from torch import Tensor
 
 from vlparts.kernels.cpu import attention as attention_cpu
 from vlparts.kernels.cpu import attention_blocks
-from vlparts.kernels.cpu import linear as linear_cpu
 from vlparts.parts.ops_attention import packed_attention
 from vlparts.parts.ops_attention_reference import block_mask, packed_attention_reference
 from vlparts.training.bins import plan_packing
@@ -132,10 +132,8 @@ def test_blocks_of_any_size_are_the_reference(
 ) -> None:
     tensors = draw_tensors(pairs, heads, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
-        patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
         # Also for single keys: PyTorch's fused attention sums their gradients in bfloat16.
-        patch.setattr(attention_blocks, "onednn_is_faster", lambda *sizes: True)
+        prefer_forms(patch, "blocks", "onednn")
         patch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
         patch.setattr(attention_blocks, "MIN_LENGTH", 1)
         patch.setattr(attention_blocks, "MAX_THREADS", 64)

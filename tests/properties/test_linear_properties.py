@@ -5,20 +5,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kernels.cpu.forms import prefer_forms
 
 from vlparts.kernels.cpu import linear as linear_cpu
 
 counts = st.integers(0, 40) | st.sampled_from([64, 129, 200])
 widths = st.integers(1, 70)
+orders = st.permutations(["onednn", "weight_first"])
 
 
-@given(counts, widths, widths, st.booleans(), st.booleans(), st.integers(1, 70))
-def test_onednn_gives_what_float64_gives(
-    rows: int, features: int, outputs: int, turned: bool, bias: bool, rows_at_a_time: int
+@given(counts, widths, widths, st.booleans(), st.booleans(), st.integers(1, 70), orders)
+def test_every_form_gives_what_float64_gives(
+    rows: int, features: int, outputs: int, turned: bool, bias: bool, rows_at_a_time: int, forms: list[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
-        patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+        prefer_forms(patch, *forms)
         patch.setattr(linear_cpu, "ROW_MULTIPLE", 16)
         patch.setattr(linear_cpu, "ROWS_PER_CHUNK", rows_at_a_time)
         x = torch.randn(features, rows).t() if turned else torch.randn(rows, features)
@@ -35,11 +36,10 @@ def test_onednn_gives_what_float64_gives(
         torch.testing.assert_close(mine.double(), theirs, atol=1e-4, rtol=1e-5)
 
 
-@given(st.integers(1, 30), st.integers(1, 30), widths, widths)
-def test_rows_are_independent(first: int, second: int, features: int, outputs: int) -> None:
+@given(st.integers(1, 30), st.integers(1, 30), widths, widths, orders)
+def test_rows_are_independent(first: int, second: int, features: int, outputs: int, forms: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cpu, "mkl_is_slow", torch.backends.mkldnn.is_available)
-        patch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+        prefer_forms(patch, *forms)
         x, weight = torch.randn(first + second, features), torch.randn(outputs, features)
         together = torch.ops.vlparts.linear(x, weight)
         apart = [torch.ops.vlparts.linear(part, weight) for part in x.split((first, second))]

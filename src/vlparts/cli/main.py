@@ -202,6 +202,9 @@ def info(
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Compare kernels of backends with PyTorch.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Show which forms of the CPU kernels were measured and chosen.")
+    ] = False,
 ) -> None:
     """Show versions, registered parts, and backends with the reason if one is not active."""
     from ..backends import backend_status, check_backends
@@ -223,18 +226,36 @@ def info(
     for status in backend_status().values():
         table.add_row(status.name, "yes" if status.active else "no", Text(status.reason))
     console.print(table)
+    if kernels:
+        _show_measured_kernels()
     if not self_check:
         return
     table = Table("backend", "kernel", "self-check")
     results = check_backends()
-    for backend, kernels in results.items():
-        for kernel, error in kernels.items():
+    for backend, checked in results.items():
+        for kernel, error in checked.items():
             table.add_row(backend, kernel, Text(f"switched off: {error}" if error else "passed"))
     console.print(table)
     if not results:
         console.print("No active backend has kernels to check.")
-    if any(error for kernels in results.values() for error in kernels.values()):
+    if any(error for checked in results.values() for error in checked.values()):
         raise typer.Exit(1)
+
+
+def _show_measured_kernels() -> None:
+    from ..kernels.cpu.calibration import VARIABLE, calibrations, is_switched_off
+
+    found = calibrations()
+    if is_switched_off():
+        console.print(f"{VARIABLE}=0: PyTorch's own forms are used, and nothing is measured.")
+    elif not found:
+        console.print("Nothing measured yet: the forms of a CPU kernel are measured when it is first used.")
+    table = Table("CPU kernel", "chosen", "milliseconds")
+    for one in found:
+        times = ", ".join(f"{form} {1e3 * seconds:.2f}" for form, seconds in one["seconds"].items())
+        table.add_row(one["name"], one["chosen"], times)
+    if found:
+        console.print(table)
 
 
 def main() -> None:

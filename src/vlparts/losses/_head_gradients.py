@@ -91,9 +91,7 @@ class Buffers:
         return HeadGradients(hidden, weight, bias)
 
 
-def make_buffers(
-    hidden: Tensor, weights: Tensor, head: Head, needs_grad: NeedsGrad, log_partition: Tensor
-) -> Buffers:
+def make_buffers(hidden: Tensor, weights: Tensor, head: Head, needs_grad: NeedsGrad, log_partition: Tensor) -> Buffers:
     """Allocate the gradients that are needed.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from ..kernels.cpu.linear import is_faster, linear_cpu, linear_out_cpu, weight_gradient
+from ..kernels.cpu.linear import form_of, linear_cpu, linear_out_cpu, weight_gradient
 from ..parts.moe_experts import check_routing
 from ..parts.ops_library import define_operation
 from ..parts.utils import refuse_second_derivative
@@ -164,7 +164,7 @@ def _use_grouped_mm(x: Tensor, weight: Tensor, chunk: list[_Segment]) -> bool:
         return False
     rows, transposed = len(x) // len(chunk), not weight[0].is_contiguous()
     is_supported = x.dtype in (torch.float32, torch.bfloat16)
-    return is_supported and not is_faster(x.dtype, rows, inner, outer, transposed=transposed)
+    return is_supported and form_of(x.dtype, rows, inner, outer, transposed=transposed) == "pytorch"
 
 
 class _SortedExperts(torch.autograd.Function):

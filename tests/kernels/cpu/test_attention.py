@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernels.cpu.forms import prefer_forms
 from tests.parts.attention_oracle import assert_like_oracle, boundaries, cases, flags, inputs
 from vlparts.kernels.cpu import attention as attention_cpu
 from vlparts.kernels.cpu.attention import packed_attention_cpu
@@ -50,6 +51,7 @@ def test_boundaries_must_cover_the_tokens(bounds: list[int], with_host_lengths: 
 
 @pytest.mark.parametrize("longest", [3, 64])
 def test_bfloat16_training_agrees_on_both_sides_of_its_bounds(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    prefer_forms(monkeypatch, "explicit")
     monkeypatch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", longest)
     monkeypatch.setattr(attention_cpu, "SCORES_PER_CHUNK", 200)
     segments = ([5, 3, 3, 3, 8], [5, 3, 3, 3, 8])
@@ -58,7 +60,8 @@ def test_bfloat16_training_agrees_on_both_sides_of_its_bounds(monkeypatch: pytes
     assert_like_oracle(output, tensors, segments, False, 2e-2)
 
 
-def test_second_derivatives_are_refused_in_bfloat16_training() -> None:
+def test_second_derivatives_are_refused_in_bfloat16_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_forms(monkeypatch, "explicit")
     tensors, bounds = inputs(([5, 3], [5, 3]), dtype=torch.bfloat16), boundaries([5, 3])
     loss = packed_attention(*tensors, bounds).float().square().sum()
     with pytest.raises(RuntimeError, match="Packed attention in bfloat16 is differentiable once; got `create_graph"):
@@ -66,7 +69,8 @@ def test_second_derivatives_are_refused_in_bfloat16_training() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_in_bfloat16_training(reentrant: bool) -> None:
+def test_gradient_checkpointing_in_bfloat16_training(monkeypatch: pytest.MonkeyPatch, reentrant: bool) -> None:
+    prefer_forms(monkeypatch, "explicit")
     tensors, bounds = inputs(([5, 3], [5, 3]), dtype=torch.bfloat16), boundaries([5, 3])
     expected = torch.autograd.grad(packed_attention(*tensors, bounds).float().square().sum(), tensors)
     output = checkpoint(lambda *x: packed_attention(*x, bounds), *tensors, use_reentrant=reentrant)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.cpu.forms import prefer_forms
 from tests.parts.attention_oracle import SEGMENTS, assert_like_oracle, boundaries, flags, inputs, oracle
 from vlparts.kernels.cpu import attention as attention_cpu
 from vlparts.kernels.cpu import attention_blocks
@@ -34,8 +35,8 @@ def computed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     monkeypatch.setattr(attention_cpu, "attend_in_blocks", noted)
     monkeypatch.setattr(attention_cpu, "BFLOAT16_TRAINING_UP_TO", 0)
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+    prefer_forms(monkeypatch, "explicit", "blocks", "onednn")
+    monkeypatch.setattr(attention_blocks, "has_onednn", lambda: True)
     monkeypatch.setattr(attention_blocks, "MIN_LENGTH", 1)
     torch.set_num_threads(request.param)
     monkeypatch.setattr(attention_blocks, "SCORES_PER_BLOCK", 200)
@@ -278,8 +279,8 @@ def test_blocks_are_not_used_under_dispatch_modes_and_tangents() -> None:
         assert not blocks_apply(query, query, dual)
 
 
-def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
+def test_only_where_every_thread_has_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_blocks, "has_onednn", lambda: True)
     torch.set_num_threads(1)
 
     def apply(length_q: int, length_k: int) -> bool:
@@ -294,5 +295,5 @@ def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(3)  # one of them would have no head
     assert not apply(512, 512)
     torch.set_num_threads(1)
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(attention_blocks, "has_onednn", lambda: False)
     assert not apply(4096, 4096)

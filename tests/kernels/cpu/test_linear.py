@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.cpu.forms import prefer_forms
 from vlparts.kernels.cpu import linear as linear_cpu
 from vlparts.parts import ops_linear as linear
 from vlparts.parts.ops_linear import apply_linear
@@ -31,17 +32,18 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append((*x.shape[:-1], *weight.shape))
         return multiply(x, weight, bias)
 
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: has_onednn)
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: False)
-    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+    prefer_forms(monkeypatch, "onednn")
     monkeypatch.setattr(linear_cpu, "product", noted)
+    monkeypatch.setitem(linear_cpu.FORMS, "onednn", noted)
     return shapes
 
 
-@pytest.fixture(params=["as the processor wants", "oneDNN"])
-def kernel(request: pytest.FixtureRequest) -> None:
+@pytest.fixture(params=["as measured", "pytorch", "oneDNN", "weight_first"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "oneDNN":
         request.getfixturevalue("onednn")
+    elif request.param != "as measured":
+        prefer_forms(monkeypatch, request.param)
 
 
 class Layer(nn.Module):
@@ -192,26 +194,33 @@ def test_counted_operations_are_pytorchs(onednn: list[tuple[int, ...]]) -> None:
     assert onednn == []
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_types_are_pytorchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: False)
+def test_onednn_is_for_float32_alone(dtype: torch.dtype) -> None:
     module = layer().to(dtype)
     x = torch.randn(70, 24, dtype=dtype)
     assert torch.equal(module(x), F.linear(x, module.inner.weight, module.inner.bias))
 
 
-@pytest.mark.parametrize("shape", [(70, 24), (2, 35, 24)])
+@pytest.mark.parametrize("form", ["float32", "weight_first", "pytorch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 24), (16, 24), (33, 24), (2, 35, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_bfloat16_is_float32_rounded_once_where_it_is_emulated(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
+def test_16_bits_are_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype, shape: tuple[int, ...], bias: bool
 ) -> None:
-    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
-    module, x = layer(bias=bias).bfloat16(), torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+    prefer_forms(monkeypatch, form)
+    module, x = layer(bias=bias).to(dtype), torch.randn(shape).to(dtype).requires_grad_()
     exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
     found, expected = module(x), exact(precise)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=2**-8)
+    assert found.dtype == dtype
+    # With the weight first, the bias is added to the rounded product.
+    roundings = 2 if form == "weight_first" and bias else 1
+    half_a_step = torch.finfo(dtype).eps / 2
+    largest = 8 if roundings == 2 else 0
+    torch.testing.assert_close(
+        found.double(), expected, atol=1e-5 + largest * half_a_step, rtol=1.01 * half_a_step * roundings
+    )
     mine = gradients(found, [x, *module.parameters()])
     theirs = gradients(expected, [precise, *exact.parameters()])
     for one, other in zip(mine, theirs, strict=True):
@@ -220,24 +229,9 @@ def test_bfloat16_is_float32_rounded_once_where_it_is_emulated(
         assert torch.equal(module(x), found)
 
 
-def test_few_rows_in_bfloat16_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
-    rows: list[int] = []
-
-    def noted(x: Tensor, *rest: Any, multiply: Any = linear_cpu._multiply) -> Tensor:
-        rows.append(len(x))
-        return multiply(x, *rest)
-
-    monkeypatch.setattr(linear_cpu, "_multiply", noted)
-    module = layer().bfloat16()
-    for count in (linear_cpu.ROWS_TO_WIDEN_FROM - 1, linear_cpu.ROWS_TO_WIDEN_FROM):
-        module(torch.randn(count, 24, dtype=torch.bfloat16)).sum().backward()
-    assert rows == [linear_cpu.ROWS_TO_WIDEN_FROM]
-
-
 @pytest.mark.parametrize("out", [True, False])
 def test_weight_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch, out: bool) -> None:
-    monkeypatch.setattr(linear_cpu, "half_is_emulated", lambda: True)
+    prefer_forms(monkeypatch, "float32")
     x, grad = torch.randn(70, 24).bfloat16(), torch.randn(70, 40).bfloat16()
     target = torch.empty(40, 24, dtype=torch.bfloat16) if out else None
     with torch.no_grad():
@@ -246,19 +240,11 @@ def test_weight_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch, out: bool
     torch.testing.assert_close(found.double(), grad.double().t() @ x.double(), atol=1e-5, rtol=2**-8)
 
 
-@pytest.mark.parametrize(("capability", "emulated"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
-def test_which_processors_emulate_products_of_16_bits(
-    monkeypatch: pytest.MonkeyPatch, capability: str, emulated: bool
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert linear_cpu.half_is_emulated.__wrapped__() == emulated
-
-
-@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (16, 24), (17, 24), (2, 3, 24), (1, 1, 24)])
+@pytest.mark.parametrize("form", ["weight_first", "onednn"])
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (32, 24), (33, 24), (2, 3, 24), (1, 1, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_few_rows_in_float32(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool) -> None:
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: has_onednn)
-    monkeypatch.setattr(linear_cpu, "MULTIPLICATIONS_FROM", 1)
+def test_few_rows_in_float32(monkeypatch: pytest.MonkeyPatch, form: str, shape: tuple[int, ...], bias: bool) -> None:
+    prefer_forms(monkeypatch, form)
     module, x = layer(bias=bias), torch.randn(shape, requires_grad=True)
     exact, precise = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
     found, expected = module(x), exact(precise)
@@ -272,25 +258,16 @@ def test_few_rows_in_float32(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, 
         assert module(x).is_contiguous()
 
 
-@pytest.mark.parametrize(("maker", "capability"), [("AuthenticAMD", "AVX512"), ("GenuineIntel", "AVX2"), ("", "AVX2")])
-def test_few_rows_elsewhere_are_pytorchs(monkeypatch: pytest.MonkeyPatch, maker: str, capability: str) -> None:
-    monkeypatch.setattr(linear_cpu, "_processor", lambda: maker)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not linear_cpu.mkl_is_slow_in_layers.__wrapped__()
-    monkeypatch.setattr(linear_cpu, "_processor", lambda: "AuthenticAMD")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert linear_cpu.mkl_is_slow_in_layers.__wrapped__() == has_onednn
-
-
-def test_few_rows_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow_in_layers", lambda: True)
-    for rows in (1, linear_cpu.MAX_FEW_ROWS):
-        assert linear_cpu._few_rows_are_faster(rows, 1024, 1024, False) == torch.backends.mkldnn.enabled
-        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1023, False)
-        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1024, True)
-        assert not linear_cpu.is_faster(torch.float64, rows, 1024, 1024)
-    for rows in (0, linear_cpu.MAX_FEW_ROWS + 1):
-        assert not linear_cpu._few_rows_are_faster(rows, 1024, 1024, False)
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_written_to_or_added(rows: int, add: bool) -> None:
+    x, weight, start = torch.randn(rows, 24), torch.randn(40, 24), torch.randn(rows, 40)
+    bias = None if add else torch.randn(40)
+    out = start.clone()
+    torch.ops.vlparts.linear_out(out, x, weight, bias, add)
+    expected = F.linear(x, weight, bias) + add * start
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -336,58 +313,39 @@ def test_shapes_that_do_not_fit_are_refused_as_by_pytorch() -> None:
 
 @pytest.mark.usefixtures("onednn")
 def test_pytorchs_switches_are_respected() -> None:
-    assert linear_cpu.onednn_is_faster(70, 24, 40) == has_onednn
+    def uses_onednn() -> bool:
+        return linear_cpu.form_of(torch.float32, 70, 24, 40) == "onednn"
+
+    assert uses_onednn() == has_onednn
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not linear_cpu.onednn_is_faster(70, 24, 40)
+        assert not uses_onednn()
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     try:
         settings.fp32_precision = "bf16"
-        assert not linear_cpu.onednn_is_faster(70, 24, 40)
+        assert not uses_onednn()
     finally:
         settings.fp32_precision = before
-    assert linear_cpu.onednn_is_faster(70, 24, 40) == has_onednn
+    assert uses_onednn() == has_onednn
 
 
 def test_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu, "mkl_is_slow", lambda: True)
-    assert linear_cpu.onednn_is_faster(1024, 64, 64) == torch.backends.mkldnn.enabled
-    assert not linear_cpu.onednn_is_faster(64, 64, 64)
-    assert not linear_cpu.onednn_is_faster(4096, 4096, 7)
-
-
-@pytest.mark.parametrize(
-    ("maker", "capability"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2"), ("", "AVX512")]
-)
-def test_no_change_where_mkl_is_fast(monkeypatch: pytest.MonkeyPatch, maker: str, capability: str) -> None:
-    monkeypatch.setattr(linear_cpu, "_processor", lambda: f"vendor_id : {maker}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not linear_cpu.mkl_is_slow.__wrapped__()
-
-
-@pytest.mark.parametrize("transposed", [True, False])
-def test_with_avx2_only_products_without_transposes_are_onednns(
-    monkeypatch: pytest.MonkeyPatch, transposed: bool
-) -> None:
-    monkeypatch.setattr(linear_cpu, "_processor", lambda: "vendor_id : AuthenticAMD")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for name in ("mkl_is_slow", "mkl_is_slow_in_layers"):
-        monkeypatch.setattr(linear_cpu, name, getattr(linear_cpu, name).__wrapped__)
-    shapes, multiply = [], linear_cpu.product
-    monkeypatch.setattr(linear_cpu, "product", lambda x, *rest: shapes.append(x.shape) or multiply(x, *rest))
-    weight = torch.randn(400, 500).t() if transposed else torch.randn(500, 400)
-    weight, x = weight.requires_grad_(), torch.randn(100, 400, requires_grad=True)
-    torch.ops.vlparts.linear(x, weight).sum().backward()
-    assert shapes == [x.shape] * (has_onednn and not transposed)
-
-
-def test_the_processor_is_known_or_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(linear_cpu, "_processor", lambda: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD")
-    assert linear_cpu.mkl_is_slow.__wrapped__() == has_onednn
-    assert isinstance(linear_cpu._processor(), str)
+    asked = []
+    monkeypatch.setattr(linear_cpu, "fastest_form", lambda name, forms, make_trials: asked.append((name, forms)))
+    half, single = torch.bfloat16, torch.float32
+    linear_cpu.form_of(single, 1024, 64, 64)
+    linear_cpu.form_of(half, 3, 1024, 512)
+    linear_cpu.form_of(single, 32, 1024, 512, transposed=True)
+    onednn = ("onednn",) * has_onednn
+    assert asked == [
+        ("float32 layer, 512 rows", ("pytorch", *onednn)),
+        ("bfloat16 layer, 4 rows", ("pytorch", "float32", "weight_first")),
+        ("float32 layer, 32 rows, transposed", ("pytorch", *onednn)),
+    ]
+    for small in [(0, 2048, 2048), (64, 64, 64), (4096, 4096, 7), (1, 1024, 511)]:
+        assert linear_cpu.form_of(single, *small) == "pytorch"
+    assert linear_cpu.form_of(torch.float64, 1024, 1024, 1024) == "pytorch"
+    assert len(asked) == 3
 
 
 def test_meta_tensors() -> None:

@@ -11,7 +11,7 @@ from .linear import linear_cpu, linear_cpu_autograd, linear_out_cpu
 # Largest activation of a pass, in bytes. Beyond about 32 MiB the C library returns memory to the system after every
 # use, and allocating it again costs more than the arithmetic: with 2,000 to 8,000 tokens per pass, a ViT-S takes 0.8
 # of its time with 14,000 (2 cores of a Zen 5, float32 and bfloat16, inference).
-ACTIVATION_BYTES = 24 * 2**20
+ACTIVATION_BYTES = 16 * 2**20
 
 # Rows per chunk of RMS normalization, so that their float32 copies stay in the cache and in reused memory: 4,784 rows
 # of 1,280 channels take a seventh (float32) and a fifth (bfloat16) of the reference's time (2 cores of a Zen 5).

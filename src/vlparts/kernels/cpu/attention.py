@@ -4,7 +4,8 @@ Shapes: `Lq` queries and `Lk` keys of all segments; `H` query heads, `Hkv` key h
 `Dv` of values; `B` segments of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from ...parts.ops_attention_reference import SegmentRun, attend, segment_lengths, segment_runs, zeros_like_output
 from ...parts.utils import refuse_second_derivative
 from .attention_blocks import append_mean, attend_in_blocks, blocks_apply
+from .calibration import Trial, fastest_form
+from .linear import is_allowed
 
 # Segments up to this length are copied into one batch with others of equal length. Copied, eight segments take this
 # share of the time of eight calls, forward (8 heads of 64 channels, 2 cores of a Zen 5, a shared machine): 0.7 to 0.8
@@ -20,9 +23,13 @@ from .attention_blocks import append_mean, attend_in_blocks, blocks_apply
 # batched at every length.
 BATCH_UP_TO = 32
 
-# In bfloat16 training, segments up to this length go through `_BFloat16Attention` (table in `_attend`). Its Lq * Lk
-# weights per head stay in memory until the backward pass.
+# In bfloat16 training, segments up to this length may go through `_BFloat16Attention` (table in `_attend`). Its
+# Lq * Lk weights per head stay in memory until the backward pass.
 BFLOAT16_TRAINING_UP_TO = 512
+
+# Lengths that are measured: that of a segment is rounded down to a power of two in this range. From the last one on
+# the ratios hardly change.
+MEASURED_LENGTHS = (64, 1024)
 
 # Largest number of scores that `_BFloat16Attention` computes at once, 8 MiB: the fastest, or equal, of bounds from 1
 # to 8 MiB.
@@ -90,40 +97,68 @@ def _join_segments(outputs: list[Tensor], query: Tensor, value: Tensor) -> Tenso
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """Attention of `(B, H, Lq, D)` by the fastest kernel for these inputs.
+    """Attention of `(B, H, Lq, D)` by the fastest form for these inputs on this processor.
 
-    Times relative to fused SDPA, by length of the segments (6 heads of 64 channels, one thread of a Zen 5, a shared
-    machine):
+    Times relative to fused SDPA, by length of the segments (6 heads of 64 channels), on one thread of a Zen 5 and on
+    two cores of an Intel Xeon with AMX:
 
-    | length                            |   64 |  128 |  256 |  384 |  512 |  768 | 1024 | 2048 |
-    |-----------------------------------|------|------|------|------|------|------|------|------|
-    | float32, blocks                   | 2.98 | 1.36 | 0.99 | 0.66 | 0.64 | 0.60 | 0.61 | 0.58 |
-    | float32, blocks, training         | 3.32 | 1.69 | 1.07 | 0.80 | 0.68 | 0.80 | 0.71 | 0.65 |
-    | bfloat16, blocks                  | 2.50 | 1.27 | 0.90 | 0.69 | 0.66 | 0.55 | 0.56 | 0.54 |
-    | bfloat16, blocks, training        | 2.33 | 0.93 | 0.82 | 0.74 | 0.68 | 0.62 | 0.69 | 0.64 |
-    | bfloat16, kept weights, training  | 0.63 | 0.40 | 0.50 | 0.50 | 0.52 | 0.57 | 1.19 |      |
+    | length                                 |   64 |  128 |  256 |  384 |  512 |  768 | 1024 | 2048 |
+    |----------------------------------------|------|------|------|------|------|------|------|------|
+    | Zen 5, float32, blocks                 | 2.98 | 1.36 | 0.99 | 0.66 | 0.64 | 0.60 | 0.61 | 0.58 |
+    | Zen 5, float32, blocks, training       | 3.32 | 1.69 | 1.07 | 0.80 | 0.68 | 0.80 | 0.71 | 0.65 |
+    | Zen 5, bfloat16, blocks                | 2.50 | 1.27 | 0.90 | 0.69 | 0.66 | 0.55 | 0.56 | 0.54 |
+    | Zen 5, bfloat16, blocks, training      | 2.33 | 0.93 | 0.82 | 0.74 | 0.68 | 0.62 | 0.69 | 0.64 |
+    | Zen 5, bfloat16, kept weights          | 0.63 | 0.40 | 0.50 | 0.50 | 0.52 | 0.57 | 1.19 |      |
+    | Xeon, float32, blocks                  |      | 9.4  | 4.7  | 2.7  | 2.1  | 1.6  | 1.4  | 1.2  |
+    | Xeon, bfloat16, blocks                 |      | 9.7  | 7.6  | 6.0  | 5.1  | 3.2  | 3.3  | 3.1  |
+    | Xeon, bfloat16, kept weights, training | 1.11 | 0.80 | 0.99 | 1.35 | 1.47 | 1.69 | 1.87 |      |
     """
-    if causal:
-        return attend(query, key, value, scale, causal)
-    if _trains_in_bfloat16(query, key, value) and _is_short(query, key):
-        return _attend_explicitly(query, key, value, scale)
-    if blocks_apply(query, key, value):
-        return attend_in_blocks(query, key, value, scale)
+    if not causal:
+        form = _form_of(query, key, value)
+        if form == "explicit":
+            return _attend_explicitly(query, key, value, scale)
+        if form == "blocks":
+            return attend_in_blocks(query, key, value, scale)
     return attend(query, key, value, scale, causal)
 
 
-def _is_short(query: Tensor, key: Tensor) -> bool:
-    """Whether explicit weights are worth their memory; segments without queries or keys have none."""
+def _form_of(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Which form is the fastest for full attention of these inputs: "fused", "blocks" or "explicit"."""
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    names = ["fused"]
+    if blocks_apply(query, key, value):
+        names.append("blocks")
     lengths = query.shape[2], key.shape[2]
-    return min(lengths) > 0 and max(lengths) <= BFLOAT16_TRAINING_UP_TO
+    # Segments without queries or keys have no weights.
+    if trains and query.dtype == torch.bfloat16 and min(lengths) > 0 and max(lengths) <= BFLOAT16_TRAINING_UP_TO:
+        names.append("explicit")
+    if len(names) == 1 or not is_allowed(query.dtype):
+        return "fused"
+    shortest, longest = MEASURED_LENGTHS
+    length = min(max(1 << (max(lengths).bit_length() - 1), shortest), longest)
+    name = f"{str(query.dtype).removeprefix('torch.')} attention{', training' * trains}, {length} tokens, {names[-1]}"
+    return fastest_form(name, names, lambda: _make_trials(query.dtype, length, trains, names))
 
 
-def _trains_in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return (
-        query.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
-    )
+def _make_trials(dtype: torch.dtype, length: int, trains: bool, names: Sequence[str]) -> dict[str, Trial]:
+    """A call of each form on segments of this length, with a head of 64 channels for each thread and at least six."""
+    heads = max(6, torch.get_num_threads())
+    with torch.inference_mode(False):
+        qkv = torch.linspace(-1, 1, 3 * length * heads * 64).view(length, 3, heads, 64).to(dtype)
+
+    def run(attend_by: Callable[..., Tensor]) -> None:
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            given = qkv.detach().requires_grad_(trains)
+            output = attend_by(*given.transpose(0, 2)[None].unbind(2), None)
+            if trains:
+                torch.autograd.grad(output, given, torch.ones_like(output))
+
+    forms = {"fused": _attend_fused, "blocks": attend_in_blocks, "explicit": _attend_explicitly}
+    return {name: partial(run, forms[name]) for name in names}
+
+
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    return attend(query, key, value, scale, causal=False)
 
 
 def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

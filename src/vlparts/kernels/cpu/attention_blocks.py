@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...parts.utils import refuse_second_derivative
-from .linear import is_plain, onednn_is_faster, product
+from .linear import has_onednn, is_allowed, is_plain, product
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -44,13 +44,13 @@ LENGTH_MULTIPLE = 32
 
 
 def blocks_apply(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether [`attend_in_blocks`] supports these `(B, H, L, D)` and is faster than PyTorch's fused attention."""
-    length_q, length_k = query.shape[2], key.shape[2]
+    """Whether [`attend_in_blocks`] supports these `(B, H, L, D)`, with enough work for each thread."""
     return (
         query.dtype in DTYPES
-        and min(length_q, length_k) >= MIN_LENGTH
+        and min(query.shape[2], key.shape[2]) >= MIN_LENGTH
         and torch.get_num_threads() <= min(MAX_THREADS, key.shape[0] * key.shape[1])
-        and onednn_is_faster(length_q, query.shape[3], length_k)
+        and has_onednn()
+        and is_allowed()
         and all(is_plain(x) for x in (query, key, value))
     )
 
