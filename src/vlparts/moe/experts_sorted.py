@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from ..kernels.cpu.linear import form_of, linear_cpu, linear_out_cpu, weight_gradient
+from ..kernels.cpu.linear import Product, form_of, get_form, linear_cpu, weight_gradient, write_product
 from ..parts.moe_experts import check_routing
 from ..parts.ops_library import define_operation
 from ..parts.utils import refuse_second_derivative
@@ -148,9 +148,13 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: list[_Segme
     if len(chunk) == 1:
         return linear_cpu(x, weight[chunk[0].expert], None if bias is None else bias[chunk[0].expert])
     output = x.new_empty(len(x), weight.shape[1])
-    for expert, start, end in chunk:
-        rows = slice(start - first, end - first)
-        linear_out_cpu(output[rows], x[rows], weight[expert], None if bias is None else bias[expert], add=False)
+    counts = [end - start for _, start, end in chunk]
+    forms: dict[int, Product] = {}  # by the number of rows: to find it takes as long as a small product
+    for (expert, _, _), rows, target in zip(chunk, x.split(counts), output.split(counts), strict=True):
+        inputs = rows, weight[expert], None if bias is None else bias[expert]
+        if len(rows) not in forms:
+            forms[len(rows)] = get_form(*inputs)
+        write_product(forms[len(rows)], target, *inputs, add=False)
     return output
 
 

@@ -38,11 +38,11 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.fixture(params=["as measured", "pytorch", "oneDNN", "weight_first"])
+@pytest.fixture(params=["pytorch", "oneDNN", "weight_first"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "oneDNN":
         request.getfixturevalue("onednn")
-    elif request.param != "as measured":
+    else:
         prefer_forms(monkeypatch, request.param)
 
 

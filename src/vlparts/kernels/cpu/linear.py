@@ -47,6 +47,7 @@ MANY = (1, 512, 512)
 FEW = (8, 1280, 1792)
 
 HALF = (torch.bfloat16, torch.float16)
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,7 +86,6 @@ FORMS: dict[str, Product] = {
 }
 
 
-@cache
 def _forms_for(dtype: torch.dtype, few: bool, transposed: bool) -> tuple[str, ...]:
     """The forms that support such a layer, PyTorch's own first."""
     names = ["pytorch"]
@@ -121,7 +121,7 @@ def form_of(dtype: torch.dtype, rows: int, inner: int, columns: int, *, transpos
         columns: Output channels, N.
         transposed: Whether the weight is stored as `(K, N)`.
     """
-    if rows < 1 or columns < 8 or dtype not in (torch.float32, *HALF):
+    if rows < 1 or columns < 8 or dtype not in NAMES:
         return "pytorch"
     if rows <= MAX_FEW_ROWS:
         rows = 1 << (rows - 1).bit_length()
@@ -131,9 +131,8 @@ def form_of(dtype: torch.dtype, rows: int, inner: int, columns: int, *, transpos
         rows = MANY_ROWS
     if is_small or not is_allowed(dtype):
         return "pytorch"
-    order = ", transposed" if transposed else ""
-    name = f"{str(dtype).removeprefix('torch.')} layer, {rows} rows{order}"
     forms = _forms_for(dtype, rows != MANY_ROWS, transposed)
+    name = f"{NAMES[dtype]} layer, {rows} rows{', transposed' * transposed}"
     return fastest_form(name, forms, lambda: _make_trials(dtype, rows, transposed, forms))
 
 
@@ -177,12 +176,12 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `(..., N)`.
     """
-    return _get_form(x, weight, bias)(x, weight, bias)
+    return get_form(x, weight, bias)(x, weight, bias)
 
 
 def linear_cpu_autograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """CPU kernel of `vlparts::linear` under autograd; arguments and result are those of [`linear_cpu`]."""
-    form = _get_form(x, weight, bias)
+    form = get_form(x, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
     if needs_grad and form is not F.linear:
         return _Linear.apply(x, weight, bias)
@@ -191,16 +190,22 @@ def linear_cpu_autograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def linear_out_cpu(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool) -> None:
     """CPU kernel of `vlparts::linear_out`; arguments are those of [`linear_out_reference`]."""
-    form = _get_form(x, weight, bias)
+    write_product(get_form(x, weight, bias), out, x, weight, bias, add)
+
+
+def write_product(form: Product, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool) -> None:
+    """As [`linear_out_cpu`], by the form that [`get_form`] has found for inputs of these shapes and strides."""
     if form is F.linear:
         linear_out_reference(out, x, weight, bias, add)
+    elif form is _weight_first and len(x) == 1 and bias is None and not add:
+        torch.mv(weight, x[0], out=out[0])
     elif add:
         out.add_(form(x, weight, bias))
     else:
         out.copy_(form(x, weight, bias))
 
 
-def _get_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+def get_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
     """The form that computes this layer. PyTorch's own for shapes that it refuses, so that its error is raised."""
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         return F.linear
