@@ -67,7 +67,21 @@ def test_a_form_that_is_slow_is_not_run_again(clock: Callable[[float], Callable[
         return run
 
     fastest_form("one", ["a", "b"], lambda: {form: trial(form) for form in "ab"})
-    assert runs == {"a": calibration.ROUNDS + 1, "b": 2}
+    assert runs == {"a": calibration.ROUNDS + 1, "b": calibration.MIN_ROUNDS + 1}
+
+
+@pytest.mark.parametrize("slow_runs", [1, 2, 3, 20])
+def test_a_moment_of_other_work_decides_nothing(clock: Callable[[float], Callable[[], None]], slow_runs: int) -> None:
+    """The first runs of PyTorch's form take ten times as long as it needs, and that of the other twice as long."""
+    runs = 0
+
+    def plain() -> None:
+        nonlocal runs
+        runs += 1
+        clock(0.01 if runs <= slow_runs else 0.001)()
+
+    chosen = fastest_form("one", ["a", "b"], lambda: {"a": plain, "b": clock(0.002)})
+    assert chosen == ("b" if slow_runs == 20 else "a")
 
 
 def never() -> dict[str, Callable[[], None]]:

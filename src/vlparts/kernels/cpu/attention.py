@@ -145,13 +145,14 @@ def _make_trials(dtype: torch.dtype, length: int, trains: bool, names: Sequence[
     heads = max(6, torch.get_num_threads())
     with torch.inference_mode(False):
         qkv = torch.linspace(-1, 1, 3 * length * heads * 64).view(length, 3, heads, 64).to(dtype)
+        grad = torch.ones(1, length, heads, 64, dtype=dtype).transpose(1, 2)
 
     def run(attend_by: Callable[..., Tensor]) -> None:
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             given = qkv.detach().requires_grad_(trains)
             output = attend_by(*given.transpose(0, 2)[None].unbind(2), None)
             if trains:
-                torch.autograd.grad(output, given, torch.ones_like(output))
+                torch.autograd.grad(output, given, grad)
 
     forms = {"fused": _attend_fused, "blocks": attend_in_blocks, "explicit": _attend_explicitly}
     return {name: partial(run, forms[name]) for name in names}

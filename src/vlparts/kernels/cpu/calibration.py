@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
@@ -24,11 +25,12 @@ VARIABLE = "VLPARTS_CALIBRATE"
 # How many times as fast as PyTorch's own form another must be to be used; measurements differ by some percent.
 MIN_SPEEDUP = 1.1
 
-# Runs of each form, in turn, of which the fastest counts; fewer once they have taken the time, in seconds.
+# Runs of each form, in turn, of which the median counts; fewer once they have taken the time, in seconds.
 ROUNDS = 7
 MIN_ROUNDS = 3
 ROUNDS_SECONDS = 0.05
-# A form this many times as slow as the fastest is not run again: what it takes out of the cache slows the next one.
+# A form this many times as slow as the fastest is run in the first rounds only: what it takes out of the cache slows
+# the next one.
 DROP_RATIO = 1.5
 
 # Fields of /proc/cpuinfo that name a processor.
@@ -87,30 +89,40 @@ def _choose(name: str, forms: Sequence[str], make_trials: Callable[[], Mapping[s
     if known is not None:
         return str(known["chosen"])
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        seconds = _measure(make_trials())
-    first, best = forms[0], min(seconds, key=seconds.__getitem__)
-    chosen = best if seconds[best] * MIN_SPEEDUP <= seconds[first] else first
+        trials = make_trials()
+        seconds = _measure(trials)
+        chosen = _pick(seconds, forms[0])
+        if chosen != forms[0]:  # once more, since something else may have held the processor
+            again = _measure({name: trials[name] for name in (forms[0], chosen)})
+            seconds.update({name: min(one, seconds[name]) for name, one in again.items()})
+            chosen = _pick(seconds, forms[0])
     _write(path, {"name": name, "chosen": chosen, "seconds": seconds})
     known = _read(path, forms)  # of another process, if that was earlier
     return chosen if known is None else str(known["chosen"])
 
 
+def _pick(seconds: Mapping[str, float], first: str) -> str:
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] * MIN_SPEEDUP <= seconds[first] else first
+
+
 def _measure(trials: Mapping[str, Trial]) -> dict[str, float]:
-    """Time the forms in turn."""
-    best = dict.fromkeys(trials, float("inf"))
+    """Time the forms in turn; returns the median for each, which unlike the minimum holds the price of memory."""
     for trial in trials.values():  # the first call may compile
         trial()
+    times: dict[str, list[float]] = {name: [] for name in trials}
     begin = time.perf_counter()
     for turn in range(ROUNDS):
+        best = min(map(statistics.median, times.values())) if turn >= MIN_ROUNDS else float("inf")
         for name, trial in trials.items():
-            if turn and best[name] > DROP_RATIO * min(best.values()):
+            if turn >= MIN_ROUNDS and statistics.median(times[name]) > DROP_RATIO * best:
                 continue
             start = time.perf_counter()
             trial()
-            best[name] = min(best[name], time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
         if turn + 1 >= MIN_ROUNDS and time.perf_counter() - begin > ROUNDS_SECONDS:
             break
-    return best
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 @cache
