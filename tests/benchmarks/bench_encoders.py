@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from encoder_rivals import DEPTH, ONE_BY_ONE, OURS, PRESETS, RIVALS, Run, Setting, image_by_image, ours, setting
+from encoder_rivals import ONE_BY_ONE, OURS, PRESETS, RIVALS, Run, Setting, image_by_image, ours, setting
 from timing import compare, machine_line, peak_memory, print_table, ratios
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[None]:
         check(candidates, DTYPES[name])
         timed = wrapped(candidates, training)
         seconds = compare({**timed, "products": products_alone(one, training)}, arguments.repeats)
-        share = DEPTH * seconds.pop("products") / seconds[OURS]
+        share = one.config.num_hidden_layers * seconds.pop("products") / seconds[OURS]
         label = f"{size}, {kind}, {images} images, {len(one.pixels)} patches, {name}"
         header = ["setting", "images/s of ours", "products alone", *seconds]
         table = [[label, images / seconds[OURS], share, *ratios(seconds, OURS).values()]]

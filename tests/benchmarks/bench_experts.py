@@ -23,7 +23,12 @@ import vlparts.moe  # noqa: F401 (registers the implementations)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Width, experts, experts per token, intermediate size, groups with equal numbers of chosen experts.
-LAYERS = {"DeepSeek-OCR": (1280, 64, 6, 896, 1), "Pangu Pro MoE / 8": (640, 64, 8, 168, 8)}
+LAYERS = {
+    "DeepSeek-OCR": (1280, 64, 6, 896, 1),
+    "Pangu Pro MoE / 8": (640, 64, 8, 168, 8),
+    "Pangu Pro MoE": (5120, 64, 8, 1344, 8),
+    "tiny": (32, 8, 2, 16, 1),
+}
 THEIRS = ("eager", "grouped_mm", "batched_mm")
 OURS = ("vlparts_sorted", "vlparts_merged", "vlparts_auto")
 MOST_COPIES = 2**31  # bytes that `batched_mm` may copy
@@ -72,12 +77,18 @@ def run_of(
     return training if trains else forward
 
 
-def copy_speed() -> float:
+def copy_speed(numbers: int = 2**26) -> float:
     """Bytes per second of large memory copies, reads and writes together."""
-    source = torch.ones(2**26)
+    source = torch.ones(numbers)
     target = torch.empty_like(source)
     seconds = compare({"copy": lambda: target.copy_(source)}, 5)["copy"]
     return 2 * source.numel() * source.element_size() / seconds
+
+
+def moved_bytes(module: nn.Module, hit: float, trains: bool) -> float:
+    """Least bytes of a call: weights of the experts that are hit, twice in training, and gradients of all experts."""
+    everything = sum(one.numel() * one.element_size() for one in module.parameters())
+    return hit / len(module.gate_up_proj) * everything * (2 if trains else 1) + everything * trains
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -101,10 +112,7 @@ def measure(arguments: argparse.Namespace) -> None:
             speed = copy_speed()
             seconds = {one: time / len(modules) for one, time in compare(runs, arguments.repeats).items()}
             best = min(seconds[one] for one in THEIRS if one in seconds)
-            moved = (
-                hit * bytes_of_expert * (2 if trains else 1)
-                + (len(modules[0].gate_up_proj) * bytes_of_expert) * trains
-            )
+            moved = moved_bytes(modules[0], hit, trains)
             label = f"{name}, {'training' if trains else 'inference'}, {dtype}, {tokens} tokens"
             cells = [seconds[one] / best if one in seconds else "" for one in names]
             print_table(
@@ -157,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median is printed")
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="LAYER")
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS)[:2], choices=list(LAYERS), metavar="LAYER")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512, 4096])
     parser.add_argument("--passes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--rotate", type=int, default=1, help="layers with weights of their own in a run")

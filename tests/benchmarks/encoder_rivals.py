@@ -19,9 +19,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from vlparts import NaViTConfig, NaViTModel
 
 PATCH = 16
-DEPTH = 12
+DEPTH = 12  # layers of ViT-S and ViT-B
 PACK = 2048  # tokens of a pack for the encoder that needs a dense mask
-PRESETS = {"tiny": "tiny", "ViT-S": "small", "ViT-B": "b16"}
+PRESETS = {"tiny": "tiny", "ViT-S": "small", "ViT-B": "b16", "ViT-L": "l16"}
 OURS, ONE_BY_ONE = "NaViT, packed", "NaViT, image by image"
 Run = Callable[[], Tensor]
 
@@ -95,36 +95,36 @@ def siglip2(one: Setting) -> tuple[nn.Module, Run]:
     return model, lambda: model(rows, mask, one.grid[:, 1:]).last_hidden_state[mask.bool()]
 
 
-def qwen2(one: Setting) -> tuple[nn.Module, Run]:
-    """Native Qwen2-VL tower: packed, rotary positions, one attention call for each image."""
+def qwen2(one: Setting, attention: str = "sdpa") -> tuple[nn.Module, Run]:
+    """Native Qwen2-VL tower: packed, rotary positions; "sdpa" has one attention call for each image."""
     width = one.config.hidden_size
     config = Qwen2VLConfig().vision_config.__class__(
         embed_dim=width,
         hidden_size=width,
         mlp_ratio=one.config.intermediate_size // width,
-        depth=DEPTH,
+        depth=one.config.num_hidden_layers,
         num_heads=one.config.num_attention_heads,
         patch_size=PATCH,
         temporal_patch_size=1,
     )
-    return _qwen(Qwen2VisionTransformerPretrainedModel, config, one)
+    return _qwen(Qwen2VisionTransformerPretrainedModel, config, one, attention)
 
 
-def qwen25(one: Setting) -> tuple[nn.Module, Run]:
+def qwen25(one: Setting, attention: str = "sdpa") -> tuple[nn.Module, Run]:
     """Native Qwen2.5-VL tower: as above, but three quarters of the layers attend within windows."""
-    width = one.config.hidden_size
+    width, depth = one.config.hidden_size, one.config.num_hidden_layers
     config = Qwen2_5_VLVisionConfig(
         hidden_size=width,
         intermediate_size=one.config.intermediate_size * 2 // 3,  # three matrices for two: equal parameters
         out_hidden_size=width,
         window_size=8 * PATCH,
-        fullatt_block_indexes=[2, 5, 8, 11],
-        depth=DEPTH,
+        fullatt_block_indexes=list(range(2, depth, 3)),
+        depth=depth,
         num_heads=one.config.num_attention_heads,
         patch_size=PATCH,
         temporal_patch_size=1,
     )
-    return _qwen(Qwen2_5_VisionTransformerPretrainedModel, config, one)
+    return _qwen(Qwen2_5_VisionTransformerPretrainedModel, config, one, attention)
 
 
 def vit_pytorch(one: Setting) -> tuple[nn.Module, Run]:
@@ -136,7 +136,7 @@ def vit_pytorch(one: Setting) -> tuple[nn.Module, Run]:
         patch_size=PATCH,
         num_classes=1,
         dim=config.hidden_size,
-        depth=DEPTH,
+        depth=config.num_hidden_layers,
         heads=config.num_attention_heads,
         dim_head=config.hidden_size // config.num_attention_heads,
         mlp_dim=config.intermediate_size,
@@ -176,8 +176,8 @@ def _sizes(config: NaViTConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in names}
 
 
-def _qwen(make: type[nn.Module], config: object, one: Setting) -> tuple[nn.Module, Run]:
-    model = make._from_config(config, attn_implementation="sdpa").to(one.pixels.dtype)
+def _qwen(make: type[nn.Module], config: object, one: Setting, attention: str) -> tuple[nn.Module, Run]:
+    model = make._from_config(config, attn_implementation=attention).to(one.pixels.dtype)
     return model, lambda: model(one.pixels, grid_thw=one.grid).last_hidden_state
 
 

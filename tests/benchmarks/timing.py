@@ -7,7 +7,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import transformers
 
 def compare(candidates: dict[str, Callable[[], Any]], repeats: int, *, warm: bool = True) -> dict[str, float]:
     """Time every candidate `repeats` times, in turn, so that all meet the same state of the machine.
+
+    A call's time ends when the accelerator, if there is one, has done its work.
 
     Args:
         candidates: name to function.
@@ -32,17 +35,24 @@ def compare(candidates: dict[str, Callable[[], Any]], repeats: int, *, warm: boo
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    names = list(candidates)
+    names, synchronize = list(candidates), get_synchronize()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for function in candidates.values() if warm else ():
         function()
     for turn in range(repeats):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
+            synchronize()
             begin = time.perf_counter()
             candidates[name]()
+            synchronize()
             seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def get_synchronize() -> Callable[[], None]:
+    """What waits for the accelerator; a function that does nothing where there is none."""
+    return torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
 
 
 def peak_memory(function: Callable[[], Any]) -> float:
@@ -72,11 +82,11 @@ def ratios(seconds: dict[str, float], base: str) -> dict[str, float]:
     return {name: value / seconds[base] for name, value in seconds.items()}
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows as a Markdown table; floats get two decimals."""
-    for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
-    sys.stdout.flush()
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows as a Markdown table, each as soon as it is known; floats get two decimals."""
+    for row in chain((header, ["---"] * len(header)), rows):
+        cells = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def processor() -> str:
