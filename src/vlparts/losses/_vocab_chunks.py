@@ -101,11 +101,12 @@ def _make_cache(hidden: Tensor, weights: Tensor, head: Head) -> Tensor | None:
     # A cache needs the range of float32. Capped logits are recomputed, since the slope of the cap depends on them.
     if hidden.dtype == torch.float16 or head.softcap is not None:
         return None
-    fitting = CACHE_BYTES // (classes * hidden.element_size())
+    free = CACHE_BYTES if hidden.dtype == weights.dtype else CACHE_BYTES * 3 // 4  # chunks are held in two types
+    fitting = free // (classes * hidden.element_size())
     if hidden.dtype == weights.dtype == head.weight.dtype and MIN_GROUP_TOKENS <= fitting < count:
         groups = -(-count // (fitting - fitting % GROUP_MULTIPLE))
         return hidden.new_empty(classes, -(-count // (groups * GROUP_MULTIPLE)) * GROUP_MULTIPLE)
-    return hidden.new_empty(min(classes, CACHE_BYTES // (count * hidden.element_size())), count)
+    return hidden.new_empty(min(classes, free // (count * hidden.element_size())), count)
 
 
 class _Sums(NamedTuple):
