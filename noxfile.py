@@ -131,7 +131,7 @@ def vllm(session: nox.Session) -> None:
     tests = ["tests/serving/vllm_http.py"]
     if not session.posargs:
         tests.append("tests/serving/vllm_plugin.py")
-    if not session.posargs:
+    if not session.posargs or "--quick" in session.posargs:
         session.run("pytest", *tests, env={"VLPARTS_VLLM_PYTHON": str(python)})
 
 
