@@ -68,8 +68,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _weight_first(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The layer as `(weight @ x.T).T`, for few rows; arguments and result are those of [`product`]."""
     rows = x.reshape(-1, x.shape[-1])
-    output = torch.mv(weight, rows[0])[None] if len(rows) == 1 else torch.mm(weight, rows.t()).t()
-    return (output if bias is None else output + bias).contiguous().view(*x.shape[:-1], len(weight))
+    if len(rows) == 1:
+        output = torch.mv(weight, rows[0]) if bias is None else torch.addmv(bias, weight, rows[0])
+    elif bias is None:
+        output = torch.mm(weight, rows.t()).t()
+    else:
+        output = torch.addmm(bias[:, None], weight, rows.t()).t()
+    return output.contiguous().view(*x.shape[:-1], len(weight))
 
 
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
