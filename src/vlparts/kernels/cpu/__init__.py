@@ -10,8 +10,8 @@ from .linear import linear_cpu, linear_cpu_autograd, linear_out_cpu
 
 # Largest activation of a pass, in bytes. Beyond about 32 MiB the C library returns memory to the system after every
 # use, and allocating it again costs more than the arithmetic: with 2,000 to 8,000 tokens per pass, a ViT-S takes 0.8
-# of its time with 14,000 (2 cores of a Zen 5, float32 and bfloat16, inference). On an Intel Xeon 16 MiB take 0.9 of the
-# time of 24 in bfloat16 and as long in float32; 2 MiB take 1.7 and 1.3 times as long.
+# of its time with 14,000 (2 cores of a Zen 5, float32 and bfloat16, inference). On an Intel Xeon 16 MiB take 0.9 of
+# the time of 24 in bfloat16 and as long in float32; 2 MiB take 1.7 and 1.3 times as long.
 ACTIVATION_BYTES = 16 * 2**20
 
 # Rows per chunk of RMS normalization, so that their float32 copies stay in the cache and in reused memory: 4,784 rows
