@@ -1,10 +1,10 @@
 """The weighted loss of a linear head against the losses that hold all logits, and torch's own without them.
 
 `python tests/benchmarks/bench_losses.py [--hidden N ...] [--classes N ...] [--ignored X ...] [--types NAME ...]
-[--losses NAME ...] [--repeats N]` prints, for 2,048 tokens, time and peak memory of forward and backward, as multiples
-of ours. Ours has weights for every token and sample; the others compute the plain mean unless their name says so.
-Losses and gradients are first compared with float64. Memory is that of tensors beyond the inputs and their gradients,
-as the profiler counts it.
+[--losses NAME ...] [--tokens N] [--repeats N]` prints time and peak memory of forward and backward, for 2,048 tokens
+unless another number is asked for, as multiples of ours. Ours has weights for every token and sample; the others
+compute the plain mean unless their name says so. Losses and gradients are first compared with float64. Memory is that
+of tensors beyond the inputs and their gradients, as the profiler counts it.
 """
 
 import argparse
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.3])
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"a multiple of {SAMPLES}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--losses", nargs="+", default=list(RIVALS), choices=list(RIVALS), help="beside ours")
     options = parser.parse_args()
@@ -150,8 +151,8 @@ def main() -> None:
         for hidden in options.hidden:
             for classes in options.classes:
                 for ignored in options.ignored:
-                    inputs = make_inputs(hidden, classes, ignored, TYPES[name])
-                    setting = f"{name}, {hidden} x {classes:,}, {ignored:.0%} ignored"
+                    inputs = make_inputs(hidden, classes, ignored, TYPES[name], options.tokens)
+                    setting = f"{name}, {options.tokens:,} tokens, {hidden} x {classes:,}, {ignored:.0%} ignored"
                     if hidden * classes <= 896 * 32_000:
                         check(inputs)
                     calls = {
