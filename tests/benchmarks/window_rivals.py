@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
-from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
+from vlparts.parts.packed_windows import get_windows, permute_blocks
 
 # Qwen2.5-VL's tower: 32 layers of a ViT-H, four of them without windows.
 VIT_H = {"hidden_size": 1280, "intermediate_size": 3420, "num_attention_heads": 16}

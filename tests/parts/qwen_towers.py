@@ -13,7 +13,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from tests.tiny import order_one
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
-from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
+from vlparts.parts.packed_windows import get_windows, permute_blocks
 
 WIDTH, INNER, LAYERS, HEADS, PATCH = 32, 48, 4, 2, 4
 

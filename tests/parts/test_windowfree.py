@@ -14,8 +14,8 @@ from tests.tiny import WINDOWED, order_one, packed_images, windowfree, windowfre
 from vlparts import WindowFreeViTConfig, WindowFreeViTModel
 from vlparts.parts import packed_segments
 from vlparts.parts.image_pixels import normalize_raw_pixels
-from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
 from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
+from vlparts.parts.packed_windows import get_windows, permute_blocks
 
 GRIDS = [(1, 4, 4), (2, 6, 10), (1, 2, 2), (1, 10, 2)]
 PATTERNS = {"full": {}, "hybrid": {"attention_pattern": WINDOWED}}

@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.parts.test_navit_compile import Counter
 from tests.tiny import WINDOWED, packed_images, windowfree
 from vlparts import WindowFreeViTModel
-from vlparts.parts.modeling_windowfree import get_windows
 from vlparts.parts.packed_index import get_cu_seqlens, get_max_seqlen, get_position_ids
+from vlparts.parts.packed_windows import get_windows
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -10,7 +10,7 @@ from tests.tiny import WINDOWED, packed_images, windowfree
 from transformers.vision_utils import get_vision_window_index
 
 from vlparts import WindowFreeViTModel
-from vlparts.parts.modeling_windowfree import get_windows, permute_blocks
+from vlparts.parts.packed_windows import get_windows, permute_blocks
 
 VARIANTS = {
     "full": {"pooling": "mean"},

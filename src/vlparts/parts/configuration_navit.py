@@ -12,6 +12,7 @@ from .pos_embed_options import (
     PositionOverflow,
     check_position_options,
 )
+from .token_reduction_types import check_merge_options
 from .utils import NamedPresets, check_finite
 
 # "b32", "b16" and "l16" are the encoders of the paper (Table 2), with 94.5, 92.8 and 315.7 million parameters;
@@ -71,6 +72,9 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
         num_register_tokens: Number of learned register tokens per attention segment (arXiv 2309.16588).
         pooling: "map" for masked attention pooling (one learned query per image), "mean" or "max" over the patches of
             an image, "class_token" for a learned token per segment (averaged over the frames of a video), or "none".
+        merge_layers: Layers after which similar patches are merged, so that the following ones compute fewer; see
+            `packed_merging`. None for none.
+        merge_ratio: Share of the patches of a segment that each merge leaves.
         initializer_range: Standard deviation of the initial weights.
         position_initializer_range: Standard deviation of the initial position tables. At 0.02 positions are small
             relative to embedded pixels; a larger value helps small models to learn positions from little data.
@@ -107,6 +111,8 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
     video_attention: Literal["frame", "clip"] = "frame"
     num_register_tokens: int = 0
     pooling: Literal["map", "mean", "max", "class_token", "none"] = "map"
+    merge_layers: list[int] | None = None
+    merge_ratio: float = 0.5
     initializer_range: float = 0.02
     position_initializer_range: float = 0.02
     position_fourier_std: float = 10.0
@@ -143,6 +149,7 @@ class NaViTConfig(NamedPresets, PreTrainedConfig):
         if self.num_register_tokens < 0:
             raise ValueError(f"`num_register_tokens` must not be negative, got {self.num_register_tokens}.")
         check_finite(self, "layer_norm_eps", "initializer_range", "position_initializer_range", "position_fourier_std")
+        check_merge_options(self.merge_layers, self.merge_ratio, self.num_hidden_layers)
         self._validate_positions()
 
     def _validate_positions(self) -> None:

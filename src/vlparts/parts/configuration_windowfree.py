@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from .token_reduction_types import check_merge_options
 from .utils import NamedPresets, check_finite, check_finite_number
 
 _SMALL: dict[str, Any] = {
@@ -105,6 +106,9 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
         pooling: "mean" over the patches of each image, or "none".
         image_mean: Mean of each channel in [0, 1], for raw pixels.
         image_std: Standard deviation of each channel in [0, 1], for raw pixels.
+        merge_layers: Layers after which similar patches are merged, so that the following ones compute fewer; see
+            `packed_merging`. None for none.
+        merge_ratio: Share of the patches of a frame (of a window, if there are any) that each merge leaves.
         initializer_range: Standard deviation of the initial weights.
     """
 
@@ -136,6 +140,8 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
     pooling: Literal["none", "mean"] = "none"
     image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    merge_layers: list[int] | None = None
+    merge_ratio: float = 0.5
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -207,6 +213,7 @@ class WindowFreeViTConfig(NamedPresets, PreTrainedConfig):
             raise ValueError(
                 f"`feature_layers` must name layers from {-layers} to {layers - 1}, got {list(self.feature_layers)}."
             )
+        check_merge_options(self.merge_layers, self.merge_ratio, layers)
         if len(set(indices)) != len(indices):
             raise ValueError(f"`feature_layers` must name each layer once, got {list(self.feature_layers)}.")
         pattern = self.attention_pattern

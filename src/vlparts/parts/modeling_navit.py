@@ -22,7 +22,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_navit import NaViTConfig
 from .distributed import ShardableMixin
 from .image_pixels import check_normalized
-from .ops_activations import get_activation
 from .ops_linear import apply_linear
 from .ops_rotary import axial_rotary
 from .packed_index import (
@@ -38,10 +37,12 @@ from .packed_layers import (
     PackedLayer,
     PackedSelfAttention,
     PrefixTokens,
+    TwoLayerMLP,
     get_prefix_layout,
     insert_unrotated,
     plan_passes,
 )
+from .packed_merging import build_merger
 from .packed_pooling import MaskedAttentionPooling, max_pooling, mean_pooling
 from .packed_segments import Segments, precompute_inputs
 from .pos_embed import PositionEmbedding
@@ -108,20 +109,6 @@ class NaViTAttention(PackedSelfAttention):
         return self.q_norm(query), self.k_norm(key)
 
 
-class NaViTMLP(nn.Module):
-    """Two linear layers with an activation in between."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.act_fn = get_activation(config.hidden_act)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(L, D)` to `(L, D)`."""
-        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, hidden_states)))
-
-
 class NaViTLayer(PackedLayer):
     """Pre-norm transformer block with layer normalizations."""
 
@@ -129,7 +116,7 @@ class NaViTLayer(PackedLayer):
         norms = [
             nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=config.layer_norm_bias) for _ in range(2)
         ]
-        super().__init__(NaViTAttention(config), NaViTMLP(config), *norms)
+        super().__init__(NaViTAttention(config), TwoLayerMLP(config), *norms)
 
 
 @dataclass
@@ -146,11 +133,13 @@ class NaViTOutput(BaseModelOutputWithPooling):
         patch_index: `(L,)` int64 indices of the patches in each of `hidden_states`; None without prefix tokens.
         keep_index: `(L,)` int64, the argument: index of each row in the sequence of all patches. A map over all
             patches is `torch.zeros(total, D).index_copy(0, keep_index, last_hidden_state)` (without padding rows).
+        merge_assignments: After each of `merge_layers`, `(L,)` int64: the token that holds each patch; None without.
     """
 
     prefix_hidden_state: Tensor | None = None
     patch_index: Tensor | None = None
     keep_index: Tensor | None = None
+    merge_assignments: tuple[Tensor, ...] | None = None
 
 
 class NaViTPreTrainedModel(ShardableMixin, PreTrainedModel):
@@ -270,7 +259,7 @@ class NaViTModel(NaViTPreTrainedModel):
         max_seqlen, cu_seqlens_cpu = resolve_seqlens(cu_seqlens, max_seqlen, cu_seqlens_cpu, patches)
         segments = Segments(cu_seqlens, max_seqlen, cu_seqlens_cpu)
 
-        hidden_states, prefix, patch_index = self._encode(
+        hidden_states, prefix, patch_index, merged = self._encode(
             self.embeddings(pixel_values, layout), layout, segments, kwargs
         )
         return NaViTOutput(
@@ -279,17 +268,19 @@ class NaViTModel(NaViTPreTrainedModel):
             prefix_hidden_state=prefix,
             patch_index=patch_index,
             keep_index=keep_index,
+            merge_assignments=merged,
         )
 
     def _encode(
         self, hidden_states: Tensor, layout: PatchLayout, segments: Segments, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
         """Run the layers over `(L, D)`.
 
         Returns:
-            Normalized patches `(L, D)`; prefix tokens `(S, K, D)` and `patch_index` `(L,)`, or None twice.
+            Normalized patches `(L, D)`; prefix tokens `(S, K, D)` and `patch_index` `(L,)`, or None twice;
+            `merge_assignments`.
         """
-        config, rotary, prefix = self.config, None, None
+        config, rotary, prefix, count = self.config, None, None, 0
         if config.rotary_theta is not None:
             head_dim = config.hidden_size // config.num_attention_heads
             rotary = axial_rotary(layout.position_ids, head_dim, config.rotary_theta)
@@ -299,13 +290,23 @@ class NaViTModel(NaViTPreTrainedModel):
             hidden_states = self.prefix(hidden_states, prefix)
             rotary = None if rotary is None else insert_unrotated(rotary, prefix)
             segments = Segments(prefix.cu_seqlens, segments.max_seqlen + count, prefix.cu_seqlens_cpu)
-        passes = plan_passes(segments._replace(rotary=rotary), hidden_states, config)
-        for layer in self.layers:
+        segments = segments._replace(rotary=rotary)
+        passes = plan_passes(segments, hidden_states, config)
+        merger = build_merger(config, segments, options, count) if config.merge_layers else None
+        for index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, passes, **options)
-        hidden_states = self.norm(hidden_states)
+            if merger is not None and index in merger.layers:
+                hidden_states = merger.merge(hidden_states)
+                segments = merger.shrink(segments)
+                passes = plan_passes(segments, hidden_states, config)
+        hidden_states, merged = self.norm(hidden_states), None
+        if merger is not None:
+            hidden_states, merged = merger.restore(hidden_states), tuple(merger.assignments)
         if prefix is None:
-            return hidden_states, None, None
-        return hidden_states[prefix.patches], hidden_states[prefix.prefix], prefix.patches
+            return hidden_states, None, None, merged
+        if merged is not None:
+            merged = tuple(held[prefix.patches] for held in merged)
+        return hidden_states[prefix.patches], hidden_states[prefix.prefix], prefix.patches, merged
 
     def _pool(
         self, hidden_states: Tensor, prefix: Tensor | None, layout: PatchLayout, frames: Tensor, segments: Segments

@@ -6,12 +6,11 @@ patch, `m` side of a merge block, `B = L / m^2` merge blocks, `w` blocks along t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -29,97 +28,19 @@ from .ops_rotary import axial_rotary
 from .packed_index import (
     get_cu_seqlens,
     get_position_ids,
-    repeat_indices,
     resolve_seqlens,
     segment_ids,
     validate_grid,
 )
 from .packed_layers import PackedLayer, PackedSelfAttention, plan_passes
+from .packed_merging import build_merger
 from .packed_pooling import mean_pooling
 from .packed_segments import Segments, precompute_inputs
+from .packed_windows import get_windows, invert, patches_of_blocks, permute_blocks
 from .pos_embed_tables import resample_grid
-from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs, positive_integer
+from .utils import ForwardKwargs, activation_dtype, check_encoder_kwargs
 
-__all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel", "Windows", "get_windows"]
-
-
-class Windows(NamedTuple):
-    """Windows of packed images.
-
-    Attributes:
-        order: `(B,)` int64 index of the merge block at each position of window order.
-        inverse: `(B,)` int64 inverse permutation: the position in window order of each merge block.
-        cu_seqlens: `(windows + 1,)` int32 cumulative patch counts of the windows.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    cu_seqlens: Tensor
-
-
-def get_windows(
-    image_grid_thw: Tensor, window_blocks: int, spatial_merge_size: int = 1, num_patches: int | None = None
-) -> Windows:
-    """Divide each frame into windows of w x w merge blocks, in reading order; those at the edges may be smaller.
-
-    The order is that of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), in closed form: without padding, sorting, or
-    synchronizing with the device.
-
-    Args:
-        image_grid_thw: `(n, 3)` int64 frames, rows and columns in patches.
-        window_blocks: Side w of a window in merge blocks.
-        spatial_merge_size: Side m of a merge block in patches; it divides rows and columns.
-        num_patches: L if known; exporting a program needs it.
-
-    Raises:
-        ValueError: If a size is not positive.
-    """
-    window = positive_integer(window_blocks, "window_blocks")
-    merge_size = positive_integer(spatial_merge_size, "spatial_merge_size")
-    frames, height, width = image_grid_thw.long().unbind(1)
-    frame_height = (height // merge_size).repeat_interleave(frames)
-    frame_width = (width // merge_size).repeat_interleave(frames)
-    num_blocks = None if num_patches is None else num_patches // merge_size**2
-    inverse = _window_order(frame_height, frame_width, window, num_blocks)
-    lengths = _window_lengths(frame_height, frame_width, window) * merge_size**2
-    cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    return Windows(_invert(inverse), inverse, cu_seqlens)
-
-
-def _window_order(height: Tensor, width: Tensor, window: int, num_blocks: int | None) -> Tensor:
-    """Position in window order, `(B,)`, of each block of frames with `height` and `width` `(frames,)` in blocks."""
-    blocks = height * width
-    frame = repeat_indices(blocks, num_blocks)
-    start = (blocks.cumsum(0) - blocks)[frame]
-    offset = torch.arange(frame.shape[0], device=blocks.device) - start
-    height, width = height[frame], width[frame]
-    row, column = offset // width, offset % width
-    top, left = row // window * window, column // window * window
-    rows, columns = (height - top).clamp(max=window), (width - left).clamp(max=window)
-    # Before a window come the windows in the rows above it, then those on its left.
-    return start + top * width + left * rows + (row - top) * columns + column - left
-
-
-def _window_lengths(height: Tensor, width: Tensor, window: int) -> Tensor:
-    """Number of blocks of each window, `(windows,)`."""
-    down, across = -(-height // window), -(-width // window)
-    windows = down * across
-    frame = torch.repeat_interleave(windows)
-    index = torch.arange(frame.shape[0], device=height.device) - (windows.cumsum(0) - windows)[frame]
-    top, left = index // across[frame] * window, index % across[frame] * window
-    return (height[frame] - top).clamp(max=window) * (width[frame] - left).clamp(max=window)
-
-
-def _invert(permutation: Tensor) -> Tensor:
-    """Inverse of a permutation `(B,)`."""
-    positions = torch.arange(permutation.shape[0], device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation, positions)
-
-
-def permute_blocks(rows: Tensor, index: Tensor) -> Tensor:
-    """Reorder the rows `(L, ...)` of merge blocks by `index` `(B,)`; the rows of a block stay together."""
-    blocks = rearrange(rows, "(b p) ... -> b p ...", b=index.shape[0])
-    return rearrange(blocks.index_select(0, index), "b p ... -> (b p) ...")
+__all__ = ["WindowFreeViTModel", "WindowFreeViTPreTrainedModel"]
 
 
 class WindowFreeViTPatchEmbedding(nn.Module):
@@ -208,10 +129,12 @@ class WindowFreeViTOutput(BaseModelOutputWithPooling):
         attentions: With `output_attentions` ("eager" only), `(1, H, L, L)` per layer, in window order.
         feature_maps: The output `(L, D)` of each of `config.feature_layers`, normalized likewise.
         patch_index: `(L,)` int64 indices of the patches in each of `hidden_states`; None without windows.
+        merge_assignments: After each of `merge_layers`, `(L,)` int64: the token that holds each patch; None without.
     """
 
     feature_maps: tuple[Tensor, ...] | None = None
     patch_index: Tensor | None = None
+    merge_assignments: tuple[Tensor, ...] | None = None
 
 
 class WindowFreeViTPreTrainedModel(ShardableMixin, PreTrainedModel):
@@ -265,10 +188,10 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
             `cu_seqlens`, `max_seqlen` and `position_ids` ([`precompute_inputs`]); with windows also `window_index` and
             `cu_window_seqlens` ([`get_windows`]).
         """
-        merge_size, window_blocks = self.config.spatial_merge_size, self.config.window_blocks
+        merge_size = self.config.spatial_merge_size
         inputs = precompute_inputs(image_grid_thw, merge_size)
-        if window_blocks is not None:
-            windows = get_windows(image_grid_thw, window_blocks, merge_size)
+        if self.config.window_blocks is not None:
+            windows = get_windows(image_grid_thw, self.config.window_blocks, merge_size)
             inputs |= {"window_index": windows.order, "cu_window_seqlens": windows.cu_seqlens}
         return inputs
 
@@ -332,19 +255,22 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
                     image_grid_thw, self.config.window_blocks, merge_size, known
                 )
             else:
-                inverse = _invert(window_index)
+                inverse = invert(window_index)
             pixel_values, position_ids = (permute_blocks(rows, window_index) for rows in (pixel_values, position_ids))
             positions = None if positions is None else permute_blocks(positions, window_index)
-        maps = self._encode(self._embed(pixel_values, positions), position_ids, segments, cu_window_seqlens, kwargs)
+        embedded = self._embed(pixel_values, positions)
+        maps, merged = self._encode(embedded, position_ids, segments, cu_window_seqlens, kwargs)
         if inverse is not None:
             maps = {layer: permute_blocks(states, inverse) for layer, states in maps.items()}
+            merged = tuple(permute_blocks(held, inverse) for held in merged)
         layers = self.config.num_hidden_layers
         last = maps[layers - 1]
         return WindowFreeViTOutput(
             last_hidden_state=last,
             pooler_output=self._pool(last, image_grid_thw),
             feature_maps=tuple(maps[layer % layers] for layer in self.config.feature_layers),
-            patch_index=None if inverse is None else _patches_of_blocks(inverse, merge_size),
+            patch_index=None if inverse is None else patches_of_blocks(inverse, merge_size),
+            merge_assignments=merged or None,
         )
 
     def _embed(self, pixel_values: Tensor, positions: Tensor | None) -> Tensor:
@@ -364,22 +290,32 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         segments: Segments,
         cu_window_seqlens: Tensor | None,
         options: dict[str, Any],
-    ) -> dict[int, Tensor]:
-        """Run the layers; returns the output `(L, D)` of each feature layer and of the last, after the final norm."""
+    ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
+        """Run the layers.
+
+        Returns:
+            The output `(L, D)` of each feature layer and of the last, after the final norm; `merge_assignments`.
+        """
         config = self.config
         rotary = axial_rotary(position_ids, config.hidden_size // config.num_attention_heads, config.rotary_theta)
-        full = windows = plan_passes(segments._replace(rotary=rotary), hidden_states, config)
+        whole = inside = segments._replace(rotary=rotary)
         if config.window_blocks is not None and cu_window_seqlens is not None:
             longest = (config.window_blocks * config.spatial_merge_size) ** 2
             cu_windows_cpu = None if segments.cu_seqlens_cpu is None else cu_window_seqlens.tolist()
-            windows = plan_passes(Segments(cu_window_seqlens, longest, cu_windows_cpu, rotary), hidden_states, config)
+            inside = Segments(cu_window_seqlens, longest, cu_windows_cpu, rotary)
+        full, windows = (plan_passes(one, hidden_states, config) for one in (whole, inside))
+        merger = build_merger(config, inside, options) if config.merge_layers else None
         feature_layers = {layer % config.num_hidden_layers for layer in (*config.feature_layers, -1)}
         maps = {}
         for index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, windows if config.has_windows(index) else full, **options)
+            if merger is not None and index in merger.layers:
+                hidden_states = merger.merge(hidden_states)
+                whole, inside = merger.shrink(whole), merger.shrink(inside)
+                full, windows = (plan_passes(one, hidden_states, config) for one in (whole, inside))
             if index in feature_layers:
-                maps[index] = self.norm(hidden_states)
-        return maps
+                maps[index] = self.norm(hidden_states if merger is None else merger.restore(hidden_states))
+        return maps, () if merger is None else tuple(merger.assignments)
 
     def _pool(self, hidden_states: Tensor, image_grid_thw: Tensor) -> Tensor | None:
         if self.config.pooling == "none":
@@ -387,9 +323,3 @@ class WindowFreeViTModel(WindowFreeViTPreTrainedModel):
         images, patches = image_grid_thw.shape[0], hidden_states.shape[0]
         ends = get_cu_seqlens(image_grid_thw, merge_temporal=True)
         return mean_pooling(hidden_states, segment_ids(ends, patches), images)
-
-
-def _patches_of_blocks(blocks: Tensor, merge_size: int) -> Tensor:
-    """Indices `(L,)` of the patches of merge blocks with the indices `(B,)`."""
-    inside = torch.arange(merge_size**2, device=blocks.device)
-    return (blocks.unsqueeze(1) * merge_size**2 + inside).flatten()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .ops_activations import get_activation
 from .ops_attention import PACKED_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 from .ops_attention import dense_attention_forward
 from .ops_linear import apply_linear
@@ -35,6 +36,20 @@ def plan_passes(segments: Segments, hidden_states: Tensor, config: PreTrainedCon
     if attend is dense_attention_forward:  # returns the weights of all pairs of tokens, so there is one pass
         return [Pass(segments)]
     return split_passes(segments, hidden_states, config.intermediate_size)
+
+
+class TwoLayerMLP(nn.Module):
+    """Two linear layers with an activation in between."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.act_fn = get_activation(config.hidden_act)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(L, D)` to `(L, D)`."""
+        return apply_linear(self.fc2, self.act_fn(apply_linear(self.fc1, hidden_states)))
 
 
 class PackedSelfAttention(nn.Module):
@@ -65,6 +80,8 @@ class PackedSelfAttention(nn.Module):
         query, key = self.normalize(query, key)
         if segments.rotary is not None:
             query, key = apply_rotary_pair(query, key, *segments.rotary)
+        if segments.log_sizes is not None:
+            query, key = self._add_to_scores(query, key, segments.log_sizes)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
         attended, weights = attend(
             self,
@@ -83,6 +100,14 @@ class PackedSelfAttention(nn.Module):
             **kwargs,
         )
         return apply_linear(self.o_proj, attended.squeeze(0).flatten(-2)), weights
+
+    def _add_to_scores(self, query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Add channels to queries and keys `(L, H, d)` by which `bias` `(L,)` is added to the scores of each key."""
+        # One channel does it; kernels take widths that are multiples of 8.
+        query, key = (torch.nn.functional.pad(states, (0, 8)) for states in (query, key))
+        query[..., self.head_dim] = 1 / self.scaling
+        key[..., self.head_dim] = bias.to(key.dtype).unsqueeze(-1)
+        return query, key
 
 
 class PackedLayer(GradientCheckpointingLayer):

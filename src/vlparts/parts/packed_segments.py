@@ -21,12 +21,15 @@ class Segments(NamedTuple):
         max_seqlen: Longest segment, or an upper bound.
         cu_seqlens_cpu: `cu_seqlens` as host integers, if known.
         rotary: Cosines and sines, `(L, d)` float32 each, or None.
+        log_sizes: `(L,)` float32 logarithm of the number of patches that each token holds, which is added to the
+            scores of its key; None if each holds one.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     cu_seqlens_cpu: Sequence[int] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    log_sizes: Tensor | None = None
 
 
 def precompute_inputs(
@@ -120,7 +123,8 @@ def split_passes(segments: Segments, hidden_states: Tensor, width: int) -> list[
         if segments.rotary is not None:
             cos, sin = segments.rotary
             rotary = cos[start:end], sin[start:end]
+        log_sizes = None if segments.log_sizes is None else segments.log_sizes[start:end]
         longest = max(right - left for left, right in pairwise(own))
         cu_seqlens = segments.cu_seqlens[first : last + 1] - start
-        passes.append(Pass(Segments(cu_seqlens, longest, own, rotary), end - start, limit))
+        passes.append(Pass(Segments(cu_seqlens, longest, own, rotary, log_sizes), end - start, limit))
     return passes

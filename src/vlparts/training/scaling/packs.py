@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...parts.configuration_deepencoder import PATCHES_PER_TOKEN, DeepEncoderConfig
-from ...parts.modeling_windowfree import get_windows
+from ...parts.packed_windows import get_windows
 from ...parts.vlm_features import get_square_grid, get_vision_tower, pixel_layout
 
 
