@@ -15,6 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 from .image_packing import PackedImageProcessor
 from .image_pixels import patchify
 from .image_transforms import fit_to_grid, get_area_limits
+from .redundant_patches import check_redundancy_options, find_redundant, get_blocks, get_kept_patches
 
 
 class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -24,6 +25,9 @@ class NaViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     merge_size: int
     max_aspect_ratio: float
     on_extreme_aspect: str
+    drop_redundant_patches: bool
+    redundancy_tolerance: int
+    token_budget: int | None
 
 
 class NaViTImageProcessor(PackedImageProcessor):
@@ -42,6 +46,13 @@ class NaViTImageProcessor(PackedImageProcessor):
         size: Smallest and largest area in pixels, with the keys "shortest_edge" and "longest_edge".
         max_aspect_ratio: Largest ratio of the longer to the shorter side.
         on_extreme_aspect: "raise" a ValueError beyond `max_aspect_ratio`, or "clamp" to stretch the image to it.
+        drop_redundant_patches: Whether blocks of patches that repeat a neighbour (flat paper, borders, screens) are
+            left out, before anything is computed from them; see `redundant_patches`. The result then has `keep_index`
+            `(L,)` int64, which [`NaViTModel`] takes.
+        redundancy_tolerance: Largest difference of a level, from 0 to 255, of a block that is left out from the one
+            that stands for it.
+        token_budget: Number of blocks of an image that are kept, those which differ most from their neighbours, in
+            place of a tolerance.
         **kwargs: `do_resize`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`, `image_std`,
             `do_convert_rgb`, as in every image processor.
     """
@@ -60,12 +71,23 @@ class NaViTImageProcessor(PackedImageProcessor):
     merge_size = 1
     max_aspect_ratio = 200.0
     on_extreme_aspect = "raise"
+    drop_redundant_patches = False
+    redundancy_tolerance = 0
+    token_budget = None
     grid_options = (*PackedImageProcessor.grid_options, "on_extreme_aspect")
     valid_kwargs = NaViTImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
+        tolerance, budget = kwargs["redundancy_tolerance"], kwargs["token_budget"]
+        if kwargs["drop_redundant_patches"]:
+            check_redundancy_options(tolerance, budget)
+        elif tolerance or budget is not None:
+            raise ValueError(
+                "`drop_redundant_patches` must be True for `redundancy_tolerance` and `token_budget`, got "
+                f"{tolerance} and {budget} without it."
+            )
         if not kwargs["do_normalize"] or kwargs["do_rescale"]:
             return
         mean, std = (np.max(kwargs[name]) for name in ("image_mean", "image_std"))
@@ -103,6 +125,9 @@ class NaViTImageProcessor(PackedImageProcessor):
         merge_size: int,
         max_aspect_ratio: float,
         on_extreme_aspect: str,
+        drop_redundant_patches: bool,
+        redundancy_tolerance: int,
+        token_budget: int | None,
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -115,19 +140,29 @@ class NaViTImageProcessor(PackedImageProcessor):
         }
         if not images:
             raise ValueError("`images` is empty; expected at least one image.")
-        packed, grids = [], []
+        packed, grids, kept, start = [], [], [], 0
         for image in images:
             if do_resize:
                 height, width = image.shape[-2:]
                 image = self._resize_to(image, self._target_size(height, width, options), resample)
+            levels = image
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
             patches, grid = patchify(image[None], patch_size, merge_size)
+            if drop_redundant_patches:
+                keep, _ = find_redundant(
+                    get_blocks(levels, patch_size * merge_size), redundancy_tolerance, token_budget
+                )
+                index = get_kept_patches(keep, merge_size)
+                kept.append(index + start)
+                start, patches = start + len(patches), patches[index]
             packed.append(patches.astype(np.float32, copy=False))
             grids.append(grid)
         data = {"pixel_values": np.concatenate(packed), "image_grid_thw": np.array(grids, dtype=np.int64)}
+        if drop_redundant_patches:
+            data["keep_index"] = np.concatenate(kept)
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
