@@ -1,4 +1,4 @@
-"""Command line: `python -m vlparts demo | train | plan | show | data | soup | coordinates | ocr | info`."""
+"""Command line: `python -m vlparts demo | train | evaluate | plan | show | data | soup | coordinates | ocr | info`."""
 
 import importlib.metadata
 import os
@@ -13,6 +13,7 @@ from rich.text import Text
 from .coordinates import app as coordinates_app
 from .data import app as data_app
 from .errors import exit_on_value_error
+from .evaluate import evaluate
 from .ocr import ocr
 from .plan import plan
 from .recipe import train_recipe
@@ -23,6 +24,7 @@ app.add_typer(coordinates_app, name="coordinates")
 app.add_typer(data_app, name="data")
 show_app = typer.Typer(help="Pictures.", no_args_is_help=True)
 app.add_typer(show_app, name="show")
+app.command()(evaluate)
 app.command()(ocr)
 app.command()(plan)
 app.command()(soup)
