@@ -12,13 +12,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vlparts import NaViTImageProcessor, RouterStatistics, WindowFreeViTConfig, WindowFreeViTModel, show
+from vlparts import (
+    NaViTImageProcessor,
+    RouterStatistics,
+    VisionTokenReducer,
+    WindowFreeViTConfig,
+    WindowFreeViTModel,
+    show,
+)
 from vlparts.coordinates import FORMATS, Frame, Region, SmartResize, decode, encode
 from vlparts.parts.moe_options import RoutingOptions
 from vlparts.parts.moe_routing import route
 from vlparts.parts.ops_attention import packed_attention
 from vlparts.parts.packed_index import get_position_ids
 from vlparts.parts.pos_embed import PositionEmbedding
+from vlparts.parts.redundant_patches import find_redundant, get_blocks
 from vlparts.training.bins import plan_packing
 from vlparts.training.images.collator import PackedImageCollator
 from vlparts.training.images.packing import PackedImageDataset
@@ -127,6 +135,30 @@ def navit(path: Path) -> None:
         ax.tick_params(length=0)
         ax.set_title(f"{rows} x {columns} = {rows * columns} patches", fontsize=10)
     figure.savefig(path, dpi=90, bbox_inches="tight")
+
+
+def token_reduction(path: Path) -> None:
+    """Draw what each method leaves of the patches of a photograph, and what an encoder merges layer by layer."""
+    photo, side = load_sample_image("flower.jpg")[:416, :640], 16
+    grid = (photo.shape[0] // side, photo.shape[1] // side)
+    blocks = get_blocks(photo.transpose(2, 0, 1), side)
+    tokens = torch.tensor(blocks, dtype=torch.float32).flatten(0, 1)
+    tokens = tokens - tokens.mean(0)
+    shown = {}
+    for method in ("average_pool", "merge_similar", "prune_by_norm", "prune_by_attention", "prune_diverse"):
+        shown[method] = VisionTokenReducer(method, 0.25)(tokens, [grid]).assignment
+    page = np.full((416, 640, 3), 255, dtype=np.uint8)
+    page[96:224, 64:400] = photo[96:224, 64:400]
+    keep, source = find_redundant(get_blocks(page.transpose(2, 0, 1), side))
+    shown = {title: assignment.numpy() for title, assignment in shown.items()}
+    figure = show.kept_tokens(photo, grid, shown, columns=3)
+    ax = figure.axes[5]
+    ax.set_visible(True)
+    pale = np.where(keep.repeat(side, 0).repeat(side, 1)[..., None], page, 225)
+    ax.imshow(pale.astype(np.uint8))
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(f"redundant patches (gray): {int(keep.sum())} of {keep.size:,} left", fontsize=9, loc="left")
+    figure.savefig(path, dpi=100)
 
 
 def positions(path: Path) -> None:
@@ -452,6 +484,7 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "sampling": sampling,
     "served": served,
     "serving": serving,
+    "token_reduction": token_reduction,
     "vlm": vlm,
     "windowfree": windowfree,
 }

@@ -35,4 +35,6 @@ from .parts.moe_losses import balance_loss, router_z_loss
 from .parts.moe_router import GroupedTopKRouter
 from .parts.processing_vlm import VisionLanguageProcessor
 from .parts.thinking import ThinkingAnswer, split_thinking, split_thinking_ids, with_thinking_mode
+from .parts.token_reduction import VisionTokenReducer
 from .parts.tokenization_coordinates import PaddedCoordinateTokenizer
+from .token_reduction import reduce_tokens

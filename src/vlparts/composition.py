@@ -31,7 +31,8 @@ from .parts.utils import mark_initialized
 from .parts.vlm_features import get_square_grid, pixel_layout
 from .parts.vlm_inputs import build_head
 from .parts.vlm_projector_types import projector_names
-from .parts.vlm_projectors import Projector
+from .parts.vlm_projectors import build_projector
+from .parts.vlm_reduction import build_reducer
 from .text_probe import check_text_model
 from .vision_loading import load_vision
 
@@ -46,6 +47,9 @@ def compose(
     image_token_id: int | None = None,
     video_token_id: int | None = None,
     projector_options: dict[str, Any] | None = None,
+    token_reduction: str | None = None,
+    token_ratio: float | None = None,
+    token_count: int | None = None,
     trust_remote_code: bool = False,
     **config_changes: Any,
 ) -> VisionLanguageForConditionalGeneration:
@@ -65,6 +69,9 @@ def compose(
         image_token_id: Id of the image placeholder; [`compose_processor`] sets it too.
         video_token_id: Id of the video placeholder; [`compose_processor`] sets it too.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
+        token_reduction: Method by which each image gets fewer tokens, such as "merge_similar"; see [`TokenReduction`].
+        token_ratio: Share of the tokens of an image that is left.
+        token_count: Number of tokens of an image that are left.
         trust_remote_code: Passed to `from_pretrained` when a folder is loaded.
         **config_changes: Further fields of [`VisionLanguageConfig`].
 
@@ -93,6 +100,9 @@ def compose(
         projector_options=projector_options,
         image_token_id=image_token_id,
         video_token_id=video_token_id,
+        token_reduction=token_reduction,
+        token_ratio=token_ratio,
+        token_count=token_count,
         dtype=language_model.dtype,
         **config_changes,
     )
@@ -104,17 +114,10 @@ def compose(
         raise ValueError(f"`text` {classes[0]} cannot be composed: a saved model would be loaded with a {built}.")
     model.model.vision_tower = encoder
     model.model.language_model = language_model
-    model.model.projector = _new_weights(
-        model,
-        Projector(
-            projector,
-            config.vision_width,
-            language_model.config.hidden_size,
-            config.projector_merge_size,
-            config.num_feature_layers,
-            **(config.projector_options or {}),
-        ),
-    )
+    model.model.projector = _new_weights(model, build_projector(config))
+    reducer = build_reducer(config)
+    if reducer is not None:
+        model.model.token_reducer = _new_weights(model, reducer)
     if head is None:
         head = _new_weights(model, build_head(config))
     model.lm_head = cast(nn.Linear, head)
@@ -180,6 +183,7 @@ def compose_processor(
             default for `chat_template`. The tokenizer may have new tokens then; the model is unchanged.
     """
     layout, vision = pixel_layout(model.model.vision_tower), model.config.vision_config
+    reduction = model.config.reduction
     if isinstance(image_processor, (str, os.PathLike)):
         image_processor = load_image_processor(image_processor, trust_remote_code)
     elif image_processor is None:
@@ -211,6 +215,7 @@ def compose_processor(
         video_token=video_token,
         vision_start_token=vision_start_token,
         vision_end_token=vision_end_token,
+        token_reduction=None if reduction is None else reduction.to_dict(),
     )
     if len(tokenizer) > model.config.text_config.vocab_size:
         has_values = not model.lm_head.weight.is_meta
@@ -315,5 +320,7 @@ def _united(*ids: int | None) -> int | list[int] | None:
 
 def _square_tokens(model: VisionLanguageForConditionalGeneration, image_processor: Any) -> int:
     size = output_size(image_processor, model.config.vision_config)
-    rows, columns = get_square_grid(model.model.vision_tower, *size)
-    return rows * columns // model.config.merge_size**2
+    grid = get_square_grid(model.model.vision_tower, *size)
+    rows, columns = (side // model.config.merge_size for side in grid)
+    reduction = model.config.reduction
+    return rows * columns if reduction is None else reduction.count_tokens(rows, columns)

@@ -83,8 +83,9 @@ save_file(first, work / "outputs.safetensors")
 )
 
 
-def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path) -> None:
-    model, processor = navit(), NaViTImageProcessor(patch_size=4)
+@pytest.mark.parametrize("changes", [{}, {"merge_layers": [0], "merge_ratio": 0.5}])
+def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    model, processor = navit(**changes), NaViTImageProcessor(patch_size=4)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     patches, grids = packed_images([(3, 5), (1, 1), (2, 7)])
@@ -102,9 +103,19 @@ def test_an_encoder_and_its_image_processor(bare_python: Path, tmp_path: Path) -
     assert torch.equal(found["image_grid_thw"], pixels["image_grid_thw"])
 
 
-@pytest.mark.parametrize("vision", ["navit", "clip"])
-def test_a_composed_model_and_its_processor(bare_python: Path, tmp_path: Path, vision: str) -> None:
-    model, processor = composed(vision)
+@pytest.mark.parametrize(
+    ("vision", "changes"),
+    [
+        ("navit", {}),
+        ("clip", {}),
+        ("navit", {"token_reduction": "resampler", "token_count": 3}),
+        ("clip", {"token_reduction": "merge_similar", "token_ratio": 0.5}),
+    ],
+)
+def test_a_composed_model_and_its_processor(
+    bare_python: Path, tmp_path: Path, vision: str, changes: dict[str, object]
+) -> None:
+    model, processor = composed(vision, **changes)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     picture(21, 10).save(tmp_path / "picture.png")

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .part_configs import resolve_config
+from .token_reduction_types import TokenReduction
 from .utils import check_finite
 from .vlm_projector_types import check_projector, get_projector_type, projector_names
 from .vlm_towers import leave_out_unused, merges_patches, vision_merge_size, vision_width
@@ -88,6 +89,13 @@ class VisionLanguageConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the initial weights of the projector and of a new head.
         image_processor: Settings of the image processor that the vision encoder's folder came with
             (preprocessor_config.json), from which `compose_processor` builds it; None for a new encoder.
+        token_reduction: Method by which each image, or frame of a video, gets fewer tokens; see [`TokenReduction`].
+            None for all tokens.
+        token_ratio: Share of the tokens that is left.
+        token_count: Number of tokens that are left.
+        token_options: Options of the method.
+        token_stage: Whose output is reduced: "encoder" or "projector". The default is "encoder" where that is
+            possible: not with several feature layers or several views per image.
     """
 
     model_type = "vlparts_vlm"
@@ -107,6 +115,11 @@ class VisionLanguageConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
     initializer_range: float = 0.02
     image_processor: dict | None = None
+    token_reduction: str | None = None
+    token_ratio: float | None = None
+    token_count: int | None = None
+    token_options: dict | None = None
+    token_stage: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         default_vision = {"model_type": "vlparts_navit", "pooling": "none"}
@@ -116,6 +129,8 @@ class VisionLanguageConfig(PreTrainedConfig):
             self.spatial_merge_size = vision_merge_size(self.vision_config) or 1
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.token_reduction is not None and self.token_stage is None:
+            self.token_stage = "projector" if self.num_feature_layers > 1 or self.has_views else "encoder"
         super().__post_init__(**kwargs)
 
     @property
@@ -125,8 +140,28 @@ class VisionLanguageConfig(PreTrainedConfig):
 
     @property
     def projector_merge_size(self) -> int:
-        """Side of the block that the projector merges: `merge_size`, or 1 if the vision encoder merges patches."""
-        return 1 if merges_patches(self.vision_config) else self.merge_size
+        """Side of the block that the projector gets: `merge_size`, or 1 if the vision encoder merges patches.
+
+        Times the side of the squares that "pixel_shuffle" puts together.
+        """
+        side = 1 if merges_patches(self.vision_config) else self.merge_size
+        return side if self.reduction is None else side * self.reduction.factor
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the vision encoder takes several views per image, which the projector assembles."""
+        return bool(getattr(self.vision_config, "has_views", False))
+
+    @property
+    def reduction(self) -> TokenReduction | None:
+        """How the tokens of an image are reduced; None if they are not.
+
+        Raises:
+            ValueError: If the method is unknown or does not take the numbers.
+        """
+        if self.token_reduction is None:
+            return None
+        return TokenReduction(self.token_reduction, self.token_ratio, self.token_count, self.token_options or {})
 
     @property
     def vision_width(self) -> int:
@@ -163,7 +198,7 @@ class VisionLanguageConfig(PreTrainedConfig):
             )
         check_projector(self.projector_type, self.num_feature_layers, self.projector_options)
         check_finite(self, "initializer_range")
-        has_views = getattr(self.vision_config, "has_views", False)
+        has_views = self.has_views
         if get_projector_type(self.projector_type).takes_views != has_views:
             raise ValueError(
                 f"`projector_type` must {'' if has_views else 'not '}be one that assembles views, such as "
@@ -191,6 +226,31 @@ class VisionLanguageConfig(PreTrainedConfig):
             raise ValueError(
                 f"`video_token_id` must differ from `image_token_id`, got {self.video_token_id} for both."
             )
+        self._check_reduction()
+
+    def _check_reduction(self) -> None:
+        reduction = self.reduction
+        if reduction is None:
+            for name in ("token_ratio", "token_count", "token_options", "token_stage"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` needs `token_reduction`, got {getattr(self, name)!r} without it.")
+            return
+        if self.token_stage not in ("encoder", "projector"):
+            raise ValueError(f"`token_stage` must be 'encoder' or 'projector', got {self.token_stage!r}.")
+        if self.token_stage == "encoder" and (self.num_feature_layers > 1 or self.has_views):
+            raise ValueError(
+                "`token_stage` must be 'projector' for a vision encoder with several feature layers or several views "
+                "per image, got 'encoder'."
+            )
+        if self.has_views and not reduction.kind.chooses and reduction.method != "keep_all":
+            raise ValueError(
+                f"`token_reduction` must be a method without rows and columns, such as 'merge_similar', for a vision "
+                f"encoder with several views per image, got {reduction.method!r}."
+            )
+        if self.token_stage == "projector" and reduction.kind.widens:
+            raise ValueError(f"`token_stage` must be 'encoder' for {reduction.method!r}, got 'projector'.")
+        if self.token_stage == "projector" and reduction.options.get("query") == "class_token":
+            raise ValueError("`token_stage` must be 'encoder' for the query 'class_token', got 'projector'.")
 
 
 __all__ = ["VisionLanguageConfig"]

@@ -16,6 +16,7 @@ from transformers.processing_utils import ImagesKwargs
 from .configuration_deepencoder import PATCHES_PER_TOKEN
 from .image_packing import ImageArrayProcessor
 from .image_pixels import patchify
+from .token_reduction_types import TokenReduction
 from .utils import positive_integer
 from .vlm_views import count_view_tokens
 
@@ -225,14 +226,20 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
         pixels = rows * columns * options["tile_size"] ** 2 + options["base_size"] ** 2
         return pixels // options["patch_size"] ** 2
 
-    def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+    def get_number_of_image_tokens(
+        self,
+        height: int,
+        width: int,
+        images_kwargs: dict[str, Any] | None = None,
+        reduction: TokenReduction | None = None,
+    ) -> int:
         """Number of tokens of an assembled image, with newlines and separator. Called by inference servers."""
         options = self._get_options(images_kwargs or {})
         tile, whole = ([options[name] // options["patch_size"] // PATCHES_PER_TOKEN] * 2 for name in _SIDES)
-        return count_view_tokens(self.get_tile_grid(height, width, **options), tile, whole)
+        return count_view_tokens(self.get_tile_grid(height, width, **options), tile, whole, reduction)
 
-    def count_tokens(self, image_inputs: Any, index: int) -> int:
-        """Number of tokens of one assembled image of an output of this processor."""
+    def count_tokens(self, image_inputs: Any, index: int, reduction: TokenReduction | None = None) -> int:
+        """Number of tokens of one assembled image of an output of this processor, reduced if so."""
         tiles = [[int(side) for side in grid] for grid in image_inputs["image_tile_grid"]]
         first = sum(rows * columns + 1 for rows, columns in tiles[:index])
         last = first + tiles[index][0] * tiles[index][1]
@@ -240,7 +247,7 @@ class DeepEncoderImageProcessor(ImageArrayProcessor):
             [int(side) // PATCHES_PER_TOKEN for side in image_inputs["image_grid_thw"][view][1:]]
             for view in (first, last)
         )
-        return count_view_tokens(tiles[index], tile, whole)
+        return count_view_tokens(tiles[index], tile, whole, reduction)
 
     def get_number_of_valid_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
         """Number of tokens of an image that are not padding (arXiv 2510.18234, equation 1), as the paper counts them.

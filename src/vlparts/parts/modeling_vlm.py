@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -22,6 +23,7 @@ from .distributed import ShardableMixin
 from .moe_experts import check_whole_groups
 from .moe_losses import find_balance_loss
 from .part_models import model_from_config, vision_tower_from_config
+from .token_reduction import TokenResampler
 from .utils import (
     ForwardKwargs,
     SubmodelInitializationMixin,
@@ -31,16 +33,14 @@ from .utils import (
     slice_for_logits,
 )
 from .vlm_distributed import attach_unseen
-from .vlm_features import get_image_grids
 from .vlm_generation import VisionLanguageGenerationMixin, keep_ngram_options
 from .vlm_inputs import MultimodalInputsMixin, build_head, compute_logits, fill_placeholders
 from .vlm_positions import check_cache_positions
-from .vlm_projectors import Projector
+from .vlm_projectors import build_projector
+from .vlm_reduction import build_reducer
 from .vlm_serving import ServedModelMixin, check_servable
 from .vlm_towers import LEFT_OUT_KEYS
 from .vlm_views import ViewAssembler
-
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class VisionLanguagePreTrainedModel(ShardableMixin, SubmodelInitializationMixin, PreTrainedModel):
@@ -61,6 +61,8 @@ class VisionLanguagePreTrainedModel(ShardableMixin, SubmodelInitializationMixin,
         super()._init_weights(module)
         if isinstance(module, ViewAssembler):
             module.reset_marks()
+        elif isinstance(module, TokenResampler):
+            init.normal_(module.queries, mean=0.0, std=self.config.initializer_range)
 
     @classmethod
     def maybe_distribute_model(
@@ -87,14 +89,8 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         check_servable(config)
         super().__init__(config)
         self.vision_tower = vision_tower_from_config(config.vision_config)
-        self.projector = Projector(
-            config.projector_type,
-            config.vision_width,
-            config.text_config.hidden_size,
-            config.projector_merge_size,
-            config.num_feature_layers,
-            **(config.projector_options or {}),
-        )
+        self.projector = build_projector(config)
+        self.token_reducer = build_reducer(config)
         self.language_model = model_from_config(config.text_config)
         self.post_init()
 
@@ -125,6 +121,7 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         image_tile_grid: Tensor | None = None,
+        image_keep_index: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -145,6 +142,7 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
             pixel_attention_mask: `(n, patches)` for padded encoders.
             spatial_shapes: `(n, 2)` for padded encoders.
             image_tile_grid: `(n, 2)` for encoders of several views per image.
+            image_keep_index: `(L,)` int64 patches that are there, where redundant ones were dropped.
             pixel_values_videos: Packed patches of videos; see [`get_video_features`].
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Outputs of [`get_image_features`] under "image", instead of `pixel_values`, and of
@@ -166,28 +164,17 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
             vocab_size=self.config.text_config.vocab_size,
             width=self.config.text_config.hidden_size,
         )
-        media = dict(mm_encoder_outputs or {})
-        for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
-            if pixels is not None and media.get(kind) is not None:
-                raise ValueError(f"You cannot specify both `{_PIXELS[kind]}` and `mm_encoder_outputs['{kind}']`.")
-        image_kwargs, video_kwargs = (
-            {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(f"{kind}_")} for kind in _PIXELS
+        media, grids = self.encode_media(
+            mm_encoder_outputs,
+            {"image": pixel_values, "video": pixel_values_videos},
+            kwargs,
+            image_grid_thw=image_grid_thw,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            image_tile_grid=image_tile_grid,
+            image_keep_index=image_keep_index,
+            video_grid_thw=video_grid_thw,
         )
-        grids: dict[str, Tensor | None] = {}
-        if pixel_values is not None:
-            grids["image"] = get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes)
-            if image_tile_grid is not None:
-                grids["image"] = None  # its rows are views
-            image_kwargs |= {"image_tile_grid": image_tile_grid, "return_dict": True}
-            media["image"] = self.get_image_features(
-                pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, **image_kwargs
-            )
-        if pixel_values_videos is not None:
-            grids["video"] = video_grid_thw
-            media["video"] = self.get_video_features(
-                pixel_values_videos, video_grid_thw, return_dict=True, **video_kwargs
-            )
-        media = {kind: media[kind] for kind in _PIXELS if media.get(kind) is not None}
         blank = None  # encoded before the tokens are embedded, as images are: other processes gather both
         if not media and past_key_values is None:
             blank = self.encode_blank_image((inputs_embeds if input_ids is None else input_ids).device)
@@ -205,6 +192,7 @@ class VisionLanguageModel(ServedModelMixin, MultimodalInputsMixin, VisionLanguag
                     video_grid_thw=video_grid_thw,
                     pixel_values=pixel_values,
                     spatial_shapes=spatial_shapes,
+                    mm_encoder_outputs=media,
                 )
         masks = {kind: self.get_placeholder_mask(input_ids, inputs_embeds, kind) for kind in media}
         inputs_embeds = self.embed_tokens(input_ids, inputs_embeds)
@@ -286,6 +274,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         image_tile_grid: Tensor | None = None,
+        image_keep_index: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -309,6 +298,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             pixel_attention_mask: `(n, patches)` for padded encoders.
             spatial_shapes: `(n, 2)` for padded encoders.
             image_tile_grid: `(n, 2)` for encoders of several views per image.
+            image_keep_index: `(L,)` int64 patches that are there, where redundant ones were dropped.
             pixel_values_videos: Packed patches of videos; see [`get_video_features`].
             video_grid_thw: `(n, 3)` int64.
             mm_encoder_outputs: Encoded images and videos; see [`VisionLanguageModel.forward`].
@@ -354,6 +344,7 @@ class VisionLanguageForConditionalGeneration(VisionLanguagePreTrainedModel, Visi
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             image_tile_grid=image_tile_grid,
+            image_keep_index=image_keep_index,
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             mm_encoder_outputs=mm_encoder_outputs,

@@ -1,5 +1,6 @@
 """Text, images and videos to the inputs of the composed vision-language model."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,10 +56,13 @@ class VisionLanguageProcessor(ServedProcessor):
         video_token: Placeholder of a video; None for a model without videos.
         vision_start_token: Token before the placeholder of a video, and in a default template also of an image.
         vision_end_token: Token after it. Both or neither are given.
+        token_reduction: How the model reduces the tokens of an image: fields of [`TokenReduction`]. `image_seq_length`
+            counts the tokens that are left.
 
     Raises:
         ValueError: If the tokenizer lacks one of the tokens, the placeholders are the same, only one of
-            `vision_start_token` and `vision_end_token` is given, or there is no default for `chat_template`.
+            `vision_start_token` and `vision_end_token` is given, there is no default for `chat_template`, or
+            `token_reduction` is none.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class VisionLanguageProcessor(ServedProcessor):
         vision_start_token: str | None = None,
         vision_end_token: str | None = None,
         patch_size: int | None = None,
+        token_reduction: dict[str, Any] | None = None,
     ) -> None:
         if (vision_start_token is None) != (vision_end_token is None):
             raise ValueError(
@@ -91,6 +96,8 @@ class VisionLanguageProcessor(ServedProcessor):
         self.spatial_merge_size = spatial_merge_size
         self.image_seq_length = image_seq_length
         self.patch_size = patch_size
+        self.token_reduction = token_reduction
+        _ = self.reduction  # raises a ValueError if there is no such reduction
         if chat_template is None:
             chat_template = chat_template_of(
                 tokenizer, image_token, video_token, vision_start_token or "", vision_end_token or ""
@@ -217,6 +224,8 @@ class VisionLanguageProcessor(ServedProcessor):
             processed["spatial_shapes"] = torch.as_tensor(shapes.copy()) if torch.is_tensor(given) else shapes
         for name in _NOT_FOR_THE_MODEL:
             processed.pop(name, None)
+        if "keep_index" in processed:
+            processed["image_keep_index"] = processed.pop("keep_index")
         return processed
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[Any, list[str]]:
@@ -227,7 +236,7 @@ class VisionLanguageProcessor(ServedProcessor):
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
         """Return the text that replaces the placeholder of video `video_idx`."""
         frames, rows, columns = (int(side) for side in video_inputs["video_grid_thw"][video_idx])
-        frame = str(self.video_token) * (rows * columns // self.spatial_merge_size**2)
+        frame = str(self.video_token) * self._count_frame(rows, columns)
         return f"{self.vision_end_token or ''}{self.vision_start_token or ''}".join([frame] * frames)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
@@ -237,13 +246,16 @@ class VisionLanguageProcessor(ServedProcessor):
     def count_image_tokens(self, image_inputs: dict[str, Any], image_idx: int) -> int:
         """Return the number of tokens of one image in the output of the image processor."""
         if hasattr(self.image_processor, "count_tokens"):
-            return self.image_processor.count_tokens(image_inputs, image_idx)
+            fewer = {} if self.reduction is None else {"reduction": self.reduction}
+            return self.image_processor.count_tokens(image_inputs, image_idx, **fewer)
+        if "image_keep_index" in image_inputs:
+            patches = _count_kept(image_inputs["image_keep_index"], image_inputs["image_grid_thw"], image_idx)
+            tokens = patches // self.spatial_merge_size**2
+            return tokens if self.reduction is None else self.reduction.count_tokens(tokens)
         for name in ("image_grid_thw", "spatial_shapes"):
             if name in image_inputs:
-                patches = 1
-                for side in image_inputs[name][image_idx]:
-                    patches *= int(side)
-                return patches // self.spatial_merge_size**2
+                *frames, rows, columns = (int(side) for side in image_inputs[name][image_idx])
+                return math.prod(frames) * self._count_frame(rows, columns)
         if self.image_seq_length is None:
             raise ValueError(
                 "`image_seq_length` must be set for an image processor that returns neither `image_grid_thw` nor "
@@ -251,6 +263,14 @@ class VisionLanguageProcessor(ServedProcessor):
             )
         rows, columns = image_inputs["image_tile_grid"][image_idx] if "image_tile_grid" in image_inputs else (0, 0)
         return self.image_seq_length * (int(rows) * int(columns) + 1)
+
+
+def _count_kept(keep_index: Any, grids: Any, image: int) -> int:
+    """Number of patches of an image that were not dropped."""
+    sizes = [math.prod(int(side) for side in grid) for grid in grids]
+    start = sum(sizes[:image])
+    kept = np.asarray(keep_index)
+    return int(((kept >= start) & (kept < start + sizes[image])).sum())
 
 
 def _token_id(tokenizer: Any, token: str) -> int:

@@ -8,7 +8,7 @@ Shapes: `B` samples of `S` tokens, `D` channels of a head and D/2 frequencies, `
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .packed_index import INTEGER_DTYPES, check_grid_layout
 from .utils import positive_integer
 
 __all__ = [
+    "FramePlaces",
     "MultiAxisGenerationMixin",
     "get_multimodal_position_ids",
     "interleave_axes",
@@ -139,12 +140,27 @@ def multimodal_rotary(position_ids: Tensor, inv_freq: Tensor, axes: Sequence[int
     return angles.cos(), angles.sin()
 
 
+class FramePlaces(NamedTuple):
+    """Where the tokens of an image, or of a frame of a video, are.
+
+    Attributes:
+        offsets: `(3, K)` int64, time, row and column of each token from the start of the frame.
+        extent: Number of positions after which the text goes on.
+    """
+
+    offsets: Tensor
+    extent: int
+
+
 class _Grids:
     """Iterator over the frames of the images, or videos, of a batch."""
 
-    def __init__(self, name: str, grid_thw: Tensor | None, merge_size: int) -> None:
+    def __init__(
+        self, name: str, grid_thw: Tensor | None, merge_size: int, places: Sequence[FramePlaces] | None = None
+    ) -> None:
         self.name, self.is_given, self.taken, self.frames_left = name, grid_thw is not None, 0, 0
         self.sizes: list[list[int]] = []
+        self.places = None if places is None else iter(places)
         if grid_thw is None:
             return
         check_grid_layout(grid_thw, name)
@@ -157,8 +173,8 @@ class _Grids:
                 )
             self.sizes[index] = [frames, rows // merge_size, columns // merge_size]
 
-    def next_frame(self, sample: int, placeholders: int) -> tuple[int, int]:
-        """Rows and columns of the next frame in tokens, of which there must be that many placeholders in a row."""
+    def next_frame(self, sample: int, placeholders: int) -> FramePlaces:
+        """Places of the tokens of the next frame, of which there must be that many placeholders in a row."""
         if not self.frames_left:
             if not self.is_given:
                 raise ValueError(
@@ -174,12 +190,13 @@ class _Grids:
             self.taken += 1
         self.frames_left -= 1
         _, rows, columns = self.sizes[self.taken - 1]
-        if rows * columns > placeholders:
+        frame = _whole_frame(rows, columns) if self.places is None else next(self.places)
+        if frame.offsets.shape[1] > placeholders:
             raise ValueError(
                 f"Sample {sample} has {placeholders} placeholders in a row where a frame of "
-                f"`{self.name}[{self.taken - 1}]` takes {rows * columns}."
+                f"`{self.name}[{self.taken - 1}]` takes {frame.offsets.shape[1]}."
             )
-        return rows, columns
+        return frame
 
     def check_complete(self, sample: int) -> None:
         """Check that no video continues after its sample."""
@@ -198,10 +215,11 @@ class _Grids:
             )
 
 
-def _frame_positions(start: int, rows: int, columns: int) -> Tensor:
-    """Positions `(3, rows * columns)` of the tokens of a frame that starts at position `start`."""
+def _whole_frame(rows: int, columns: int) -> FramePlaces:
+    """Places of the tokens of a frame with all of them."""
     index = torch.arange(rows * columns)
-    return start + torch.stack((torch.zeros_like(index), index // columns, index % columns))
+    offsets = torch.stack((torch.zeros_like(index), index // columns, index % columns))
+    return FramePlaces(offsets, max(rows, columns))
 
 
 def _sample_positions(kinds: list[int], grids: dict[int, _Grids], sample: int) -> tuple[Tensor, int]:
@@ -213,9 +231,9 @@ def _sample_positions(kinds: list[int], grids: dict[int, _Grids], sample: int) -
             parts.append(torch.arange(start, start + length).expand(AXES, -1))
             start, length = start + length, 0
         while length:
-            rows, columns = grids[kind].next_frame(sample, length)
-            parts.append(_frame_positions(start, rows, columns))
-            start, length = start + max(rows, columns), length - rows * columns
+            frame = grids[kind].next_frame(sample, length)
+            parts.append(start + frame.offsets)
+            start, length = start + frame.extent, length - frame.offsets.shape[1]
     for modality_grids in grids.values():
         modality_grids.check_complete(sample)
     return torch.cat(parts, dim=1), start
@@ -244,6 +262,8 @@ def get_multimodal_position_ids(
     video_grid_thw: Tensor | None = None,
     spatial_merge_size: int = 1,
     attention_mask: Tensor | None = None,
+    image_places: Sequence[FramePlaces] | None = None,
+    video_places: Sequence[FramePlaces] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Positions T, H and W of each token of texts with images and videos, as in openPangu-VL.
 
@@ -264,6 +284,9 @@ def get_multimodal_position_ids(
         video_grid_thw: `(n, 3)` the same for videos.
         spatial_merge_size: Side m of the block of patches that becomes one token.
         attention_mask: `(B, S)`, 0 at padding, on either side; None if there is none.
+        image_places: Places of the tokens of each frame of the images, in tokens; None if all tokens of the grids are
+            there.
+        video_places: The same for videos.
 
     Returns:
         `position_ids` `(3, B, S)` int64, 0 at padding; `rope_deltas` `(B, 1)` int64, the next position minus the
@@ -283,8 +306,8 @@ def get_multimodal_position_ids(
         )
     attended = attention_mask.cpu() != 0
     grids = {
-        _IMAGE: _Grids("image_grid_thw", image_grid_thw, merge_size),
-        _VIDEO: _Grids("video_grid_thw", video_grid_thw, merge_size),
+        _IMAGE: _Grids("image_grid_thw", image_grid_thw, merge_size, image_places),
+        _VIDEO: _Grids("video_grid_thw", video_grid_thw, merge_size, video_places),
     }
     position_ids = torch.zeros(AXES, *kinds.shape, dtype=torch.int64)
     rope_deltas = torch.zeros(len(kinds), 1, dtype=torch.int64)

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
 from .image_pixels import check_normalized
-from .packed_index import merge_order, validate_grid
+from .packed_index import get_patch_layout, merge_order, validate_grid
 from .utils import activation_dtype, check_shape
 from .vlm_towers import VISION_TOWERS, VisionTower, patch_width
 
@@ -113,6 +113,29 @@ def get_square_grid(encoder: PreTrainedModel, height: int, width: int) -> tuple[
     return height // rows, width // columns
 
 
+def get_class_tokens(encoder: PreTrainedModel, outputs: Any, layer: int) -> Tensor:
+    """Return the class token of each image or frame, `(n, D)`.
+
+    Args:
+        encoder: The vision encoder.
+        outputs: Its output.
+        layer: -1, or an index into its hidden states.
+
+    Raises:
+        ValueError: If the encoder has no class token.
+    """
+    tower = get_vision_tower(encoder)
+    if tower.layout == "square" and tower.prefix(encoder.config):
+        return (outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer])[:, 0]
+    prefix = getattr(outputs, "prefix_hidden_state", None)
+    if prefix is None or getattr(encoder.config, "pooling", None) != "class_token" or layer != -1:
+        raise ValueError(
+            f"`query` 'class_token' needs a class token, which the vision encoder {type(encoder).__name__} has not "
+            f"(`vision_feature_layer`={layer}); expected the query 'mean'."
+        )
+    return prefix[:, 0]
+
+
 def encode_images(
     encoder: PreTrainedModel,
     pixel_values: Tensor,
@@ -208,6 +231,9 @@ def _encode_packed(
 ) -> tuple[BaseModelOutputWithPooling, tuple[Tensor, ...], Tensor]:
     counts = image_grid_thw.prod(-1)
     if tower.call is None:  # an encoder of ours, or of the user
+        keep_index = options.get("keep_index")
+        if keep_index is not None:
+            counts = get_patch_layout(image_grid_thw, len(keep_index), 1, keep_index).cu_images[:-1].diff().long()
         outputs = encoder(pixel_values, image_grid_thw, **options)
         return outputs, _feature_maps(outputs, layer) or (_select_layer(outputs, layer),), counts
     if not torch.compiler.is_compiling():

@@ -22,6 +22,7 @@ _ENCODED_ONCE = (
     "pixel_attention_mask",
     "spatial_shapes",
     "image_tile_grid",
+    "image_keep_index",
     "pixel_values_videos",
     "video_grid_thw",
     "mm_encoder_outputs",
@@ -121,10 +122,15 @@ class VisionLanguageGenerationMixin(MultiAxisGenerationMixin):
             input_ids = inputs_tensor
         is_ids = input_ids.ndim == 2
         names = ("attention_mask", "image_grid_thw", "video_grid_thw", "pixel_values", "spatial_shapes")
+        given = {name: model_kwargs.get(name) for name in names}
+        if self.config.token_reduction is not None or model_kwargs.get("image_keep_index") is not None:
+            # The features decide where the tokens are. This takes the pixels out of the arguments.
+            self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         return self.model.get_multimodal_position_ids(
             input_ids=input_ids if is_ids else None,
             inputs_embeds=None if is_ids else input_ids,
-            **{name: model_kwargs.get(name) for name in names},
+            **given,
+            mm_encoder_outputs=model_kwargs.get("mm_encoder_outputs"),
         )
 
     def _expand_inputs_for_generation(

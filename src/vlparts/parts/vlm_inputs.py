@@ -16,21 +16,32 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .ops_linear import apply_linear
-from .packed_samples import positions_in_samples, run_text_model
-from .utils import ForwardKwargs, check_token_inputs, server_of
+from .packed_samples import run_text_model
+from .token_reduction import VisionTokenReducer
+from .utils import ForwardKwargs, server_of
 from .vlm_distributed import blank_image, must_run
-from .vlm_features import encode_images, get_encoder_options, get_image_grids, pixel_layout, require_inputs
-from .vlm_positions import multimodal_positions
+from .vlm_features import (
+    encode_images,
+    get_encoder_options,
+    get_image_grids,
+    pixel_layout,
+    require_inputs,
+)
+from .vlm_positions import MultimodalPositionsMixin
 from .vlm_projectors import Projector
+from .vlm_reduction import reduce_and_project, reduce_views
 from .vlm_views import sum_views
 
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
-class MultimodalInputsMixin:
+
+class MultimodalInputsMixin(MultimodalPositionsMixin):
     """Inputs of a model with a `vision_tower`, a `projector` and a `language_model`."""
 
     config: PreTrainedConfig
     vision_tower: PreTrainedModel
     projector: Projector
+    token_reducer: VisionTokenReducer | None
     language_model: PreTrainedModel
     get_input_embeddings: Callable[[], nn.Module]
 
@@ -42,6 +53,7 @@ class MultimodalInputsMixin:
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         image_tile_grid: Tensor | None = None,
+        image_keep_index: Tensor | None = None,
         **kwargs: ForwardKwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
@@ -55,13 +67,17 @@ class MultimodalInputsMixin:
                 Gemma 4, Pixtral).
             image_tile_grid: `(n, 2)` rows and columns of tiles, for images of several views: of DeepEncoder, or tiles
                 and whole image as rows of `pixel_values` for encoders of images of one size.
+            image_keep_index: `(L,)` int64 patches that are there, if redundant ones were dropped, for packed encoders
+                of ours; whole blocks of m x m patches.
             **kwargs: `output_hidden_states`, `output_attentions`, and precomputed inputs of packed encoders, with the
                 prefix "image_" (`image_cu_seqlens`, `image_max_seqlen`, `image_position_ids`). From servers also
                 `image_view_grid`, instead of `image_grid_thw`: `(views, 3)` for each image.
 
         Returns:
             The encoder's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling
-            it holds one tensor `(T, E)`, since the lengths of the images are unknown to the compiler.
+            it holds one tensor `(T, E)`, since the lengths of the images are unknown to the compiler. Where tokens are
+            fewer than the grids say, `token_reduction` holds the [`ReducedTokens`] of all frames, and `token_places`
+            where they are.
 
         Raises:
             ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.
@@ -72,6 +88,8 @@ class MultimodalInputsMixin:
         tiles = image_tile_grid if pixel_layout(self.vision_tower) == "square" else None
         if image_tile_grid is not None and tiles is None:
             kwargs["image_tile_grid"] = image_tile_grid
+        if image_keep_index is not None:
+            kwargs["image_keep_index"] = image_keep_index
         options = get_encoder_options(self.vision_tower, kwargs, "image")
         return self._encode(pixel_values, image_grid_thw, pixel_attention_mask, spatial_shapes, tiles, **options)
 
@@ -102,6 +120,56 @@ class MultimodalInputsMixin:
         options = get_encoder_options(self.vision_tower, kwargs, "video")
         return self._encode(pixel_values_videos, video_grid_thw, **options)
 
+    def encode_media(
+        self,
+        given: dict[str, BaseModelOutputWithPooling] | None,
+        pixels: dict[str, Tensor | None],
+        options: dict[str, Any],
+        *,
+        image_grid_thw: Tensor | None,
+        video_grid_thw: Tensor | None,
+        **inputs: Tensor | None,
+    ) -> tuple[dict[str, BaseModelOutputWithPooling], dict[str, Tensor | None]]:
+        """Encode images and videos, of which some may be encoded already.
+
+        Args:
+            given: Outputs by "image" and "video".
+            pixels: Pixels by "image" and "video".
+            options: Keyword arguments of `forward`; those with the prefixes "image_" and "video_" are taken out.
+            image_grid_thw: `(n, 3)` grids of the images.
+            video_grid_thw: `(n, 3)` grids of the videos.
+            **inputs: Further inputs of [`get_image_features`].
+
+        Returns:
+            The outputs, and `(n, 3)` grids where these have rows that are images.
+
+        Raises:
+            ValueError: If images or videos are given twice.
+        """
+        media = {kind: outputs for kind, outputs in (given or {}).items() if outputs is not None}
+        extra = {
+            kind: {name: options.pop(name) for name in list(options) if name.startswith(f"{kind}_")}
+            for kind in _PIXELS
+        }
+        for kind, values in pixels.items():
+            if values is not None and kind in media:
+                raise ValueError(f"You cannot specify both `{_PIXELS[kind]}` and `mm_encoder_outputs['{kind}']`.")
+        grids: dict[str, Tensor | None] = {}
+        if pixels["image"] is not None:
+            grids["image"] = None  # rows of views
+            if inputs["image_tile_grid"] is None:
+                shapes = inputs["spatial_shapes"]
+                grids["image"] = get_image_grids(self.vision_tower, pixels["image"], image_grid_thw, shapes)
+            media["image"] = self.get_image_features(
+                pixels["image"], image_grid_thw, **inputs, **extra["image"], return_dict=True
+            )
+        if pixels["video"] is not None:
+            grids["video"] = video_grid_thw
+            media["video"] = self.get_video_features(
+                pixels["video"], video_grid_thw, **extra["video"], return_dict=True
+            )
+        return {kind: media[kind] for kind in _PIXELS if kind in media}, grids
+
     def _encode(
         self,
         pixel_values: Tensor,
@@ -122,8 +190,15 @@ class MultimodalInputsMixin:
             **options,
         )
         view_index = getattr(outputs, "view_index", None)
+        if view_index is None and (self.token_reducer is not None or options.get("keep_index") is not None):
+            grids = get_image_grids(self.vision_tower, pixel_values, grid_thw, spatial_shapes)
+            keep_index = options.get("keep_index")
+            return reduce_and_project(self, outputs, features, grids, keep_index, square_tiles)
         tokens = self.projector(*features, **({} if view_index is None else {"view_index": view_index}))
-        if torch.compiler.is_compiling():
+        if view_index is not None and self.token_reducer is not None:
+            tokens, kept = reduce_views(self.token_reducer, tokens, view_index, outputs.tokens_per_image)
+            outputs.pooler_output = tokens.split(kept)
+        elif torch.compiler.is_compiling():
             outputs.pooler_output = (tokens,)
         else:
             lengths = patches // self.config.merge_size**2 if view_index is None else outputs.tokens_per_image
@@ -134,10 +209,14 @@ class MultimodalInputsMixin:
 
     def encode_blank_image(self, device: torch.device) -> Tensor | None:
         """Encode and project a blank image, `(tokens, E)`, if other processes wait for it; see [`must_run`]."""
-        if server_of(self.config.text_config) is not None or not must_run(self.vision_tower, self.projector):
+        if server_of(self.config.text_config) is not None or not must_run(*self._vision_modules()):
             return None
         blank = blank_image(self.vision_tower, self.config.merge_size, device)
         return torch.cat(tuple(self.get_image_features(**blank, return_dict=True).pooler_output))
+
+    def _vision_modules(self) -> list[nn.Module]:
+        modules = (self.vision_tower, self.projector, self.token_reducer)
+        return [module for module in modules if module is not None]
 
     def embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Embed tokens, int64 of any shape to `(..., E)`, as the text model does; or return given embeddings."""
@@ -167,65 +246,6 @@ class MultimodalInputsMixin:
             return input_ids == token_id
         placeholder = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.embed_tokens(placeholder)).all(-1)
-
-    def get_multimodal_position_ids(
-        self,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-    ) -> Tensor:
-        """Compute positions of whole texts for a text model with multimodal rotary positions.
-
-        `forward` and `generate` call it if `position_ids` are absent. To continue from a cache, `forward` needs the
-        columns of the new tokens, and `generate` needs all columns if there are new images. Runs on the host.
-
-        Args:
-            input_ids: `(B, S)` int64.
-            inputs_embeds: `(B, S, E)` instead of `input_ids`.
-            attention_mask: `(B, S)`, 0 at padding.
-            position_ids: `(B, S)` positions in the text; a row in which they restart at 0 holds several texts.
-            cu_seq_lens_q: `(texts + 1,)` boundaries of the texts of one row, instead of `position_ids`.
-            image_grid_thw: `(n, 3)` grids of all images of the texts.
-            video_grid_thw: `(n, 3)` grids of all videos.
-            pixel_values: `(n, C, H, W)` instead of grids, for encoders of images of one size.
-            spatial_shapes: `(n, 2)` instead of grids, for encoders of padded rows of patches.
-
-        Returns:
-            `(4, B, S)` int64: position in the text, time, row, column.
-
-        Raises:
-            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or if placeholders and grids
-                do not match.
-        """
-        check_token_inputs(input_ids, inputs_embeds)
-        tokens = inputs_embeds if input_ids is None else input_ids
-        if position_ids is None and cu_seq_lens_q is not None:
-            position_ids = positions_in_samples(cu_seq_lens_q, tokens.shape[1])
-        grids = {
-            "image": get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes),
-            "video": video_grid_thw,
-        }
-        masks = [
-            torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-            if grid is None and getattr(self.config, f"{kind}_token_id") is None
-            else self.get_placeholder_mask(input_ids, inputs_embeds, kind)
-            for kind, grid in grids.items()
-        ]
-        return multimodal_positions(
-            *masks,
-            image_grid_thw=grids["image"],
-            video_grid_thw=grids["video"],
-            merge_size=self.config.merge_size,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-        )
 
 
 def _text_number(config: PreTrainedConfig, name: str) -> float | None:

@@ -3,12 +3,20 @@
 Shapes: B samples, S tokens of a row, n images or videos.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
 
-from .rope_multimodal import AXES, get_multimodal_position_ids
+from .packed_samples import positions_in_samples
+from .rope_multimodal import AXES, FramePlaces, get_multimodal_position_ids
+from .utils import check_token_inputs
+from .vlm_features import get_image_grids
 
 _IMAGE, _VIDEO = 1, 2
 
@@ -66,6 +74,8 @@ def multimodal_positions(
     merge_size: int = 1,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    image_places: Sequence[FramePlaces] | None = None,
+    video_places: Sequence[FramePlaces] | None = None,
 ) -> Tensor:
     """Compute the position in the text, T, H and W of each token; see [`get_multimodal_position_ids`].
 
@@ -78,6 +88,8 @@ def multimodal_positions(
         attention_mask: `(B, S)`, 0 at padding.
         position_ids: `(B, S)` or `(1, S)` positions that count from 0 in each text. A row in which they restart at 0
             holds several texts, each with the positions that it has alone. None for one text per row.
+        image_places: Places of the tokens of each frame of the images; None if all tokens of the grids are there.
+        video_places: The same for videos.
 
     Returns:
         `(4, B, S)` int64, 0 at padding.
@@ -108,6 +120,90 @@ def multimodal_positions(
             video_grid_thw=video_grid_thw,
             spatial_merge_size=merge_size,
             attention_mask=inside,
+            image_places=image_places,
+            video_places=video_places,
         )
         positions[1:, attended] = found[:, inside]
     return positions
+
+
+def get_token_places(media: dict[str, BaseModelOutputWithPooling] | None, kind: str) -> list[FramePlaces] | None:
+    """Return the places of the tokens of encoded images or videos; None if they are all tokens of their grids.
+
+    Args:
+        media: Outputs of `get_image_features` under "image", and of `get_video_features` under "video".
+        kind: "image" or "video".
+    """
+    return getattr((media or {}).get(kind), "token_places", None)
+
+
+class MultimodalPositionsMixin:
+    """Positions of whole texts of a model with a `vision_tower` and placeholders."""
+
+    config: PreTrainedConfig
+    vision_tower: PreTrainedModel
+    get_placeholder_mask: Callable[..., Tensor]
+
+    def get_multimodal_position_ids(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+    ) -> Tensor:
+        """Compute positions of whole texts for a text model with multimodal rotary positions.
+
+        `forward` and `generate` call it if `position_ids` are absent. To continue from a cache, `forward` needs the
+        columns of the new tokens, and `generate` needs all columns if there are new images. Runs on the host.
+
+        Args:
+            input_ids: `(B, S)` int64.
+            inputs_embeds: `(B, S, E)` instead of `input_ids`.
+            attention_mask: `(B, S)`, 0 at padding.
+            position_ids: `(B, S)` positions in the text; a row in which they restart at 0 holds several texts.
+            cu_seq_lens_q: `(texts + 1,)` boundaries of the texts of one row, instead of `position_ids`.
+            image_grid_thw: `(n, 3)` grids of all images of the texts.
+            video_grid_thw: `(n, 3)` grids of all videos.
+            pixel_values: `(n, C, H, W)` instead of grids, for encoders of images of one size.
+            spatial_shapes: `(n, 2)` instead of grids, for encoders of padded rows of patches.
+            mm_encoder_outputs: The encoded images and videos, which say where the tokens are that are left of them;
+                needed if tokens are reduced or patches were dropped.
+
+        Returns:
+            `(4, B, S)` int64: position in the text, time, row, column.
+
+        Raises:
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or if placeholders and grids
+                do not match.
+        """
+        check_token_inputs(input_ids, inputs_embeds)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if position_ids is None and cu_seq_lens_q is not None:
+            position_ids = positions_in_samples(cu_seq_lens_q, tokens.shape[1])
+        grids = {
+            "image": get_image_grids(self.vision_tower, pixel_values, image_grid_thw, spatial_shapes),
+            "video": video_grid_thw,
+        }
+        masks = [
+            torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            if grid is None and getattr(self.config, f"{kind}_token_id") is None
+            else self.get_placeholder_mask(input_ids, inputs_embeds, kind)
+            for kind, grid in grids.items()
+        ]
+        return multimodal_positions(
+            *masks,
+            image_grid_thw=grids["image"],
+            video_grid_thw=grids["video"],
+            merge_size=self.config.merge_size,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            image_places=get_token_places(mm_encoder_outputs, "image"),
+            video_places=get_token_places(mm_encoder_outputs, "video"),
+        )

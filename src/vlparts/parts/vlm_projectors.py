@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 
 from .ops_activations import ExactGELU
 from .ops_linear import apply_linear
@@ -330,3 +331,15 @@ class Projector(nn.Module):
             return self.projection(*features)
         options = {} if view_index is None else {"index": view_index}
         return self.projection(features[0].reshape(-1, self.merged_width), **options)
+
+
+def build_projector(config: PreTrainedConfig) -> Projector:
+    """Build the projector of a composed model."""
+    return Projector(
+        config.projector_type,
+        config.vision_width,
+        config.text_config.hidden_size,
+        config.projector_merge_size,
+        config.num_feature_layers,
+        **(config.projector_options or {}),
+    )

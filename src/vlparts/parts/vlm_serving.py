@@ -32,9 +32,13 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .redundant_patches import count_within_budget
 from .rope_multimodal import get_multimodal_position_ids
+from .token_reduction import VisionTokenReducer
+from .token_reduction_types import TokenReduction
 from .utils import server_of
 from .vlm_features import get_square_grid, pixel_layout
+from .vlm_reduction import get_frames, predict_places
 
 _SERVED_FIELDS = {"multiplier": "logit_scale", "softcap": "final_logit_softcapping"}
 
@@ -59,6 +63,12 @@ def check_servable(config: PreTrainedConfig) -> None:
                 f"`text_config.{field}` must be 1 for a text model of type {config.text_config.model_type!r} on a "
                 f"server, whose transformers backend leaves out this factor, got {value}. Serve it by `generate`."
             )
+    if config.reduction is not None and config.reduction.kind.chooses and config.has_multimodal_positions:
+        raise ValueError(
+            "`token_reduction` must be one that leaves a grid, such as 'average_pool', on a server of a text model "
+            "with an 'mrope_section', since the server asks for positions before images are encoded, got "
+            f"{config.token_reduction!r}."
+        )
 
 
 class ServedModelMixin:
@@ -66,6 +76,7 @@ class ServedModelMixin:
 
     config: PreTrainedConfig
     vision_tower: PreTrainedModel
+    token_reducer: VisionTokenReducer | None
 
     def get_rope_index(
         self,
@@ -92,6 +103,12 @@ class ServedModelMixin:
         places = None if self.config.image_token_id is None else input_ids == self.config.image_token_id
         if image_grid_thw is None and places is not None and places.any():
             image_grid_thw = self._grids_of_one_size(int(places.sum()))
+        fewer = {}
+        if self.token_reducer is not None:
+            for kind, grids in (("image", image_grid_thw), ("video", video_grid_thw)):
+                if grids is not None:
+                    frames = get_frames(grids, self.config.merge_size)
+                    fewer[f"{kind}_places"] = predict_places(self.token_reducer, frames)
         return get_multimodal_position_ids(
             input_ids,
             image_token_id=self.config.image_token_id,
@@ -100,6 +117,7 @@ class ServedModelMixin:
             video_grid_thw=video_grid_thw,
             spatial_merge_size=self.config.merge_size,
             attention_mask=attention_mask,
+            **fewer,
         )
 
     def _grids_of_one_size(self, num_tokens: int) -> Tensor:
@@ -111,8 +129,10 @@ class ServedModelMixin:
             )
         size = self.config.vision_config.image_size
         rows, columns = get_square_grid(self.vision_tower, *((size, size) if isinstance(size, int) else size))
-        images = num_tokens * self.config.merge_size**2 // (rows * columns)
-        return torch.tensor([[1, rows, columns]]).expand(images, -1)
+        tokens = rows * columns // self.config.merge_size**2
+        if self.config.reduction is not None:
+            tokens = self.config.reduction.count_tokens(*(side // self.config.merge_size for side in (rows, columns)))
+        return torch.tensor([[1, rows, columns]]).expand(num_tokens // tokens, -1)
 
 
 class VideoView:
@@ -142,8 +162,14 @@ class ServedProcessor(ProcessorMixin):
     spatial_merge_size: int
     image_seq_length: int | None
     patch_size: int | None
+    token_reduction: dict[str, Any] | None
     count_image_tokens: Callable[[Any, int], int]
     _to_model_inputs: Callable[[Any], Any]
+
+    @property
+    def reduction(self) -> TokenReduction | None:
+        """How the model reduces the tokens of an image; None if it does not."""
+        return None if self.token_reduction is None else TokenReduction(**self.token_reduction)
 
     def _called_by_server(self, text: Any, options: dict[str, Any]) -> bool:
         """Whether the text is nothing but placeholders, and the offsets of their replacements are asked for."""
@@ -168,6 +194,10 @@ class ServedProcessor(ProcessorMixin):
             return process(images=images, text=text, videos=videos, **kwargs)
         if videos is not None and hasattr(self.image_processor, "video_shared_budget"):
             kwargs["videos_kwargs"] = {**kwargs.get("videos_kwargs", {}), "video_shared_budget": False}
+        if getattr(self.image_processor, "drop_redundant_patches", False):
+            raise ValueError(
+                "`drop_redundant_patches` must be False on a server, which counts the tokens of an image by its size."
+            )
         data = process(images=images, text=text, videos=videos, **kwargs)
         if "image_tile_grid" in data:
             tiles = torch.as_tensor(data["image_tile_grid"])
@@ -200,8 +230,7 @@ class ServedProcessor(ProcessorMixin):
         can_count = self.video_token is not None and hasattr(self.image_processor, "get_video_grid_thw")
         if video_sizes is not None and can_count:
             grids = [self.image_processor.get_video_grid_thw(*size, **kwargs) for size in video_sizes]
-            block = self.spatial_merge_size**2
-            counts["num_video_tokens"] = [frames * (rows * columns // block) for frames, rows, columns in grids]
+            counts["num_video_tokens"] = [frames * self._count_frame(*sides) for frames, *sides in grids]
         return MultiModalData(**counts)
 
     def _count_images(self, sizes: Sequence[tuple[int, int]], options: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -219,5 +248,23 @@ class ServedProcessor(ProcessorMixin):
             return [self.count_image_tokens(processed, index) for index in range(len(blank))], [1] * len(blank)
         patches = [count(height, width, options) for height, width in sizes]
         if hasattr(processor, "get_number_of_image_tokens"):
-            return [processor.get_number_of_image_tokens(height, width, options) for height, width in sizes], patches
-        return [number // self.spatial_merge_size**2 for number in patches], patches
+            fewer = {} if self.reduction is None else {"reduction": self.reduction}
+            return [processor.get_number_of_image_tokens(*size, options, **fewer) for size in sizes], patches
+        if getattr(processor, "drop_redundant_patches", False):
+            patches = [self._count_kept(number) for number in patches]
+        elif self.reduction is not None and hasattr(processor, "get_grid_thw"):
+            grids = [processor.get_grid_thw(*size, **options) for size in sizes]
+            return [frames * self._count_frame(*sides) for frames, *sides in grids], patches
+        tokens = [number // self.spatial_merge_size**2 for number in patches]
+        return [one if self.reduction is None else self.reduction.count_tokens(one) for one in tokens], patches
+
+    def _count_kept(self, patches: int) -> int:
+        """Number of patches of an image that are kept of `patches`, within the budget of the image processor."""
+        area = self.spatial_merge_size**2
+        return area * count_within_budget(patches // area, self.image_processor.token_budget)
+
+    def _count_frame(self, rows: int, columns: int) -> int:
+        """Number of tokens of a frame of `rows` x `columns` patches."""
+        if self.reduction is None:
+            return rows * columns // self.spatial_merge_size**2
+        return self.reduction.count_tokens(rows // self.spatial_merge_size, columns // self.spatial_merge_size)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .token_reduction_types import TokenReduction
+
 Grid = Sequence[int]
 
 
@@ -38,16 +40,20 @@ def sum_views(lengths: Tensor, tile_grid: Tensor) -> Tensor:
     return torch.zeros(len(views), dtype=lengths.dtype, device=lengths.device).index_add(0, image, lengths)
 
 
-def count_view_tokens(tile_grid: Grid, tile_tokens: Grid, whole_tokens: Grid) -> int:
+def count_view_tokens(
+    tile_grid: Grid, tile_tokens: Grid, whole_tokens: Grid, reduction: TokenReduction | None = None
+) -> int:
     """Number of tokens of an assembled image.
 
     Args:
         tile_grid: Rows and columns of tiles; 0 and 0 for none.
         tile_tokens: Rows and columns of tokens of a tile.
         whole_tokens: Rows and columns of tokens of the whole image.
+        reduction: How the tokens are reduced, all but the newlines and the separator.
     """
     rows, columns = tile_grid[0] * tile_tokens[0], tile_grid[1] * tile_tokens[1]
-    return rows * (columns + 1) + whole_tokens[0] * (whole_tokens[1] + 1) + 1
+    tokens, marks = rows * columns + whole_tokens[0] * whole_tokens[1], rows + whole_tokens[0] + 1
+    return marks + (tokens if reduction is None else reduction.count_tokens(tokens))
 
 
 def get_view_index(tile_grids: Sequence[Grid], token_grids: Sequence[Grid]) -> tuple[Tensor, list[int]]:

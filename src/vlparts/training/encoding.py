@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,12 @@ def join_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         joined["pixel_values"] = [
             pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2])) for one in joined["pixel_values"]
         ]
+    if "image_keep_index" in joined:  # indices in the patches of all images
+        totals = [int(one["image_grid_thw"].prod(-1).sum()) for one in images]
+        starts = accumulate(totals, initial=0)
+        joined["image_keep_index"] = [
+            kept + start for kept, start in zip(joined["image_keep_index"], starts, strict=False)
+        ]
     return {name: torch.cat(values) for name, values in joined.items()}
 
 
@@ -149,7 +155,7 @@ class SampleEncoder:
             ValueError: If an image or page cannot be read or processed, a region is outside its image under "raise",
                 the template rewrites earlier turns, or the sample is longer than `max_length`.
         """
-        images = [self._open(record, one) for one in record.all_images]
+        images = [self.open(record, one) for one in record.all_images]
         inputs = [self.process(image, one) for image, one in zip(images, record.all_images, strict=True)]
         return self.encode(self.render(record, [image.size for image in images], self._prompt(record, number)), inputs)
 
@@ -213,7 +219,12 @@ class SampleEncoder:
         prompts = {"prompts": [*self.prompts], "pillow_limit": Image.MAX_IMAGE_PIXELS}
         return {name: getattr(self, name) for name in names} | prompts | {"format": self.coordinate_format}
 
-    def _open(self, record: Record | PageRecord, image: RecordImage) -> Image.Image:
+    def open(self, record: Record | PageRecord, image: RecordImage) -> Image.Image:
+        """Open an image of a record, or draw its page.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
         if isinstance(record, PageRecord) and isinstance(image, str) and not image.startswith("data:"):
             return open_page(self.root / image, record.page_number, dpi=self.dpi, max_image_pixels=self._page_limit)
         return open_record_image(image, self.root, self.max_image_pixels)

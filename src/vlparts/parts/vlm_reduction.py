@@ -1,0 +1,211 @@
+"""Fewer tokens of images in the composed model: which tokens belong together, and where those that are left are.
+
+Shapes: n images or videos, T tokens of all of them (blocks of m x m patches), K tokens that are left, D width.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .packed_index import get_patch_layout
+from .rope_multimodal import FramePlaces
+from .token_reduction import ReducedTokens, VisionTokenReducer
+from .vlm_features import get_class_tokens, require_inputs
+from .vlm_views import sum_views
+
+
+class TokenFrames(NamedTuple):
+    """Tokens of images, frames of videos, or views, which are reduced separately.
+
+    Attributes:
+        lengths: Number of tokens of each frame.
+        sizes: Rows and columns of each frame in tokens.
+        position_ids: `(T, 2)` int64 row and column of each token; None if no token is missing in the frames.
+        counts: Number of frames of each image or video.
+    """
+
+    lengths: list[int]
+    sizes: list[tuple[int, int]]
+    position_ids: Tensor | None
+    counts: list[int]
+
+
+def build_reducer(config: PreTrainedConfig) -> VisionTokenReducer | None:
+    """Build the reducer of a composed model, or None if its tokens are not reduced."""
+    reduction = config.reduction
+    if reduction is None:
+        return None
+    width = config.text_config.hidden_size
+    if config.token_stage == "encoder":
+        width = config.vision_width * (config.projector_merge_size // reduction.factor) ** 2
+    return VisionTokenReducer(reduction.method, reduction.ratio, reduction.count, width=width, **reduction.options)
+
+
+def get_frames(grid_thw: Tensor, merge_size: int, keep_index: Tensor | None = None) -> TokenFrames:
+    """Find the tokens of each frame.
+
+    Args:
+        grid_thw: `(n, 3)` frames, rows and columns of each image or video in patches.
+        merge_size: m.
+        keep_index: `(L,)` int64 patches that are there, whole blocks of them; None for all.
+
+    Raises:
+        ValueError: If `keep_index` holds a part of a block.
+    """
+    grids = grid_thw.tolist()
+    counts = [frames for frames, _, _ in grids]
+    sizes = [(rows // merge_size, columns // merge_size) for frames, rows, columns in grids for _ in range(frames)]
+    if keep_index is None:
+        return TokenFrames([rows * columns for rows, columns in sizes], sizes, None, counts)
+    tokens = get_kept_blocks(keep_index, merge_size)
+    layout = get_patch_layout(grid_thw, len(keep_index), merge_size, keep_index)
+    starts = torch.tensor([0, *accumulate(counts)], device=keep_index.device)
+    first = slice(None, None, merge_size**2)
+    frames = (starts[layout.image_ids] + layout.frame_ids)[first]
+    lengths = torch.bincount(frames, minlength=len(sizes)).tolist()
+    if 0 in lengths or len(lengths) > len(sizes):
+        raise ValueError(f"`keep_index` must keep a block of each frame and no padding, got {lengths} blocks.")
+    assert sum(lengths) == len(tokens)
+    return TokenFrames(lengths, sizes, layout.position_ids[first] // merge_size, counts)
+
+
+def get_kept_blocks(keep_index: Tensor, merge_size: int) -> Tensor:
+    """Index of each block of m x m patches that `keep_index` `(L,)` holds, `(L / m^2,)`.
+
+    Raises:
+        ValueError: If it holds a part of a block.
+    """
+    area = merge_size**2
+    if area == 1:
+        return keep_index
+    whole = len(keep_index) % area == 0
+    if whole:
+        blocks = keep_index.view(-1, area)
+        inside = torch.arange(area, device=keep_index.device)
+        whole = bool((blocks == blocks[:, :1] // area * area + inside).all())
+    if not whole:
+        raise ValueError(
+            f"`image_keep_index` must hold whole blocks of {merge_size} x {merge_size} patches, which become one "
+            f"token, got {keep_index.tolist()}."
+        )
+    return keep_index[::area] // area
+
+
+def reduce_frames(
+    reducer: VisionTokenReducer, tokens: Tensor, frames: TokenFrames, class_tokens: Tensor | None = None
+) -> ReducedTokens:
+    """Reduce the tokens `(T, D)` of each frame."""
+    if frames.position_ids is None:
+        return reducer(tokens, frames.sizes, class_tokens=class_tokens)
+    return reducer(tokens, lengths=frames.lengths, position_ids=frames.position_ids, class_tokens=class_tokens)
+
+
+def reduce_and_project(
+    model: Any,
+    outputs: Any,
+    features: tuple[Tensor, ...],
+    grid_thw: Tensor | None,
+    keep_index: Tensor | None = None,
+    square_tiles: Tensor | None = None,
+) -> BaseModelOutputWithPooling:
+    """Project the patches of encoded images, with fewer tokens than their grids say.
+
+    Args:
+        model: A model with a `vision_tower`, a `projector` and a `token_reducer`, which may be None.
+        outputs: Output of the vision encoder.
+        features: `(L, D)` patches of each feature layer.
+        grid_thw: `(n, 3)` grids of the images or videos in patches.
+        keep_index: `(L,)` int64 patches that are there; None for all.
+        square_tiles: `(images, 2)` tiles of images of several views.
+
+    Returns:
+        The output with `pooler_output`, `token_reduction` and `token_places`; see [`get_image_features`].
+    """
+    require_inputs(image_grid_thw=grid_thw)
+    assert grid_thw is not None
+    frames = get_frames(grid_thw, model.config.merge_size, keep_index)
+    reducer, reduced = model.token_reducer, None
+    if reducer is not None and model.config.token_stage == "encoder":
+        class_tokens = None
+        if reducer.reduction.options.get("query") == "class_token":
+            class_tokens = get_class_tokens(model.vision_tower, outputs, model.config.vision_feature_layer)
+        units = features[0].reshape(sum(frames.lengths), -1)
+        reduced = reduce_frames(reducer, units, frames, class_tokens)
+        features = (reduced.tokens.reshape(-1, features[0].shape[-1]),)
+    tokens = model.projector(*features)
+    if reducer is not None and reduced is None:
+        reduced = reduce_frames(reducer, tokens, frames)
+        tokens = reduced.tokens
+    lengths = sum_frames(frames.lengths if reduced is None else reduced.lengths, frames.counts)
+    if square_tiles is not None:
+        lengths = sum_views(torch.tensor(lengths), square_tiles.cpu()).tolist()
+    outputs.pooler_output = tokens.split(lengths)
+    outputs.token_reduction, outputs.token_places = reduced, get_places(frames, reduced)
+    return outputs
+
+
+def reduce_views(
+    reducer: VisionTokenReducer, tokens: Tensor, view_index: Tensor, tokens_per_image: Tensor
+) -> tuple[Tensor, list[int]]:
+    """Reduce the tokens of assembled images, but not their newlines and separators.
+
+    Args:
+        reducer: The reducer.
+        tokens: `(T, E)` assembled images.
+        view_index: `(T,)` int64 of [`get_view_index`]; the two largest possible values are the marks.
+        tokens_per_image: `(n,)` tokens of each image.
+
+    Returns:
+        The tokens that are left, in the order of the images, and the number of each image.
+    """
+    lengths = tokens_per_image.tolist()
+    is_mark = view_index >= view_index.max() - 1  # every image has both marks
+    features = [int(part.sum()) for part in (~is_mark).split(lengths)]
+    reduced = reducer(tokens[~is_mark], lengths=features)
+    places = torch.cat(((~is_mark).nonzero().squeeze(1)[reduced.kept_index], is_mark.nonzero().squeeze(1)))
+    order = places.argsort()
+    left = torch.cat((reduced.tokens, tokens[is_mark]))[order]
+    marks = [length - part for length, part in zip(lengths, features, strict=True)]
+    return left, [kept + mark for kept, mark in zip(reduced.lengths, marks, strict=True)]
+
+
+def get_places(frames: TokenFrames, reduced: ReducedTokens | None) -> list[FramePlaces]:
+    """Return where the tokens of each frame are, for a text model with multimodal rotary positions.
+
+    A token has the place of the one that it stands for, and the text goes on as after all tokens. The queries of a
+    resampler have no place in the image; they count as a text does.
+    """
+    lengths = frames.lengths if reduced is None else reduced.lengths
+    places = []
+    positions = frames.position_ids
+    if positions is None:
+        grids = (torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) for rows, columns in frames.sizes)
+        positions = torch.cat([grid.view(-1, 2) for grid in grids])
+    positions = positions.cpu()
+    index = torch.arange(len(positions)) if reduced is None else reduced.kept_index.cpu()
+    for part, size in zip(index.split(lengths), frames.sizes, strict=True):
+        if len(part) and int(part[0]) < 0:
+            places.append(FramePlaces(torch.arange(len(part)).expand(3, -1), len(part)))
+        else:
+            offsets = torch.nn.functional.pad(positions[part], (1, 0))
+            places.append(FramePlaces(offsets.T, max(size)))
+    return places
+
+
+def predict_places(reducer: VisionTokenReducer, frames: TokenFrames) -> list[FramePlaces]:
+    """Return where tokens will be, for methods that leave the same ones whatever the features are."""
+    if reducer.resampler is not None:
+        count = len(reducer.resampler.queries)
+        return [FramePlaces(torch.arange(count).expand(3, -1), count) for _ in frames.lengths]
+    return get_places(frames, reducer(torch.zeros(sum(frames.lengths), 1), frames.sizes))
+
+
+def sum_frames(lengths: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Sum the lengths of the frames of each image or video."""
+    remaining = iter(lengths)
+    return [sum(next(remaining) for _ in range(count)) for count in counts]
