@@ -16,7 +16,7 @@ from .parts.token_reduction import ReducedTokens, VisionTokenReducer
 from .parts.token_reduction_types import TokenReduction
 from .parts.utils import IGNORE_INDEX
 from .parts.vlm_features import get_image_grids
-from .parts.vlm_reduction import get_frames, reduce_frames, sum_frames
+from .parts.vlm_reduction import get_frames, reduce_frames, reduce_views, sum_frames
 
 __all__ = ["VisionTokenReducer", "reduce_tokens"]
 
@@ -129,7 +129,10 @@ def _reduce(
     """Reduce the features of images or videos; returns also the number of tokens of each."""
     features = list(outputs.pooler_output)
     tokens, lengths = torch.cat(features), [len(part) for part in features]
-    places = getattr(outputs, "token_places", None)
+    view_index, places = getattr(outputs, "view_index", None), getattr(outputs, "token_places", None)
+    if view_index is not None:
+        reduced = reduce_views(reducer, tokens, view_index, lengths)
+        return reduced, reduced.lengths
     grids, merge_size = _grids(base, inputs, kind)
     if grids is not None and places is None:
         frames = get_frames(grids, merge_size)

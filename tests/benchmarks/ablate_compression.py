@@ -23,6 +23,7 @@ from ablation import arguments, run_all
 from PIL import Image, ImageDraw, ImageFont
 from transformers import set_seed
 
+from vlparts import reduce_tokens
 from vlparts.parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE
 from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
@@ -131,8 +132,10 @@ def precision(answer: str, text: str) -> float:
     return 1 - edit_distance(answer, text) / max(len(answer), len(text))
 
 
-def read(model: Any, processor: Any, path: Path, tokens: int) -> tuple[list[str], list[str]]:
-    """Answers of a model to the pages of a file, and their texts."""
+def read(
+    model: Any, processor: Any, path: Path, tokens: int, reduction: dict[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
+    """Answers of a model to the pages of a file, perhaps with fewer vision tokens, and their texts."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     pages = [[{"type": "image", "path": str(path.parent / record["image"])}] for record in records]
     inputs = processor.apply_chat_template(
@@ -143,15 +146,25 @@ def read(model: Any, processor: Any, path: Path, tokens: int) -> tuple[list[str]
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     )
+    if reduction is not None:
+        inputs = reduce_tokens(model.eval(), inputs, **reduction)
     with torch.inference_mode():
         generated = model.eval().generate(**inputs, max_new_tokens=tokens, do_sample=False)
     answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers, [record["messages"][-1]["content"] for record in records]
 
 
-def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
-    """Train one model; its precision by the number of digits."""
-    rows, out = MODES[mode], out.resolve()
+def train_reader(rows: int, seed: int, steps: int, out: Path, **settings: Any) -> tuple[Any, Any]:
+    """Train one model to read pages with rows x rows vision tokens; the model and its processor.
+
+    Args:
+        rows: Rows, and columns, of vision tokens.
+        seed: Of weights and pages.
+        steps: Optimiser steps.
+        out: Folder.
+        **settings: Further fields of TrainConfig for the new model.
+    """
+    out = out.resolve()
     tokenizer = train_tokenizer([], 260)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.save_pretrained(out / "tokenizer")
@@ -159,7 +172,9 @@ def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
     image = {"mode": None, "base_size": 4 * PATCH * rows, "do_pad": False, "do_tile": False, "patch_size": PATCH}
     parts = {"vision": vision(rows), "text": TEXT, "projector": "deepseek_ocr", "tokenizer": out / "tokenizer"}
     set_seed(seed)
-    blank = TrainConfig(data=out, output=out, chat_template=out / "template.jinja", image_processor=image, **parts)
+    blank = TrainConfig(
+        data=out, output=out, chat_template=out / "template.jinja", image_processor=image, **parts, **settings
+    )
     model, processor = build(blank, [])
     model.model.vision_tower.clip.position_embedding.data *= POSITIONS
     for part in (model, processor):
@@ -180,10 +195,16 @@ def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
         trainer={"disable_tqdm": True, "save_strategy": "no"},
     )
     result = train(config)
+    return result.model, result.processor
+
+
+def run(mode: str, seed: int, steps: int, out: Path) -> dict[str, float]:
+    """Train one model; its precision by the number of digits."""
+    model, processor = train_reader(MODES[mode], seed, steps, out)
     figures = {}
     for lines in LINES:
         path = write_pages(out / "pages", f"held_out_{lines}", (lines,), HELD_OUT, 10 * seed + 9)
-        answers, texts = read(result.model, result.processor, path, lines**2 + 8)
+        answers, texts = read(model, processor, path, lines**2 + 8)
         figures[str(lines**2)] = statistics.mean(map(precision, answers, texts))
         figures[f"{lines**2} by chance"] = statistics.mean(map(precision, texts[1:] + texts[:1], texts))
     return figures

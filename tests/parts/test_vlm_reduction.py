@@ -24,6 +24,7 @@ from vlparts import (
     WindowFreeViTConfig,
     compose,
     compose_processor,
+    reduce_tokens,
 )
 from vlparts.parts.token_reduction_types import TOKEN_REDUCTIONS, TokenReduction
 from vlparts.parts.vlm_reduction import get_frames
@@ -213,12 +214,19 @@ def test_newlines_and_separators_of_views_are_kept(method: str) -> None:
     processor = compose_processor(model, made)
     processor.image_processor = DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4)
     model.load_state_dict(plain.state_dict())
-    model.eval()
+    model, plain = model.double().eval(), plain.double()
     few, many = (
         one(images=IMAGES[:2], text=TEXTS[:2], padding=True, return_tensors="pt") for one in (processor, full)
     )
     names = ("pixel_values", "image_grid_thw", "image_tile_grid")
-    found = model.get_image_features(**{name: few[name] for name in names}).pooler_output
+    outputs = model.get_image_features(**{name: few[name] for name in names})
+    found, kept = outputs.pooler_output, outputs.token_reduction
+    assert torch.equal(kept.assignment[kept.kept_index], torch.arange(len(kept.tokens)))
+    fewer = reduce_tokens(plain, many, method, 0.4)
+    for one, other in zip(fewer["mm_encoder_outputs"]["image"].pooler_output, found, strict=True):
+        torch.testing.assert_close(one, other)
+    logits = plain(**fewer).logits[fewer["attention_mask"].bool()]
+    torch.testing.assert_close(logits, model(**few).logits[few["attention_mask"].bool()], atol=1e-4, rtol=1e-4)
     whole = plain.get_image_features(**{name: many[name] for name in names}).pooler_output
     newline, separator = (
         plain.model.projector.projection.image_newline,
@@ -289,6 +297,14 @@ def test_frames_after_patches_were_dropped() -> None:
         get_frames(grids, 2, keep[2:10])
     with pytest.raises(ValueError, match="must keep a block of each frame"):
         get_frames(grids, 2, keep[:8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TOKEN_REDUCTIONS)
+def test_a_compiled_model(method: str) -> None:
+    model, processor = composed(token_reduction=method, **CHANGES[method])
+    inputs = batch(processor, GROUPS)
+    torch.testing.assert_close(torch.compile(model)(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
 BAD = [

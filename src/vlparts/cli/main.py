@@ -104,6 +104,11 @@ def train(
         Path | None, typer.Option(help="File of a Jinja chat template, or deepseek_ocr for its plain format.")
     ] = None,
     projector: Annotated[str | None, typer.Option(help="Name of a projector.")] = None,
+    token_reduction: Annotated[
+        str | None, typer.Option(help="Method that leaves fewer tokens of an image, such as merge_similar.")
+    ] = None,
+    token_ratio: Annotated[float | None, typer.Option(help="Share of the tokens that is left.")] = None,
+    token_count: Annotated[int | None, typer.Option(help="Number of tokens of an image that are left.")] = None,
     trained: Annotated[
         list[str] | None,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, normalize, pad
+from torch.nn.functional import normalize, pad
 
 from .ops_attention import packed_attention
 from .ops_linear import apply_linear
@@ -341,11 +341,19 @@ def _cells(grid: tuple[int, int], cells: tuple[int, int], device: torch.device) 
     return cell, middle
 
 
+def _averaging(size: int, cells: int, like: Tensor) -> Tensor:
+    """Weights `(cells, size)` of the mean of each cell of an axis."""
+    index, cell = torch.arange(size, device=like.device), torch.arange(cells, device=like.device)[:, None]
+    inside = ((index >= cell * size // cells) & (index * cells < (cell + 1) * size)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
 def _pool(tokens: Tensor, grid: tuple[int, int], height: int, width: int) -> _Reduced:
     """Average the tokens of one image in `height` x `width` cells, which overlap where they do not divide the grid."""
     cell, middle = _cells(grid, (height, width), tokens.device)
-    maps = tokens.T.unflatten(1, grid)
-    pooled = adaptive_avg_pool2d(maps.unsqueeze(0), (height, width)).squeeze(0).flatten(1).T
+    maps = tokens.unflatten(0, grid).to(_precise(tokens))
+    down, across = (_averaging(*sides, maps) for sides in zip(grid, (height, width), strict=True))
+    pooled = torch.einsum("hr,rcd,wc->hwd", down, maps, across).flatten(0, 1).to(tokens.dtype)
     return _Reduced(pooled, middle, cell, torch.bincount(cell, minlength=height * width).float())
 
 

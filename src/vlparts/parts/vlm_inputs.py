@@ -196,8 +196,8 @@ class MultimodalInputsMixin(MultimodalPositionsMixin):
             return reduce_and_project(self, outputs, features, grids, keep_index, square_tiles)
         tokens = self.projector(*features, **({} if view_index is None else {"view_index": view_index}))
         if view_index is not None and self.token_reducer is not None:
-            tokens, kept = reduce_views(self.token_reducer, tokens, view_index, outputs.tokens_per_image)
-            outputs.pooler_output = tokens.split(kept)
+            reduced = reduce_views(self.token_reducer, tokens, view_index, outputs.tokens_per_image.tolist())
+            outputs.pooler_output, outputs.token_reduction = reduced.tokens.split(reduced.lengths), reduced
         elif torch.compiler.is_compiling():
             outputs.pooler_output = (tokens,)
         else:

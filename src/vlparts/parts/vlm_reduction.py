@@ -150,28 +150,35 @@ def reduce_and_project(
 
 
 def reduce_views(
-    reducer: VisionTokenReducer, tokens: Tensor, view_index: Tensor, tokens_per_image: Tensor
-) -> tuple[Tensor, list[int]]:
+    reducer: VisionTokenReducer, tokens: Tensor, view_index: Tensor, lengths: Sequence[int]
+) -> ReducedTokens:
     """Reduce the tokens of assembled images, but not their newlines and separators.
 
     Args:
         reducer: The reducer.
         tokens: `(T, E)` assembled images.
         view_index: `(T,)` int64 of [`get_view_index`]; the two largest possible values are the marks.
-        tokens_per_image: `(n,)` tokens of each image.
+        lengths: Number of tokens of each image.
 
     Returns:
-        The tokens that are left, in the order of the images, and the number of each image.
+        What is left of all tokens, the marks among them.
     """
-    lengths = tokens_per_image.tolist()
     is_mark = view_index >= view_index.max() - 1  # every image has both marks
-    features = [int(part.sum()) for part in (~is_mark).split(lengths)]
-    reduced = reducer(tokens[~is_mark], lengths=features)
-    places = torch.cat(((~is_mark).nonzero().squeeze(1)[reduced.kept_index], is_mark.nonzero().squeeze(1)))
-    order = places.argsort()
-    left = torch.cat((reduced.tokens, tokens[is_mark]))[order]
-    marks = [length - part for length, part in zip(lengths, features, strict=True)]
-    return left, [kept + mark for kept, mark in zip(reduced.lengths, marks, strict=True)]
+    marks, others = (mask.nonzero().squeeze(1) for mask in (is_mark, ~is_mark))
+    counts = [int(part.sum()) for part in (~is_mark).split(list(lengths))]
+    reduced = reducer(tokens[others], lengths=counts)
+    places, order = torch.cat((others[reduced.kept_index], marks)).sort()
+    rank = order.argsort()
+    assignment = torch.full_like(view_index, -1)
+    assignment[others] = torch.where(reduced.assignment < 0, -1, rank[reduced.assignment])
+    assignment[marks] = rank[len(reduced.tokens) :]
+    return ReducedTokens(
+        torch.cat((reduced.tokens, tokens[marks]))[order],
+        [left + length - count for left, length, count in zip(reduced.lengths, lengths, counts, strict=True)],
+        places,
+        assignment,
+        torch.cat((reduced.sizes, reduced.sizes.new_ones(len(marks))))[order],
+    )
 
 
 def get_places(frames: TokenFrames, reduced: ReducedTokens | None) -> list[FramePlaces]:

@@ -21,7 +21,7 @@ from ..parts.chat_templates import DEEPSEEK_OCR_CHAT_TEMPLATE, POINTS_CHAT_TEMPL
 from ..parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..parts.part_configs import config_from_dict
 from ..parts.processing_vlm import VisionLanguageProcessor
-from .config import COMPOSITION_FIELDS, PARTS, TrainConfig
+from .config import COMPOSITION_FIELDS, PARTS, REDUCTION_FIELDS, TrainConfig
 from .presets import config_from_preset, preset_names
 from .records import Line, PageRecord, Record, RegionBlock, TextBlock
 from .tokenizer import train_tokenizer
@@ -103,9 +103,14 @@ def _compose(
     """Compose a new model and its processor from the parts that the settings name."""
     vision = make_tower(config, "vision", config.vision, weights)
     text, tokenizer = make_text(config, texts, AutoModelForCausalLM, weights)
-    with config_errors("projector"):
+    reduction = {name: getattr(config, name) for name in REDUCTION_FIELDS}
+    with config_errors("projector" if config.token_reduction is None else "token_reduction"):
         model = compose(
-            vision=vision, text=text, projector=config.projector, projector_options=config.projector_options
+            vision=vision,
+            text=text,
+            projector=config.projector,
+            projector_options=config.projector_options,
+            **reduction,
         )
     template = _read_template(config.chat_template)
     return model, compose_processor(model, tokenizer, trust_remote_code=config.trust_remote_code, **template)

@@ -24,11 +24,21 @@ from .record_formats import FIELDS
 
 PARTS = {
     "vision": ("model.vision_tower.*", "vision_model.*"),
-    "projector": ("model.projector.*", "image_projection.*", "text_projection.*"),
+    "projector": ("model.projector.*", "model.token_reducer.*", "image_projection.*", "text_projection.*"),
     "text": ("model.language_model.*", "lm_head.*", "text_model.*"),
 }
 """Parts of a composed model and of a dual encoder, and the patterns of the names of their parameters."""
-COMPOSITION_FIELDS = ("vision", "text", "projector", "projector_options", "tokenizer", "chat_template")
+REDUCTION_FIELDS = ("token_reduction", "token_ratio", "token_count", "token_options")
+"""Settings of how a composed model reduces its vision tokens."""
+COMPOSITION_FIELDS = (
+    "vision",
+    "text",
+    "projector",
+    "projector_options",
+    *REDUCTION_FIELDS,
+    "tokenizer",
+    "chat_template",
+)
 """Settings of a new composed model; `model` replaces them."""
 UNSET = "???"
 """Value of a setting that a file leaves to the user."""
@@ -37,6 +47,7 @@ _COMPOSED_ONLY = (
     "eval_data",
     "projector",
     "projector_options",
+    *REDUCTION_FIELDS,
     "chat_template",
     "template",
     "prompts",
@@ -80,6 +91,10 @@ class TrainConfig(BaseModel):
             tokens have a start and an end.
         projector: Name of a projector.
         projector_options: Options of the projector, such as `{"hidden_size": 3584}` of "multi_tap_merger".
+        token_reduction: Method by which each image gets fewer tokens, such as "merge_similar"; None for all tokens.
+        token_ratio: Share of the tokens of an image that is left.
+        token_count: Number of tokens of an image that are left.
+        token_options: Options of the method.
         dual_encoder: Fields of `NaViTDualEncoderConfig` for a dual encoder, such as `{"loss": "sigmoid"}`.
         train: What is trained, if not all: "vision", "text" (with the language head), "projector" (of a dual encoder,
             its projections), or patterns of names of parameters, such as "model.vision_tower.layers.2?.*".
@@ -155,6 +170,10 @@ class TrainConfig(BaseModel):
     chat_template: Path | None = None
     projector: str = "mlp2_gelu"
     projector_options: dict[str, Any] | None = None
+    token_reduction: str | None = None
+    token_ratio: float | None = None
+    token_count: int | None = None
+    token_options: dict[str, Any] | None = None
     dual_encoder: dict[str, Any] = {}
     train: list[str] = []
     freeze: list[str] = []

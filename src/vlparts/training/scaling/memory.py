@@ -179,7 +179,10 @@ def count_parameters(model: Any, share: float) -> dict[str, dict[str, float]]:
     experts = {id(one) for module in model.modules() if is_experts(module) for one in module.parameters(recurse=False)}
     groups: dict[str, Sequence[nn.Parameter]] = {
         "vision": list(model.model.vision_tower.parameters()),
-        "projector": list(model.model.projector.parameters()),
+        "projector": [
+            *model.model.projector.parameters(),
+            *(() if model.model.token_reducer is None else model.model.token_reducer.parameters()),
+        ],
         "total": list(model.parameters()),
     }
     others = {id(one) for name in ("vision", "projector") for one in groups[name]}

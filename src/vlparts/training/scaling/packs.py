@@ -12,6 +12,7 @@ import torch
 from ...parts.configuration_deepencoder import PATCHES_PER_TOKEN, DeepEncoderConfig
 from ...parts.packed_windows import get_windows
 from ...parts.vlm_features import get_square_grid, get_vision_tower, pixel_layout
+from ...parts.vlm_views import count_view_tokens
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,19 @@ def patch_grid(model: Any, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def tokens_of_image(model: Any, grid: tuple[int, int]) -> int:
-    """Tokens of an image: one for each block of m x m patches; DeepEncoder ends rows and the image with one more."""
+    """Tokens of an image: one for each block of m x m patches; DeepEncoder ends rows and the image with one more.
+
+    Where the model reduces its tokens, those that are left.
+    """
     rows, columns = grid
+    reduction = model.config.reduction
     if isinstance(model.config.vision_config, DeepEncoderConfig):
-        return rows // PATCHES_PER_TOKEN * (columns // PATCHES_PER_TOKEN + 1) + 1
-    return rows * columns // int(model.config.merge_size) ** 2
+        tokens = [rows // PATCHES_PER_TOKEN, columns // PATCHES_PER_TOKEN]
+        return count_view_tokens((0, 0), (0, 0), tokens, reduction)
+    merge_size = int(model.config.merge_size)
+    if reduction is None:
+        return rows * columns // merge_size**2
+    return reduction.count_tokens(rows // merge_size, columns // merge_size)
 
 
 def vision_rows(model: Any, name: str, pack: Pack) -> float:

@@ -14,7 +14,7 @@ from ...checkpoints.points15 import points15_config, points15_presets
 from ...composition import compose
 from ...parts.modeling_vlm import VisionLanguageForConditionalGeneration
 from ..building import choose_trained, config_errors, load_model, make_tower
-from ..config import COMPOSITION_FIELDS, TrainConfig
+from ..config import COMPOSITION_FIELDS, REDUCTION_FIELDS, TrainConfig
 from ..preparation import prepare
 from .activations import Precision, count_kept
 from .flops import Flops, count_flops
@@ -153,7 +153,9 @@ def build_model(settings: dict[str, Any]) -> VisionLanguageForConditionalGenerat
             vision = make_tower(config, "vision", config.vision, weights=False)
             text = make_tower(config, "text", config.text, weights=False, loader=AutoModelForCausalLM)
             with config_errors("projector"):
-                model = compose(vision, text, config.projector, projector_options=config.projector_options)
+                reduction = {name: getattr(config, name) for name in REDUCTION_FIELDS}
+                options = config.projector_options
+                model = compose(vision, text, config.projector, projector_options=options, **reduction)
     choose_trained(model, config)
     return model
 
