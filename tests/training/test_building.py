@@ -18,6 +18,8 @@ from vlparts.training.building import build
 from vlparts.training.config import TrainConfig
 from vlparts.training.train import train
 
+FLAT = {"drop_redundant_patches": True}
+
 
 @pytest.mark.parametrize("kind", ["clip", "siglip2", "navit"])
 def test_folders_of_checkpoints_keep_their_weights(tmp_path: Path, kind: str) -> None:
@@ -75,6 +77,35 @@ def test_a_composed_model_can_be_trained_further(tmp_path: Path) -> None:
     further = train(TrainConfig(output=tmp_path / "further", learning_rate=1e-9, **fields, **options))
     torch.testing.assert_close(weights(tmp_path / "further"), weights(tmp_path / "output"), atol=1e-7, rtol=1e-6)
     assert losses(further)[0] < losses(train(settings(tmp_path, output=tmp_path / "new", max_steps=1)))[0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        {"token_reduction": "merge_similar", "token_ratio": 0.5},
+        {"token_reduction": "resampler", "token_count": 3, "train": ["projector"]},
+    ],
+)
+def test_a_model_with_fewer_vision_tokens(tmp_path: Path, reduction: dict, packing: bool) -> None:
+    result = train(settings(tmp_path, max_steps=8, packing=packing, learning_rate=3e-3, **reduction))
+    assert losses(result)[-1] < losses(result)[0]
+    assert result.model.config.token_reduction == reduction["token_reduction"]
+    trained = [name for name, one in result.model.named_parameters() if one.requires_grad]
+    if "train" in reduction:
+        assert {name.split(".")[1] for name in trained} == {"projector", "token_reducer"}
+    with pytest.raises(ValueError, match="`model` replaces .*`token_reduction`, `token_"):
+        train(settings(tmp_path, output=tmp_path / "other", model=tmp_path, **reduction))
+
+
+def test_redundant_patches_are_dropped_in_training(tmp_path: Path) -> None:
+    options = {"image_processor": {**FLAT, "token_budget": 5}}
+    result = train(settings(tmp_path, max_steps=8, learning_rate=3e-3, **options))
+    assert losses(result)[-1] < losses(result)[0]
+    with pytest.raises(ValueError, match="depends on its pixels with `drop_redundant_patches`"):
+        train(settings(tmp_path, output=tmp_path / "other", max_steps=1, image_processor={**FLAT}))
+    streamed = train(settings(tmp_path, output=tmp_path / "more", max_steps=2, streaming=True, image_processor=FLAT))
+    assert len(losses(streamed)) == 2
 
 
 def test_a_composed_model_takes_no_other_parts(tmp_path: Path) -> None:

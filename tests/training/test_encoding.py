@@ -421,6 +421,13 @@ def test_images_of_every_mode(tmp_path: Path, mode: str, vision: str) -> None:
         torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_kept_patches_are_counted_through_all_images() -> None:
+    grids = [torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 2], [1, 2, 2]]), torch.tensor([[1, 1, 1]])]
+    kept = [torch.tensor([0, 4]), torch.tensor([1, 3]), torch.tensor([0])]
+    images = [{"image_grid_thw": one, "image_keep_index": index} for one, index in zip(grids, kept, strict=True)]
+    assert join_images(images)["image_keep_index"].tolist() == [0, 4, 7, 9, 12]
+
+
 def test_outputs_with_other_names_are_not_joined() -> None:
     one = {"pixel_values": torch.zeros(2, 3), "image_grid_thw": torch.ones(1, 3)}
     joined = join_images([one, one])

@@ -194,6 +194,19 @@ def test_images_have_the_patches_of_their_encoder() -> None:
     assert set(rows.values()) == {2 * 17}  # with class tokens
 
 
+def test_fewer_tokens_are_planned_where_the_model_reduces_them() -> None:
+    few = build_model({**TINY, "token_reduction": "merge_similar", "token_ratio": 0.25})
+    assert tokens_of_image(few, (8, 8)) == 16
+    assert tokens_of_image(build_model(TINY), (8, 8)) == 64
+    ocr = {"vision": "deepencoder:deepencoder_tiny", "text": "qwen3:tiny", "projector": "deepseek_ocr"}
+    assert tokens_of_image(build_model(ocr), (16, 16)) == 16 + 4 + 1
+    half = build_model({**ocr, "token_reduction": "prune_diverse", "token_ratio": 0.5})
+    assert tokens_of_image(half, (16, 16)) == 8 + 4 + 1
+    resampled = build_model({**TINY, "token_reduction": "resampler", "token_count": 4})
+    found, plain = (count_parameters(one, 1.0)["projector"]["all"] for one in (resampled, build_model(TINY)))
+    assert found - plain == sum(one.numel() for one in resampled.model.token_reducer.parameters())
+
+
 def test_windows_have_fewer_pairs() -> None:
     model = build_model({"model": "openpangu_vl_7b"})
     pack = make_pack(model, 4096, 1024, 1, (448, 448))
