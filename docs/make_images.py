@@ -13,7 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from vlparts import (
+    NaViTConfig,
     NaViTImageProcessor,
+    NaViTModel,
     RouterStatistics,
     VisionTokenReducer,
     WindowFreeViTConfig,
@@ -157,8 +159,21 @@ def token_reduction(path: Path) -> None:
     pale = np.where(keep.repeat(side, 0).repeat(side, 1)[..., None], page, 225)
     ax.imshow(pale.astype(np.uint8))
     ax.set(xticks=[], yticks=[])
-    ax.set_title(f"redundant patches (gray): {int(keep.sum())} of {keep.size:,} left", fontsize=9, loc="left")
+    ax.set_title(f"not redundant: {int(keep.sum())} of {keep.size:,}", fontsize=9, loc="left")
     figure.savefig(path, dpi=100)
+
+
+def token_merging(path: Path) -> None:
+    """Draw which patches of a photograph an encoder holds as one token, layer by layer."""
+    photo = load_sample_image("flower.jpg")[:416, :640]
+    torch.manual_seed(0)
+    config = NaViTConfig.from_preset("tiny", merge_layers=[0, 1, 2], merge_ratio=0.5, position_kind="none")
+    inputs = NaViTImageProcessor(patch_size=16)(Image.fromarray(photo), return_tensors="pt")
+    with torch.no_grad():
+        held = NaViTModel(config).eval()(**inputs).merge_assignments
+    grid = inputs["image_grid_thw"][0, 1:].tolist()
+    shown = {f"after layer {layer}": assignment.numpy() for layer, assignment in enumerate(held)}
+    show.kept_tokens(photo, grid, shown, columns=3).savefig(path, dpi=100)
 
 
 def positions(path: Path) -> None:
@@ -484,6 +499,7 @@ IMAGES: dict[str, Callable[[Path], None]] = {
     "sampling": sampling,
     "served": served,
     "serving": serving,
+    "token_merging": token_merging,
     "token_reduction": token_reduction,
     "vlm": vlm,
     "windowfree": windowfree,

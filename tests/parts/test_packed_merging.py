@@ -93,6 +93,20 @@ def test_following_layers_get_fewer_tokens(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
+def test_the_output_says_which_patches_share_a_token(kind: str) -> None:
+    encoder = made(kind, merge_layers=[0, 2], merge_ratio=0.6)
+    pixels, grids = inputs_of(encoder)
+    found = encoder(pixels, grids)
+    first, last = found.merge_assignments
+    _, equal = found.last_hidden_state.unique(dim=0, return_inverse=True)
+    assert torch.equal(last[:, None] == last, equal[:, None] == equal)
+    assert ((first[:, None] == first) <= (last[:, None] == last)).all()
+    image = torch.arange(len(grids)).repeat_interleave(grids.prod(-1))
+    assert ((last[:, None] == last) <= (image[:, None] == image)).all()
+    assert made(kind)(pixels, grids).merge_assignments is None
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_gradients(kind: str) -> None:
     encoder = made(kind, merge_layers=[1], merge_ratio=0.5)
     pixels, grids = inputs_of(encoder)
