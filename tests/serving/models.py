@@ -120,6 +120,12 @@ def _windowfree_processor() -> WindowFreeViTImageProcessor:
     return WindowFreeViTImageProcessor(patch_size=8, size=AREA, video_shared_budget=False, **video)
 
 
+MULTIMODAL_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10_000.0,
+    "mrope_section": [4, 6, 6],
+    "mrope_interleaved": True,
+}
 COMPOSITIONS = {
     "navit_qwen3": Composition(_navit, Qwen3Config, image_processor=_navit_processor),
     "navit_moge": Composition(
@@ -140,14 +146,7 @@ COMPOSITIONS = {
         _windowfree("hybrid_tiny", num_hidden_layers=4),
         PanguEmbeddedConfig,
         projector="multi_tap_merger",
-        text_options={
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [4, 6, 6],
-                "mrope_interleaved": True,
-            }
-        },
+        text_options={"rope_parameters": MULTIMODAL_ROPE},
         options={"projector_options": {"hidden_size": 96}},
         image_processor=_windowfree_processor,
         processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
@@ -166,6 +165,28 @@ COMPOSITIONS = {
         text_options=EXPERTS,
         image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
         adapter_options=WITHOUT_EXPERTS,
+    ),
+    "navit_merged": Composition(
+        _navit,
+        Qwen3Config,
+        options={"token_reduction": "merge_similar", "token_ratio": 0.5},
+        image_processor=_navit_processor,
+    ),
+    "openpangu_pooled": Composition(
+        _windowfree("window_free_tiny"),
+        PanguEmbeddedConfig,
+        projector="patch_merger",
+        text_options={"rope_parameters": MULTIMODAL_ROPE},
+        options={"token_reduction": "average_pool", "token_ratio": 0.5},
+        image_processor=_windowfree_processor,
+        processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
+    ),
+    "deepencoder_pruned": Composition(
+        lambda: DeepEncoderConfig.from_preset("deepencoder_tiny"),
+        Qwen3Config,
+        projector="deepseek_ocr",
+        options={"token_reduction": "prune_diverse", "token_ratio": 0.5},
+        image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
     ),
     "pixtral_qwen3": Composition(
         lambda: PixtralVisionConfig(**VISION, image_size=96, patch_size=8),
