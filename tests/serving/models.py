@@ -177,7 +177,7 @@ COMPOSITIONS = {
         PanguEmbeddedConfig,
         projector="patch_merger",
         text_options={"rope_parameters": MULTIMODAL_ROPE},
-        options={"token_reduction": "average_pool", "token_ratio": 0.5},
+        options={"token_reduction": "average_pool", "token_ratio": 0.25},
         image_processor=_windowfree_processor,
         processor_options={"chat_template": OPENPANGU_CHAT_TEMPLATE, **OPENPANGU_VISION_TOKENS},
     ),
