@@ -295,7 +295,7 @@ def test_frames_after_patches_were_dropped() -> None:
         get_frames(grids, 2, keep[1:])
     with pytest.raises(ValueError, match="whole blocks of 2 x 2 patches"):
         get_frames(grids, 2, keep[2:10])
-    with pytest.raises(ValueError, match="must keep a block of each frame"):
+    with pytest.raises(ValueError, match="must keep a block of each frame, without padding"):
         get_frames(grids, 2, keep[:8])
 
 

@@ -76,8 +76,8 @@ class MultimodalInputsMixin(MultimodalPositionsMixin):
         Returns:
             The encoder's output with `pooler_output` replaced by a tuple of n tensors `(tokens, E)`. While compiling
             it holds one tensor `(T, E)`, since the lengths of the images are unknown to the compiler. Where tokens are
-            fewer than the grids say, `token_reduction` holds the [`ReducedTokens`] of all frames, and `token_places`
-            where they are.
+            fewer than the grids say, `token_reduction` holds the [`ReducedTokens`] of all frames, and for text models
+            with multimodal positions `token_places` where they are.
 
         Raises:
             ValueError: If the encoder needs another input, does not take a keyword argument, or an input does not fit.

@@ -55,45 +55,40 @@ def get_frames(grid_thw: Tensor, merge_size: int, keep_index: Tensor | None = No
         keep_index: `(L,)` int64 patches that are there, whole blocks of them; None for all.
 
     Raises:
-        ValueError: If `keep_index` holds a part of a block.
+        ValueError: If `keep_index` holds a part of a block, padding, or none of a frame.
     """
     grids = grid_thw.tolist()
     counts = [frames for frames, _, _ in grids]
     sizes = [(rows // merge_size, columns // merge_size) for frames, rows, columns in grids for _ in range(frames)]
     if keep_index is None:
         return TokenFrames([rows * columns for rows, columns in sizes], sizes, None, counts)
-    tokens = get_kept_blocks(keep_index, merge_size)
+    check_whole_blocks(keep_index, merge_size)
     layout = get_patch_layout(grid_thw, len(keep_index), merge_size, keep_index)
     starts = torch.tensor([0, *accumulate(counts)], device=keep_index.device)
     first = slice(None, None, merge_size**2)
     frames = (starts[layout.image_ids] + layout.frame_ids)[first]
     lengths = torch.bincount(frames, minlength=len(sizes)).tolist()
     if 0 in lengths or len(lengths) > len(sizes):
-        raise ValueError(f"`keep_index` must keep a block of each frame and no padding, got {lengths} blocks.")
-    assert sum(lengths) == len(tokens)
+        raise ValueError(f"`image_keep_index` must keep a block of each frame, without padding, got {lengths} blocks.")
     return TokenFrames(lengths, sizes, layout.position_ids[first] // merge_size, counts)
 
 
-def get_kept_blocks(keep_index: Tensor, merge_size: int) -> Tensor:
-    """Index of each block of m x m patches that `keep_index` `(L,)` holds, `(L / m^2,)`.
+def check_whole_blocks(keep_index: Tensor, merge_size: int) -> None:
+    """Check that patches are whole blocks of m x m.
 
     Raises:
-        ValueError: If it holds a part of a block.
+        ValueError: If `keep_index` holds a part of a block.
     """
     area = merge_size**2
-    if area == 1:
-        return keep_index
-    whole = len(keep_index) % area == 0
-    if whole:
+    if len(keep_index) % area == 0:
         blocks = keep_index.view(-1, area)
         inside = torch.arange(area, device=keep_index.device)
-        whole = bool((blocks == blocks[:, :1] // area * area + inside).all())
-    if not whole:
-        raise ValueError(
-            f"`image_keep_index` must hold whole blocks of {merge_size} x {merge_size} patches, which become one "
-            f"token, got {keep_index.tolist()}."
-        )
-    return keep_index[::area] // area
+        if bool((blocks == blocks[:, :1] // area * area + inside).all()):
+            return
+    raise ValueError(
+        f"`image_keep_index` must hold whole blocks of {merge_size} x {merge_size} patches, which become one token, "
+        f"got {keep_index.tolist()}."
+    )
 
 
 def reduce_frames(
@@ -144,8 +139,9 @@ def reduce_and_project(
     lengths = sum_frames(frames.lengths if reduced is None else reduced.lengths, frames.counts)
     if square_tiles is not None:
         lengths = sum_views(torch.tensor(lengths), square_tiles.cpu()).tolist()
-    outputs.pooler_output = tokens.split(lengths)
-    outputs.token_reduction, outputs.token_places = reduced, get_places(frames, reduced)
+    outputs.pooler_output, outputs.token_reduction = tokens.split(lengths), reduced
+    if model.config.has_multimodal_positions:  # which are computed on the host
+        outputs.token_places = get_places(frames, reduced)
     return outputs
 
 
