@@ -66,17 +66,17 @@ def evaluate(
             )
         if output is not None:
             write_evaluations(results, output, model=str(model), data=str(data), method=method)
-    columns = ["share", "image tokens", "accuracy", "IoU", "first token, ms", "seconds", "peak MiB"]
-    table = Table(*columns)
+    means = [name for name in ("accuracy", "iou") if any(getattr(one, name) is not None for one in results)]
+    titles = {"iou": "IoU"}
+    table = Table("share", "tokens", *(titles.get(name, name) for name in means), "first token", "total", "memory")
     for one in results:
         table.add_row(
             "-" if one.token_ratio is None else f"{one.token_ratio:g}",
             f"{one.image_tokens:.1f}",
-            "-" if one.accuracy is None else str(one.accuracy),
-            "-" if one.iou is None else str(one.iou),
-            f"{1e3 * one.first_token_seconds:.0f}",
-            f"{one.seconds:.1f}",
-            f"{one.peak_mib:.0f}",
+            *(str(getattr(one, name)) for name in means),
+            f"{1e3 * one.first_token_seconds:.0f} ms",
+            f"{one.seconds:.1f} s",
+            f"{one.peak_mib:.0f} MiB",
         )
     Console().print(table)
     if output is not None:

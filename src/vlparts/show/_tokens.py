@@ -140,7 +140,8 @@ def evaluations(results: Sequence[Mapping[str, Any]], *, path: str | Path | None
             ax.plot(tokens, [scale * one[name] for one in results], **MARKED)
         titles = {"iou": "mean IoU", "first_token_seconds": "first token, ms", "peak_mib": "peak memory, MiB"}
         ax.set_title(titles.get(name, name), fontsize=10, loc="left")
-        ax.set(xlabel="image tokens of a question", xlim=(0, None), ylim=(0, None))
+        ax.set(xlabel="image tokens of a question", xlim=(0, 1.06 * max(tokens)))
+        ax.set_ylim(0, max(ax.dataLim.y1, 1e-9) * 1.06)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         ax.set_axisbelow(True)
