@@ -188,6 +188,23 @@ def test_servers_know_positions_before_images_are_encoded(method: str) -> None:
     assert torch.equal(found, expected[1:])
 
 
+@pytest.mark.parametrize("method", ["average_pool", "merge_similar"])
+def test_generation_goes_on_from_a_cache(method: str) -> None:
+    vision = WindowFreeViTConfig.from_preset("window_free_tiny", hidden_size=32, intermediate_size=48)
+    model, processor = openpangu(token_reduction=method, vision=vision, **CHANGES[method])
+    model.generation_config.eos_token_id = None
+    inputs = encode(processor, CHATS[:1])
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
+    options = {**GREEDY, "past_key_values": first.past_key_values}
+    if method == "merge_similar":
+        with pytest.raises(ValueError, match="`mm_encoder_outputs` must be given for positions .* 'merge_similar'"):
+            model.generate(first.sequences, **grids, **options)
+        return
+    more = model.generate(first.sequences, **grids, **options)
+    assert torch.equal(more, model.generate(**inputs, max_new_tokens=10, do_sample=False))
+
+
 @pytest.mark.parametrize("method", TOKEN_REDUCTIONS)
 def test_every_parameter_gets_a_gradient(method: str) -> None:
     model, processor = composed(token_reduction=method, **CHANGES[method])

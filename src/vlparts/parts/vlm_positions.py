@@ -17,6 +17,7 @@ from .packed_samples import positions_in_samples
 from .rope_multimodal import AXES, FramePlaces, get_multimodal_position_ids
 from .utils import check_token_inputs
 from .vlm_features import get_image_grids
+from .vlm_reduction import find_places
 
 _IMAGE, _VIDEO = 1, 2
 
@@ -127,16 +128,6 @@ def multimodal_positions(
     return positions
 
 
-def get_token_places(media: dict[str, BaseModelOutputWithPooling] | None, kind: str) -> list[FramePlaces] | None:
-    """Return the places of the tokens of encoded images or videos; None if they are all tokens of their grids.
-
-    Args:
-        media: Outputs of `get_image_features` under "image", and of `get_video_features` under "video".
-        kind: "image" or "video".
-    """
-    return getattr((media or {}).get(kind), "token_places", None)
-
-
 class MultimodalPositionsMixin:
     """Positions of whole texts of a model with a `vision_tower` and placeholders."""
 
@@ -174,14 +165,14 @@ class MultimodalPositionsMixin:
             pixel_values: `(n, C, H, W)` instead of grids, for encoders of images of one size.
             spatial_shapes: `(n, 2)` instead of grids, for encoders of padded rows of patches.
             mm_encoder_outputs: The encoded images and videos, which say where the tokens are that are left of them;
-                needed if tokens are reduced or patches were dropped.
+                needed if features decide it, or patches were dropped.
 
         Returns:
             `(4, B, S)` int64: position in the text, time, row, column.
 
         Raises:
-            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or if placeholders and grids
-                do not match.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, placeholders and grids do not
+                match, or `mm_encoder_outputs` are needed.
         """
         check_token_inputs(input_ids, inputs_embeds)
         tokens = inputs_embeds if input_ids is None else input_ids
@@ -197,6 +188,7 @@ class MultimodalPositionsMixin:
             else self.get_placeholder_mask(input_ids, inputs_embeds, kind)
             for kind, grid in grids.items()
         ]
+        encoded = mm_encoder_outputs or {}
         return multimodal_positions(
             *masks,
             image_grid_thw=grids["image"],
@@ -204,6 +196,6 @@ class MultimodalPositionsMixin:
             merge_size=self.config.merge_size,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            image_places=get_token_places(mm_encoder_outputs, "image"),
-            video_places=get_token_places(mm_encoder_outputs, "video"),
+            image_places=find_places(self, grids["image"], encoded.get("image")),
+            video_places=find_places(self, grids["video"], encoded.get("video")),
         )

@@ -200,6 +200,29 @@ def get_places(frames: TokenFrames, reduced: ReducedTokens | None) -> list[Frame
     return places
 
 
+def find_places(model: Any, grid_thw: Tensor | None, outputs: Any = None) -> list[FramePlaces] | None:
+    """Return where the tokens of images or videos are; None if they are all tokens of their grids.
+
+    Args:
+        model: A model with a `token_reducer`, which may be None.
+        grid_thw: `(n, 3)` grids in patches; None without images.
+        outputs: The encoded images, if they are.
+
+    Raises:
+        ValueError: If the features decide it, and there are no outputs.
+    """
+    places = getattr(outputs, "token_places", None)
+    if places is not None or grid_thw is None or model.token_reducer is None:
+        return places
+    if model.config.reduction.kind.chooses:
+        raise ValueError(
+            f"`mm_encoder_outputs` must be given for positions of tokens with `token_reduction` "
+            f"{model.config.token_reduction!r}, whose features decide which are left. To go on from a cache, pass "
+            "`position_ids`."
+        )
+    return predict_places(model.token_reducer, get_frames(grid_thw, model.config.merge_size))
+
+
 def predict_places(reducer: VisionTokenReducer, frames: TokenFrames) -> list[FramePlaces]:
     """Return where tokens will be, for methods that leave the same ones whatever the features are."""
     if reducer.resampler is not None:

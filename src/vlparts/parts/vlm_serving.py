@@ -38,7 +38,7 @@ from .token_reduction import VisionTokenReducer
 from .token_reduction_types import TokenReduction
 from .utils import server_of
 from .vlm_features import get_square_grid, pixel_layout
-from .vlm_reduction import get_frames, predict_places
+from .vlm_reduction import find_places
 
 _SERVED_FIELDS = {"multiplier": "logit_scale", "softcap": "final_logit_softcapping"}
 
@@ -103,12 +103,6 @@ class ServedModelMixin:
         places = None if self.config.image_token_id is None else input_ids == self.config.image_token_id
         if image_grid_thw is None and places is not None and places.any():
             image_grid_thw = self._grids_of_one_size(int(places.sum()))
-        fewer = {}
-        if self.token_reducer is not None:
-            for kind, grids in (("image", image_grid_thw), ("video", video_grid_thw)):
-                if grids is not None:
-                    frames = get_frames(grids, self.config.merge_size)
-                    fewer[f"{kind}_places"] = predict_places(self.token_reducer, frames)
         return get_multimodal_position_ids(
             input_ids,
             image_token_id=self.config.image_token_id,
@@ -117,7 +111,8 @@ class ServedModelMixin:
             video_grid_thw=video_grid_thw,
             spatial_merge_size=self.config.merge_size,
             attention_mask=attention_mask,
-            **fewer,
+            image_places=find_places(self, image_grid_thw),
+            video_places=find_places(self, video_grid_thw),
         )
 
     def _grids_of_one_size(self, num_tokens: int) -> Tensor:
