@@ -81,7 +81,7 @@ class PackedSelfAttention(nn.Module):
         if segments.rotary is not None:
             query, key = apply_rotary_pair(query, key, *segments.rotary)
         if segments.log_sizes is not None:
-            query, key = self._add_to_scores(query, key, segments.log_sizes)
+            query, key, value = self._add_to_scores(query, key, value, segments.log_sizes)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, dense_attention_forward)
         attended, weights = attend(
             self,
@@ -99,15 +99,17 @@ class PackedSelfAttention(nn.Module):
             cu_seqlens_cpu=segments.cu_seqlens_cpu,
             **kwargs,
         )
-        return apply_linear(self.o_proj, attended.squeeze(0).flatten(-2)), weights
+        return apply_linear(self.o_proj, attended.squeeze(0)[..., : self.head_dim].flatten(-2)), weights
 
-    def _add_to_scores(self, query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Add channels to queries and keys `(L, H, d)` by which `bias` `(L,)` is added to the scores of each key."""
-        # One channel does it; kernels take widths that are multiples of 8.
-        query, key = (torch.nn.functional.pad(states, (0, 8)) for states in (query, key))
+    def _add_to_scores(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add channels to queries, keys and values `(L, H, d)` by which `bias` `(L,)` is added to each key's scores."""
+        # One channel does it; fused kernels take widths that are multiples of 8, and equal ones.
+        query, key, value = (torch.nn.functional.pad(states, (0, 8)) for states in (query, key, value))
         query[..., self.head_dim] = 1 / self.scaling
         key[..., self.head_dim] = bias.to(key.dtype).unsqueeze(-1)
-        return query, key
+        return query, key, value
 
 
 class PackedLayer(GradientCheckpointingLayer):
