@@ -102,7 +102,7 @@ class PackedSelfAttention(nn.Module):
         return apply_linear(self.o_proj, attended.squeeze(0)[..., : self.head_dim].flatten(-2)), weights
 
     def _add_to_scores(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add channels to queries, keys and values `(L, H, d)`, by which `bias` `(L,)` is added to the scores of keys."""
+        """Add channels to states `(L, H, d)`, by which `bias` `(L,)` is added to the scores of each key."""
         # One channel does it; fused kernels take widths that are multiples of 8, and equal ones.
         query, key, value = (torch.nn.functional.pad(states, (0, 8)) for states in (query, key, value))
         query[..., self.head_dim] = 1 / self.scaling
