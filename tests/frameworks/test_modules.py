@@ -1,6 +1,7 @@
 """What holds of the plugins where no framework is installed."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ import torch
 
 from tests.house.import_graph import SOURCE
 from tests.serving.models import COMPOSITIONS, build
-from vlparts import frameworks
+from vlparts import VisionLanguageModel, frameworks
 from vlparts.frameworks import MODULES
 from vlparts.training.config import PARTS
 
@@ -54,3 +55,14 @@ def test_the_documented_command_prints_the_path_without_the_framework() -> None:
     printed = Path(run.stdout.strip())
     assert printed.is_file()
     assert printed == Path(frameworks.__file__).with_name("ms_swift.py")
+
+
+def test_the_template_passes_on_every_input_of_images() -> None:
+    tree = ast.parse((SOURCE / PLUGINS["swift"]).read_text(encoding="utf-8"))
+    (passed,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "IMAGE_INPUTS"
+    )
+    inputs = inspect.signature(VisionLanguageModel.get_image_features).parameters
+    assert set(passed) == {name for name, one in inputs.items() if one.kind is one.POSITIONAL_OR_KEYWORD} - {"self"}

@@ -25,7 +25,14 @@ from vlparts.training.encoding import SampleEncoder, join_images
 MODEL_TYPE = VisionLanguageConfig.model_type
 TEMPLATE = "vlparts"
 # Image inputs of the model, in batches and in packed rows joined along the first dimension.
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_tile_grid")
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_tile_grid",
+    "image_keep_index",
+)
 
 # Options of ms-swift's templates that have no counterpart in a chat template, and their values when not set.
 _OPTIONS = {
