@@ -13,7 +13,7 @@ from tests.parts.test_vlm import composed
 from tests.tiny import picture
 from vlparts.cli.main import app
 from vlparts.coordinates import Region, encode
-from vlparts.evaluation import Evaluation, evaluate_tokens, read_questions, write_evaluations
+from vlparts.evaluation import evaluate_tokens, read_questions, write_evaluations
 
 BOX = {"box": [2, 3, 12, 9], "label": "cat"}
 
@@ -164,7 +164,3 @@ def test_options_of_the_command_that_do_not_fit(
     result = CliRunner().invoke(app, ["evaluate", "--model", str(folder), "--data", str(records), *options])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-def test_an_evaluation_is_data() -> None:
-    assert Evaluation(None, 1, 2.0, 3.0, None, None, 0.1, 0.2, 4.0).answers == []

@@ -37,7 +37,8 @@ def reduce_tokens(
     The result is for `generate` or `forward` of the same model, which is not changed. It works for every model whose
     `forward` takes `mm_encoder_outputs`: composed ones, and of transformers' own LLaVA, Qwen2-VL, Qwen2.5-VL,
     InternVL, Lfm2-VL (with Siglip2) and others. With multimodal rotary positions each token keeps that of the one it
-    stands for, and the text those that it had.
+    stands for, and the text those that it had. No gradient reaches the vision encoder and the projector; to train them
+    with fewer tokens, pass `token_reduction` to `compose`.
 
     Args:
         model: A model with a language head.

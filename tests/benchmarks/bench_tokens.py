@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from bench_gpu import LARGE
 from PIL import Image, ImageDraw, ImageFont
 from timing import compare, machine_line, peak_memory, print_table
 from transformers import Qwen2Config
@@ -25,15 +26,6 @@ from vlparts.parts.vlm_reduction import build_reducer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = ("average_pool", "merge_similar", "prune_by_norm", "prune_by_attention", "prune_diverse")
 GRID, WORDS, IMAGE = 64, 64, 7
-TEXT = dict(
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    vocab_size=151_936,
-    tie_word_embeddings=True,
-)
 
 
 def vision(**changes: Any) -> NaViTConfig:
@@ -44,7 +36,11 @@ def vision(**changes: Any) -> NaViTConfig:
 def model_of(dtype: torch.dtype) -> Any:
     """A composed model with random weights."""
     torch.manual_seed(0)
-    return compose(vision(), Qwen2Config(**TEXT), image_token_id=IMAGE).to(dtype).eval()
+    return (
+        compose(vision(), Qwen2Config(**LARGE.shape.text, tie_word_embeddings=True), image_token_id=IMAGE)
+        .to(dtype)
+        .eval()
+    )
 
 
 def reduce_by(model: Any, method: str | None, share: float | None = None) -> None:

@@ -120,6 +120,10 @@ def _windowfree_processor() -> WindowFreeViTImageProcessor:
     return WindowFreeViTImageProcessor(patch_size=8, size=AREA, video_shared_budget=False, **video)
 
 
+def _deepencoder_processor() -> DeepEncoderImageProcessor:
+    return DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4)
+
+
 MULTIMODAL_ROPE = {
     "rope_type": "default",
     "rope_theta": 10_000.0,
@@ -163,7 +167,7 @@ COMPOSITIONS = {
         MoGEConfig,
         projector="deepseek_ocr",
         text_options=EXPERTS,
-        image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
+        image_processor=_deepencoder_processor,
         adapter_options=WITHOUT_EXPERTS,
     ),
     "navit_merged": Composition(
@@ -186,7 +190,7 @@ COMPOSITIONS = {
         Qwen3Config,
         projector="deepseek_ocr",
         options={"token_reduction": "prune_diverse", "token_ratio": 0.5},
-        image_processor=lambda: DeepEncoderImageProcessor(base_size=128, tile_size=64, untiled_size=64, max_tiles=4),
+        image_processor=_deepencoder_processor,
     ),
     "pixtral_qwen3": Composition(
         lambda: PixtralVisionConfig(**VISION, image_size=96, patch_size=8),

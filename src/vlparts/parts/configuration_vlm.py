@@ -229,7 +229,12 @@ class VisionLanguageConfig(PreTrainedConfig):
         self._check_reduction()
 
     def _check_reduction(self) -> None:
-        reduction = self.reduction
+        try:
+            reduction = self.reduction
+        except ValueError as error:
+            raise ValueError(
+                f"`token_reduction`, `token_ratio`, `token_count` and `token_options` do not fit together: {error}"
+            ) from None
         if reduction is None:
             for name in ("token_ratio", "token_count", "token_options", "token_stage"):
                 if getattr(self, name) is not None:

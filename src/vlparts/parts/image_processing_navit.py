@@ -49,8 +49,8 @@ class NaViTImageProcessor(PackedImageProcessor):
         drop_redundant_patches: Whether blocks of patches that repeat a neighbour (flat paper, borders, screens) are
             left out, before anything is computed from them; see `redundant_patches`. The result then has `keep_index`
             `(L,)` int64, which [`NaViTModel`] takes.
-        redundancy_tolerance: Largest difference of a level, from 0 to 255, of a block that is left out from the one
-            that stands for it.
+        redundancy_tolerance: Largest difference of a pixel, from 0 to 255, between a dropped block and the kept block
+            that replaces it.
         token_budget: Number of blocks of an image that are kept, those which differ most from their neighbours, in
             place of a tolerance.
         **kwargs: `do_resize`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`, `image_std`,

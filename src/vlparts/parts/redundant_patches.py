@@ -44,14 +44,14 @@ def find_redundant(blocks: np.ndarray, tolerance: int = 0, budget: int | None = 
 
     Args:
         blocks: `(rows, columns, values)` levels of each block, uint8 or any real type.
-        tolerance: Largest difference of a level from that of the block which stands for it. A block is compared with
-            the kept block that stands for its neighbour, so that differences do not add up.
+        tolerance: Largest difference of a pixel between a dropped block and the kept block that replaces it. Each
+            block is compared with a kept block, not with a dropped neighbour, so that differences do not add up.
         budget: Number of blocks to keep, those with the largest differences from their prediction, in place of a
             tolerance; all if there are fewer.
 
     Returns:
         `(rows, columns)` bool, whether a block is kept; `(rows, columns)` int64, the index `row * columns + column` of
-        the kept block that stands for each.
+        the kept block that replaces each (its own index if it is kept).
     """
     rows, columns, _ = blocks.shape
     if budget is not None:
@@ -102,7 +102,7 @@ def _prediction_errors(blocks: np.ndarray) -> np.ndarray:
 
 
 def _stand_ins(keep: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """The kept block that stands for each, along the predictions."""
+    """Index of the kept block that replaces each block, found by following the predictions."""
     rows, columns = keep.shape
     source = np.arange(rows * columns).reshape(rows, columns)
     for row in range(rows):
