@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["MergedTokens", "average_merged", "match_tokens", "merge_tokens"]
+__all__ = ["RemainingTokens", "average_merged", "match_tokens", "merge_tokens"]
 
 
-class MergedTokens(NamedTuple):
-    """Tokens of one image after merging.
+class RemainingTokens(NamedTuple):
+    """What is left of the tokens of one image.
 
     Attributes:
         tokens: `(K, D)`.
         kept_index: `(K,)` int64, the token whose place each keeps, increasing.
-        assignment: `(T,)` int64, the token of K that holds each.
+        assignment: `(T,)` int64, the token of K that holds each; -1 for one that was dropped.
         sizes: `(K,)` number of tokens that each holds, or the sum of the given sizes; float32.
     """
 
@@ -59,7 +59,7 @@ def average_merged(tokens: Tensor, sizes: Tensor, even: Tensor, odd: Tensor) -> 
     return torch.where(changed.unsqueeze(-1), means.to(tokens.dtype), tokens), total
 
 
-def merge_tokens(tokens: Tensor, count: int, sizes: Tensor | None = None) -> MergedTokens:
+def merge_tokens(tokens: Tensor, count: int, sizes: Tensor | None = None) -> RemainingTokens:
     """Merge the tokens of one image until `count` are left, at most half of them in each round.
 
     Args:
@@ -81,4 +81,4 @@ def merge_tokens(tokens: Tensor, count: int, sizes: Tensor | None = None) -> Mer
         place = left.cumsum(0) - 1
         place = place.index_copy(0, even, place[odd])
         tokens, sizes, index, assignment = tokens[left], sizes[left], index[left], place[assignment]
-    return MergedTokens(tokens, index, assignment, sizes)
+    return RemainingTokens(tokens, index, assignment, sizes)

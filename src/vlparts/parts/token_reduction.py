@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, pad
 from .ops_attention import packed_attention
 from .ops_linear import apply_linear
 from .pos_embed_tables import sinusoids
-from .token_merging import merge_tokens
+from .token_merging import RemainingTokens, merge_tokens
 from .token_reduction_types import TokenReduction
 
 __all__ = ["ReducedTokens", "TokenResampler", "VisionTokenReducer"]
@@ -49,15 +49,6 @@ class ReducedTokens(NamedTuple):
         """
         tokens = self.tokens if tokens is None else tokens
         return pad(tokens, (0, 0, 0, 1))[self.assignment]  # -1 is the last row
-
-
-class _Reduced(NamedTuple):
-    """[`ReducedTokens`] of one image."""
-
-    tokens: Tensor
-    kept_index: Tensor
-    assignment: Tensor
-    sizes: Tensor
 
 
 class TokenResampler(nn.Module):
@@ -100,12 +91,12 @@ class TokenResampler(nn.Module):
         query = apply_linear(self.q_proj, self.norm_q(self.queries)).unflatten(-1, (self.num_heads, -1))
         key = apply_linear(self.k_proj, tokens + places).unflatten(-1, (self.num_heads, -1))
         value = apply_linear(self.v_proj, tokens).unflatten(-1, (self.num_heads, -1))
-        bounds = [boundaries(lengths, tokens.device), boundaries([len(query)] * images, tokens.device)]
+        bounds = [_boundaries(lengths, tokens.device), _boundaries([len(query)] * images, tokens.device)]
         attended = packed_attention(query.repeat(images, 1, 1), key, value, bounds[1], bounds[0])
         return apply_linear(self.o_proj, attended.flatten(-2))
 
 
-def boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:
+def _boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Cumulative lengths with a leading zero, `(n + 1,)` int32."""
     return pad(torch.tensor(lengths, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32), (1, 0))
 
@@ -182,7 +173,7 @@ class VisionTokenReducer(nn.Module):
             if position_ids is None:
                 position_ids = torch.cat([_positions(rows, width, tokens.device) for rows, width in places or ()])
             return self._resample(tokens, position_ids, sizes)
-        parts: list[_Reduced] = []
+        parts: list[RemainingTokens] = []
         given = [None] * len(sizes) if scores is None else scores.split(sizes)
         for image, part in enumerate(tokens.split(sizes)):
             grid = None if places is None else places[image]
@@ -192,7 +183,7 @@ class VisionTokenReducer(nn.Module):
             parts.append(self._reduce(part, grid, scored))
         return _join(parts, sizes)
 
-    def _reduce(self, tokens: Tensor, grid: tuple[int, int] | None, scores: Tensor | None) -> _Reduced:
+    def _reduce(self, tokens: Tensor, grid: tuple[int, int] | None, scores: Tensor | None) -> RemainingTokens:
         """Reduce the tokens `(t, D)` of one image."""
         method = self.reduction.method
         count = self.reduction.count_tokens(*((len(tokens),) if grid is None else grid))
@@ -203,7 +194,7 @@ class VisionTokenReducer(nn.Module):
         if method == "average_pool" and grid is not None:
             return _pool(tokens, grid, *(self.reduction.reduce_grid(*grid) or grid))
         if method == "merge_similar":
-            return _Reduced(*merge_tokens(tokens, count))
+            return merge_tokens(tokens, count)
         if method == "prune_diverse":
             return _choose(tokens, choose_diverse(tokens, count))
         if scores is None:
@@ -321,14 +312,14 @@ def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack((index // columns, index % columns), 1)
 
 
-def _choose(tokens: Tensor, chosen: Tensor) -> _Reduced:
+def _choose(tokens: Tensor, chosen: Tensor) -> RemainingTokens:
     """Keep the chosen tokens of one image, in its order."""
     index = chosen.sort().values
     assignment = torch.full((len(tokens),), -1, device=tokens.device)
     assignment[index] = torch.arange(len(index), device=tokens.device)
     sizes = torch.ones(len(index), device=tokens.device)
     kept = tokens if len(index) == len(tokens) else tokens[index]
-    return _Reduced(kept, index, assignment, sizes)
+    return RemainingTokens(kept, index, assignment, sizes)
 
 
 def _cells(grid: tuple[int, int], cells: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -348,16 +339,16 @@ def _averaging(size: int, cells: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
-def _pool(tokens: Tensor, grid: tuple[int, int], height: int, width: int) -> _Reduced:
+def _pool(tokens: Tensor, grid: tuple[int, int], height: int, width: int) -> RemainingTokens:
     """Average the tokens of one image in `height` x `width` cells, which overlap where they do not divide the grid."""
     cell, middle = _cells(grid, (height, width), tokens.device)
     maps = tokens.unflatten(0, grid).to(_precise(tokens))
     down, across = (_averaging(*sides, maps) for sides in zip(grid, (height, width), strict=True))
     pooled = torch.einsum("hr,rcd,wc->hwd", down, maps, across).flatten(0, 1).to(tokens.dtype)
-    return _Reduced(pooled, middle, cell, torch.bincount(cell, minlength=height * width).float())
+    return RemainingTokens(pooled, middle, cell, torch.bincount(cell, minlength=height * width).float())
 
 
-def _shuffle(tokens: Tensor, grid: tuple[int, int], factor: int) -> _Reduced:
+def _shuffle(tokens: Tensor, grid: tuple[int, int], factor: int) -> RemainingTokens:
     """Put squares of neighbours of one image side by side in one token, row by row."""
     rows, columns = grid
     height, width = -(-rows // factor), -(-columns // factor)
@@ -367,10 +358,10 @@ def _shuffle(tokens: Tensor, grid: tuple[int, int], factor: int) -> _Reduced:
     cell = row // factor * width + column // factor
     down, across = _positions(height, width, tokens.device).unbind(1)
     first = down * factor * columns + across * factor
-    return _Reduced(blocks, first, cell, torch.bincount(cell, minlength=height * width).float())
+    return RemainingTokens(blocks, first, cell, torch.bincount(cell, minlength=height * width).float())
 
 
-def _join(parts: list[_Reduced], sizes: Sequence[int]) -> ReducedTokens:
+def _join(parts: list[RemainingTokens], sizes: Sequence[int]) -> ReducedTokens:
     """Put the images together again."""
     tokens, index, assignment, counts = zip(*parts, strict=True)
     lengths = [len(part) for part in tokens]
